@@ -1,0 +1,52 @@
+# make train      from nothing to a scored artifact on this machine, about three minutes on two cores
+# make test       everything that CI runs
+# make bench      step time and its share of the machine's matmul rate
+# make gpu-check  one command for a day with a GPU
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+RUN := $(shell date +%Y%m%d-%H%M%S)-train
+CORPUS := data/datasets/stdlib_byte260
+
+.PHONY: train data test lint bench gpu-check clean
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: requirements.txt requirements-dev.txt $(VENV)/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(CORPUS)/manifest.json: $(VENV)/.installed
+	$(PY) data/prepare.py stdlib --force
+
+data: $(CORPUS)/manifest.json
+
+# The overrides are the whole configuration: change them here, or put others in front of torchrun.
+train: data
+	env DATA_PATH=$(CORPUS) RUN_ID=$(RUN) NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 \
+	  TRAIN_SEQ_LEN=256 TRAIN_BATCH_TOKENS=8192 ITERATIONS=240 WARMDOWN_ITERS=120 \
+	  MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_STEPS=60 EMA_DECAY=0.98 TRAIN_LOG_EVERY=40 \
+	  EVAL_STRIDE=128 MAX_WALLCLOCK_SECONDS=0 EVAL_BUDGET_SECONDS=0 $(TRAIN) \
+	  $(VENV)/bin/torchrun --standalone --nproc_per_node=1 train_gpt.py
+	@echo "--- the same artifact, scored by a fresh process"
+	env DATA_PATH=$(CORPUS) RUN_ID=$(RUN)-again EVAL_ONLY=1 ARTIFACT=runs/$(RUN)/artifact.bin EVAL_BUDGET_SECONDS=0 \
+	  $(PY) train_gpt.py
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+
+test: $(VENV)/.installed-dev
+	$(PY) -m pytest -q tests
+
+bench: $(VENV)/.installed
+	$(PY) scripts/bench.py
+
+gpu-check: $(VENV)/.installed
+	$(PY) scripts/gpu_check.py
+
+clean:
+	rm -rf $(VENV) runs data/datasets

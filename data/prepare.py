@@ -1,0 +1,848 @@
+"""Text -> documents -> shards: everything between a corpus and `train_gpt.py`.
+
+    python data/prepare.py                                    the running Python's standard library (no network)
+    python data/prepare.py files A.jsonl.zst B.txt --val C.txt
+    python data/prepare.py python PATH                        every .py file below PATH
+    python data/prepare.py python_extended                    standard library and site-packages
+    python data/prepare.py tinyshakespeare [--file input.txt]
+    python data/prepare.py fineweb [--shards N | --documents] [--hub-folder PATH]
+    python data/prepare.py markov2                            a deterministic toy stream, for tests only
+    python data/prepare.py convert --from FOLDER --variant byte260 --tokenizer sp1024.model
+
+A folder is written whole or not at all: the work happens in a hidden folder beside it that is renamed at the end.
+`data/README.md` describes every source, variant and file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import site
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_TOKENS = 20240520, 1, 100_000_000
+PAD_ID, BOS_ID, EOS_ID, UNK_ID, BYTE_OFFSET = 0, 1, 2, 3, 4
+VAL_DOCUMENTS_FINEWEB = 50_000  # the contest's validation split: the first 50,000 documents, in one place for both sides
+SHINGLE, OVERLAP_LIMIT = 64, 0.30
+SPACE = "\u2581"  # SentencePiece's mark for a space
+TINYSHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+                   "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+FINEWEB_REPO = "willdepueoai/parameter-golf"
+
+
+class UserError(Exception):
+    """A mistake in the call or in an input; printed as one line, exit code 2."""
+
+
+def bar(items: Iterable, what: str, total: int | None = None, unit: str = "doc"):
+    """tqdm on a terminal, plain iteration elsewhere."""
+    return tqdm(items, desc=what, total=total, unit=unit, disable=None, leave=False) if tqdm else items
+
+
+# -----------------------------------------------------------------------------
+# SOURCES: each gives training and validation documents as iterators that can be started again
+# -----------------------------------------------------------------------------
+
+
+@dataclass
+class Corpus:
+    """A source: `train()` and `val()` start a new pass over UTF-8 documents; `notes` go into the manifest."""
+
+    name: str
+    train: Callable[[], Iterator[bytes]]
+    val: Callable[[], Iterator[bytes]]
+    notes: dict
+    fixed_val: bool = False  # a validation split that may not change: training gives way where documents are equal
+
+
+def digest(document: bytes) -> bytes:
+    return hashlib.blake2b(document, digest_size=16).digest()
+
+
+def clean(text: str) -> bytes:
+    return text.encode("utf-8", errors="replace")
+
+
+def read_documents(path: Path) -> Iterator[bytes]:
+    """Documents of a .txt (one), .jsonl or .jsonl.zst file (one a line, field `text`)."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix == ".txt":
+        yield clean(path.read_bytes().decode("utf-8", errors="replace"))
+        return
+    if not path.name.endswith((".jsonl", ".jsonl.zst")):
+        raise UserError(f"{path}: .txt, .jsonl or .jsonl.zst expected")
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(open(path, "rb"))
+        if path.suffix == ".zst":
+            try:
+                import zstandard
+            except ImportError:
+                raise UserError(f"{path}: reading .zst needs the zstandard package") from None
+            stream = io.BufferedReader(stack.enter_context(zstandard.ZstdDecompressor().stream_reader(stream)), 1 << 20)
+        number = 0
+        try:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield clean(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: line {number} is not a JSON object with a text ({error!r})") from None
+        except Exception as error:  # zstandard raises its own kinds for damaged files
+            if isinstance(error, OSError) or type(error).__name__ == "ZstdError":
+                raise UserError(f"{path}: {error}") from None
+            raise
+
+
+def take_bytes(documents: Iterator[bytes], limit: int) -> Iterator[bytes]:
+    """Documents until `limit` bytes are passed; 0 = all."""
+    seen = 0
+    for document in documents:
+        yield document
+        seen += len(document)
+        if limit and seen > limit:
+            return
+
+
+def split_by_hash(name: str, documents: Callable[[], Iterable[bytes]], val_share: float, notes: dict) -> Corpus:
+    """Drops equal documents, orders the rest by hash (a shuffle that never changes), the first share is validation."""
+    unique = {digest(document): document for document in documents() if document}
+    order = sorted(unique)
+    held_out = {key for key in order if int.from_bytes(key[8:], "big") < val_share * 2**64}
+    if order and not held_out:
+        held_out = {order[0]}
+    if len(held_out) >= len(order):
+        raise UserError(f"{name}: {len(order)} documents are too few to hold any out")
+    return Corpus(name, lambda: (unique[key] for key in order if key not in held_out),
+                  lambda: (unique[key] for key in order if key in held_out), notes)
+
+
+def python_files(roots: Iterable[Path], skip: tuple[str, ...] = ()) -> Iterator[bytes]:
+    """.py files below the roots, in path order, as UTF-8."""
+    for root in roots:
+        paths = sorted(path for path in root.rglob("*.py") if "__pycache__" not in path.parts)
+        for path in bar(paths, f"reading {root.name}", len(paths), "file"):
+            if not any(part in skip for part in path.relative_to(root).parts):
+                with contextlib.suppress(OSError):
+                    yield clean(path.read_bytes().decode("utf-8", errors="replace"))
+
+
+def source_stdlib(args: argparse.Namespace) -> Corpus:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    notes = {"python": sys.version.split()[0]}
+    return split_by_hash("stdlib", lambda: python_files([root], ("site-packages", "dist-packages")), args.val_share, notes)
+
+
+def source_python(args: argparse.Namespace) -> Corpus:
+    root = Path(args.path)
+    if not root.is_dir():
+        raise UserError(f"{root}: not a folder")
+    return split_by_hash("python", lambda: python_files([root]), args.val_share, {"root": root.name})
+
+
+def source_python_extended(args: argparse.Namespace) -> Corpus:
+    packages = {Path(path) for path in [*site.getsitepackages(), sysconfig.get_paths()["purelib"]]}
+    roots = [Path(sysconfig.get_paths()["stdlib"]), *sorted(path for path in packages if path.is_dir())]
+    return split_by_hash("python_extended", lambda: python_files(roots, ("dist-packages",)), args.val_share,
+                         {"python": sys.version.split()[0]})
+
+
+def source_files(args: argparse.Namespace) -> Corpus:
+    """Named files, in their order (`--no-shuffle`) or in the order of a seeded permutation of the documents."""
+    def documents(paths: list[str]) -> Iterator[bytes]:
+        for path in paths:
+            yield from (document for document in read_documents(Path(path)) if document)
+
+    notes = {"files": [Path(path).name for path in args.train], "shuffled": not args.no_shuffle}
+    if not args.val:
+        if args.no_shuffle:
+            raise UserError("files: --no-shuffle needs --val, there is no hash order to hold documents out by")
+        return split_by_hash("files", lambda: take_bytes(documents(args.train), args.train_bytes), args.val_share, notes)
+
+    def train() -> Iterator[bytes]:
+        found = take_bytes(documents(args.train), args.train_bytes)
+        if args.no_shuffle:
+            return found
+        # Memory stays flat: the documents are shuffled in blocks of 64 MB, the blocks follow the files.
+        return shuffle_blocks(found, args.seed)
+
+    return Corpus("files", train, lambda: take_bytes(documents(args.val), args.val_bytes),
+                  {**notes, "val_files": [Path(path).name for path in args.val]})
+
+
+def shuffle_blocks(documents: Iterator[bytes], seed: int, block: int = 64_000_000) -> Iterator[bytes]:
+    rng, held, size = random.Random(seed), [], 0
+    for document in documents:
+        held.append(document)
+        size += len(document)
+        if size > block:
+            rng.shuffle(held)
+            yield from held
+            held, size = [], 0
+    rng.shuffle(held)
+    yield from held
+
+
+def source_tinyshakespeare(args: argparse.Namespace) -> Corpus:
+    """The 1.1 MB file, cut into the speeches' paragraphs; the last tenth is validation."""
+    url, wanted = TINYSHAKESPEARE
+    path = Path(args.file) if args.file else Path(args.out_root) / "downloads" / "tinyshakespeare.txt"
+    if not path.exists():
+        if args.file:
+            raise UserError(f"{path}: no such file")
+        download(url, path)
+    text = path.read_bytes()
+    if hashlib.sha256(text).hexdigest() != wanted:
+        raise UserError(f"{path}: sha256 {hashlib.sha256(text).hexdigest()} is not tinyshakespeare's {wanted}")
+    cut = text.index(b"\n\n", len(text) * 9 // 10) + 2
+    return Corpus("tinyshakespeare", lambda: iter([text[:cut]]), lambda: iter([text[cut:]]), {"sha256": wanted})
+
+
+def markov2(length: int, seed: int) -> bytes:
+    """SGJM's synthetic stream: P[i mod 96] xor (17 a + 31 c + 7 i) mod 256 over the two bytes before (c before a).
+
+    Deterministic and periodic (24,576 bytes for seed 42): text for tests, never for a score.
+    """
+    rng = random.Random(seed)
+    pattern = [rng.randrange(256) for _ in range(96)]
+    out, a, c = bytearray(length), 0, 0
+    for i in range(length):
+        out[i] = pattern[i % 96] ^ (17 * a + 31 * c + 7 * i) & 255
+        a, c = out[i], a
+    return bytes(out)
+
+
+def source_markov2(args: argparse.Namespace) -> Corpus:
+    text = markov2(args.bytes, args.seed)
+    cut = len(text) * 95 // 100
+    return Corpus("markov2", lambda: iter([text[:cut]]), lambda: iter([text[cut:]]),
+                  {"warning": "synthetic and periodic: for tests only", "seed": args.seed})
+
+
+def download(url: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as file:
+            shutil.copyfileobj(response, file)
+        os.replace(temporary, path)
+    except (urllib.error.URLError, OSError) as error:
+        raise UserError(f"{url}: {error}; pass a local copy with --file") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Hub:
+    """Files of a dataset repository on the Hugging Face hub, or of a local folder laid out like it."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.repo, self.revision = args.repo, args.revision
+        self.folder = Path(args.hub_folder) if args.hub_folder else None
+        self.cache = Path(args.out_root) / "downloads" / args.repo.replace("/", "--")
+        if self.folder is not None and not self.folder.is_dir():
+            raise UserError(f"--hub-folder {self.folder}: not a folder")
+
+    def files(self) -> dict[str, str]:
+        """{path inside the repository: sha256, or "" where none is known}."""
+        if self.folder is not None:
+            sums = self.folder / "SHA256SUMS"
+            known = dict(reversed(line.split(maxsplit=1)) for line in sums.read_text().splitlines() if line.strip()) \
+                if sums.exists() else {}
+            paths = (path.relative_to(self.folder).as_posix() for path in sorted(self.folder.rglob("*")) if path.is_file())
+            return {path: known.get(path, "") for path in paths}
+        try:
+            from huggingface_hub import HfApi
+            tree = HfApi().list_repo_tree(self.repo, repo_type="dataset", revision=self.revision, recursive=True)
+            return {item.path: item.lfs.sha256 if getattr(item, "lfs", None) else "" for item in tree
+                    if hasattr(item, "size")}
+        except ImportError:
+            raise UserError("fineweb needs the huggingface_hub package, or --hub-folder") from None
+        except Exception as error:  # the hub's client has many kinds of its own
+            raise UserError(f"hub {self.repo}: {error}; --hub-folder takes a local copy") from None
+
+    def get(self, path: str, sha256: str) -> Path:
+        """A local file with the right sha256; downloads resume where they stopped."""
+        if self.folder is not None:
+            local = self.folder / path
+        else:
+            from huggingface_hub import hf_hub_download
+            try:
+                local = Path(hf_hub_download(self.repo, path, repo_type="dataset", revision=self.revision,
+                                             local_dir=self.cache))
+            except Exception as error:
+                raise UserError(f"hub {self.repo}/{path}: {error}") from None
+        if sha256 and (found := sha256_file(local)) != sha256:
+            raise UserError(f"{local}: sha256 {found} is not the published {sha256}; delete it and try again")
+        return local
+
+
+def source_fineweb(args: argparse.Namespace) -> Corpus:
+    """The published documents (`docs_selected.jsonl`): the first 50,000 are validation, in their order."""
+    hub = Hub(args)
+    files = hub.files()
+    name = next((path for path in files if path.endswith(("docs_selected.jsonl", "docs_selected.jsonl.zst"))), None)
+    if name is None:
+        raise UserError(f"hub {args.hub_folder or args.repo}: no docs_selected.jsonl")
+    path = hub.get(name, files[name])
+
+    def part(first: int, last: int | None) -> Iterator[bytes]:
+        for number, document in enumerate(read_documents(path)):
+            if last is not None and number >= last:
+                return
+            if number >= first:
+                yield document
+
+    count = args.val_documents
+    return Corpus("fineweb", lambda: take_bytes(part(count, None), args.train_bytes), lambda: part(0, count),
+                  {"repo": args.repo, "documents_file": name, "val_documents": count}, fixed_val=True)
+
+
+# -----------------------------------------------------------------------------
+# VARIANTS: documents -> ids
+# -----------------------------------------------------------------------------
+
+
+class ByteTokenizer:
+    """byte260: PAD BOS EOS UNK, then byte value + 4. An identity on any file."""
+
+    name, vocab_size, path, sha256 = "byte260", 260, None, None
+
+    def encode(self, document: bytes) -> np.ndarray:
+        return np.frombuffer(document, np.uint8).astype(np.uint16) + BYTE_OFFSET
+
+    def normalised_bytes(self, document: bytes) -> int:
+        return len(document)
+
+
+class PieceTokenizer:
+    """A SentencePiece model. Those trained here (identity normalisation, byte fallback, no dummy prefix) lose nothing:
+    a literal U+2581, which SentencePiece cannot tell from a space, is written as its three byte pieces."""
+
+    def __init__(self, model: Path, variant: str):
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError:
+            raise UserError(f"variant {variant} needs the sentencepiece package") from None
+        try:
+            self.model = SentencePieceProcessor(model_file=str(model))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{model}: not a SentencePiece model ({error})") from None
+        self.name, self.path, self.vocab_size = variant, model, self.model.vocab_size()
+        if self.vocab_size > 65536:
+            raise UserError(f"{model}: {self.vocab_size} ids do not fit uint16 shards")
+        if self.model.bos_id() != BOS_ID:
+            raise UserError(f"{model}: BOS is id {self.model.bos_id()}, shards need {BOS_ID}")
+        self.sha256 = sha256_file(model)
+        self.lossless = not self.model.encode("a", out_type=str)[0].startswith(SPACE)
+        self.mark = [self.model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+
+    def encode(self, document: bytes) -> np.ndarray:
+        text = document.decode("utf-8")
+        if SPACE not in text or not self.lossless:
+            return np.array(self.model.encode(text), np.uint16)
+        ids: list[int] = []
+        for i, part in enumerate(text.split(SPACE)):
+            ids += (self.mark if i else []) + self.model.encode(part)
+        return np.array(ids, np.uint16)
+
+    def normalised_bytes(self, document: bytes) -> int:
+        """UTF-8 length of what the ids decode to; the document's own for models trained here."""
+        return len(document) if self.lossless else len(self.model.decode(self.model.encode(document.decode())).encode())
+
+
+def train_pieces(documents: Iterator[bytes], size: int, folder: Path, limit: int = 40_000_000) -> Path:
+    """A BPE model of `size` ids on the first `limit` bytes of the training documents (the last few are never seen)."""
+    try:
+        import sentencepiece
+    except ImportError:
+        raise UserError("training a tokenizer needs the sentencepiece package") from None
+    prefix = folder / f"sp{size}"
+    pieces = (text for document in take_bytes(documents, limit) for text in slices(document.decode("utf-8")))
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=pieces, model_prefix=str(prefix), vocab_size=size, model_type="bpe", byte_fallback=True,
+            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+            pad_id=PAD_ID, bos_id=BOS_ID, eos_id=EOS_ID, unk_id=UNK_ID, max_sentence_length=1 << 20,
+            character_coverage=0.9995, hard_vocab_limit=False, minloglevel=2)
+    except RuntimeError as error:
+        raise UserError(f"variant sp{size}: {error}") from None
+    prefix.with_suffix(".vocab").unlink(missing_ok=True)
+    return prefix.with_suffix(".model")
+
+
+def slices(text: str, size: int = 4000) -> Iterator[str]:
+    """Pieces of a document short enough for SentencePiece's trainer, without the characters it reserves."""
+    text = text.replace(SPACE, " ").replace("\0", " ")
+    yield from (text[i : i + size] for i in range(0, len(text), size))
+
+
+# -----------------------------------------------------------------------------
+# OVERLAP: is validation text in the training text?
+# -----------------------------------------------------------------------------
+
+HASH_BASE = 0x9E3779B97F4A7C15 | 1
+
+
+class OverlapScan:
+    """Looks for the validation text's 64-byte shingles (every 64th offset) at every offset of the training text.
+
+    Rolling hash without a loop: with S the running sum of byte * B^i (mod 2^64), a window's hash is
+    (S[i + 64] - S[i]) * B^-i. A table of bits on the hash's top bits keeps the exact look-up rare.
+    """
+
+    def __init__(self, chunk: int = 1 << 20):
+        self.chunk = chunk + SHINGLE
+        powers = np.full(self.chunk, HASH_BASE, np.uint64)
+        powers[0] = 1
+        self.powers = np.cumprod(powers, dtype=np.uint64)
+        inverse = np.full(self.chunk, pow(HASH_BASE, -1, 1 << 64), np.uint64)
+        inverse[0] = 1
+        self.inverse = np.cumprod(inverse, dtype=np.uint64)
+        self.hashes: list[np.ndarray] = []
+        self.documents: list[int] = []
+        self.held, self.size = [], 0
+
+    def window_hashes(self, text: np.ndarray) -> np.ndarray:
+        """Hash of every 64-byte window of at most `chunk` bytes of text."""
+        if len(text) < SHINGLE:
+            return np.zeros(0, np.uint64)
+        sums = np.concatenate(([np.uint64(0)], np.cumsum(text * self.powers[: len(text)], dtype=np.uint64)))
+        return (sums[SHINGLE:] - sums[:-SHINGLE]) * self.inverse[: len(text) - SHINGLE + 1]
+
+    def add_validation(self, document: bytes) -> None:
+        """Call for every validation document, in order, before `close_validation`."""
+        text = np.frombuffer(document, np.uint8)
+        count = len(text) // SHINGLE
+        whole = text[: count * SHINGLE].reshape(count, SHINGLE).astype(np.uint64)
+        self.hashes.append((whole * self.powers[:SHINGLE]).sum(1, dtype=np.uint64))
+        self.documents.append(count)
+
+    def close_validation(self) -> None:
+        self.all = np.concatenate(self.hashes) if self.hashes else np.zeros(0, np.uint64)
+        self.sorted = np.unique(self.all)
+        self.found = np.zeros(len(self.sorted), bool)
+        self.shift = np.uint64(64 - min(28, max(16, int(32 * len(self.sorted)).bit_length())))
+        self.table = np.zeros(1 << (64 - int(self.shift)), bool)
+        self.table[self.slot(self.sorted)] = True
+
+    def slot(self, hashes: np.ndarray) -> np.ndarray:
+        return (hashes * np.uint64(0xD6E8FEB86659FD93)) >> self.shift
+
+    def add_training(self, document: bytes) -> None:
+        """Call for every training document; `flush` at the end. Windows never span two documents by accident: the
+        join is a byte that UTF-8 does not use."""
+        self.held.append(document)
+        self.size += len(document) + 1
+        if self.size >= 1 << 23:
+            self.flush()
+
+    def flush(self) -> None:
+        text = np.frombuffer(b"\xff".join(self.held), np.uint8)
+        self.held, self.size = [], 0
+        step = self.chunk - SHINGLE + 1
+        for start in range(0, max(len(text) - SHINGLE + 1, 0), step):
+            hashes = self.window_hashes(text[start : start + self.chunk])
+            candidates = hashes[self.table[self.slot(hashes)]]
+            if len(candidates):
+                at = np.minimum(np.searchsorted(self.sorted, candidates), len(self.sorted) - 1)
+                self.found[at[self.sorted[at] == candidates]] = True
+
+    def shares(self) -> np.ndarray:
+        """Share of each validation document's shingles that the training text holds."""
+        hits = self.found[np.searchsorted(self.sorted, self.all)] if len(self.all) else np.zeros(0, bool)
+        edges = np.cumsum([0, *self.documents])
+        return np.array([hits[a:b].mean() if b > a else 0.0 for a, b in zip(edges[:-1], edges[1:])])
+
+
+# -----------------------------------------------------------------------------
+# SHARDS
+# -----------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Writes `<prefix>_<split>_NNNNNN.bin` files of at most SHARD_TOKENS ids; hashes while it writes."""
+
+    def __init__(self, folder: Path, prefix: str, split: str, shard_tokens: int):
+        self.folder, self.prefix, self.split, self.limit = folder, prefix, split, shard_tokens
+        self.entries: list[dict] = []
+        self.held: list[np.ndarray] = []
+        self.count = self.tokens = self.documents = self.bytes = 0
+        self.first = self.last = ""
+
+    def add(self, ids: np.ndarray, document: bytes) -> None:
+        key = digest(document).hex()
+        self.first, self.last = self.first or key, key
+        self.documents += 1
+        self.bytes += len(document)
+        self.tokens += len(ids) + 1
+        ids = np.concatenate((np.array([BOS_ID], np.uint16), ids))
+        while len(ids):
+            room = self.limit - self.count
+            self.held.append(ids[:room])
+            self.count += len(self.held[-1])
+            ids = ids[room:]
+            if self.count == self.limit:
+                self.close_shard()
+
+    def close_shard(self) -> None:
+        if not self.count:
+            return
+        name = f"{self.prefix}_{self.split}_{len(self.entries):06d}.bin"
+        body = np.concatenate(self.held).astype("<u2").tobytes()
+        entry = write_shard(self.folder / name, body)
+        self.entries.append({"file": name, "split": self.split, "tokens": self.count, "sha256": entry})
+        self.held, self.count = [], 0
+
+    def summary(self) -> dict:
+        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes,
+                "first_document": self.first, "last_document": self.last}
+
+
+def write_shard(path: Path, body: bytes) -> str:
+    """Header and ids; returns the file's sha256."""
+    header = np.zeros(256, "<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(body) // 2
+    data = header.tobytes()
+    with open(path, "wb") as file:
+        file.write(data)
+        file.write(body)
+    sha = hashlib.sha256(data)
+    sha.update(body)
+    return sha.hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, force: bool):
+    """Yields a hidden folder that becomes `target` when the block ends well, and vanishes when it does not."""
+    if target.exists() and not force:
+        raise UserError(f"{target} exists; --force replaces it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{target.name}.*.partial"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    working = target.parent / f".{target.name}.{os.getpid()}.partial"
+    working.mkdir()
+    try:
+        yield working
+        if target.exists():
+            shutil.rmtree(target)
+        working.rename(target)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
+    """One pass over the validation text, one over the training text, one to write the validation documents kept."""
+    scan = OverlapScan() if args.overlap != "off" else None
+    held_out: dict[bytes, int] = {}
+    for number, document in enumerate(bar(corpus.val(), "validation")):
+        held_out.setdefault(digest(document), number)
+        if scan:
+            scan.add_validation(document)
+    if not held_out:
+        raise UserError(f"{corpus.name}: no validation documents")
+    if scan:
+        scan.close_validation()
+    with whole_folder(target, args.force) as folder:
+        tokenizer = make_tokenizer(args, corpus, folder)
+        train = ShardWriter(folder, corpus.name, "train", args.shard_tokens)
+        yielded = 0
+        for number, document in enumerate(bar(corpus.train(), "training")):
+            if (equal := held_out.get(digest(document))) is not None:
+                if not corpus.fixed_val:
+                    raise UserError(f"{corpus.name}: validation document {equal} equals training document {number}: "
+                                    "remove one of them")
+                yielded += 1
+                continue
+            train.add(tokenizer.encode(document), document)
+            if scan:
+                scan.add_training(document)
+        train.close_shard()
+        if not train.documents:
+            raise UserError(f"{corpus.name}: no training documents")
+        shares = np.zeros(0)
+        if scan:
+            scan.flush()
+            shares = scan.shares()
+        drop = shares > OVERLAP_LIMIT if args.overlap == "drop" else np.zeros(len(shares), bool)
+        val = ShardWriter(folder, corpus.name, "val", args.shard_tokens)
+        normalised = 0
+        for number, document in enumerate(bar(corpus.val(), "validation")):
+            if scan and drop[number]:
+                continue
+            val.add(tokenizer.encode(document), document)
+            normalised += tokenizer.normalised_bytes(document)
+        val.close_shard()
+        if not val.documents:
+            raise UserError(f"{corpus.name}: all {len(shares)} validation documents repeat training text (more than "
+                            f"{OVERLAP_LIMIT:.0%} of their {SHINGLE}-byte shingles): no score on them would mean anything")
+        weights = np.array(scan.documents) if scan else np.zeros(0)
+        manifest = {
+            "source": corpus.name, "source_notes": corpus.notes, "variant": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.path and Path(tokenizer.path).name,
+            "tokenizer_sha256": tokenizer.sha256, "documents": {"train": train.documents, "val": val.documents},
+            "tokens": {"train": train.tokens, "val": val.tokens}, "bytes": {"train": train.bytes, "val": val.bytes},
+            "val_bytes": val.bytes, "val_normalised_bytes": normalised,
+            "train": train.summary(), "val": val.summary(),
+            "overlap": {"mode": args.overlap, "shingle_bytes": SHINGLE, "limit": OVERLAP_LIMIT,
+                        "share_found": float((shares * weights).sum() / max(weights.sum(), 1)) if scan else None,
+                        "documents_dropped": int(drop.sum()), "train_documents_equal_to_val_skipped": yielded},
+            "shards": train.entries + val.entries,
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def make_tokenizer(args: argparse.Namespace, corpus: Corpus, folder: Path) -> ByteTokenizer | PieceTokenizer:
+    """The variant's tokenizer; a SentencePiece model travels with the shards."""
+    if args.variant == "byte260":
+        return ByteTokenizer()
+    if not (args.variant.startswith("sp") and args.variant[2:].isdigit()):
+        raise UserError(f"--variant {args.variant}: byte260 or sp<N>, for example sp1024")
+    size = int(args.variant[2:])
+    if args.tokenizer:
+        copied = folder / Path(args.tokenizer).name
+        if not Path(args.tokenizer).is_file():
+            raise UserError(f"--tokenizer {args.tokenizer}: no such file")
+        shutil.copyfile(args.tokenizer, copied)
+        tokenizer = PieceTokenizer(copied, args.variant)
+    else:
+        if not 300 <= size <= 65536:
+            raise UserError(f"--variant {args.variant}: from sp300 (256 bytes and a few pieces) to sp65536")
+        tokenizer = PieceTokenizer(train_pieces(corpus.train(), size, folder), args.variant)
+    if tokenizer.vocab_size != size:
+        raise UserError(f"--variant {args.variant}: the model has {tokenizer.vocab_size} ids")
+    return tokenizer
+
+
+# -----------------------------------------------------------------------------
+# PUBLISHED SHARDS
+# -----------------------------------------------------------------------------
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Memory-mapped ids of a shard, after a check of header and size."""
+    size = path.stat().st_size
+    header = np.fromfile(path, "<i4", 256) if size >= 1024 else np.zeros(3)
+    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION or size != 1024 + 2 * int(header[2]):
+        raise UserError(f"{path}: not a shard (header {header[0]:.0f}, {header[1]:.0f}, {header[2]:.0f}; {size} bytes)")
+    return np.memmap(path, "<u2", "r", 1024, (int(header[2]),))
+
+
+def piece_bytes(model_path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Look-up table of a SentencePiece model: (all pieces' bytes joined, start of each id's, length of each id's).
+
+    A piece's leading space is part of it; `ids_to_bytes` drops it after a BOS, where the dummy prefix stood.
+    """
+    tokenizer = PieceTokenizer(Path(model_path), "sp").model
+    pieces = []
+    for i in range(tokenizer.vocab_size()):
+        if tokenizer.is_byte(i):
+            pieces.append(bytes([int(tokenizer.id_to_piece(i)[1:-1], 16)]))
+        elif tokenizer.is_control(i) or tokenizer.is_unused(i):
+            pieces.append(b"")
+        else:
+            pieces.append(tokenizer.id_to_piece(i).replace(SPACE, " ").encode())
+    lengths = np.array([len(piece) for piece in pieces], np.int64)
+    return np.frombuffer(b"".join(pieces), np.uint8), np.cumsum(lengths) - lengths, lengths
+
+
+def ids_to_bytes(ids: np.ndarray, table: tuple[np.ndarray, np.ndarray, np.ndarray], dummy_prefix: bool,
+                 after_bos: bool) -> np.ndarray:
+    """byte260 ids of the same text: BOS stays BOS, every other id becomes its bytes + 4."""
+    joined, starts, lengths = table
+    ids = np.asarray(ids, np.int64)
+    is_bos = ids == BOS_ID
+    begin, count = starts[ids], lengths[ids]
+    if dummy_prefix and len(ids):
+        fresh = np.concatenate(([after_bos], is_bos[:-1]))
+        drop = fresh & (count > 0) & (joined[np.minimum(begin, len(joined) - 1)] == ord(" "))
+        begin, count = begin + drop, count - drop
+    room = np.where(is_bos, 1, count)
+    ends = np.cumsum(room)
+    out = np.full(int(ends[-1]) if len(ids) else 0, BOS_ID, np.uint16)
+    where = np.arange(len(out)) - np.repeat(ends - room, room)
+    text = np.repeat(~is_bos, room)
+    out[text] = joined[(np.repeat(begin, room) + where)[text]].astype(np.uint16) + BYTE_OFFSET
+    return out
+
+
+def convert(args: argparse.Namespace) -> dict:
+    """Published token shards -> byte shards of the same text, shard by shard, by a table."""
+    source = Path(args.source)
+    paths = sorted(source.glob("*_train_*.bin")) + sorted(source.glob("*_val_*.bin"))
+    if not paths:
+        raise UserError(f"--from {source}: no *_train_*.bin or *_val_*.bin")
+    if args.variant != "byte260":
+        raise UserError(f"convert --variant {args.variant}: byte260 is what a table can make")
+    if not args.tokenizer:
+        raise UserError("convert needs --tokenizer, the model behind the shards")
+    table = piece_bytes(args.tokenizer)
+    dummy_prefix = not PieceTokenizer(Path(args.tokenizer), "sp").lossless
+    target = Path(args.out) if args.out else Path(args.out_root) / f"{source.name}_byte260"
+    entries, totals = [], {"train": [0, 0, 0], "val": [0, 0, 0]}
+    with whole_folder(target, args.force) as folder:
+        after_bos = {"train": False, "val": False}
+        for path in bar(paths, "converting", len(paths), "shard"):
+            split = "val" if "_val_" in path.name else "train"
+            ids = read_shard(path)
+            if len(ids) and int(ids.max()) >= len(table[2]):
+                raise UserError(f"{path}: id {int(ids.max())} is outside the model's {len(table[2])} ids")
+            parts = []
+            for start in range(0, len(ids), 1 << 20):
+                block = ids[start : start + (1 << 20)]
+                parts.append(ids_to_bytes(block, table, dummy_prefix, after_bos[split]))
+                after_bos[split] = bool(block[-1] == BOS_ID)
+            out = np.concatenate(parts) if parts else np.zeros(0, np.uint16)
+            documents = int((out == BOS_ID).sum())
+            for i, value in enumerate((documents, len(out), len(out) - documents)):
+                totals[split][i] += value
+            entries.append({"file": path.name, "split": split, "tokens": len(out),
+                            "sha256": write_shard(folder / path.name, out.astype("<u2").tobytes())})
+        parts = {key: {split: totals[split][i] for split in totals} for i, key in enumerate(("documents", "tokens", "bytes"))}
+        manifest = {"source": f"convert:{source.name}", "variant": "byte260", "vocab_size": 260, "tokenizer": None,
+                    "converted_with": sha256_file(Path(args.tokenizer)), **parts, "val_bytes": parts["bytes"]["val"],
+                    "shards": entries}
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return {**manifest, "folder": str(target)}
+
+
+def fetch_shards(args: argparse.Namespace) -> dict:
+    """Published `fineweb_*` token shards, N training shards and all validation shards, unchanged."""
+    hub = Hub(args)
+    files = hub.files()
+    folder_name = f"fineweb10B_{args.variant}"
+    inside = sorted(path for path in files if f"/{folder_name}/" in f"/{path}" and path.endswith(".bin"))
+    train = [path for path in inside if "_train_" in path][: args.shards]
+    val = [path for path in inside if "_val_" in path]
+    if len(train) < args.shards or not val:
+        raise UserError(f"hub {args.hub_folder or args.repo}: {len(train)} training and {len(val)} validation shards of "
+                        f"{folder_name}, {args.shards} and 1 wanted" + (
+                            "; byte260 is not published: convert sp1024 shards" if args.variant == "byte260" else ""))
+    models = [path for path in files if path.endswith(f"fineweb_{args.variant.removeprefix('sp')}_bpe.model")]
+    target = Path(args.out) if args.out else Path(args.out_root) / folder_name
+    entries = []
+    with whole_folder(target, args.force) as folder:
+        for path in bar(train + val + models[:1], "fetching", None, "file"):
+            local, name = hub.get(path, files[path]), Path(path).name
+            shutil.copyfile(local, folder / name)
+            if name.endswith(".bin"):
+                entries.append({"file": name, "split": "val" if path in val else "train",
+                                "tokens": len(read_shard(folder / name)), "sha256": sha256_file(folder / name)})
+        tokens = {split: sum(entry["tokens"] for entry in entries if entry["split"] == split) for split in ("train", "val")}
+        manifest = {"source": "fineweb", "source_notes": {"repo": args.repo, "published_shards": True},
+                    "variant": args.variant, "tokenizer": models and Path(models[0]).name or None, "tokens": tokens,
+                    "shards": entries}
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return {**manifest, "folder": str(target)}
+
+
+# -----------------------------------------------------------------------------
+# COMMAND LINE
+# -----------------------------------------------------------------------------
+
+SOURCES = {"stdlib": source_stdlib, "files": source_files, "python": source_python,
+           "python_extended": source_python_extended, "tinyshakespeare": source_tinyshakespeare,
+           "markov2": source_markov2, "fineweb": source_fineweb}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--variant", default="byte260", help="byte260 or sp<N>, for example sp1024")
+    shared.add_argument("--tokenizer", default="", help="a .model to use instead of training one")
+    shared.add_argument("--out", default="", help="folder to write (default: OUT_ROOT/<source>_<variant>)")
+    shared.add_argument("--out-root", default="data/datasets", help="where folders go by default")
+    shared.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="ids a shard holds at most")
+    shared.add_argument("--val-share", type=float, default=0.02, help="share of documents held out by hash")
+    shared.add_argument("--overlap", default="drop", choices=("drop", "report", "off"),
+                        help="validation documents that repeat training text: drop (default), only report, or no scan")
+    shared.add_argument("--seed", type=int, default=42)
+    shared.add_argument("--force", action="store_true", help="replace the folder if it exists")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="source_name", metavar="SOURCE")
+    for name in ("stdlib", "python_extended"):
+        commands.add_parser(name, parents=[shared])
+    commands.add_parser("python", parents=[shared]).add_argument("path")
+    files = commands.add_parser("files", parents=[shared])
+    files.add_argument("train", nargs="+")
+    files.add_argument("--val", nargs="+", default=[])
+    files.add_argument("--train-bytes", type=int, default=0, help="stop after the document that passes this; 0 = all")
+    files.add_argument("--val-bytes", type=int, default=0)
+    files.add_argument("--no-shuffle", action="store_true", help="keep the order of the files")
+    commands.add_parser("tinyshakespeare", parents=[shared]).add_argument("--file", default="")
+    commands.add_parser("markov2", parents=[shared]).add_argument("--bytes", type=int, default=1 << 20)
+    fineweb = commands.add_parser("fineweb", parents=[shared])
+    fineweb.add_argument("--shards", type=int, default=0, help="fetch this many published token shards as they are")
+    fineweb.add_argument("--documents", action="store_true", help="tokenize the published documents (default)")
+    fineweb.add_argument("--train-bytes", type=int, default=0)
+    fineweb.add_argument("--val-documents", type=int, default=VAL_DOCUMENTS_FINEWEB)
+    fineweb.add_argument("--repo", default=FINEWEB_REPO)
+    fineweb.add_argument("--revision", default="main")
+    fineweb.add_argument("--hub-folder", default="", help="a local folder laid out like the repository")
+    converter = commands.add_parser("convert", parents=[shared])
+    converter.add_argument("--from", dest="source", required=True)
+    if not argv or argv[0].startswith("-") and not {"-h", "--help"} & set(argv):
+        argv = ["stdlib", *argv]
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    start = time.perf_counter()
+    try:
+        if args.shard_tokens < 1:
+            raise UserError(f"--shard-tokens {args.shard_tokens}: at least 1")
+        if not 0 < args.val_share < 1:
+            raise UserError(f"--val-share {args.val_share}: between 0 and 1")
+        if args.source_name == "convert":
+            manifest = convert(args)
+        elif args.source_name == "fineweb" and args.shards:
+            manifest = fetch_shards(args)
+        else:
+            target = Path(args.out) if args.out else Path(args.out_root) / f"{args.source_name}_{args.variant}"
+            if target.exists() and not args.force:
+                raise UserError(f"{target} exists; --force replaces it")
+            manifest = {**build(SOURCES[args.source_name](args), args, target), "folder": str(target)}
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    overlap = manifest.get("overlap", {})
+    print(f"{manifest['folder']}: " + " ".join(
+        f"{key}:{manifest[key]['train']}+{manifest[key]['val']}" for key in ("documents", "tokens", "bytes") if key in manifest)
+        + (f" overlap:{overlap['share_found']:.4f} dropped:{overlap['documents_dropped']}"
+           if overlap.get("share_found") is not None else "")
+        + f" seconds:{time.perf_counter() - start:.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
