@@ -1,17 +1,17 @@
 """The trunk: a byte-level language model trained, compressed and scored in bits per byte under a hard budget.
 
 Parent: none; every record under `records/` descends from this file and is meant to be diffed against it.
-Idea:   a causal transformer with hashed n-gram embeddings and a corrected chunk JEPA auxiliary (#832), Muon + EMA,
+Idea:   a causal transformer with hashed n-gram embeddings and a corrected chunk JEPA (#832), Muon + EMA,
         entropy-shaped int6 weights, and one windowing routine that scores every target exactly once.
 
-Run:    python train_gpt.py --help                                    every variable, its default and its reason
-        python train_gpt.py                                           one process, any device
-        torchrun --standalone --nproc_per_node=8 train_gpt.py         the contest's run: 8xH100, 600 s, 16,000,000 bytes
-        RESUME=auto RUN_ID=name torchrun ...                          go on from runs/name/last.safetensors
-        EVAL_ONLY=1 ARTIFACT=runs/name/artifact.bin python train_gpt.py     score an artifact and nothing else
+Run:    python train_gpt.py --help                               every variable, its default and its reason
+        python train_gpt.py                                      one process, any device
+        torchrun --standalone --nproc_per_node=8 train_gpt.py    the contest: 8xH100, 600 s, 16,000,000 bytes
+        RESUME=auto RUN_ID=name torchrun ...                     go on from runs/name/last.safetensors
+        EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py            score an artifact and nothing else
 
-The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs torch, numpy and
-safetensors; zstandard, sentencepiece, tqdm and FlashAttention are used where they are installed.
+The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs torch, numpy
+and safetensors; zstandard, sentencepiece, tqdm and FlashAttention are used where they are installed.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Hyperparameters:
     train_batch_tokens = Var(393216, "tokens an optimizer step, over all ranks and micro-steps", low=2)
     device_batch_tokens = Var(49152, "tokens a forward on one device: the one out-of-memory knob", low=1)
     train_order = Var("sequential", "order of rows within an epoch", choices=("sequential", "shuffled"))
-    train_align = Var("stream", "document: rows begin at a BOS where they can", choices=("stream", "document"))
+    train_align = Var("stream", "document: rows begin at BOS if they can", choices=("stream", "document"))
     verify_data = Var("auto", "check shards by manifest.json; auto: up to 2 GB", choices=("auto", "0", "1"))
 
     _model = "Model"
@@ -291,8 +291,8 @@ class Hyperparameters:
         if orders == (0,):
             return ()
         if any(not 2 <= n <= 16 for n in orders) or len(set(orders)) != len(orders):
-            raise UserError(f"NGRAM_ORDERS={self.ngram_orders!r} is not accepted: different integers from 2 to 16, "
-                            "with commas, or 0 for none")
+            raise UserError(f"NGRAM_ORDERS={self.ngram_orders!r} is not accepted: different integers from 2 to "
+                            "16, with commas, or 0 for none")
         return orders
 
     def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
@@ -313,11 +313,10 @@ class Hyperparameters:
         """Refuses combinations that cannot work, with both values in the message."""
         head_dim, rows = self.model_dim // self.num_heads, self.train_batch_tokens // self.train_seq_len
         chunk, group = self.jepa_chunk_size, self.jepa_sigreg_group
-        say = lambda *names: ", ".join(f"{name.upper()}={getattr(self, name)}" for name in names)  # noqa: E731
         problems = [
-            (self.model_dim % self.num_heads, "model_dim", "num_heads", "the width is not divisible by the heads"),
-            (self.num_heads % self.num_kv_heads, "num_heads", "num_kv_heads", "heads do not divide into groups"),
-            (head_dim % 2, "model_dim", "num_heads", f"a head width of {head_dim} is odd, rotary needs pairs"),
+            (self.model_dim % self.num_heads, "model_dim", "num_heads", "the width does not divide into heads"),
+            (self.num_heads % self.num_kv_heads, "num_heads", "num_kv_heads", "no equal groups of heads"),
+            (head_dim % 2, "model_dim", "num_heads", f"head width {head_dim} is odd, rotary needs pairs"),
             (self.rope_dims % 2 or self.rope_dims > head_dim, "rope_dims", "num_heads",
              f"rotated dimensions must be even and at most the head width {head_dim}"),
             (self.train_batch_tokens % self.train_seq_len, "train_batch_tokens", "train_seq_len",
@@ -332,9 +331,10 @@ class Hyperparameters:
             (self.rank >= self.world_size, "rank", "world_size", "a rank is below the number of processes"),
             (self.eval_only and not self.artifact, "eval_only", "artifact", "which artifact?"),
         ]
-        for bad, first, second, why in problems:
+        for bad, *names, why in problems:
             if bad:
-                raise UserError(f"{say(first, second)}: {why}")
+                pair = ", ".join(f"{name.upper()}={getattr(self, name)}" for name in names)
+                raise UserError(f"{pair}: {why}")
 
 
 # -----------------------------------------------------------------------------
@@ -359,14 +359,15 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def tune_allocator() -> None:
-    """Keeps freed pages inside the process. Fresh pages dominate eager CPU training on some machines (up to 7x).
+    """Keeps freed pages inside the process: fresh pages dominate eager CPU training on some machines (up to 7x).
 
-    `mallopt` of glibc: no mmap for large blocks, no trimming, one arena that all threads share. Elsewhere: nothing.
+    On glibc: no mmap for large blocks, no trimming, one arena that all threads share. Elsewhere: nothing.
     """
+    mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):
-        if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        if platform.libc_ver()[0] == "glibc":
             mallopt = ctypes.CDLL("libc.so.6").mallopt
-            for parameter, value in ((-4, 0), (-1, -1), (-2, 1 << 28), (-8, 1)):  # MMAP_MAX TRIM TOP_PAD ARENA_MAX
+            for parameter, value in ((mmap_max, 0), (trim_threshold, -1), (top_pad, 1 << 28), (arena_max, 1)):
                 mallopt(parameter, value)
 
 
@@ -396,9 +397,10 @@ class Runtime:
         self.device = self._pick_device(args)
         self.dtype = self._pick_dtype(args)
         self.compile = self._pick_compile(args)
-        self.attention = pick_attention(args.attention, self.device, self.dtype, args.model_dim // args.num_heads)
-        self.notes.append(f"attention:{self.attention} compile:{int(self.compile)} device:{self.device_name()} "
-                          f"dtype:{str(self.dtype).removeprefix('torch.')}")
+        head_dim = args.model_dim // args.num_heads
+        self.attention = pick_attention(args.attention, self.device, self.dtype, head_dim)
+        self.notes.append(f"attention:{self.attention} compile:{int(self.compile)} "
+                          f"dtype:{str(self.dtype).removeprefix('torch.')} device:{self.device_name()}")
         if self.device.type == "cpu":
             tune_allocator()
         if self.device.type == "cuda":
@@ -505,8 +507,8 @@ QUERY_BLOCK = 128  # queries of one slice of the blocked backward
 class BlockedBackward(torch.autograd.Function):
     """Torch's flash forward for CPUs with a causal backward of our own, which takes half the time of torch's.
 
-    Blocks of queries meet the keys before them without a mask and their own block under a mask; scores are kept as
-    (keys, queries), so that four of the five products read their operands in memory order.
+    Blocks of queries meet the keys before them without a mask and their own block under a mask; scores are kept
+    as (keys, queries), so that four of the five products read their operands in memory order.
     """
 
     @staticmethod
@@ -534,7 +536,8 @@ class BlockedBackward(torch.autograd.Function):
             scores = (weights * (torch.bmm(v, grad.mT).float() - delta)).to(q.dtype)
             return torch.bmm(scores.mT, k), torch.bmm(scores, q), torch.bmm(weights.to(q.dtype), grad)
 
-        lse, delta = (by_block(x[..., None]).mT for x in (lse.contiguous(), (grad.float() * out.float()).sum(-1)))
+        delta = (grad.float() * out.float()).sum(-1)
+        lse, delta = (by_block(x.contiguous()[..., None]).mT for x in (lse, delta))
         q, grad = by_block(q * scale), by_block(grad)
         k, v = (x.reshape(batch * kv, blocks, size, dim) for x in (k, v))
         ahead = torch.arange(size, device=q.device)
@@ -594,7 +597,7 @@ def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, head_d
             out.sum().backward()
             if torch.allclose(out.float(), math_attention(q, k, k).float(), atol=3e-2):
                 return name
-        except Exception:  # a missing package, a kernel that refuses this card, an old signature: the next rung
+        except Exception:  # a missing package, a kernel that refuses this card, an old signature
             continue
     raise UserError(f"ATTENTION={wanted}: no rung of {ladder[start:]} runs on {device} in {dtype}")
 
@@ -652,7 +655,7 @@ def open_shard(path: Path) -> np.ndarray:
 
 def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
     if ids.size and (top := int(ids.max())) >= vocab_size:
-        raise UserError(f"{path}: id {top} is outside VOCAB_SIZE={vocab_size}: other tokenizer, or a damaged shard")
+        raise UserError(f"{path}: id {top} is outside VOCAB_SIZE={vocab_size}: other tokenizer or damaged shard")
 
 
 class Dataset:
@@ -666,7 +669,7 @@ class Dataset:
         self.val_files = sorted(self.path.glob("*_val_*.bin"))
         if not self.val_files or not (self.train_files or args.eval_only):
             missing = "_val_" if not self.val_files else "_train_"
-            raise UserError(f"DATA_PATH={args.data_path} holds no *{missing}*.bin; data/prepare.py makes them")
+            raise UserError(f"DATA_PATH={self.path} holds no *{missing}*.bin; data/prepare.py makes them")
         self.vocab_size = args.vocab_size
         self.manifest = self._read_manifest()
         self.train_shards = [open_shard(path) for path in self.train_files]
@@ -691,7 +694,7 @@ class Dataset:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a manifest of data/prepare.py ({error!r})") from None
         if manifest.get("vocab_size", self.vocab_size) != self.vocab_size:
-            raise UserError(f"{path} says vocab_size {manifest['vocab_size']}, VOCAB_SIZE is {self.vocab_size}")
+            raise UserError(f"{path}: made for VOCAB_SIZE={manifest['vocab_size']}, not {self.vocab_size}")
         return {**manifest, "sha256": shards}
 
     def _verify(self, mode: str) -> None:
@@ -707,12 +710,14 @@ class Dataset:
     def fingerprint(self) -> dict:
         """What a reader needs to know that two runs saw the same text."""
         digest = hashlib.sha256(self.val.tobytes())
-        for path, shard in zip(self.train_files, self.train_shards):  # all of a large corpus would take minutes
-            digest.update(f"{path.name} {len(shard)}".encode() + shard[:4096].tobytes() + shard[-4096:].tobytes())
+        for path, shard in zip(self.train_files, self.train_shards):  # the ends: all of it could take minutes
+            digest.update(f"{path.name} {len(shard)}".encode())
+            digest.update(shard[:4096].tobytes() + shard[-4096:].tobytes())
         known = {key: self.manifest.get(key) for key in ("source", "variant", "documents", "bytes")}
-        return {"name": self.path.name, "train_shards": len(self.train_files), "val_shards": len(self.val_files),
-                "train_tokens": sum(map(len, self.train_shards)), "val_tokens": len(self.val),
-                "val_documents": int((self.val == BOS_ID).sum()), **known, "sha256": digest.hexdigest()}
+        return {"name": self.path.name, **known, "train_shards": len(self.train_files),
+                "val_shards": len(self.val_files), "train_tokens": sum(map(len, self.train_shards)),
+                "val_tokens": len(self.val), "val_documents": int((self.val == BOS_ID).sum()),
+                "sha256": digest.hexdigest()}
 
 
 def sha256_file(path: Path) -> str:
@@ -724,17 +729,17 @@ def sha256_file(path: Path) -> str:
 
 
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bytes that an id stands for: (bytes without a leading space, has one, may not be followed by one).
+    """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary before one).
 
     A target counts base[id] + (space[id] and not edge[previous id]). byte260: ids from 4 up are one byte each.
-    SentencePiece: byte pieces 1, control / unknown / unused 0, otherwise the UTF-8 length with each inner U+2581 as one
-    space; a leading U+2581 counts only where the previous id is not a boundary (`rules.md` section 4). A model trained
-    by data/prepare.py adds no dummy prefix, so there every U+2581 is a real space and counts.
+    SentencePiece: byte pieces 1, control, unknown and unused 0, others their UTF-8 length with U+2581 as one
+    space; a leading one counts only where the previous id is no boundary, since the dummy prefix stands there.
+    Models trained by data/prepare.py add no prefix: there every U+2581 is a real space and counts.
     """
     base, space, edge = (np.zeros(args.vocab_size, dtype=kind) for kind in (np.int64, bool, bool))
     if not args.tokenizer_path:
         if args.vocab_size != 260:
-            raise UserError(f"VOCAB_SIZE={args.vocab_size} needs TOKENIZER_PATH: only byte260 is known without one")
+            raise UserError(f"VOCAB_SIZE={args.vocab_size} needs TOKENIZER_PATH; only byte260 has none")
         base[BYTE_OFFSET:] = 1
         edge[:BYTE_OFFSET] = True
         return base, space, edge
@@ -745,7 +750,7 @@ def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarr
     try:
         tokenizer = SentencePieceProcessor(model_file=args.tokenizer_path)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path}: not a SentencePiece model ({error})") from None
+        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path}: no SentencePiece model ({error})") from None
     if tokenizer.vocab_size() != args.vocab_size:
         raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} has {tokenizer.vocab_size()} ids, "
                         f"VOCAB_SIZE is {args.vocab_size}")
@@ -785,9 +790,10 @@ def class_table(vocab_size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one global batch of `rows` sequences is spread: micro-steps x ranks x `groups` groups of `group` sequences.
+    """How a global batch of `rows` sequences is spread: micro-steps x ranks x `groups` groups of `group` rows.
 
-    Every rank runs the same shapes on any number of ranks; slots beyond the batch repeat its first group with weight 0.
+    Every rank runs the same shapes, whatever their number: slots beyond the batch repeat its first group with
+    weight 0.
     """
 
     rows: int
@@ -822,7 +828,7 @@ class Loader:
     `state` is the position of the next row: {"epoch", "shard", "row"}; it belongs to the checkpoint.
     """
 
-    def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int, state: dict | None = None):
+    def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int, state=None):
         self.data, self.args, self.plan, self.rank = data, args, plan, rank
         self.length = args.train_seq_len
         self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
@@ -838,8 +844,8 @@ class Loader:
         return np.random.default_rng([self.args.seed, epoch]).permutation(count)
 
     def _row_starts(self, epoch: int, index: int) -> np.ndarray:
-        """Where the rows of a shard begin. Disjoint in a stream; with document alignment a row that would begin inside
-        a document that started in the row before begins at that document's BOS instead (its head is seen twice)."""
+        """Where the rows of a shard begin: disjoint in a stream. With document alignment a row that would begin
+        inside a document that started in the row before begins at its BOS instead (that head is seen twice)."""
         key = (epoch, index)
         if self._starts[0] == key:
             return self._starts[1]
@@ -876,12 +882,13 @@ class Loader:
         return rows
 
     def next(self) -> tuple[Tensor, Tensor, dict]:
-        """One global batch's share: ids (micro_steps, rows, T + 1) int64, weights (micro_steps, rows), state after."""
-        rows = self._next_rows(self.plan.rows)
-        batch = np.empty((self.plan.micro_steps, self.plan.groups * self.plan.group, self.length + 1), np.int64)
+        """This rank's part of a global batch: ids (micro_steps, rows, T + 1) int64, weights (micro_steps, rows);
+        and the state after it."""
+        plan, rows = self.plan, self._next_rows(self.plan.rows)
+        batch = np.empty((plan.micro_steps, plan.groups * plan.group, self.length + 1), np.int64)
         weights = np.empty(batch.shape[:2], np.float32)
-        for micro in range(self.plan.micro_steps):
-            numbers, weights[micro] = self.plan.slots(micro, self.rank)
+        for micro in range(plan.micro_steps):
+            numbers, weights[micro] = plan.slots(micro, self.rank)
             for slot, number in enumerate(numbers):
                 index, start = rows[number]
                 batch[micro, slot] = self.data.train_shards[index][start : start + self.length + 1]
@@ -927,7 +934,7 @@ class Loader:
 
 TENSOR_CLASSES = ("embed", "ngram", "attn", "mlp", "other")
 SMALL_TENSOR = 4096  # elements; below it a tensor stays fp16
-SCALE_FLOOR = 2.0**-20  # a step this small is exact for any weight that matters; zero rows need a non-zero step
+SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
 
 
 def tensor_class(name: str) -> str:
@@ -941,10 +948,10 @@ def tensor_class(name: str) -> str:
 def quantise(weight: np.ndarray, bits: int, clip: str, k: float, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """Rounds to integers of `bits` bits with one fp16 step for each slice along `axis`: q * step ~ weight.
 
-    `std`: step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394): entropy ~ log2(top / k) + 2.05 + 0.0 bits for a
-    Gaussian, so k sets the size. `mse`: the step with the least squared error among 24 clips between 0.3 and 1 of the
-    largest value. The step is bounded below by an epsilon, not by 1 / top (defect G2 of #832).
-    Returns q int8 of weight's shape and step fp16 with size 1 on `axis`. NumPy, so that every backend packs the same.
+    `std`: step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394); a Gaussian then costs about
+    log2(top / k) + 2.05 bits a weight, so k sets the size. `mse`: the step with the least squared error among 24
+    clips between 0.3 and 1 of the largest value. Steps have an epsilon floor, not 1 / top (defect G2 of #832).
+    Returns q, int8 of weight's shape, and step, fp16 with size 1 on `axis`. NumPy: every backend packs the same.
     """
     top = 2 ** (bits - 1) - 1
     weight = np.asarray(weight, dtype=np.float32)
@@ -988,11 +995,11 @@ class LatentMLP(nn.Module):
 
 
 def sigreg(latents: Tensor, directions: Tensor, knots: int) -> Tensor:
-    """Sketched test that latents are N(0, I): distance between characteristic functions along random directions.
+    """Sketched test that latents are N(0, I): distance of characteristic functions along random directions.
 
-    latents (G, N, d): G independent samples of N latents; directions (d, P), unit columns. Returns (G,) in fp32:
-    mean over P of sum_k w_k [(mean cos t_k p - phi_k)^2 + (mean sin t_k p)^2], phi_k = exp(-t_k^2 / 2), t on
-    [0.2, 3], weights w_k = phi_k / sum(phi). Nothing is standardised, so a wrong scale costs (defect A5 of #832).
+    latents (G, N, d): G samples of N latents; directions (d, P), unit columns. Returns (G,) in fp32: the mean over
+    P of sum_k w_k [(mean cos t_k p - phi_k)^2 + (mean sin t_k p)^2] with phi_k = exp(-t_k^2 / 2), t on [0.2, 3]
+    and w_k = phi_k / sum(phi). Nothing is standardised, so a wrong scale costs (defect A5 of #832).
     After LeJEPA's SIGReg (Balestriero & LeCun 2025) and #696.
     """
     t = torch.linspace(0.2, 3.0, knots, device=latents.device)
@@ -1010,18 +1017,18 @@ def sigreg_floor(samples: int, knots: int) -> float:
 
 
 class ChunkJEPA(nn.Module):
-    """Predicts the latent of each chunk of ids from the chunk before it, and feeds the prediction to the stream.
+    """Predicts the latent of each chunk of ids from the chunk before it, and feeds the guess to the stream.
 
     The interface that a record replaces, and nothing else of the script:
-      inputs(step)            what a step's losses need from outside the graph, equal on all ranks
-      forward(hidden, inputs) -> (hidden, terms): the injection, and {name: (groups,) loss} (empty without inputs)
+      inputs(step, device)    what a step's losses need from outside the graph, equal on all ranks
+      forward(hidden, inputs) (hidden with the injection, {name: (groups,) loss}); no losses without inputs
       weights(progress)       {name: weight of that term beside CE}
       report(means)           what the step line says about the mean terms
-      exported()              prefixes of the parameters that scoring needs; the others never reach the artifact
+      exported()              prefixes of the parameters that scoring needs; no others reach the artifact
 
     With h_c the mean hidden state of chunk c: z_c = projector(h_c), zhat_c = predictor(z_{c-1}) (a start token for
-    c = 0), loss |zhat_c - sg(z_c)|^2 and SIGReg on z; injection W zhat_c at every position of chunk c. Causal: chunk
-    c reads chunks before c only. SIGReg pools fixed groups of sequences, so ranks and accumulation do not change it.
+    c = 0); losses |zhat_c - sg(z_c)|^2 and SIGReg on z; injection W zhat_c at every position of chunk c. Causal:
+    chunk c reads the chunks before it. SIGReg pools fixed groups of rows, so ranks and accumulation leave it alone.
     """
 
     def __init__(self, args: Hyperparameters):
@@ -1050,7 +1057,7 @@ class ChunkJEPA(nn.Module):
         return F.normalize(directions, dim=0).to(device)
 
     def forward(self, hidden: Tensor, inputs: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """hidden (B, T, D); a tail shorter than a chunk gets no injection. Terms are per group of sequences."""
+        """hidden (B, T, D); a tail shorter than a chunk gets no injection. Terms are per group of rows."""
         args, size = self.args, self.chunk
         if inputs is None and self.injection is None:
             return hidden, {}
@@ -1067,14 +1074,13 @@ class ChunkJEPA(nn.Module):
             hidden = hidden + F.pad(added, (0, 0, 0, length - chunks * size))
         if inputs is None:
             return hidden, {}
-        grouped = z.float().unflatten(0, (-1, args.jepa_sigreg_group)).flatten(1, 2)  # (G, group * C, latent)
-        error = (guess.float() - z.float().detach()).square().mean((1, 2)).unflatten(0, (-1, args.jepa_sigreg_group))
-        terms = {"jepa_pred": error.mean(1), "latent_var": grouped.detach().var(1).mean(-1)}
-        terms["sigreg"] = sigreg(grouped, inputs, args.jepa_sigreg_knots)
-        return hidden, terms
+        z, guess = (x.float().unflatten(0, (-1, args.jepa_sigreg_group)).flatten(1, 2) for x in (z, guess))
+        error = (guess - z.detach()).square().mean((1, 2))  # z and guess are (G, group * C, latent) here
+        return hidden, {"jepa_pred": error, "latent_var": z.detach().var(1).mean(-1),
+                        "sigreg": sigreg(z, inputs, args.jepa_sigreg_knots)}
 
     def weights(self, progress: float) -> dict[str, float]:
-        """0 in phase 1, a linear ramp to JEPA_LAMBDA_MAX in phase 2, 0 afterwards; progress counts steps or time."""
+        """0 in phase 1, a linear ramp to JEPA_LAMBDA_MAX in phase 2, 0 afterwards."""
         args = self.args
         into = (progress - args.jepa_phase1_frac) / max(args.jepa_phase2_frac, 1e-9)
         peak = args.jepa_lambda_max * args.jepa_loss * into * (0 <= into < 1)
@@ -1083,8 +1089,9 @@ class ChunkJEPA(nn.Module):
     def report(self, means: dict[str, float]) -> dict[str, float]:
         """R^2 of the predictor, and SIGReg beside the value that perfectly normal latents would give."""
         samples = self.args.jepa_sigreg_group * (self.args.train_seq_len // self.chunk)
-        return {"jepa_pred": means["jepa_pred"], "jepa_r2": 1 - means["jepa_pred"] / max(means["latent_var"], 1e-12),
-                "sigreg": means["sigreg"], "sigreg_floor": sigreg_floor(samples, self.args.jepa_sigreg_knots)}
+        r2 = 1 - means["jepa_pred"] / max(means["latent_var"], 1e-12)
+        return {"jepa_pred": means["jepa_pred"], "jepa_r2": r2, "sigreg": means["sigreg"],
+                "sigreg_floor": sigreg_floor(samples, self.args.jepa_sigreg_knots)}
 
     def exported(self) -> tuple[str, ...]:
         return ("projector.", "predictor.", "start", "injection.") if self.injection is not None else ()
@@ -1110,8 +1117,8 @@ class CastedLinear(nn.Linear):
 
 
 def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
-    """cos and sin of positions below `length`: (2, T, 1, rope_dims / 2), fp32 and never cast: bf16 positions are
-    wrong beyond 256 (defect G1 of #832).
+    """cos and sin of positions below `length`: (2, T, 1, rope_dims / 2) in fp32, never cast: bf16 positions
+    are wrong beyond 256 (defect G1 of #832).
 
     Windows longer than TRAIN_SEQ_LEN grow the base by (length / train_seq_len)^(r / (r - 2)) (NTK scaling).
     """
@@ -1125,9 +1132,9 @@ def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
 
 
 class Rotate(torch.autograd.Function):
-    """Half-split rotary on the first dimensions of x (B, T, H, d); rotary (2, T, 1, half) from `rotary_tables`.
+    """Half-split rotary on the first dimensions of x (B, T, H, d); rotary (2, T, 1, half) of `rotary_tables`.
 
-    The backward is the rotation by the opposite angle: one pass, where autograd's own costs 80 ms a step on a CPU.
+    The backward is the rotation by the opposite angle: one pass, where autograd's own takes four.
     """
 
     @staticmethod
@@ -1162,13 +1169,11 @@ class CausalSelfAttention(nn.Module):
         self.attend = ATTENTION[attention]
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        weight = torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight)).to(x.dtype)  # one wide product
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_dim))
-            for part in F.linear(x, weight).split((width, self.c_k.weight.size(0), self.c_v.weight.size(0)), -1)
-        )  # (B, T, H or K, d)
-        q, k = (Rotate.apply(rms_norm(part), rotary[:, :length]) for part in (q, k))
+        weights = [self.c_q.weight, self.c_k.weight, self.c_v.weight]
+        qkv = F.linear(x, torch.cat(weights).to(x.dtype))  # one wide product instead of three
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim))  # (B, T, H or K, d)
+                   for part in qkv.split([len(weight) for weight in weights], -1))
+        q, k = (Rotate.apply(rms_norm(part), rotary[:, : x.size(1)]) for part in (q, k))
         q = q * self.q_gain.to(q.dtype)[:, None]
         y = self.attend(q, k, v)
         if self.exclude_self:  # XSA: drop each head's component along this position's own value
@@ -1200,14 +1205,15 @@ class Block(nn.Module):
         self.ln_scale = (layer + 1) ** -0.5 if args.ln_scale else 1.0
 
     def forward(self, x: Tensor, x0: Tensor, rotary: Tensor) -> Tensor:
-        mix, attn_scale, mlp_scale = (p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
+        scales = (self.resid_mix, self.attn_scale, self.mlp_scale)
+        mix, attn_scale, mlp_scale = (scale.to(x.dtype) for scale in scales)
         x = mix[0] * x + mix[1] * x0
         x = x + attn_scale * self.attn(rms_norm(x) * self.ln_scale, rotary)
         return x + mlp_scale * self.mlp(rms_norm(x) * self.ln_scale)
 
 
 class SmearGate(nn.Module):
-    """x_t <- (1 - g) x_t + g x_{t-1} with a learned gate a channel; a BOS takes nothing from the document before."""
+    """x_t <- (1 - g) x_t + g x_{t-1}, a learned gate a channel; a BOS takes nothing from the document before."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -1265,14 +1271,18 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(layers // 2, dim))
         if args.jepa_chunk_size:
             self.aux = ChunkJEPA(args)
-        self.register_buffer("rotary_train", rotary_tables(args.train_seq_len, args), persistent=False)
-        self.register_buffer("rotary_eval", rotary_tables(args.eval_seq_len, args), persistent=False)
+        self.set_rotary()
         if not args.tie_embeddings:
             self.lm_head = CastedLinear(dim, args.vocab_size)
 
+    def set_rotary(self) -> None:
+        """Tables for training and scoring windows, which may have different lengths."""
+        for name, length in (("rotary_train", self.args.train_seq_len), ("rotary_eval", self.args.eval_seq_len)):
+            self.register_buffer(name, rotary_tables(length, self.args), persistent=False)
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Small normal embeddings, orthogonal matrices, zero output projections: every block starts as identity."""
+        """Small normal embeddings, orthogonal matrices, zero output projections: blocks start as identities."""
         generator = torch.Generator().manual_seed(seed)
         self.tok_emb.weight.normal_(0, self.args.tied_embed_init_std, generator=generator)
         for block in self.blocks:
@@ -1288,7 +1298,7 @@ class GPT(nn.Module):
         if self.lm_head is not None:
             self.lm_head.weight.zero_()
 
-    def hidden(self, ids: Tensor, rotary: Tensor, aux_inputs: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def hidden(self, ids: Tensor, rotary: Tensor, aux_inputs: Tensor | None = None) -> tuple[Tensor, dict]:
         """ids (B, T) -> normalised states (B, T, D) and the auxiliary terms."""
         x = self.tok_emb(ids).to(self.dtype)
         for table in (self.bigram, self.ngram):
@@ -1300,7 +1310,7 @@ class GPT(nn.Module):
         x0, skips = x, []
         first_half = len(self.blocks) // 2
         for i, block in enumerate(self.blocks):
-            if i >= first_half and skips:  # U-Net: the second half takes the first half's outputs, last in first out
+            if i >= first_half and skips:  # U-Net: the second half takes the first half's outputs, last first
                 x = x + self.skip_weights[i - first_half].to(x.dtype) * skips.pop()
             x = block(x, x0, rotary)
             if i < first_half:
@@ -1313,7 +1323,8 @@ class GPT(nn.Module):
     def exported(self) -> dict[str, nn.Parameter]:
         """Parameters that scoring needs, by name; what only training uses never reaches an artifact."""
         kept = () if self.aux is None else tuple(f"aux.{prefix}" for prefix in self.aux.exported())
-        return {name: p for name, p in self.named_parameters() if not name.startswith("aux.") or name.startswith(kept)}
+        return {name: p for name, p in self.named_parameters()
+                if not name.startswith("aux.") or name.startswith(kept)}
 
     def head(self, x: Tensor) -> Tensor:
         """States -> capped logits in fp32."""
@@ -1323,7 +1334,7 @@ class GPT(nn.Module):
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def losses(self, ids: Tensor, weights: Tensor, aux_inputs: Tensor | None) -> dict[str, Tensor]:
-        """ids (B, T + 1), weights (B,) -> weighted sums: "ce" in nats over all targets, each auxiliary term."""
+        """ids (B, T + 1), weights (B,) -> weighted sums: "ce" in nats over all targets, the auxiliary terms."""
         x, terms = self.hidden(ids[:, :-1], self.rotary_train, aux_inputs)
         nats = F.cross_entropy(self.head(x).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
@@ -1332,7 +1343,7 @@ class GPT(nn.Module):
         return sums
 
     def logits(self, ids: Tensor, take: Tensor, span: int) -> Tensor:
-        """Logits (B, span, V), fp32, of the positions take[b] ... take[b] + span - 1 of each row of ids (B, T)."""
+        """fp32 logits (B, span, V) of the positions take[b] ... take[b] + span - 1 of each row of ids (B, T)."""
         x, _ = self.hidden(ids, self.rotary_eval)
         where = take[:, None] + torch.arange(span, device=ids.device)
         return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
@@ -1353,7 +1364,7 @@ def scoring_logits(model: GPT, ids: Tensor, take: Tensor, span: int) -> Tensor:
 
 
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Replaces each matrix of (n, r, c) by roughly U V^T of its SVD: the odd quintic iteration of Muon (K. Jordan)."""
+    """Replaces each matrix of (n, r, c) by roughly U V^T of its SVD: the quintic iteration of Muon (K. Jordan)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.to(dtype)
     tall = x.size(1) > x.size(2)
@@ -1368,8 +1379,8 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 class Muon:
     """Momentum, then orthogonalisation: every update of a matrix has singular values near 1, times its rate.
 
-    Matrices of equal shape form one stack; each rank owns a share of it, receives the summed gradient of that share
-    (reduce-scatter), orthogonalises it and sends the result round (all-gather) while it works on the next stack.
+    Matrices of equal shape form one stack; each rank owns a share of it, receives that share's summed gradient
+    (reduce-scatter), orthogonalises it and sends it round (all-gather) while it works on the next stack.
     update = NS(g + mu * m), m <- mu * m + g;  p <- p * (1 - rate * wd) - rate * sqrt(max(1, r / c)) * update.
     """
 
@@ -1458,8 +1469,8 @@ def gradients(params: list[nn.Parameter]) -> list[Tensor]:
 class RowAdagrad:
     """Adagrad with one accumulator a row: p <- p - rate * g / sqrt(sum over steps of mean(g^2) in that row).
 
-    A row of a hash table is met a few times in a run. Rows that a step does not touch stay as they are, a row's rate
-    falls with its own count, and the state is 1 / dim of Adam's (-0.011 BPB against Adam at the ablation setting).
+    A row of a hash table is met a few times in a run. Rows that a step does not touch stay as they are, a row's
+    rate falls with its own count, and the state is 1 / (2 dim) of Adam's.
     """
 
     def __init__(self, params: list[nn.Parameter], args: Hyperparameters):
@@ -1498,9 +1509,9 @@ class Optimizers:
         rates = {"embed": args.tied_embed_lr if args.tie_embeddings else args.embed_lr, "head": args.head_lr,
                  "aux": args.jepa_lr, "scalar": args.scalar_lr}
         self.adam = torch.optim.AdamW(
-            [{"params": groups[key], "lr": rate, "peak": rate, "weight_decay": 0.0 if key == "aux" else args.adam_wd}
+            [{"params": groups[key], "lr": rate, "peak": rate, "weight_decay": args.adam_wd * (key != "aux")}
              for key, rate in rates.items() if groups[key]],
-            betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=runtime.device.type in ("cpu", "cuda", "mps"))
+            betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
         self.replicated = [p for key in keys[1:] for p in groups[key]]
 
     @staticmethod
@@ -1534,9 +1545,9 @@ class Optimizers:
     @torch.no_grad()
     def step(self, step: int, progress: float, norm: Tensor) -> None:
         args, fall = self.args, rate_at(progress, self.args)
-        clip = (args.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0) if args.grad_clip_norm else torch.ones_like(norm)
-        warm = min(1.0, step / args.muon_momentum_warmup_steps) if args.muon_momentum_warmup_steps else 1.0
-        momentum = args.muon_momentum_warmup_start + warm * (args.muon_momentum - args.muon_momentum_warmup_start)
+        clip = ((args.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
+        warm = min(1.0, step / max(args.muon_momentum_warmup_steps, 1e-9))
+        momentum = (1 - warm) * args.muon_momentum_warmup_start + warm * args.muon_momentum
         torch._foreach_mul_([p.grad for p in self.replicated], clip)
         self.muon.step(args.matrix_lr * fall, momentum, clip)
         for group in self.adam.param_groups:
@@ -1571,8 +1582,8 @@ class Optimizers:
 def rate_at(progress: float, args: Hyperparameters) -> float:
     """Share of the peak rate at `progress` in [0, 1]: flat, then linear down to MIN_LR, reached at 1.
 
-    Progress is max(step share, time share), so the rate is at its floor at the end whichever limit ends the run
-    (#832 stopped at 17 % of its peak, defect A4).
+    Progress is max(step share, time share), so the rate is at its floor at the end whichever limit ends the
+    run (#832 stopped at 17 % of its peak, defect A4).
     """
     fall = args.warmdown_iters / args.iterations
     left = min(1.0, (1.0 - progress) / fall) if fall else 1.0
@@ -1580,7 +1591,7 @@ def rate_at(progress: float, args: Hyperparameters) -> float:
 
 
 class EMA:
-    """fp32 average of the weights with decay min(EMA_DECAY, (1 + t) / (10 + t)): short runs are not stuck at init."""
+    """fp32 average of the weights; decay min(EMA_DECAY, (1 + t) / (10 + t)), so that short runs leave the init."""
 
     def __init__(self, model: GPT, decay: float):
         self.decay, self.live = decay, list(model.parameters())
@@ -1607,7 +1618,7 @@ class EMA:
 # ARTIFACT
 # -----------------------------------------------------------------------------
 
-# magic 8 bytes | sha256 of the rest 32 bytes | version u16, header length u32 (little-endian) | JSON header | payload
+# magic (8 bytes) | sha256 of the rest (32) | version (2), header length (4), little-endian | JSON header | payload
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 1
 PREAMBLE_BYTES = len(ARTIFACT_MAGIC) + 32 + 6
 
@@ -1626,8 +1637,8 @@ def compressors() -> dict[str, tuple]:
 def pack(tensors: dict[str, np.ndarray], args: Hyperparameters) -> bytes:
     """Quantises and compresses: one self-describing file, no pickle.
 
-    Tensors of at least 2 dimensions and SMALL_TENSOR elements become integers with a step a row (a column of a hash
-    table), the rest fp16. Payload: all integers, then all fp16 numbers as a plane of low and a plane of high bytes.
+    Tensors of at least 2 dimensions and SMALL_TENSOR elements become integers with a step a row (a column of a
+    hash table), the rest fp16. Payload: all integers, then the fp16 numbers as a plane of low and one of high bytes.
     """
     entries, codes, halves = [], [], []
     for name, weight in tensors.items():
@@ -1646,7 +1657,7 @@ def pack(tensors: dict[str, np.ndarray], args: Hyperparameters) -> bytes:
         raise UserError(f"COMPRESSOR={args.compressor} is not installed; there is {', '.join(sorted(there))}")
     names = sorted(there) if args.compressor == "auto" else [args.compressor]
     size, name, payload = min((len(blob), name, blob) for name in names for blob in [there[name][0](raw)])
-    header = json.dumps({"config": args.shipped(), "tensors": entries, "compressor": name, "raw_bytes": len(raw)},
+    header = json.dumps({"config": args.shipped(), "tensors": entries, "compressor": name},
                         separators=(",", ":")).encode()
     body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little") + header + payload
     return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body
@@ -1698,7 +1709,7 @@ def read_file(path: str | Path, what: str) -> bytes:
 
 def load(artifact_path: str | Path, device: str | torch.device = "cpu", args: Hyperparameters | None = None,
          dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> GPT:
-    """Rebuilds the scoring model from an artifact alone; `args` of the same model may change how it is scored."""
+    """The scoring model, from an artifact alone; `args` of the same model may change how it is scored."""
     header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
     args = args or Hyperparameters(None, header["config"])
     with torch.device("meta"):
@@ -1712,7 +1723,7 @@ def load(artifact_path: str | Path, device: str | torch.device = "cpu", args: Hy
     for module in model.modules():  # what is still without data is training-only
         module._parameters = {name: None if p is not None and p.is_meta else p
                               for name, p in module._parameters.items()}
-    model.rotary_train, model.rotary_eval = (rotary_tables(n, args) for n in (args.train_seq_len, args.eval_seq_len))
+    model.set_rotary()
     return model.to(device).eval()
 
 
@@ -1724,9 +1735,9 @@ def load(artifact_path: str | Path, device: str | torch.device = "cpu", args: Hy
 def windows(targets: int, length: int, stride: int) -> np.ndarray:
     """Rows (start, first, stop): ids[start : start + length] are read to score targets first ... stop - 1.
 
-    Target t is the id t + 1 of the stream. The stream is cut into blocks of `stride` targets; each block is scored
-    by the window that ends with it (the first windows start at 0), so every target, the tail included, is scored
-    exactly once with at least length - stride ids of context where there are so many.
+    Target t is the id t + 1 of the stream. The stream is cut into blocks of `stride` targets; each block is
+    scored by the window that ends with it (the first windows start at 0), so every target, the tail included, is
+    scored exactly once, with at least length - stride ids of context where there are so many.
     """
     first = np.arange(0, targets, stride)
     stop = np.minimum(first + stride, targets)
@@ -1736,11 +1747,11 @@ def windows(targets: int, length: int, stride: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def scored(model: GPT, ids: np.ndarray, length: int, stride: int, batch: int, logits=scoring_logits, share=(0, 1),
-           show: str = ""):
-    """Yields (first, stop, log-probabilities (stop - first, V) fp32, nats (stop - first,)) for every block of targets.
+def scored(model: GPT, ids: np.ndarray, length: int, stride: int, batch: int, logits=scoring_logits,
+           share: tuple[int, int] = (0, 1), show: str = ""):
+    """Yields (first, stop, log-probabilities (n, V) fp32, nats (n,)) for every block of n = stop - first targets.
 
-    `share` = (rank, ranks) keeps each rank's part of the batches. This is the only path from weights to a score.
+    `share` = (rank, ranks) keeps a rank's part of the batches. This is the only path from weights to a score.
     """
     device = next(model.parameters()).device
     plan = windows(len(ids) - 1, length, stride)
@@ -1764,7 +1775,7 @@ def scored(model: GPT, ids: np.ndarray, length: int, stride: int, batch: int, lo
 
 
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """(nats of each target ids[1:], {t: log-probabilities over the vocabulary of target t, for t in positions})."""
+    """(nats of each target ids[1:], {t: log-probabilities over the vocabulary at target t, for t in positions})."""
     args, ids, wanted = model.args, np.asarray(ids), set(positions)
     batch = max(1, args.eval_batch_tokens // args.eval_seq_len)
     nats, vectors = np.zeros(max(len(ids) - 1, 0)), {}
@@ -1777,8 +1788,8 @@ def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarr
 class Evaluator:
     """Scores a model on the validation stream: one line in the log, one entry in `metrics.json` a pass."""
 
-    def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, logits=scoring_logits):
-        self.args, self.runtime, self.log, self.logits = args, runtime, log, logits
+    def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
+        self.args, self.runtime, self.log, self.logits = args, runtime, log, scoring_logits
         ids = data.val
         sizes = target_bytes(ids, byte_tables(args))
         self.prefix = 0
@@ -1814,23 +1825,23 @@ class Evaluator:
         if int(sums[-1]) != targets:
             raise AssertionError(f"{name}: scored {int(sums[-1])} targets of {targets}")
         nats = float(sums[:-1].sum())
+        bits = {label: float(total) / math.log(2) for label, total in zip(BYTE_CLASSES, sums) if total}
         result = {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / self.bytes, "targets": targets,
-                  "bytes": self.bytes, "seconds": time.perf_counter() - start, "seq_len": length, "stride": stride,
-                  "bits_by_class": {label: float(total) / math.log(2) for label, total in zip(BYTE_CLASSES, sums)
-                                    if total}}
+                  "bytes": self.bytes, "seconds": time.perf_counter() - start, "seq_len": length,
+                  "stride": stride, "bits_by_class": bits}
         if self.prefix:
             result["prefix_bytes"] = self.prefix
         self.results[name] = result
         return result
 
     def report(self, name: str, model: GPT, stride: int | None = None) -> dict:
-        """Runs a pass and prints its line: non-overlapping windows, or sliding ones where a stride is given."""
+        """Runs a pass and prints its line: non-overlapping windows, or sliding ones with a stride."""
         length = self.args.eval_seq_len
         result = self.run(name, model, length, stride or length)
         extra = f" stride:{stride}" if stride else ""
         extra += f" prefix:{self.prefix}" if self.prefix else ""
-        self.log(f"{name} val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}{extra} "
-                 f"targets:{result['targets']} bytes:{result['bytes']} eval_time:{1e3 * result['seconds']:.0f}ms")
+        extra += f" targets:{result['targets']} bytes:{result['bytes']} eval_time:{1e3 * result['seconds']:.0f}ms"
+        self.log(f"{name} val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}{extra}")
         self.log(f"{name}_exact val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f}")
         return result
 
@@ -1851,7 +1862,7 @@ class Stream:
 
     @torch.no_grad()
     def logprobs(self) -> np.ndarray:
-        """Log-probabilities (V,) fp32 of the next id. The first id of a stream is given (BOS): push it first."""
+        """fp32 log-probabilities (V,) of the next id. The first id of a stream (BOS) is given: push it first."""
         if not self.ids:
             raise ValueError("push the first id (BOS) before asking for the second")
         args = self.model.args
@@ -1904,7 +1915,7 @@ class Trainer:
     # One step
 
     def micro_step(self, ids: Tensor, weights: Tensor, aux_inputs, aux_weights: dict[str, float]) -> dict:
-        """Forward and backward of one micro-batch; gradients add up to those of the mean over the global batch."""
+        """Forward and backward of one micro-batch; gradients add up to those of the global batch's mean."""
         sums = self.losses(self.model, ids, weights, aux_inputs)
         loss = sums["ce"] / (self.plan.rows * self.args.train_seq_len)
         for name, weight in aux_weights.items():
@@ -1918,7 +1929,7 @@ class Trainer:
         aux = self.model.aux
         aux_inputs = aux.inputs(self.step, self.runtime.device) if aux is not None else None
         aux_weights = aux.weights(progress) if aux is not None else {}
-        parts = [self.micro_step(ids[i], weights[i], aux_inputs, aux_weights) for i in range(self.plan.micro_steps)]
+        parts = [self.micro_step(*batch, aux_inputs, aux_weights) for batch in zip(ids, weights)]
         norm = self.optimizers.reduce(1.0 / self.loss_scale)
         if self.runtime.dtype != torch.float16 or self.adapt_loss_scale(norm):
             self.optimizers.step(self.step, progress, norm)
@@ -1958,9 +1969,9 @@ class Trainer:
         for _ in range(args.warmup_steps):
             ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator).to(device)
             self.train_step(ids, torch.ones(shape[:2], device=device), 0.0)
-        length, text = args.eval_seq_len, np.full(args.eval_seq_len + 1, BOS_ID)
+        length, batch = args.eval_seq_len, max(1, args.eval_batch_tokens // args.eval_seq_len)
         for stride in sorted({length, args.eval_stride}):
-            list(scored(self.model, text, length, stride, max(1, args.eval_batch_tokens // length), self.logits))
+            list(scored(self.model, np.full(2, BOS_ID), length, stride, batch, self.logits))
 
     # The loop
 
@@ -1973,8 +1984,10 @@ class Trainer:
         """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
         args, runtime = self.args, self.runtime
         batches = Loader(self.data, args, self.plan, runtime.rank, self.loader_state).prefetch(runtime.device)
-        first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of the first loss that is not finite
+        first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of the first non-finite loss
         fences: deque = deque()
+        cadence = {"log": args.train_log_every, "save": args.checkpoint_every, "validate": args.val_loss_every,
+                   "report": args.grad_report_every}
         started = time.perf_counter() - self.seconds
         try:
             while True:
@@ -1988,24 +2001,25 @@ class Trainer:
                 ids, weights, state = next(batches)
                 terms = self.train_step(ids, weights, progress)
                 self.step, self.loader_state = self.step + 1, state
-                first_bad = torch.where(torch.isfinite(terms["ce"]), first_bad, first_bad.clamp(max=self.step))
-                if runtime.device.type == "cuda":  # the CPU runs two steps ahead at most: the clock stays honest
+                fine = torch.isfinite(terms["ce"])
+                first_bad = torch.where(fine, first_bad, first_bad.clamp(max=self.step))
+                if runtime.device.type == "cuda":  # the CPU runs two steps ahead at most: an honest clock
                     fences.append(torch.cuda.Event())
                     fences[-1].record()
                     if len(fences) > 2:
                         fences.popleft().synchronize()
-                shown = self.step <= 10 or self.step % args.train_log_every == 0 or self.step == args.iterations
-                saving = args.checkpoint_every and self.step % args.checkpoint_every == 0
-                if shown or saving:
+                every = {name: n and self.step % n == 0 for name, n in cadence.items()}
+                shown = self.step <= 10 or self.step == args.iterations or every["log"]
+                if shown or every["save"]:
                     self.refuse_non_finite(first_bad)
                 if shown:
                     self.log_step(terms, time.perf_counter() - started, progress)
-                if args.grad_report_every and self.step % args.grad_report_every == 0:
+                if every["report"]:
                     self.grad_report(ids[0], weights[0])
-                if saving:
+                if every["save"]:
                     self.seconds = time.perf_counter() - started
                     self.save("last")
-                if args.val_loss_every and self.step % args.val_loss_every == 0:
+                if every["validate"] and self.step < args.iterations:  # the end has its own
                     pause = time.perf_counter()
                     self.seconds = pause - started
                     self.validate(evaluator)
@@ -2022,14 +2036,16 @@ class Trainer:
             good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
             raise UserError(f"step {step}: the loss is not finite; {good}")
 
+    def timing(self, seconds: float) -> str:
+        return f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(self.step, 1):.2f}ms"
+
     def log_step(self, terms: dict[str, Tensor], seconds: float, progress: float) -> None:
         names = sorted(terms)
         sums = self.runtime.all_reduce(torch.stack([terms[name].float() for name in names])).tolist()
         means = {name: total / (self.plan.rows // self.plan.group) for name, total in zip(names, sums)}
         loss = means.pop("ce") / (self.plan.group * self.args.train_seq_len)
         extra = self.model.aux.report(means) if self.model.aux is not None else {}
-        self.log(f"step:{self.step}/{self.args.iterations} train_loss:{loss:.4f} train_time:{1e3 * seconds:.0f}ms "
-                 f"step_avg:{1e3 * seconds / self.step:.2f}ms"
+        self.log(f"step:{self.step}/{self.args.iterations} train_loss:{loss:.4f} {self.timing(seconds)}"
                  + "".join(f" {name}:{value:.5f}" for name, value in extra.items()))
         self.log.metrics(step=self.step, train_loss=loss, train_seconds=seconds, progress=progress,
                          rate=rate_at(progress, self.args), **extra)
@@ -2045,12 +2061,11 @@ class Trainer:
 
     def log_validation(self, result: dict) -> None:
         self.log(f"step:{self.step}/{self.args.iterations} val_loss:{result['val_loss']:.4f} "
-                 f"val_bpb:{result['val_bpb']:.4f} train_time:{1e3 * self.seconds:.0f}ms "
-                 f"step_avg:{1e3 * self.seconds / max(self.step, 1):.2f}ms")
+                 f"val_bpb:{result['val_bpb']:.4f} {self.timing(self.seconds)}")
         self.log.metrics(step=self.step, val_loss=result["val_loss"], val_bpb=result["val_bpb"])
 
     def grad_report(self, ids: Tensor, weights: Tensor) -> None:
-        """Logs the norm of the gradient that each loss term, at weight 1, sends into each module (one micro-batch)."""
+        """Logs the gradient norm that each loss term, at weight 1, sends into each module (one micro-batch)."""
         if not self.runtime.main:
             return
         aux = self.model.aux
@@ -2061,11 +2076,11 @@ class Trainer:
             if not value.requires_grad:
                 continue
             squares: dict[str, float] = {}
-            for name, grad in zip(names, torch.autograd.grad(value / len(ids), params, retain_graph=True,
-                                                             allow_unused=True)):
-                top, *rest = name.split(".")
-                module = f"blocks.{rest[1]}" if top == "blocks" else f"{top}.{rest[0]}" if top == "aux" else top
-                squares[module] = squares.get(module, 0.0) + (0.0 if grad is None else float(grad.square().sum()))
+            grads = torch.autograd.grad(value / len(ids), params, retain_graph=True, materialize_grads=True)
+            for name, grad in zip(names, grads):
+                parts = [part for part in name.split(".") if not part.isdigit()]
+                module = ".".join(parts[:2] if parts[0] in ("blocks", "aux") else parts[:1])
+                squares[module] = squares.get(module, 0.0) + float(grad.square().sum())
             self.log(f"grad_report step:{self.step} {term} "
                      + " ".join(f"{module}:{square ** 0.5:.3e}" for module, square in squares.items()))
 
@@ -2077,10 +2092,11 @@ class Trainer:
         return run_folder(self.args) / f"{name}.safetensors"
 
     def save(self, name: str) -> None:
-        """Weights, average, optimizers, RNG, loader position and clock in one safetensors file, atomically."""
+        """Weights, average, optimizers, RNG, loader position and clock: one safetensors file, atomically."""
         names = [key for key, _ in self.model.named_parameters()]
         tensors = {f"model.{key}": p for key, p in zip(names, self.model.parameters())}
-        tensors |= {f"ema.{key}": p for key, p in zip(names, self.ema.average if self.ema is not None else ())}
+        if self.ema is not None:
+            tensors |= {f"ema.{key}": p for key, p in zip(names, self.ema.average)}
         tensors |= {**self.optimizers.state(), "rng.cpu": torch.get_rng_state()}
         if self.runtime.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.runtime.device)
@@ -2099,7 +2115,7 @@ class Trainer:
             raise UserError(f"RESUME={path}: not a checkpoint of this script ({error})") from None
         for key, value in self.args.shipped().items():
             if meta["config"].get(key) != value:
-                raise UserError(f"RESUME={path}: made with {key}={meta['config'].get(key)}, this run has {value}")
+                raise UserError(f"RESUME={path}: made with {key}={meta['config'].get(key)}, not {value}")
         if self.ema is not None and not any(key.startswith("ema.") for key in state):
             raise UserError(f"RESUME={path}: made with EMA_ENABLED=0, this run has 1")
         with torch.no_grad():
@@ -2133,7 +2149,8 @@ def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: d
     log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
     for warning in args.warnings:
         log(f"warning: {warning}")
-    log(f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} commit:{git_commit()}")
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    log(" ".join(f"{name}:{version}" for name, version in versions.items()) + f" commit:{git_commit()}")
     for note in runtime.notes:
         log(note)
     log("settings " + json.dumps(args.settings()), console=False)
@@ -2141,7 +2158,7 @@ def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: d
 
 
 def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, evaluator: Evaluator) -> dict:
-    """Training, the scores of raw and averaged weights, the artifact; returns what `metrics.json` says of them."""
+    """Training, the scores of raw and averaged weights, the artifact; returns what `metrics.json` says."""
     trainer = Trainer(args, data, runtime, log)
     params = sum(p.numel() for p in trainer.model.parameters())
     log(f"model_params:{params} world_size:{runtime.world_size} micro_steps:{trainer.plan.micro_steps} "
@@ -2176,9 +2193,10 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, eval
             if runtime.main:
                 write_atomic(artifact, pack(tensors, args))
             runtime.all_reduce(torch.zeros(1))  # the others wait for the file
-    log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{sum(map(np.size, tensors.values()))}")
-    return {"artifact": str(artifact), "params": params, "train_seconds": trainer.seconds, "steps": trainer.step,
-            "ms_per_step": 1e3 * trainer.seconds / max(trainer.step, 1)}
+    shipped = sum(map(np.size, tensors.values()))
+    log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
+    return {"artifact": str(artifact), "params": params, "params_shipped": shipped, "steps": trainer.step,
+            "train_seconds": trainer.seconds, "ms_per_step": 1e3 * trainer.seconds / max(trainer.step, 1)}
 
 
 def score_artifact(path: str, args: Hyperparameters, runtime: Runtime, evaluator: Evaluator) -> None:
@@ -2197,7 +2215,7 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
     limits = [("ARTIFACT_BUDGET_BYTES", args.artifact_budget_bytes, total),
               ("MAX_WALLCLOCK_SECONDS", args.max_wallclock_seconds, seconds["train_seconds"]),
               ("EVAL_BUDGET_SECONDS", args.eval_budget_seconds, seconds["eval_seconds"])]
-    broken = [f"{name}={limit} is broken: {value:.3f}" for name, limit, value in limits if limit and value > limit]
+    broken = [f"{name}={limit} is broken: {value:.3f}" for name, limit, value in limits if 0 < limit < value]
     metrics = {
         "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline, "bytes_code": code,
         "bytes_model": total - code, "bytes_total": total, **seconds, "peak_mem_mb": runtime.peak_memory_mb(),
@@ -2236,8 +2254,9 @@ def main() -> int:
         log_header(log, args, runtime, fingerprint)
         evaluator = Evaluator(args, data, runtime, log)
         log(evaluator.describe(data.manifest))
-        summary = {"artifact": args.artifact} if args.eval_only else train(args, data, runtime, log, evaluator)
-        summary["dataset"] = fingerprint
+        summary = {"artifact": args.artifact, "dataset": fingerprint}
+        if not args.eval_only:
+            summary |= train(args, data, runtime, log, evaluator)
         with runtime.clocks("evaluation"):
             score_artifact(summary["artifact"], args, runtime, evaluator)
         return finish(args, runtime, log, evaluator, summary) if runtime.main else 0
