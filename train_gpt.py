@@ -949,8 +949,8 @@ def quantise(weight: np.ndarray, bits: int, clip: str, k: float, axis: int) -> t
     """Rounds to integers of `bits` bits with one fp16 step for each slice along `axis`: q * step ~ weight.
 
     `std`: step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394); a Gaussian then costs about
-    log2(top / k) + 2.05 bits a weight, so k sets the size. `mse`: the step with the least squared error among 24
-    clips between 0.3 and 1 of the largest value. Steps have an epsilon floor, not 1 / top (defect G2 of #832).
+    log2(top / k) + 2.05 bits a weight, so k sets the size. `mse`: the step with the least squared error among 33
+    clips between 0.2 and 1 of the largest value. Steps have an epsilon floor, not 1 / top (defect G2 of #832).
     Returns q, int8 of weight's shape, and step, fp16 with size 1 on `axis`. NumPy: every backend packs the same.
     """
     top = 2 ** (bits - 1) - 1
@@ -964,7 +964,7 @@ def quantise(weight: np.ndarray, bits: int, clip: str, k: float, axis: int) -> t
         return round_to(k * weight.std(axis=axis, keepdims=True) / top)
     peak = np.abs(weight).max(axis=axis, keepdims=True)
     best_error, best_step = None, None
-    for share in np.linspace(1.0, 0.3, 24, dtype=np.float32):
+    for share in np.linspace(1.0, 0.2, 33, dtype=np.float32):
         q, step = round_to(share * peak / top)
         error = np.square(q * step.astype(np.float32) - weight).sum(axis=axis, keepdims=True)
         better = best_error is None or error < best_error
@@ -1057,25 +1057,26 @@ class ChunkJEPA(nn.Module):
         return F.normalize(directions, dim=0).to(device)
 
     def forward(self, hidden: Tensor, inputs: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """hidden (B, T, D); a tail shorter than a chunk gets no injection. Terms are per group of rows."""
+        """hidden (B, T, D). A tail shorter than a chunk is fed like any chunk, so that a decoder that stops inside
+        one agrees with the scorer (#832 feeds it nothing). Terms are per group of rows."""
         args, size = self.args, self.chunk
         if inputs is None and self.injection is None:
             return hidden, {}
         batch, length, _ = hidden.shape
-        chunks = length // size
+        full = length // size
         source = hidden if args.jepa_backbone_grad else hidden.detach()
-        means = source[:, : chunks * size].unflatten(1, (chunks, size)).mean(2)  # (B, C, D)
+        means = source[:, : full * size].unflatten(1, (full, size)).mean(2)  # (B, C, D)
         z = self.projector(means)  # (B, C, latent)
         start = self.start.to(z.dtype).expand(batch, 1, -1)
-        guess = self.predictor(torch.cat((start, z[:, :-1]), 1)) if chunks else z
+        guess = self.predictor(torch.cat((start, z), 1)[:, : -(-length // size)])
         if self.injection is not None:
             given = guess if args.jepa_adapter_grad else guess.detach()
-            added = self.injection(given).repeat_interleave(size, dim=1)
-            hidden = hidden + F.pad(added, (0, 0, 0, length - chunks * size))
+            hidden = hidden + self.injection(given).repeat_interleave(size, dim=1)[:, :length]
         if inputs is None:
             return hidden, {}
-        z, guess = (x.float().unflatten(0, (-1, args.jepa_sigreg_group)).flatten(1, 2) for x in (z, guess))
-        error = (guess - z.detach()).square().mean((1, 2))  # z and guess are (G, group * C, latent) here
+        z, guess = (x[:, :full].float().unflatten(0, (-1, args.jepa_sigreg_group)).flatten(1, 2)
+                    for x in (z, guess))  # (G, group * C, latent)
+        error = (guess - z.detach()).square().mean((1, 2))
         return hidden, {"jepa_pred": error, "latent_var": z.detach().var(1).mean(-1),
                         "sigreg": sigreg(z, inputs, args.jepa_sigreg_knots)}
 
@@ -1675,29 +1676,42 @@ def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
     version, length = int.from_bytes(body[:2], "little"), int.from_bytes(body[2:6], "little")
     if version != ARTIFACT_VERSION:
         raise UserError(f"{where}: format version {version}, this script reads {ARTIFACT_VERSION}")
-    header = json.loads(body[6 : 6 + length])
-    there = compressors()
-    if header["compressor"] not in there:
-        raise UserError(f"{where}: packed with {header['compressor']}, which is not installed")
-    raw = there[header["compressor"]][1](body[6 + length :])
+    try:
+        header = {"config": {}} | json.loads(body[6 : 6 + length])
+        if header["compressor"] not in compressors():
+            raise UserError(f"{where}: packed with {header['compressor']}, which is not installed")
+        raw = compressors()[header["compressor"]][1](body[6 + length :])
+        return header, unpack_tensors(header["tensors"], raw)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{where}: its header contradicts its payload ({error!r})") from None
+
+
+def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
     sizes = [(math.prod(shape), math.prod(shape[:axis] + shape[axis + 1 :]) if bits else 0)
-             for _, shape, bits, axis in header["tensors"]]
-    total_codes = sum(size for (size, _), entry in zip(sizes, header["tensors"]) if entry[2])
-    planes = np.frombuffer(raw, np.uint8, offset=total_codes).reshape(2, -1)
+             for _, shape, bits, axis in entries]
+    codes = sum(size for size, steps in sizes if steps)
+    planes = np.frombuffer(raw, np.uint8, offset=codes).reshape(2, -1)
     halves = np.ascontiguousarray(planes.T).view("<f2").reshape(-1)
     tensors, code_at, half_at = {}, 0, 0
-    for (name, shape, bits, axis), (size, steps) in zip(header["tensors"], sizes):
-        count = steps if bits else size
-        numbers = halves[half_at : half_at + count]
-        half_at += count
-        if not bits:
-            tensors[name] = numbers.astype(np.float32).reshape(shape)
-            continue
-        moved = [*shape[:axis], *shape[axis + 1 :], shape[axis]]
-        q = np.moveaxis(np.frombuffer(raw, np.int8, size, code_at).reshape(moved), -1, axis)
-        tensors[name] = dequantise(q, numbers.reshape([*shape[:axis], 1, *shape[axis + 1 :]]))
-        code_at += size
-    return header, tensors
+    for (name, shape, bits, axis), (size, steps) in zip(entries, sizes):
+        numbers = halves[half_at : half_at + (steps or size)].astype(np.float32)
+        half_at += steps or size
+        if bits:
+            q = np.frombuffer(raw, np.int8, size, code_at).reshape([*shape[:axis], *shape[axis + 1 :], shape[axis]])
+            code_at += size
+            numbers = np.moveaxis(q * numbers.reshape([*q.shape[:-1], 1]), -1, axis)
+        tensors[name] = np.ascontiguousarray(numbers.reshape(shape))
+    if half_at != len(halves):
+        raise ValueError(f"{len(halves) - half_at} numbers left over")
+    return tensors
+
+
+def shipped_settings(header: dict, where: str, environ: dict[str, str] | None = None) -> Hyperparameters:
+    """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's own)."""
+    missing = [var.name for var in Hyperparameters.vars().values() if var.ship and var.name not in header["config"]]
+    if missing:
+        raise UserError(f"{where}: its config lacks {missing[0]}")
+    return Hyperparameters(environ, header["config"])
 
 
 def read_file(path: str | Path, what: str) -> bytes:
@@ -1711,7 +1725,7 @@ def load(artifact_path: str | Path, device: str | torch.device = "cpu", args: Hy
          dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> GPT:
     """The scoring model, from an artifact alone; `args` of the same model may change how it is scored."""
     header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
-    args = args or Hyperparameters(None, header["config"])
+    args = args or shipped_settings(header, str(artifact_path))
     with torch.device("meta"):
         model = GPT(args, attention, dtype)
     wanted = {name: tuple(p.shape) for name, p in model.exported().items()}
@@ -2244,7 +2258,7 @@ def main() -> int:
         args = Hyperparameters(os.environ)
         if args.eval_only:
             header, _ = unpack(read_file(args.artifact, "ARTIFACT"), args.artifact)
-            args = Hyperparameters(os.environ, header["config"])
+            args = shipped_settings(header, args.artifact, os.environ)
         runtime = Runtime(args)
         started, = runtime.from_main([time.time()])
         args.run_id = args.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{args.seed}", time.localtime(started))

@@ -1,0 +1,158 @@
+"""The quantiser and the file: bounds, round trips, and every kind of damage."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, environment
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 200), st.integers(2, 8), st.sampled_from(["std", "mse"]),
+       st.floats(0.5, 30), st.sampled_from([1e-7, 1e-3, 1.0, 30.0]), st.integers(0, 1), st.integers(0, 2**32 - 1))
+def test_quantiser_error_is_half_a_step_inside_its_range(trunk, rows, columns, bits, clip, k, scale, axis, seed):
+    weight = (np.random.default_rng(seed).standard_normal((rows, columns)) * scale).astype(np.float32)
+    q, step = trunk.quantise(weight, bits, clip, k, axis)
+    top = 2 ** (bits - 1) - 1
+    assert q.dtype == np.int8 and np.abs(q).max(initial=0) <= top and step.dtype == np.float16
+    assert step.shape == tuple(1 if i == axis else n for i, n in enumerate(weight.shape)) and (step > 0).all()
+    error = np.abs(trunk.dequantise(q, step) - weight)
+    inside = np.abs(weight) <= step.astype(np.float32) * top
+    assert (error[inside] <= np.broadcast_to(step.astype(np.float32), weight.shape)[inside] * 0.5001).all()
+    again, _ = trunk.quantise(weight, bits, clip, k, axis)
+    assert (q == again).all()
+
+
+def test_quantiser_on_rows_that_break_naive_ones(trunk):
+    zero = np.zeros((2, 8), np.float32)
+    q, step = trunk.quantise(zero, 6, "std", 12, 1)
+    assert (q == 0).all() and np.isfinite(trunk.dequantise(q, step)).all()
+    small = np.random.default_rng(0).standard_normal((4, 4096)).astype(np.float32) * 0.01  # G2: no floor at 1/31
+    error = trunk.dequantise(*trunk.quantise(small, 6, "std", 6, 1)) - small
+    assert np.sqrt((error**2).mean()) < 0.06 * 0.01
+
+
+def test_mse_clip_is_no_worse_than_the_largest_value(trunk):
+    weight = np.random.default_rng(0).standard_t(3, (16, 512)).astype(np.float32)
+    error = ((trunk.dequantise(*trunk.quantise(weight, 5, "mse", 0, 1)) - weight) ** 2).sum(1)
+    step = np.abs(weight).max(1, keepdims=True) / 15
+    plain = ((np.rint(weight / step) * step - weight) ** 2).sum(1)
+    assert (error <= plain * 1.001).all() and error.sum() < 0.9 * plain.sum()
+
+
+@pytest.fixture(scope="module")
+def packed(trunk):
+    """(artifact bytes, model, args) of a random tiny model."""
+    from conftest import TINY
+    args = trunk.Hyperparameters(TINY)
+    model = trunk.GPT(args)
+    model.init_weights(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
+    tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
+    return trunk.pack(tensors, args), tensors, args
+
+
+@pytest.mark.parametrize("compressor", ["zstd", "lzma", "zlib", "auto"])
+def test_unpack_gives_what_the_quantiser_gives(trunk, packed, tiny, compressor):
+    _, tensors, _ = packed
+    args = tiny(COMPRESSOR=compressor)
+    blob = trunk.pack(tensors, args)
+    assert blob == trunk.pack(tensors, args)
+    header, found = trunk.unpack(blob, "test")
+    assert compressor in ("auto", header["compressor"]) and list(found) == list(tensors)
+    bits = {name: width for name, _, width, _ in header["tensors"]}
+    for name, weight in tensors.items():
+        large = weight.ndim >= 2 and weight.size >= trunk.SMALL_TENSOR
+        kind = trunk.tensor_class(name)
+        assert bits[name] == (args.bits_by_class[kind] if large else 0)
+        if large:
+            axis = weight.ndim - (2 if kind == "ngram" else 1)
+            weight = trunk.dequantise(*trunk.quantise(weight, bits[name], "std", args.k_by_class[kind], axis))
+        else:
+            weight = weight.astype(np.float16).astype(np.float32)
+        assert np.array_equal(found[name], weight)
+
+
+def test_no_pickle_and_a_readable_header(packed):
+    blob, *_ = packed
+    length = int.from_bytes(blob[42:46], "little")
+    header = json.loads(blob[46 : 46 + length])
+    assert header["config"]["NUM_LAYERS"] == 3 and header["tensors"][0][0] == "skip_weights"
+    assert b"torch" not in blob and b"\x80\x04" not in blob[:48]
+
+
+def test_training_only_modules_stay_out(trunk, tiny):
+    for overrides, kept in (({}, True), ({"JEPA_ADAPTER": 0}, False), ({"JEPA_CHUNK_SIZE": 0}, False)):
+        model = trunk.GPT(tiny(**overrides))
+        assert any(name.startswith("aux.") for name in model.exported()) == kept
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_damaged_artifacts_are_refused_by_name(trunk, packed, data):
+    """Cut anywhere, or change any byte: one line that names the file."""
+    blob = bytearray(packed[0])
+    if data.draw(st.booleans()):
+        blob = blob[: data.draw(st.integers(0, len(blob) - 1))]
+    else:
+        at = data.draw(st.integers(0, len(blob) - 1))
+        blob[at] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(trunk.UserError, match="^some/file.bin: ") as caught:
+        trunk.unpack(bytes(blob), "some/file.bin")
+    assert "\n" not in str(caught.value)
+
+
+def test_well_formed_lies_are_refused(trunk, packed, tmp_path):
+    """A file with a right checksum and a wrong story: other version, unknown compressor, tensors of another model."""
+    blob, tensors, args = packed
+
+    def forge(change) -> bytes:
+        body = bytearray(blob[40:])
+        length = int.from_bytes(body[2:6], "little")
+        header = json.loads(body[6 : 6 + length])
+        body[:2] = change(header).to_bytes(2, "little")
+        text = json.dumps(header).encode()
+        body = body[:2] + len(text).to_bytes(4, "little") + text + body[6 + length :]
+        return blob[:8] + hashlib.sha256(body).digest() + body
+
+    lies = {
+        "version": lambda header: 9, "compressor": lambda header: header.update(compressor="rar") or 1,
+        "config": lambda header: header["config"].update(MODEL_DIM=64) or 1,
+        "names": lambda header: header["tensors"][0].__setitem__(0, "other") or 1,
+        "shape": lambda header: header["tensors"][0].__setitem__(1, [7, 7]) or 1,
+        "missing": lambda header: header.pop("config") and 1,
+    }
+    for name, lie in lies.items():
+        path = tmp_path / f"{name}.bin"
+        path.write_bytes(forge(lie))
+        with pytest.raises(trunk.UserError, match=f"{name}.bin"):
+            trunk.load(path)
+
+
+def test_a_fresh_process_gives_the_same_score(trunk, packed, tmp_path):
+    blob, *_ = packed
+    path = tmp_path / "a.bin"
+    path.write_bytes(blob)
+    ids = np.random.default_rng(0).integers(4, 260, 150)
+    np.save(tmp_path / "ids.npy", ids)
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import numpy as np, train_gpt as t\n"
+            f"nats, _ = t.score(t.load({str(path)!r}), np.load({str(tmp_path / 'ids.npy')!r}))\n"
+            "print(repr(float(nats.sum())))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    nats, _ = trunk.score(trunk.load(path), ids)
+    assert float(done.stdout) == pytest.approx(float(nats.sum()), abs=1e-6)
+
+
+def test_importing_has_no_side_effect(tmp_path):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, train_gpt\n"
+            "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=environment())
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,277 @@
+"""The network, the auxiliary objective and the optimizers, by perturbation and brute force."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+# Parameters of the published #832 model, by name in this script; 24,625,001 in all.
+L, D, KV = 13, 512, 256
+PUBLISHED = {
+    "tok_emb.weight": (260, D), "bigram.table": (4096, 32), "bigram.proj.weight": (D, 32), "bigram.scale": (),
+    "smear.gate": (D,), "skip_weights": (6, D), "aux.start": (256,), "aux.injection.weight": (D, 256),
+    "aux.projector.fc1.weight": (256, D), "aux.projector.fc2.weight": (256, 256),
+    "aux.predictor.fc1.weight": (256, 256), "aux.predictor.fc2.weight": (256, 256),
+} | {f"blocks.{i}.{name}": shape for i in range(L) for name, shape in {
+    "attn.c_q.weight": (D, D), "attn.c_k.weight": (KV, D), "attn.c_v.weight": (KV, D), "attn.proj.weight": (D, D),
+    "attn.q_gain": (8,), "mlp.fc.weight": (2 * D, D), "mlp.proj.weight": (D, 2 * D), "attn_scale": (D,),
+    "mlp_scale": (D,), "resid_mix": (2, D)}.items()}
+CHANGED = {"bigram.table": "one order of a table of several: (1, 4096, 32)"}
+ABSENT = {"bigram.scale": "the table's rate does what a scale did"}
+ADDED = {"ngram.table", "ngram.proj.weight"}
+
+
+def test_published_tensor_list(trunk):
+    """Every tensor of #832 is here with its shape, changed, or absent, and nothing else is but the n-gram tables."""
+    assert sum(math.prod(shape) for shape in PUBLISHED.values()) == 24_625_001
+    args = trunk.Hyperparameters({"BIGRAM_VOCAB_SIZE": "4096"})
+    with torch.device("meta"):
+        ours = {name: tuple(p.shape) for name, p in trunk.GPT(args).named_parameters()}
+    assert {name for name in PUBLISHED if name not in ours} == set(ABSENT)
+    assert {name for name in PUBLISHED if name in ours and ours[name] != PUBLISHED[name]} == set(CHANGED)
+    assert set(ours) - set(PUBLISHED) == ADDED
+    assert all(math.prod(ours[name]) == math.prod(PUBLISHED[name]) for name in CHANGED)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"TIE_EMBEDDINGS": 0}, {"JEPA_CHUNK_SIZE": 0}, {"ROPE_DIMS": 0},
+                                       {"XSA_LAST_N": 3, "LN_SCALE": 0}, {"SMEAR_GATE": 0, "NGRAM_ORDERS": 0}], ids=str)
+def test_causality_over_every_position(trunk, tiny, alive, overrides):
+    """Changing one id moves no logit before it, and does move the logits from it on."""
+    args = tiny(**overrides)
+    model = alive(args)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(4, 260, (1, 40), generator=generator)
+    ids[0, 17] = 1
+    variants = ids.repeat(40, 1)
+    for t in range(40):
+        variants[t, t] = 4 + (variants[t, t] + 100) % 256
+    with torch.no_grad():
+        base = model.logits(ids, torch.zeros(1, dtype=torch.long), 40)[0]
+        moved = (model.logits(variants, torch.zeros(40, dtype=torch.long), 40) - base).abs().amax(-1)  # (variant, t)
+    for t in range(40):
+        assert moved[t, :t].max() < 1e-5 if t else True
+        assert moved[t, t] > 1e-6
+
+
+def test_embeddings_do_not_see_the_document_before(trunk, tiny, alive):
+    """At a BOS and after it, SmearGate and the hash tables give what they give at the start of a stream."""
+    model = alive(tiny())
+    x = torch.randn(1, 12, 32)
+    ids = torch.randint(4, 260, (1, 12))
+    ids[0, 5] = trunk.BOS_ID
+    assert torch.equal(model.smear(x, ids)[0, 5], x[0, 5])
+    rows = model.ngram.rows(ids)
+    alone = model.ngram.rows(ids[:, 5:])
+    assert torch.equal(rows[0, 5:], alone[0])
+    other = ids.clone()
+    other[0, :5] = 7
+    assert torch.equal(model.ngram.rows(other)[0, 5:], rows[0, 5:])
+    assert not torch.equal(model.ngram.rows(other)[0, 4], rows[0, 4])
+
+
+def test_hash_spreads_over_the_buckets(trunk):
+    """All pairs and many longer contexts fill the tables evenly: the fullest bucket stays near the mean."""
+    table = trunk.HashEmbedding((2, 3, 6), 4096, 4, 8)
+    a, b = np.meshgrid(np.arange(4, 260), np.arange(4, 260))
+    ids = torch.from_numpy(np.stack([a.ravel(), b.ravel()], 1)).long()
+    counts = torch.bincount(table.rows(ids)[:, 1, 0], minlength=4096)
+    assert counts.min() > 0 and counts.max() < 3 * counts.float().mean()
+    text = torch.randint(97, 123, (1, 100_000))
+    rows = table.rows(text)[0]
+    for i in range(3):
+        counts = torch.bincount(rows[:, i] - i * 4096, minlength=4096)
+        assert (counts > 0).float().mean() > (0.1 if i == 0 else 0.9)
+
+
+def test_every_tensor_learns(trunk, tiny):
+    """With all phases active, after the zero-initialised outputs have moved, no parameter has a zero gradient."""
+    args = tiny(JEPA_BACKBONE_GRAD=1, DTYPE="fp32")
+    model = trunk.GPT(args)
+    model.init_weights(0)
+    optimizers = trunk.Optimizers(model, args, trunk.Runtime(args))
+    for step in range(3):
+        ids = torch.randint(4, 260, (4, 65), generator=torch.Generator().manual_seed(step))
+        sums = model.losses(ids, torch.ones(4), model.aux.inputs(step, ids.device))
+        (sums["ce"] / 256 + sums["jepa_pred"] + sums["sigreg"]).backward()
+        if step < 2:
+            optimizers.step(step, 0.0, optimizers.reduce(1.0))
+            optimizers.zero_grad()
+    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not dead
+
+
+def test_every_parameter_has_one_optimizer(trunk, tiny):
+    args = tiny(TIE_EMBEDDINGS=0)
+    model = trunk.GPT(args)
+    optimizers = trunk.Optimizers(model, args, trunk.Runtime(args))
+    held = [p for stack in optimizers.muon.stacks for p in stack] + optimizers.replicated
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    adam = [p for group in optimizers.adam.param_groups for p in group["params"]]
+    assert sorted(map(id, adam + optimizers.tables.params)) == sorted(map(id, optimizers.replicated))
+    assert all(p.ndim == 2 for stack in optimizers.muon.stacks for p in stack)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "cpu"])
+@pytest.mark.parametrize("length, heads, kv", [(192, 6, 3), (64, 4, 4), (40, 8, 2), (130, 2, 1)])
+def test_attention_rungs_agree_with_the_formula(trunk, name, length, heads, kv):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, length, n, 16, generator=generator).requires_grad_() for n in (heads, kv, kv))
+    out = {}
+    for rung in ("math", name):
+        y = trunk.ATTENTION[rung](q, k, v)
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        out[rung] = [y, *torch.autograd.grad((y * weight).sum(), (q, k, v))]
+    for ours, wanted in zip(out[name], out["math"]):
+        assert (ours - wanted).abs().max() < 1e-4
+
+
+def test_attention_ladder_falls_to_a_rung_that_runs(trunk, monkeypatch):
+    def broken(q, k, v):
+        raise TypeError("scaled_dot_product_attention() got an unexpected keyword argument 'enable_gqa'")
+
+    monkeypatch.setitem(trunk.ATTENTION, "sdpa", broken)
+    assert trunk.pick_attention("auto", torch.device("cpu"), torch.float32, 16) == "math"
+    monkeypatch.setitem(trunk.ATTENTION, "math", broken)
+    with pytest.raises(trunk.UserError, match="no rung"):
+        trunk.pick_attention("sdpa", torch.device("cpu"), torch.float32, 16)
+
+
+def test_rotary_is_exact_at_every_position_and_invertible(trunk, tiny):
+    args = tiny(TRAIN_SEQ_LEN=4096, TRAIN_BATCH_TOKENS=8192)
+    tables = trunk.rotary_tables(4096, args)
+    assert tables.dtype == torch.float32 and len(torch.unique(tables[0].flatten(1), dim=0)) == 4096  # #832 had 769
+    position = np.arange(4096)[:, None] * args.rope_base ** (-np.arange(0, 4, 2) / 4)
+    assert np.abs(tables[0, :, 0].numpy() - np.cos(position)).max() < 1e-6
+    x = torch.randn(1, 16, 2, 8, requires_grad=True)
+    y = trunk.Rotate.apply(x, tables[:, :16])
+    assert torch.allclose(y.norm(dim=-1), x.norm(dim=-1), atol=1e-5) and torch.equal(y[..., 4:], x[..., 4:])
+    assert torch.autograd.gradcheck(lambda x: trunk.Rotate.apply(x, tables[:, :16]).sum((0, 2)), x.double()
+                                    .detach().requires_grad_(), eps=1e-3, atol=1e-3)
+
+
+def test_sigreg_on_normal_scaled_and_collapsed_latents(trunk):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(4, 2048, 32, generator=generator)
+    directions = F.normalize(torch.randn(32, 128, generator=generator), dim=0)
+    floor = trunk.sigreg_floor(2048, 17)
+    normal = trunk.sigreg(z, directions, 17)
+    assert normal.shape == (4,) and 0.7 * floor < normal.mean() < 1.4 * floor
+    values = [float(trunk.sigreg(x, directions, 17).mean()) for x in (2 * z, 0.5 * z, z * 0 + 0.01 * z, z + 1)]
+    assert min(values) > 20 * floor  # too wide, too narrow, collapsed, shifted
+    assert float(trunk.sigreg(z * 1000, directions, 17).mean()) > 0.1  # scale is seen
+    assert trunk.sigreg(z.bfloat16(), directions, 17).dtype == torch.float32
+
+
+def test_jepa_losses_reach_what_their_switches_say(trunk, tiny, alive):
+    ids = torch.randint(4, 260, (4, 65), generator=torch.Generator().manual_seed(0))
+
+    def reached(term: str, **overrides) -> dict[str, bool]:
+        model = alive(tiny(**overrides))
+        value = model.losses(ids, torch.ones(4), model.aux.inputs(0, ids.device))[term]
+        names, params = zip(*model.named_parameters())
+        grads = torch.autograd.grad(value, params, allow_unused=True)
+        return {name: grad is not None and bool(grad.abs().max() > 0) for name, grad in zip(names, grads)}
+
+    plain = reached("jepa_pred")
+    assert plain["aux.predictor.fc1.weight"] and plain["aux.projector.fc1.weight"]
+    assert not any(hit for name, hit in plain.items() if not name.startswith("aux."))  # as published (A2)
+    assert reached("jepa_pred", JEPA_BACKBONE_GRAD=1)["blocks.0.attn.c_q.weight"]
+    assert reached("sigreg", JEPA_BACKBONE_GRAD=1)["tok_emb.weight"]
+    assert reached("ce")["aux.projector.fc1.weight"]
+    fixed = reached("ce", JEPA_ADAPTER_GRAD=0)
+    assert fixed["aux.injection.weight"] and not fixed["aux.predictor.fc1.weight"]
+    assert not any(name.startswith("aux.injection") for name in reached("ce", JEPA_ADAPTER=0))
+
+
+def test_jepa_schedule_is_in_units_of_progress(trunk, tiny):
+    aux = trunk.GPT(tiny(JEPA_LAMBDA_MAX=0.5, JEPA_SIGREG_WEIGHT=0.1)).aux
+    at = {progress: aux.weights(progress) for progress in (0, 0.29, 0.55, 0.799, 0.81, 1)}
+    assert [round(at[p]["jepa_pred"], 3) for p in at] == [0, 0, 0.25, 0.499, 0, 0]
+    assert at[0.55]["sigreg"] == pytest.approx(0.025)
+    assert trunk.GPT(tiny(JEPA_LOSS=0)).aux.weights(0.6)["jepa_pred"] == 0
+
+
+def test_sigreg_directions_are_fresh_each_step_and_equal_on_ranks(trunk, tiny):
+    first, second = (trunk.GPT(tiny()).aux for _ in range(2))
+    assert torch.equal(first.inputs(3, "cpu"), second.inputs(3, "cpu"))
+    assert not torch.equal(first.inputs(3, "cpu"), first.inputs(4, "cpu"))
+    assert torch.allclose(first.inputs(3, "cpu").norm(dim=0), torch.ones(16))
+
+
+def test_newton_schulz_orthogonalises(trunk):
+    x = torch.randn(3, 48, 20, generator=torch.Generator().manual_seed(0))
+    for shape in (x, x.mT):
+        values = torch.linalg.svdvals(trunk.newton_schulz(shape.contiguous(), 8, torch.float32))
+        assert values.min() > 0.5 and values.max() < 1.4
+
+
+@pytest.mark.parametrize("cap", [0, 60])
+def test_rate_ends_at_its_floor_in_both_clocks(trunk, tiny, cap):
+    """A run of 1,000 steps that the clock cuts at step 600 (cap 60 s, 0.1 s a step) or that ends by itself."""
+    args = tiny(ITERATIONS=1000, WARMDOWN_ITERS=300, MIN_LR=0.1, MAX_WALLCLOCK_SECONDS=cap)
+    rates, step = [], 0
+    while (progress := max(step / 1000, step * 0.1 / cap if cap else 0)) < 1:
+        rates.append(trunk.rate_at(progress, args))
+        step += 1
+    assert step == (600 if cap else 1000)
+    assert rates[0] == 1 and rates[len(rates) * 7 // 10 - 1] == pytest.approx(1)
+    assert 0.1 < rates[-1] < 0.1 + 2 * 0.9 / (0.3 * step) and trunk.rate_at(1.0, args) == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates, rates[1:]))
+
+
+def test_ema_leaves_the_initial_weights(trunk, tiny):
+    model = trunk.GPT(tiny())
+    ema = trunk.EMA(model, 0.999)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+    for step in range(30):
+        ema.update(step)
+    assert all((1 - average).abs().max() < 0.05 for average in ema.average)
+    kept = [p.detach().clone() for p in model.parameters()]
+    with ema.applied():
+        assert torch.equal(next(iter(model.parameters())), ema.average[0])
+    assert all(torch.equal(p, before) for p, before in zip(model.parameters(), kept))
+
+
+def test_row_adagrad_leaves_untouched_rows_alone(trunk, tiny):
+    table = torch.nn.Parameter(torch.zeros(1, 10, 4))
+    optimizer = trunk.RowAdagrad([table], tiny())
+    for _ in range(2):
+        table.grad = torch.zeros_like(table)
+        table.grad[0, 3] = torch.tensor([2.0, -2.0, 2.0, 2.0])
+        optimizer.step(0.1)
+    assert table[0, 3, 0].item() == pytest.approx(-0.1 * (1 + 0.5**0.5)) and table[0, 3, 1].item() > 0
+    assert table.detach().abs().sum(-1).count_nonzero() == 1
+
+
+def test_warm_up_leaves_no_trace(trunk, tiny, corpus):
+    """Weights, optimizers, RNG and loss scale after warm-up are bit for bit those of a run without it."""
+    args = tiny(DATA_PATH=corpus, WARMUP_STEPS=2)
+    runtime = trunk.Runtime(args)
+    data = trunk.Dataset(args, False)
+    states = []
+    for warm in (False, True):
+        torch.manual_seed(5)
+        trainer = trunk.Trainer(args, data, runtime, trunk.Log(None))
+        if warm:
+            trainer.warm_up()
+        ids, weights, _ = trunk.Loader(data, args, trainer.plan, 0).next()
+        trainer.train_step(ids, weights, 0.0)
+        states.append([p.detach().clone() for p in trainer.model.parameters()] + [torch.get_rng_state()])
+    assert all(torch.equal(a, b) for a, b in zip(*states))
+
+
+def test_one_forward_of_weighted_groups_equals_the_mean_over_the_batch(trunk, tiny, alive):
+    """Splitting a batch into micro-batches, and padding with weight 0, changes no summed loss term."""
+    model = alive(tiny())
+    ids = torch.randint(4, 260, (6, 65), generator=torch.Generator().manual_seed(0))
+    inputs = model.aux.inputs(0, ids.device)
+    whole = model.losses(ids, torch.ones(6), inputs)
+    padded = torch.cat((ids[4:], ids[:2]))
+    parts = [model.losses(ids[:4], torch.ones(4), inputs),
+             model.losses(padded, torch.tensor([1.0, 1, 0, 0]), inputs)]
+    for name, value in whole.items():
+        assert sum(part[name] for part in parts).item() == pytest.approx(value.item(), rel=1e-5)
