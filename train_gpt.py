@@ -1910,6 +1910,7 @@ class Trainer:
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
         self.args, self.data, self.runtime, self.log = args, data, runtime, log
         self.plan = BatchPlan.make(args, runtime.world_size)
+        torch.manual_seed(args.seed)
         self.model = GPT(args, runtime.attention, runtime.dtype)
         self.model.init_weights(args.seed)
         self.model.to(runtime.device)
@@ -1990,9 +1991,12 @@ class Trainer:
     # The loop
 
     def progress(self) -> float:
-        """Share of the run that is behind: of the steps or of the seconds, whichever is larger."""
-        cap = self.args.max_wallclock_seconds
-        return min(1.0, max(self.step / self.args.iterations, self.seconds / cap if cap else 0.0))
+        """Share of the run that is behind: of the steps or of the seconds, whichever is larger. The last three
+        steps' worth of seconds stays unused: no step may end after the limit."""
+        by_step = self.step / self.args.iterations
+        cap = self.args.max_wallclock_seconds - 3 * self.seconds / max(self.step, 1)
+        by_time = self.seconds / max(cap, 1e-9) if self.args.max_wallclock_seconds else 0.0
+        return min(1.0, max(by_step, by_time))
 
     def run(self, evaluator: Evaluator) -> None:
         """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
@@ -2040,7 +2044,8 @@ class Trainer:
                     started += time.perf_counter() - pause
         finally:
             batches.close()
-        self.refuse_non_finite(first_bad)
+        self.refuse_non_finite(first_bad)  # waits for the device
+        self.seconds, = runtime.from_main([time.perf_counter() - started])
         runtime.clocks.seconds["training"] = self.seconds
 
     def refuse_non_finite(self, first_bad: Tensor) -> None:
