@@ -10,8 +10,8 @@ Run:    python train_gpt.py --help                               every variable,
         RESUME=auto RUN_ID=name torchrun ...                     go on from runs/name/last.safetensors
         EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py            score an artifact and nothing else
 
-The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs torch, numpy
-and safetensors; zstandard, sentencepiece, tqdm and FlashAttention are used where they are installed.
+The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs torch,
+numpy and safetensors; zstandard, sentencepiece, tqdm and FlashAttention are used where they are installed.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ class Hyperparameters:
     bigram_dim = Var(32, "width of a BigramHash row", low=1, ship="model")
     ngram_orders = Var("2,3,4,5,6", "context lengths hashed into embeddings; 0 = none", ship="model")
     ngram_buckets = Var(16384, "rows of each order's table", low=2, ship="model")
-    ngram_dim = Var(32, "width of a row", low=1, ship="model")
+    ngram_dim = Var(32, "width of a context's embedding", low=1, ship="model")
+    ngram_hashes = Var(2, "tables that it is spread over, each with a hash", low=1, high=4, ship="model")
 
     _jepa = "Chunk JEPA (#832, corrected)"
     jepa_chunk_size = Var(8, "ids a latent covers; 0 = no JEPA module at all", low=0, ship="model")
@@ -291,9 +292,9 @@ class Hyperparameters:
         if orders == (0,):
             return ()
         if any(not 2 <= n <= 16 for n in orders) or len(set(orders)) != len(orders):
-            raise UserError(f"NGRAM_ORDERS={self.ngram_orders!r} is not accepted: different integers from 2 to "
-                            "16, with commas, or 0 for none")
-        return orders
+            raise UserError(f"NGRAM_ORDERS={self.ngram_orders!r} is not accepted: different integers from 2 "
+                            "to 16, with commas, or 0 for none")
+        return tuple(sorted(orders))
 
     def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
         """`embed:8,mlp:6` -> {"embed": 8, ...}; classes that are not named keep the default."""
@@ -314,11 +315,12 @@ class Hyperparameters:
         head_dim, rows = self.model_dim // self.num_heads, self.train_batch_tokens // self.train_seq_len
         chunk, group = self.jepa_chunk_size, self.jepa_sigreg_group
         problems = [
-            (self.model_dim % self.num_heads, "model_dim", "num_heads", "the width does not divide into heads"),
+            (self.model_dim % self.num_heads, "model_dim", "num_heads", "no whole width for a head"),
             (self.num_heads % self.num_kv_heads, "num_heads", "num_kv_heads", "no equal groups of heads"),
             (head_dim % 2, "model_dim", "num_heads", f"head width {head_dim} is odd, rotary needs pairs"),
             (self.rope_dims % 2 or self.rope_dims > head_dim, "rope_dims", "num_heads",
              f"rotated dimensions must be even and at most the head width {head_dim}"),
+            (self.ngram_dim % self.ngram_hashes, "ngram_dim", "ngram_hashes", "tables of unequal width"),
             (self.train_batch_tokens % self.train_seq_len, "train_batch_tokens", "train_seq_len",
              "the batch is not a whole number of rows"),
             (self.eval_stride > self.eval_seq_len, "eval_stride", "eval_seq_len", "the stride skips targets"),
@@ -359,7 +361,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def tune_allocator() -> None:
-    """Keeps freed pages inside the process: fresh pages dominate eager CPU training on some machines (up to 7x).
+    """Keeps freed pages inside the process: fresh ones dominate eager CPU runs on some machines (up to 7x).
 
     On glibc: no mmap for large blocks, no trimming, one arena that all threads share. Elsewhere: nothing.
     """
@@ -507,7 +509,7 @@ QUERY_BLOCK = 128  # queries of one slice of the blocked backward
 class BlockedBackward(torch.autograd.Function):
     """Torch's flash forward for CPUs with a causal backward of our own, which takes half the time of torch's.
 
-    Blocks of queries meet the keys before them without a mask and their own block under a mask; scores are kept
+    Blocks of queries meet the keys before them without a mask and their own block under one; scores are kept
     as (keys, queries), so that four of the five products read their operands in memory order.
     """
 
@@ -655,7 +657,7 @@ def open_shard(path: Path) -> np.ndarray:
 
 def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
     if ids.size and (top := int(ids.max())) >= vocab_size:
-        raise UserError(f"{path}: id {top} is outside VOCAB_SIZE={vocab_size}: other tokenizer or damaged shard")
+        raise UserError(f"{path}: id {top} is outside VOCAB_SIZE={vocab_size}: other tokenizer, or damaged")
 
 
 class Dataset:
@@ -731,9 +733,9 @@ def sha256_file(path: Path) -> str:
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary before one).
 
-    A target counts base[id] + (space[id] and not edge[previous id]). byte260: ids from 4 up are one byte each.
+    A target counts base[id] + (space[id] and not edge[previous id]). byte260: ids from 4 up are a byte each.
     SentencePiece: byte pieces 1, control, unknown and unused 0, others their UTF-8 length with U+2581 as one
-    space; a leading one counts only where the previous id is no boundary, since the dummy prefix stands there.
+    space; a leading one counts only where the previous id is no boundary: the dummy prefix stands there.
     Models trained by data/prepare.py add no prefix: there every U+2581 is a real space and counts.
     """
     base, space, edge = (np.zeros(args.vocab_size, dtype=kind) for kind in (np.int64, bool, bool))
@@ -790,7 +792,7 @@ def class_table(vocab_size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch of `rows` sequences is spread: micro-steps x ranks x `groups` groups of `group` rows.
+    """How a global batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group` rows.
 
     Every rank runs the same shapes, whatever their number: slots beyond the batch repeat its first group with
     weight 0.
@@ -844,17 +846,17 @@ class Loader:
         return np.random.default_rng([self.args.seed, epoch]).permutation(count)
 
     def _row_starts(self, epoch: int, index: int) -> np.ndarray:
-        """Where the rows of a shard begin: disjoint in a stream. With document alignment a row that would begin
-        inside a document that started in the row before begins at its BOS instead (that head is seen twice)."""
+        """Where the rows of a shard begin: disjoint in a stream. With document alignment, a row that would
+        begin inside a document that started in the row before begins at its BOS: that head is seen twice."""
         key = (epoch, index)
         if self._starts[0] == key:
             return self._starts[1]
         shard = self.data.train_shards[index]
         last = len(shard) - self.length - 1  # the last legal start: a row needs one id more for its targets
         starts = np.arange(0, last + 1, self.length)
-        if self.args.train_align == "document" and last >= 0:
-            documents = np.flatnonzero(shard == BOS_ID)
-            found, start = [], int(documents[0]) if len(documents) else 0
+        documents = np.flatnonzero(shard == BOS_ID) if self.args.train_align == "document" else starts[:0]
+        if len(documents):
+            found, start = [], int(documents[0])
             while start <= last:
                 found.append(start)
                 nearest = documents[np.searchsorted(documents, start + self.length, side="right") - 1]
@@ -882,8 +884,8 @@ class Loader:
         return rows
 
     def next(self) -> tuple[Tensor, Tensor, dict]:
-        """This rank's part of a global batch: ids (micro_steps, rows, T + 1) int64, weights (micro_steps, rows);
-        and the state after it."""
+        """This rank's part of a global batch: ids (micro_steps, rows, T + 1) int64, weights (micro_steps,
+        rows) fp32, and the state after it."""
         plan, rows = self.plan, self._next_rows(self.plan.rows)
         batch = np.empty((plan.micro_steps, plan.groups * plan.group, self.length + 1), np.int64)
         weights = np.empty(batch.shape[:2], np.float32)
@@ -949,9 +951,9 @@ def quantise(weight: np.ndarray, bits: int, clip: str, k: float, axis: int) -> t
     """Rounds to integers of `bits` bits with one fp16 step for each slice along `axis`: q * step ~ weight.
 
     `std`: step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394); a Gaussian then costs about
-    log2(top / k) + 2.05 bits a weight, so k sets the size. `mse`: the step with the least squared error among 33
-    clips between 0.2 and 1 of the largest value. Steps have an epsilon floor, not 1 / top (defect G2 of #832).
-    Returns q, int8 of weight's shape, and step, fp16 with size 1 on `axis`. NumPy: every backend packs the same.
+    log2(top / k) + 2.05 bits a weight, so k sets the size. `mse`: the step with the least squared error among
+    33 clips from 0.2 to 1 of the largest value. Steps have an epsilon floor, not 1 / top (defect G2 of #832).
+    Returns q, int8 of weight's shape, and step, fp16 with size 1 on `axis`. NumPy: backends pack alike.
     """
     top = 2 ** (bits - 1) - 1
     weight = np.asarray(weight, dtype=np.float32)
@@ -997,9 +999,9 @@ class LatentMLP(nn.Module):
 def sigreg(latents: Tensor, directions: Tensor, knots: int) -> Tensor:
     """Sketched test that latents are N(0, I): distance of characteristic functions along random directions.
 
-    latents (G, N, d): G samples of N latents; directions (d, P), unit columns. Returns (G,) in fp32: the mean over
-    P of sum_k w_k [(mean cos t_k p - phi_k)^2 + (mean sin t_k p)^2] with phi_k = exp(-t_k^2 / 2), t on [0.2, 3]
-    and w_k = phi_k / sum(phi). Nothing is standardised, so a wrong scale costs (defect A5 of #832).
+    latents (G, N, d): G samples of N latents; directions (d, P), unit columns. Returns (G,) in fp32: the mean
+    over P of sum_k w_k [(mean cos t_k p - phi_k)^2 + (mean sin t_k p)^2], phi_k = exp(-t_k^2 / 2), t on
+    [0.2, 3], w_k = phi_k / sum(phi). Nothing is standardised, so a wrong scale costs (defect A5 of #832).
     After LeJEPA's SIGReg (Balestriero & LeCun 2025) and #696.
     """
     t = torch.linspace(0.2, 3.0, knots, device=latents.device)
@@ -1026,9 +1028,9 @@ class ChunkJEPA(nn.Module):
       report(means)           what the step line says about the mean terms
       exported()              prefixes of the parameters that scoring needs; no others reach the artifact
 
-    With h_c the mean hidden state of chunk c: z_c = projector(h_c), zhat_c = predictor(z_{c-1}) (a start token for
-    c = 0); losses |zhat_c - sg(z_c)|^2 and SIGReg on z; injection W zhat_c at every position of chunk c. Causal:
-    chunk c reads the chunks before it. SIGReg pools fixed groups of rows, so ranks and accumulation leave it alone.
+    With h_c the mean hidden state of chunk c: z_c = projector(h_c), zhat_c = predictor(z_{c-1}) (a start
+    vector for c = 0); losses |zhat_c - sg(z_c)|^2 and SIGReg on z; injection W zhat_c at all positions of c.
+    Causal: chunk c reads the chunks before it. SIGReg pools fixed groups of rows: ranks do not change it.
     """
 
     def __init__(self, args: Hyperparameters):
@@ -1057,8 +1059,8 @@ class ChunkJEPA(nn.Module):
         return F.normalize(directions, dim=0).to(device)
 
     def forward(self, hidden: Tensor, inputs: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """hidden (B, T, D). A tail shorter than a chunk is fed like any chunk, so that a decoder that stops inside
-        one agrees with the scorer (#832 feeds it nothing). Terms are per group of rows."""
+        """hidden (B, T, D). A tail shorter than a chunk is fed like any chunk, so that a decoder that stops
+        inside one agrees with the scorer (#832 feeds it nothing). Terms are per group of rows."""
         args, size = self.args, self.chunk
         if inputs is None and self.injection is None:
             return hidden, {}
@@ -1214,7 +1216,7 @@ class Block(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """x_t <- (1 - g) x_t + g x_{t-1}, a learned gate a channel; a BOS takes nothing from the document before."""
+    """x_t <- (1 - g) x_t + g x_{t-1}, a learned gate a channel; a BOS takes nothing from before it."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -1226,31 +1228,35 @@ class SmearGate(nn.Module):
 
 
 class HashEmbedding(nn.Module):
-    """Learned embeddings of the last n ids, for several n: hashed rows, summed, one projection to the model width.
+    """Learned embeddings of the last n ids, for several n, side by side in front of one projection.
 
-    ids before the last BOS count as PAD, so no document sees another. Tables start at zero and the projection does
-    not, so both learn (in #832 both were zero and the module stayed dead, defect A1). 32-bit arithmetic throughout.
+    Each context owns one row in each of `hashes` tables of width dim / hashes, so that two contexts rarely
+    share all of their rows. ids before the last BOS count as PAD: no document sees another. Tables start at
+    zero and the projection does not, so both learn (in #832 both were zero and stayed dead, defect A1).
     """
 
-    def __init__(self, orders: tuple[int, ...], buckets: int, dim: int, model_dim: int):
+    SALTS = (0x297A2D39, 0x1B873593, 0x6C078965, 0x5D588B65)  # 31 bits: products fit an int64
+
+    def __init__(self, orders: tuple[int, ...], buckets: int, dim: int, hashes: int, model_dim: int):
         super().__init__()
-        self.orders, self.buckets = orders, buckets
-        self.table = nn.Parameter(torch.zeros(len(orders), buckets, dim))
-        self.proj = CastedLinear(dim, model_dim)
+        self.orders, self.buckets, self.salts = orders, buckets, self.SALTS[:hashes]
+        self.table = nn.Parameter(torch.zeros(len(orders) * hashes, buckets, dim // hashes))
+        self.proj = CastedLinear(len(orders) * dim, model_dim)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Row of the flattened table for each order: (B, T, len(orders)) int64, each depending on the past only."""
-        mask, found = 0xFFFFFFFF, {}
-        hashed, open_ = ids * 0x2545F491 & mask, ids != BOS_ID
+        """Rows of the flattened table: (B, T, orders * hashes) int64; those of t depend on ids up to t."""
+        mask, found = 0xFFFFFFFF, []
+        state, inside = ids * 0x2545F491 & mask, ids != BOS_ID
         for n in range(2, max(self.orders) + 1):
-            earlier = F.pad(ids[:, : 1 - n], (n - 1, 0), value=PAD_ID) if n <= ids.size(1) else torch.zeros_like(ids)
-            hashed = (hashed ^ hashed >> 15) * 0x2C1B3C6D + torch.where(open_, earlier, PAD_ID) + n & mask
-            open_ = open_ & (earlier != BOS_ID)
-            found[n] = ((hashed ^ hashed >> 13) * 0x297A2D39 & mask) >> 8
-        return torch.stack([found[n] % self.buckets + i * self.buckets for i, n in enumerate(self.orders)], -1)
+            earlier = F.pad(ids, (n - 1, 0), value=PAD_ID)[:, : ids.size(1)]
+            state = (state ^ state >> 15) * 0x2C1B3C6D + torch.where(inside, earlier, PAD_ID) + n & mask
+            inside = inside & (earlier != BOS_ID)
+            if n in self.orders:
+                found += [(((state ^ state >> 13) * salt & mask) >> 7) % self.buckets for salt in self.salts]
+        return torch.stack([row + i * self.buckets for i, row in enumerate(found)], -1)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.proj(F.embedding(self.rows(ids), self.table.flatten(0, 1)).sum(-2).to(dtype))
+        return self.proj(F.embedding(self.rows(ids), self.table.flatten(0, 1)).flatten(-2).to(dtype))
 
 
 class GPT(nn.Module):
@@ -1263,9 +1269,10 @@ class GPT(nn.Module):
         self.tok_emb = nn.Embedding(args.vocab_size, dim)
         self.bigram = self.ngram = self.smear = self.aux = self.lm_head = None
         if args.bigram_vocab_size:
-            self.bigram = HashEmbedding((2,), args.bigram_vocab_size, args.bigram_dim, dim)
+            self.bigram = HashEmbedding((2,), args.bigram_vocab_size, args.bigram_dim, 1, dim)
         if args.ngram_order_list:
-            self.ngram = HashEmbedding(args.ngram_order_list, args.ngram_buckets, args.ngram_dim, dim)
+            self.ngram = HashEmbedding(args.ngram_order_list, args.ngram_buckets, args.ngram_dim,
+                                       args.ngram_hashes, dim)
         if args.smear_gate:
             self.smear = SmearGate(dim)
         self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(layers))
@@ -1278,12 +1285,13 @@ class GPT(nn.Module):
 
     def set_rotary(self) -> None:
         """Tables for training and scoring windows, which may have different lengths."""
-        for name, length in (("rotary_train", self.args.train_seq_len), ("rotary_eval", self.args.eval_seq_len)):
-            self.register_buffer(name, rotary_tables(length, self.args), persistent=False)
+        for use in ("train", "eval"):
+            tables = rotary_tables(getattr(self.args, f"{use}_seq_len"), self.args)
+            self.register_buffer(f"rotary_{use}", tables, persistent=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Small normal embeddings, orthogonal matrices, zero output projections: blocks start as identities."""
+        """Small normal embeddings, orthogonal matrices, zero output projections: blocks begin as identity."""
         generator = torch.Generator().manual_seed(seed)
         self.tok_emb.weight.normal_(0, self.args.tied_embed_init_std, generator=generator)
         for block in self.blocks:
@@ -1335,7 +1343,7 @@ class GPT(nn.Module):
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def losses(self, ids: Tensor, weights: Tensor, aux_inputs: Tensor | None) -> dict[str, Tensor]:
-        """ids (B, T + 1), weights (B,) -> weighted sums: "ce" in nats over all targets, the auxiliary terms."""
+        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats over all targets, and auxiliary terms."""
         x, terms = self.hidden(ids[:, :-1], self.rotary_train, aux_inputs)
         nats = F.cross_entropy(self.head(x).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
@@ -1344,7 +1352,7 @@ class GPT(nn.Module):
         return sums
 
     def logits(self, ids: Tensor, take: Tensor, span: int) -> Tensor:
-        """fp32 logits (B, span, V) of the positions take[b] ... take[b] + span - 1 of each row of ids (B, T)."""
+        """fp32 logits (B, span, V) of positions take[b] ... take[b] + span - 1 in row b of ids (B, T)."""
         x, _ = self.hidden(ids, self.rotary_eval)
         where = take[:, None] + torch.arange(span, device=ids.device)
         return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
@@ -1365,7 +1373,7 @@ def scoring_logits(model: GPT, ids: Tensor, take: Tensor, span: int) -> Tensor:
 
 
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Replaces each matrix of (n, r, c) by roughly U V^T of its SVD: the quintic iteration of Muon (K. Jordan)."""
+    """Each matrix of (n, r, c) becomes about U V^T of its SVD: the quintic iteration of Muon (K. Jordan)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.to(dtype)
     tall = x.size(1) > x.size(2)
@@ -1380,7 +1388,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 class Muon:
     """Momentum, then orthogonalisation: every update of a matrix has singular values near 1, times its rate.
 
-    Matrices of equal shape form one stack; each rank owns a share of it, receives that share's summed gradient
+    Matrices of equal shape form one stack; each rank owns a share of it, receives the share's summed gradient
     (reduce-scatter), orthogonalises it and sends it round (all-gather) while it works on the next stack.
     update = NS(g + mu * m), m <- mu * m + g;  p <- p * (1 - rate * wd) - rate * sqrt(max(1, r / c)) * update.
     """
@@ -1470,8 +1478,8 @@ def gradients(params: list[nn.Parameter]) -> list[Tensor]:
 class RowAdagrad:
     """Adagrad with one accumulator a row: p <- p - rate * g / sqrt(sum over steps of mean(g^2) in that row).
 
-    A row of a hash table is met a few times in a run. Rows that a step does not touch stay as they are, a row's
-    rate falls with its own count, and the state is 1 / (2 dim) of Adam's.
+    A row of a hash table is met a few times in a run. Rows that a step does not touch stay as they are, a
+    row's rate falls with its own count, and the state is 1 / (2 dim) of Adam's.
     """
 
     def __init__(self, params: list[nn.Parameter], args: Hyperparameters):
@@ -1523,7 +1531,7 @@ class Optimizers:
             return "table"
         if name.startswith("lm_head"):
             return "head"
-        if name.startswith("tok_emb") or name.startswith("bigram.table"):
+        if name.startswith(("tok_emb", "bigram.table")):
             return "embed"
         return "matrix" if p.ndim == 2 and name.endswith(".weight") else "scalar"
 
@@ -1592,7 +1600,7 @@ def rate_at(progress: float, args: Hyperparameters) -> float:
 
 
 class EMA:
-    """fp32 average of the weights; decay min(EMA_DECAY, (1 + t) / (10 + t)), so that short runs leave the init."""
+    """fp32 average of the weights; decay min(EMA_DECAY, (1 + t) / (10 + t)): short runs leave the init."""
 
     def __init__(self, model: GPT, decay: float):
         self.decay, self.live = decay, list(model.parameters())
@@ -1619,7 +1627,7 @@ class EMA:
 # ARTIFACT
 # -----------------------------------------------------------------------------
 
-# magic (8 bytes) | sha256 of the rest (32) | version (2), header length (4), little-endian | JSON header | payload
+# magic (8 bytes), sha256 of the rest (32), version (2), header length (4, little-endian), header, payload
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 1
 PREAMBLE_BYTES = len(ARTIFACT_MAGIC) + 32 + 6
 
@@ -1638,8 +1646,8 @@ def compressors() -> dict[str, tuple]:
 def pack(tensors: dict[str, np.ndarray], args: Hyperparameters) -> bytes:
     """Quantises and compresses: one self-describing file, no pickle.
 
-    Tensors of at least 2 dimensions and SMALL_TENSOR elements become integers with a step a row (a column of a
-    hash table), the rest fp16. Payload: all integers, then the fp16 numbers as a plane of low and one of high bytes.
+    Tensors of at least 2 dimensions and SMALL_TENSOR elements become integers with a step a row (a column of
+    a hash table), the rest fp16. Payload: all integers, then the fp16 numbers: all low bytes, all high bytes.
     """
     entries, codes, halves = [], [], []
     for name, weight in tensors.items():
@@ -1697,7 +1705,8 @@ def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
         numbers = halves[half_at : half_at + (steps or size)].astype(np.float32)
         half_at += steps or size
         if bits:
-            q = np.frombuffer(raw, np.int8, size, code_at).reshape([*shape[:axis], *shape[axis + 1 :], shape[axis]])
+            moved = [*shape[:axis], *shape[axis + 1 :], shape[axis]]
+            q = np.frombuffer(raw, np.int8, size, code_at).reshape(moved)
             code_at += size
             numbers = np.moveaxis(q * numbers.reshape([*q.shape[:-1], 1]), -1, axis)
         tensors[name] = np.ascontiguousarray(numbers.reshape(shape))
@@ -1708,8 +1717,8 @@ def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
 
 def shipped_settings(header: dict, where: str, environ: dict[str, str] | None = None) -> Hyperparameters:
     """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's own)."""
-    missing = [var.name for var in Hyperparameters.vars().values() if var.ship and var.name not in header["config"]]
-    if missing:
+    wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
+    if missing := [name for name in wanted if name not in header["config"]]:
         raise UserError(f"{where}: its config lacks {missing[0]}")
     return Hyperparameters(environ, header["config"])
 
@@ -1750,8 +1759,8 @@ def windows(targets: int, length: int, stride: int) -> np.ndarray:
     """Rows (start, first, stop): ids[start : start + length] are read to score targets first ... stop - 1.
 
     Target t is the id t + 1 of the stream. The stream is cut into blocks of `stride` targets; each block is
-    scored by the window that ends with it (the first windows start at 0), so every target, the tail included, is
-    scored exactly once, with at least length - stride ids of context where there are so many.
+    scored by the window that ends with it (the first windows start at 0), so every target, the tail included,
+    is scored exactly once, with at least length - stride ids of context where there are so many.
     """
     first = np.arange(0, targets, stride)
     stop = np.minimum(first + stride, targets)
@@ -1763,7 +1772,7 @@ def windows(targets: int, length: int, stride: int) -> np.ndarray:
 @torch.no_grad()
 def scored(model: GPT, ids: np.ndarray, length: int, stride: int, batch: int, logits=scoring_logits,
            share: tuple[int, int] = (0, 1), show: str = ""):
-    """Yields (first, stop, log-probabilities (n, V) fp32, nats (n,)) for every block of n = stop - first targets.
+    """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) for each block of stop - first targets.
 
     `share` = (rank, ranks) keeps a rank's part of the batches. This is the only path from weights to a score.
     """
@@ -1789,7 +1798,7 @@ def scored(model: GPT, ids: np.ndarray, length: int, stride: int, batch: int, lo
 
 
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """(nats of each target ids[1:], {t: log-probabilities over the vocabulary at target t, for t in positions})."""
+    """(nats of each target ids[1:], {t: log-probabilities (V,) at target t, for t in positions})."""
     args, ids, wanted = model.args, np.asarray(ids), set(positions)
     batch = max(1, args.eval_batch_tokens // args.eval_seq_len)
     nats, vectors = np.zeros(max(len(ids) - 1, 0)), {}
@@ -1854,8 +1863,9 @@ class Evaluator:
         result = self.run(name, model, length, stride or length)
         extra = f" stride:{stride}" if stride else ""
         extra += f" prefix:{self.prefix}" if self.prefix else ""
-        extra += f" targets:{result['targets']} bytes:{result['bytes']} eval_time:{1e3 * result['seconds']:.0f}ms"
-        self.log(f"{name} val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}{extra}")
+        extra += f" targets:{result['targets']} bytes:{result['bytes']}"
+        self.log(f"{name} val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}{extra} "
+                 f"eval_time:{1e3 * result['seconds']:.0f}ms")
         self.log(f"{name}_exact val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f}")
         return result
 
@@ -1876,7 +1886,7 @@ class Stream:
 
     @torch.no_grad()
     def logprobs(self) -> np.ndarray:
-        """fp32 log-probabilities (V,) of the next id. The first id of a stream (BOS) is given: push it first."""
+        """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it first."""
         if not self.ids:
             raise ValueError("push the first id (BOS) before asking for the second")
         args = self.model.args
@@ -1991,8 +2001,8 @@ class Trainer:
     # The loop
 
     def progress(self) -> float:
-        """Share of the run that is behind: of the steps or of the seconds, whichever is larger. The last three
-        steps' worth of seconds stays unused: no step may end after the limit."""
+        """Share of the run that is behind: of the steps or of the seconds, whichever is larger. The last
+        three steps' worth of seconds stays unused: no step may end after the limit."""
         by_step = self.step / self.args.iterations
         cap = self.args.max_wallclock_seconds - 3 * self.seconds / max(self.step, 1)
         by_time = self.seconds / max(cap, 1e-9) if self.args.max_wallclock_seconds else 0.0
@@ -2004,8 +2014,8 @@ class Trainer:
         batches = Loader(self.data, args, self.plan, runtime.rank, self.loader_state).prefetch(runtime.device)
         first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of the first non-finite loss
         fences: deque = deque()
-        cadence = {"log": args.train_log_every, "save": args.checkpoint_every, "validate": args.val_loss_every,
-                   "report": args.grad_report_every}
+        cadence = {"log": args.train_log_every, "save": args.checkpoint_every,
+                   "validate": args.val_loss_every, "report": args.grad_report_every}
         started = time.perf_counter() - self.seconds
         try:
             while True:
@@ -2084,7 +2094,7 @@ class Trainer:
         self.log.metrics(step=self.step, val_loss=result["val_loss"], val_bpb=result["val_bpb"])
 
     def grad_report(self, ids: Tensor, weights: Tensor) -> None:
-        """Logs the gradient norm that each loss term, at weight 1, sends into each module (one micro-batch)."""
+        """Logs the gradient norm that each loss term, at weight 1, sends into each module (a micro-batch)."""
         if not self.runtime.main:
             return
         aux = self.model.aux
@@ -2129,7 +2139,7 @@ class Trainer:
         try:
             with safe_open(path, "pt") as file:
                 meta = json.loads((file.metadata() or {})["golf"])
-                state = {key: file.get_tensor(key) for key in file.keys()}
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"RESUME={path}: not a checkpoint of this script ({error})") from None
         for key, value in self.args.shipped().items():

@@ -42,11 +42,15 @@ except ImportError:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_TOKENS = 20240520, 1, 100_000_000
 PAD_ID, BOS_ID, EOS_ID, UNK_ID, BYTE_OFFSET = 0, 1, 2, 3, 4
-VAL_DOCUMENTS_FINEWEB = 50_000  # the contest's validation split: the first 50,000 documents, in one place for both sides
+VAL_DOCUMENTS_FINEWEB = (
+    50_000  # the contest's validation split: the first 50,000 documents, in one place for both sides
+)
 SHINGLE, OVERLAP_LIMIT = 64, 0.30
 SPACE = "\u2581"  # SentencePiece's mark for a space
-TINYSHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                   "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+TINYSHAKESPEARE = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+)
 FINEWEB_REPO = "willdepueoai/parameter-golf"
 
 
@@ -72,7 +76,9 @@ class Corpus:
     train: Callable[[], Iterator[bytes]]
     val: Callable[[], Iterator[bytes]]
     notes: dict
-    fixed_val: bool = False  # a validation split that may not change: training gives way where documents are equal
+    fixed_val: bool = (
+        False  # a validation split that may not change: training gives way where documents are equal
+    )
 
 
 def digest(document: bytes) -> bytes:
@@ -99,7 +105,9 @@ def read_documents(path: Path) -> Iterator[bytes]:
                 import zstandard
             except ImportError:
                 raise UserError(f"{path}: reading .zst needs the zstandard package") from None
-            stream = io.BufferedReader(stack.enter_context(zstandard.ZstdDecompressor().stream_reader(stream)), 1 << 20)
+            stream = io.BufferedReader(
+                stack.enter_context(zstandard.ZstdDecompressor().stream_reader(stream)), 1 << 20
+            )
         number = 0
         try:
             for number, line in enumerate(stream, 1):
@@ -123,7 +131,9 @@ def take_bytes(documents: Iterator[bytes], limit: int) -> Iterator[bytes]:
             return
 
 
-def split_by_hash(name: str, documents: Callable[[], Iterable[bytes]], val_share: float, notes: dict) -> Corpus:
+def split_by_hash(
+    name: str, documents: Callable[[], Iterable[bytes]], val_share: float, notes: dict
+) -> Corpus:
     """Drops equal documents, orders the rest by hash (a shuffle that never changes), the first share is validation."""
     unique = {digest(document): document for document in documents() if document}
     order = sorted(unique)
@@ -132,8 +142,12 @@ def split_by_hash(name: str, documents: Callable[[], Iterable[bytes]], val_share
         held_out = {order[0]}
     if len(held_out) >= len(order):
         raise UserError(f"{name}: {len(order)} documents are too few to hold any out")
-    return Corpus(name, lambda: (unique[key] for key in order if key not in held_out),
-                  lambda: (unique[key] for key in order if key in held_out), notes)
+    return Corpus(
+        name,
+        lambda: (unique[key] for key in order if key not in held_out),
+        lambda: (unique[key] for key in order if key in held_out),
+        notes,
+    )
 
 
 def python_files(roots: Iterable[Path], skip: tuple[str, ...] = ()) -> Iterator[bytes]:
@@ -149,7 +163,9 @@ def python_files(roots: Iterable[Path], skip: tuple[str, ...] = ()) -> Iterator[
 def source_stdlib(args: argparse.Namespace) -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
     notes = {"python": sys.version.split()[0]}
-    return split_by_hash("stdlib", lambda: python_files([root], ("site-packages", "dist-packages")), args.val_share, notes)
+    return split_by_hash(
+        "stdlib", lambda: python_files([root], ("site-packages", "dist-packages")), args.val_share, notes
+    )
 
 
 def source_python(args: argparse.Namespace) -> Corpus:
@@ -162,12 +178,17 @@ def source_python(args: argparse.Namespace) -> Corpus:
 def source_python_extended(args: argparse.Namespace) -> Corpus:
     packages = {Path(path) for path in [*site.getsitepackages(), sysconfig.get_paths()["purelib"]]}
     roots = [Path(sysconfig.get_paths()["stdlib"]), *sorted(path for path in packages if path.is_dir())]
-    return split_by_hash("python_extended", lambda: python_files(roots, ("dist-packages",)), args.val_share,
-                         {"python": sys.version.split()[0]})
+    return split_by_hash(
+        "python_extended",
+        lambda: python_files(roots, ("dist-packages",)),
+        args.val_share,
+        {"python": sys.version.split()[0]},
+    )
 
 
 def source_files(args: argparse.Namespace) -> Corpus:
     """Named files, in their order (`--no-shuffle`) or in the order of a seeded permutation of the documents."""
+
     def documents(paths: list[str]) -> Iterator[bytes]:
         for path in paths:
             yield from (document for document in read_documents(Path(path)) if document)
@@ -175,8 +196,12 @@ def source_files(args: argparse.Namespace) -> Corpus:
     notes = {"files": [Path(path).name for path in args.train], "shuffled": not args.no_shuffle}
     if not args.val:
         if args.no_shuffle:
-            raise UserError("files: --no-shuffle needs --val, there is no hash order to hold documents out by")
-        return split_by_hash("files", lambda: take_bytes(documents(args.train), args.train_bytes), args.val_share, notes)
+            raise UserError(
+                "files: --no-shuffle needs --val, there is no hash order to hold documents out by"
+            )
+        return split_by_hash(
+            "files", lambda: take_bytes(documents(args.train), args.train_bytes), args.val_share, notes
+        )
 
     def train() -> Iterator[bytes]:
         found = take_bytes(documents(args.train), args.train_bytes)
@@ -185,8 +210,12 @@ def source_files(args: argparse.Namespace) -> Corpus:
         # Memory stays flat: the documents are shuffled in blocks of 64 MB, the blocks follow the files.
         return shuffle_blocks(found, args.seed)
 
-    return Corpus("files", train, lambda: take_bytes(documents(args.val), args.val_bytes),
-                  {**notes, "val_files": [Path(path).name for path in args.val]})
+    return Corpus(
+        "files",
+        train,
+        lambda: take_bytes(documents(args.val), args.val_bytes),
+        {**notes, "val_files": [Path(path).name for path in args.val]},
+    )
 
 
 def shuffle_blocks(documents: Iterator[bytes], seed: int, block: int = 64_000_000) -> Iterator[bytes]:
@@ -212,9 +241,13 @@ def source_tinyshakespeare(args: argparse.Namespace) -> Corpus:
         download(url, path)
     text = path.read_bytes()
     if hashlib.sha256(text).hexdigest() != wanted:
-        raise UserError(f"{path}: sha256 {hashlib.sha256(text).hexdigest()} is not tinyshakespeare's {wanted}")
+        raise UserError(
+            f"{path}: sha256 {hashlib.sha256(text).hexdigest()} is not tinyshakespeare's {wanted}"
+        )
     cut = text.index(b"\n\n", len(text) * 9 // 10) + 2
-    return Corpus("tinyshakespeare", lambda: iter([text[:cut]]), lambda: iter([text[cut:]]), {"sha256": wanted})
+    return Corpus(
+        "tinyshakespeare", lambda: iter([text[:cut]]), lambda: iter([text[cut:]]), {"sha256": wanted}
+    )
 
 
 def markov2(length: int, seed: int) -> bytes:
@@ -234,8 +267,12 @@ def markov2(length: int, seed: int) -> bytes:
 def source_markov2(args: argparse.Namespace) -> Corpus:
     text = markov2(args.bytes, args.seed)
     cut = len(text) * 95 // 100
-    return Corpus("markov2", lambda: iter([text[:cut]]), lambda: iter([text[cut:]]),
-                  {"warning": "synthetic and periodic: for tests only", "seed": args.seed})
+    return Corpus(
+        "markov2",
+        lambda: iter([text[:cut]]),
+        lambda: iter([text[cut:]]),
+        {"warning": "synthetic and periodic: for tests only", "seed": args.seed},
+    )
 
 
 def download(url: str, path: Path) -> None:
@@ -265,15 +302,30 @@ class Hub:
         """{path inside the repository: sha256, or "" where none is known}."""
         if self.folder is not None:
             sums = self.folder / "SHA256SUMS"
-            known = dict(reversed(line.split(maxsplit=1)) for line in sums.read_text().splitlines() if line.strip()) \
-                if sums.exists() else {}
-            paths = (path.relative_to(self.folder).as_posix() for path in sorted(self.folder.rglob("*")) if path.is_file())
+            known = (
+                dict(
+                    reversed(line.split(maxsplit=1)) for line in sums.read_text().splitlines() if line.strip()
+                )
+                if sums.exists()
+                else {}
+            )
+            paths = (
+                path.relative_to(self.folder).as_posix()
+                for path in sorted(self.folder.rglob("*"))
+                if path.is_file()
+            )
             return {path: known.get(path, "") for path in paths}
         try:
             from huggingface_hub import HfApi
-            tree = HfApi().list_repo_tree(self.repo, repo_type="dataset", revision=self.revision, recursive=True)
-            return {item.path: item.lfs.sha256 if getattr(item, "lfs", None) else "" for item in tree
-                    if hasattr(item, "size")}
+
+            tree = HfApi().list_repo_tree(
+                self.repo, repo_type="dataset", revision=self.revision, recursive=True
+            )
+            return {
+                item.path: item.lfs.sha256 if getattr(item, "lfs", None) else ""
+                for item in tree
+                if hasattr(item, "size")
+            }
         except ImportError:
             raise UserError("fineweb needs the huggingface_hub package, or --hub-folder") from None
         except Exception as error:  # the hub's client has many kinds of its own
@@ -285,9 +337,13 @@ class Hub:
             local = self.folder / path
         else:
             from huggingface_hub import hf_hub_download
+
             try:
-                local = Path(hf_hub_download(self.repo, path, repo_type="dataset", revision=self.revision,
-                                             local_dir=self.cache))
+                local = Path(
+                    hf_hub_download(
+                        self.repo, path, repo_type="dataset", revision=self.revision, local_dir=self.cache
+                    )
+                )
             except Exception as error:
                 raise UserError(f"hub {self.repo}/{path}: {error}") from None
         if sha256 and (found := sha256_file(local)) != sha256:
@@ -299,7 +355,9 @@ def source_fineweb(args: argparse.Namespace) -> Corpus:
     """The published documents (`docs_selected.jsonl`): the first 50,000 are validation, in their order."""
     hub = Hub(args)
     files = hub.files()
-    name = next((path for path in files if path.endswith(("docs_selected.jsonl", "docs_selected.jsonl.zst"))), None)
+    name = next(
+        (path for path in files if path.endswith(("docs_selected.jsonl", "docs_selected.jsonl.zst"))), None
+    )
     if name is None:
         raise UserError(f"hub {args.hub_folder or args.repo}: no docs_selected.jsonl")
     path = hub.get(name, files[name])
@@ -312,8 +370,13 @@ def source_fineweb(args: argparse.Namespace) -> Corpus:
                 yield document
 
     count = args.val_documents
-    return Corpus("fineweb", lambda: take_bytes(part(count, None), args.train_bytes), lambda: part(0, count),
-                  {"repo": args.repo, "documents_file": name, "val_documents": count}, fixed_val=True)
+    return Corpus(
+        "fineweb",
+        lambda: take_bytes(part(count, None), args.train_bytes),
+        lambda: part(0, count),
+        {"repo": args.repo, "documents_file": name, "val_documents": count},
+        fixed_val=True,
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -366,7 +429,11 @@ class PieceTokenizer:
 
     def normalised_bytes(self, document: bytes) -> int:
         """UTF-8 length of what the ids decode to; the document's own for models trained here."""
-        return len(document) if self.lossless else len(self.model.decode(self.model.encode(document.decode())).encode())
+        return (
+            len(document)
+            if self.lossless
+            else len(self.model.decode(self.model.encode(document.decode())).encode())
+        )
 
 
 def train_pieces(documents: Iterator[bytes], size: int, folder: Path, limit: int = 40_000_000) -> Path:
@@ -379,10 +446,23 @@ def train_pieces(documents: Iterator[bytes], size: int, folder: Path, limit: int
     pieces = (text for document in take_bytes(documents, limit) for text in slices(document.decode("utf-8")))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=pieces, model_prefix=str(prefix), vocab_size=size, model_type="bpe", byte_fallback=True,
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            pad_id=PAD_ID, bos_id=BOS_ID, eos_id=EOS_ID, unk_id=UNK_ID, max_sentence_length=1 << 20,
-            character_coverage=0.9995, hard_vocab_limit=False, minloglevel=2)
+            sentence_iterator=pieces,
+            model_prefix=str(prefix),
+            vocab_size=size,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            pad_id=PAD_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            unk_id=UNK_ID,
+            max_sentence_length=1 << 20,
+            character_coverage=0.9995,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
     except RuntimeError as error:
         raise UserError(f"variant sp{size}: {error}") from None
     prefix.with_suffix(".vocab").unlink(missing_ok=True)
@@ -513,8 +593,13 @@ class ShardWriter:
         self.held, self.count = [], 0
 
     def summary(self) -> dict:
-        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes,
-                "first_document": self.first, "last_document": self.last}
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "first_document": self.first,
+            "last_document": self.last,
+        }
 
 
 def write_shard(path: Path, body: bytes) -> str:
@@ -576,8 +661,10 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
         for number, document in enumerate(bar(corpus.train(), "training")):
             if (equal := held_out.get(digest(document))) is not None:
                 if not corpus.fixed_val:
-                    raise UserError(f"{corpus.name}: validation document {equal} equals training document {number}: "
-                                    "remove one of them")
+                    raise UserError(
+                        f"{corpus.name}: validation document {equal} equals training document {number}: "
+                        "remove one of them"
+                    )
                 yielded += 1
                 continue
             train.add(tokenizer.encode(document), document)
@@ -600,19 +687,33 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
             normalised += tokenizer.normalised_bytes(document)
         val.close_shard()
         if not val.documents:
-            raise UserError(f"{corpus.name}: all {len(shares)} validation documents repeat training text (more than "
-                            f"{OVERLAP_LIMIT:.0%} of their {SHINGLE}-byte shingles): no score on them would mean anything")
+            raise UserError(
+                f"{corpus.name}: all {len(shares)} validation documents repeat training text (more than "
+                f"{OVERLAP_LIMIT:.0%} of their {SHINGLE}-byte shingles): no score on them would mean anything"
+            )
         weights = np.array(scan.documents) if scan else np.zeros(0)
         manifest = {
-            "source": corpus.name, "source_notes": corpus.notes, "variant": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.path and Path(tokenizer.path).name,
-            "tokenizer_sha256": tokenizer.sha256, "documents": {"train": train.documents, "val": val.documents},
-            "tokens": {"train": train.tokens, "val": val.tokens}, "bytes": {"train": train.bytes, "val": val.bytes},
-            "val_bytes": val.bytes, "val_normalised_bytes": normalised,
-            "train": train.summary(), "val": val.summary(),
-            "overlap": {"mode": args.overlap, "shingle_bytes": SHINGLE, "limit": OVERLAP_LIMIT,
-                        "share_found": float((shares * weights).sum() / max(weights.sum(), 1)) if scan else None,
-                        "documents_dropped": int(drop.sum()), "train_documents_equal_to_val_skipped": yielded},
+            "source": corpus.name,
+            "source_notes": corpus.notes,
+            "variant": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer": tokenizer.path and Path(tokenizer.path).name,
+            "tokenizer_sha256": tokenizer.sha256,
+            "documents": {"train": train.documents, "val": val.documents},
+            "tokens": {"train": train.tokens, "val": val.tokens},
+            "bytes": {"train": train.bytes, "val": val.bytes},
+            "val_bytes": val.bytes,
+            "val_normalised_bytes": normalised,
+            "train": train.summary(),
+            "val": val.summary(),
+            "overlap": {
+                "mode": args.overlap,
+                "shingle_bytes": SHINGLE,
+                "limit": OVERLAP_LIMIT,
+                "share_found": float((shares * weights).sum() / max(weights.sum(), 1)) if scan else None,
+                "documents_dropped": int(drop.sum()),
+                "train_documents_equal_to_val_skipped": yielded,
+            },
             "shards": train.entries + val.entries,
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -651,7 +752,9 @@ def read_shard(path: Path) -> np.ndarray:
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", 256) if size >= 1024 else np.zeros(3)
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION or size != 1024 + 2 * int(header[2]):
-        raise UserError(f"{path}: not a shard (header {header[0]:.0f}, {header[1]:.0f}, {header[2]:.0f}; {size} bytes)")
+        raise UserError(
+            f"{path}: not a shard (header {header[0]:.0f}, {header[1]:.0f}, {header[2]:.0f}; {size} bytes)"
+        )
     return np.memmap(path, "<u2", "r", 1024, (int(header[2]),))
 
 
@@ -673,8 +776,9 @@ def piece_bytes(model_path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.frombuffer(b"".join(pieces), np.uint8), np.cumsum(lengths) - lengths, lengths
 
 
-def ids_to_bytes(ids: np.ndarray, table: tuple[np.ndarray, np.ndarray, np.ndarray], dummy_prefix: bool,
-                 after_bos: bool) -> np.ndarray:
+def ids_to_bytes(
+    ids: np.ndarray, table: tuple[np.ndarray, np.ndarray, np.ndarray], dummy_prefix: bool, after_bos: bool
+) -> np.ndarray:
     """byte260 ids of the same text: BOS stays BOS, every other id becomes its bytes + 4."""
     joined, starts, lengths = table
     ids = np.asarray(ids, np.int64)
@@ -723,12 +827,28 @@ def convert(args: argparse.Namespace) -> dict:
             documents = int((out == BOS_ID).sum())
             for i, value in enumerate((documents, len(out), len(out) - documents)):
                 totals[split][i] += value
-            entries.append({"file": path.name, "split": split, "tokens": len(out),
-                            "sha256": write_shard(folder / path.name, out.astype("<u2").tobytes())})
-        parts = {key: {split: totals[split][i] for split in totals} for i, key in enumerate(("documents", "tokens", "bytes"))}
-        manifest = {"source": f"convert:{source.name}", "variant": "byte260", "vocab_size": 260, "tokenizer": None,
-                    "converted_with": sha256_file(Path(args.tokenizer)), **parts, "val_bytes": parts["bytes"]["val"],
-                    "shards": entries}
+            entries.append(
+                {
+                    "file": path.name,
+                    "split": split,
+                    "tokens": len(out),
+                    "sha256": write_shard(folder / path.name, out.astype("<u2").tobytes()),
+                }
+            )
+        parts = {
+            key: {split: totals[split][i] for split in totals}
+            for i, key in enumerate(("documents", "tokens", "bytes"))
+        }
+        manifest = {
+            "source": f"convert:{source.name}",
+            "variant": "byte260",
+            "vocab_size": 260,
+            "tokenizer": None,
+            "converted_with": sha256_file(Path(args.tokenizer)),
+            **parts,
+            "val_bytes": parts["bytes"]["val"],
+            "shards": entries,
+        }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return {**manifest, "folder": str(target)}
 
@@ -742,9 +862,11 @@ def fetch_shards(args: argparse.Namespace) -> dict:
     train = [path for path in inside if "_train_" in path][: args.shards]
     val = [path for path in inside if "_val_" in path]
     if len(train) < args.shards or not val:
-        raise UserError(f"hub {args.hub_folder or args.repo}: {len(train)} training and {len(val)} validation shards of "
-                        f"{folder_name}, {args.shards} and 1 wanted" + (
-                            "; byte260 is not published: convert sp1024 shards" if args.variant == "byte260" else ""))
+        raise UserError(
+            f"hub {args.hub_folder or args.repo}: {len(train)} training and {len(val)} validation shards of "
+            f"{folder_name}, {args.shards} and 1 wanted"
+            + ("; byte260 is not published: convert sp1024 shards" if args.variant == "byte260" else "")
+        )
     models = [path for path in files if path.endswith(f"fineweb_{args.variant.removeprefix('sp')}_bpe.model")]
     target = Path(args.out) if args.out else Path(args.out_root) / folder_name
     entries = []
@@ -753,12 +875,26 @@ def fetch_shards(args: argparse.Namespace) -> dict:
             local, name = hub.get(path, files[path]), Path(path).name
             shutil.copyfile(local, folder / name)
             if name.endswith(".bin"):
-                entries.append({"file": name, "split": "val" if path in val else "train",
-                                "tokens": len(read_shard(folder / name)), "sha256": sha256_file(folder / name)})
-        tokens = {split: sum(entry["tokens"] for entry in entries if entry["split"] == split) for split in ("train", "val")}
-        manifest = {"source": "fineweb", "source_notes": {"repo": args.repo, "published_shards": True},
-                    "variant": args.variant, "tokenizer": models and Path(models[0]).name or None, "tokens": tokens,
-                    "shards": entries}
+                entries.append(
+                    {
+                        "file": name,
+                        "split": "val" if path in val else "train",
+                        "tokens": len(read_shard(folder / name)),
+                        "sha256": sha256_file(folder / name),
+                    }
+                )
+        tokens = {
+            split: sum(entry["tokens"] for entry in entries if entry["split"] == split)
+            for split in ("train", "val")
+        }
+        manifest = {
+            "source": "fineweb",
+            "source_notes": {"repo": args.repo, "published_shards": True},
+            "variant": args.variant,
+            "tokenizer": models and Path(models[0]).name or None,
+            "tokens": tokens,
+            "shards": entries,
+        }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return {**manifest, "folder": str(target)}
 
@@ -767,9 +903,15 @@ def fetch_shards(args: argparse.Namespace) -> dict:
 # COMMAND LINE
 # -----------------------------------------------------------------------------
 
-SOURCES = {"stdlib": source_stdlib, "files": source_files, "python": source_python,
-           "python_extended": source_python_extended, "tinyshakespeare": source_tinyshakespeare,
-           "markov2": source_markov2, "fineweb": source_fineweb}
+SOURCES = {
+    "stdlib": source_stdlib,
+    "files": source_files,
+    "python": source_python,
+    "python_extended": source_python_extended,
+    "tinyshakespeare": source_tinyshakespeare,
+    "markov2": source_markov2,
+    "fineweb": source_fineweb,
+}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -780,11 +922,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     shared.add_argument("--out-root", default="data/datasets", help="where folders go by default")
     shared.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="ids a shard holds at most")
     shared.add_argument("--val-share", type=float, default=0.02, help="share of documents held out by hash")
-    shared.add_argument("--overlap", default="drop", choices=("drop", "report", "off"),
-                        help="validation documents that repeat training text: drop (default), only report, or no scan")
+    shared.add_argument(
+        "--overlap",
+        default="drop",
+        choices=("drop", "report", "off"),
+        help="validation documents that repeat training text: drop (default), only report, or no scan",
+    )
     shared.add_argument("--seed", type=int, default=42)
     shared.add_argument("--force", action="store_true", help="replace the folder if it exists")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="source_name", metavar="SOURCE")
     for name in ("stdlib", "python_extended"):
         commands.add_parser(name, parents=[shared])
@@ -792,14 +940,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     files = commands.add_parser("files", parents=[shared])
     files.add_argument("train", nargs="+")
     files.add_argument("--val", nargs="+", default=[])
-    files.add_argument("--train-bytes", type=int, default=0, help="stop after the document that passes this; 0 = all")
+    files.add_argument(
+        "--train-bytes", type=int, default=0, help="stop after the document that passes this; 0 = all"
+    )
     files.add_argument("--val-bytes", type=int, default=0)
     files.add_argument("--no-shuffle", action="store_true", help="keep the order of the files")
     commands.add_parser("tinyshakespeare", parents=[shared]).add_argument("--file", default="")
     commands.add_parser("markov2", parents=[shared]).add_argument("--bytes", type=int, default=1 << 20)
     fineweb = commands.add_parser("fineweb", parents=[shared])
-    fineweb.add_argument("--shards", type=int, default=0, help="fetch this many published token shards as they are")
-    fineweb.add_argument("--documents", action="store_true", help="tokenize the published documents (default)")
+    fineweb.add_argument(
+        "--shards", type=int, default=0, help="fetch this many published token shards as they are"
+    )
+    fineweb.add_argument(
+        "--documents", action="store_true", help="tokenize the published documents (default)"
+    )
     fineweb.add_argument("--train-bytes", type=int, default=0)
     fineweb.add_argument("--val-documents", type=int, default=VAL_DOCUMENTS_FINEWEB)
     fineweb.add_argument("--repo", default=FINEWEB_REPO)
@@ -825,7 +979,9 @@ def main(argv: list[str] | None = None) -> int:
         elif args.source_name == "fineweb" and args.shards:
             manifest = fetch_shards(args)
         else:
-            target = Path(args.out) if args.out else Path(args.out_root) / f"{args.source_name}_{args.variant}"
+            target = (
+                Path(args.out) if args.out else Path(args.out_root) / f"{args.source_name}_{args.variant}"
+            )
             if target.exists() and not args.force:
                 raise UserError(f"{target} exists; --force replaces it")
             manifest = {**build(SOURCES[args.source_name](args), args, target), "folder": str(target)}
@@ -836,11 +992,20 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
     overlap = manifest.get("overlap", {})
-    print(f"{manifest['folder']}: " + " ".join(
-        f"{key}:{manifest[key]['train']}+{manifest[key]['val']}" for key in ("documents", "tokens", "bytes") if key in manifest)
-        + (f" overlap:{overlap['share_found']:.4f} dropped:{overlap['documents_dropped']}"
-           if overlap.get("share_found") is not None else "")
-        + f" seconds:{time.perf_counter() - start:.1f}")
+    print(
+        f"{manifest['folder']}: "
+        + " ".join(
+            f"{key}:{manifest[key]['train']}+{manifest[key]['val']}"
+            for key in ("documents", "tokens", "bytes")
+            if key in manifest
+        )
+        + (
+            f" overlap:{overlap['share_found']:.4f} dropped:{overlap['documents_dropped']}"
+            if overlap.get("share_found") is not None
+            else ""
+        )
+        + f" seconds:{time.perf_counter() - start:.1f}"
+    )
     return 0
 
 

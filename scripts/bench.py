@@ -22,8 +22,13 @@ import time
 
 from family import TRUNK, load_script, markdown_table
 
-BASE = {"TRAIN_SEQ_LEN": 512, "TRAIN_BATCH_TOKENS": 8192, "DEVICE_BATCH_TOKENS": 1 << 20, "EVAL_STRIDE": 64,
-        "MAX_WALLCLOCK_SECONDS": 0}
+BASE = {
+    "TRAIN_SEQ_LEN": 512,
+    "TRAIN_BATCH_TOKENS": 8192,
+    "DEVICE_BATCH_TOKENS": 1 << 20,
+    "EVAL_STRIDE": 64,
+    "MAX_WALLCLOCK_SECONDS": 0,
+}
 SIZES = {
     "4 x 128": {"NUM_LAYERS": 4, "MODEL_DIM": 128, "NUM_HEADS": 4, "NUM_KV_HEADS": 2},
     "6 x 192 (bench)": {"NUM_LAYERS": 6, "MODEL_DIM": 192, "NUM_HEADS": 6, "NUM_KV_HEADS": 3},
@@ -82,32 +87,65 @@ def measure(script: str, steps: int) -> dict:
             rates.append(matmul_rate(torch, runtime.device, runtime.dtype, 0.2))
     seconds, flop = statistics.median(times), flop_per_byte(trainer) * args.train_batch_tokens
     rate = statistics.median(rates)
-    return {"step_ms": 1e3 * seconds, "tokens_per_second": args.train_batch_tokens / seconds, "flop_per_step": flop,
-            "flop_per_second": flop / seconds, "matmul_flop_per_second": rate, "ratio": flop / seconds / rate,
-            "warm_up_seconds": compiling, "parameters": sum(p.numel() for p in trainer.model.parameters()),
-            "memory_mb": runtime.peak_memory_mb() - (before if runtime.device.type == "cpu" else 0),
-            "device": runtime.device_name(), "dtype": str(runtime.dtype), "attention": runtime.attention,
-            "compile": trainer.losses is not module.training_losses, "torch": torch.__version__}
+    return {
+        "step_ms": 1e3 * seconds,
+        "tokens_per_second": args.train_batch_tokens / seconds,
+        "flop_per_step": flop,
+        "flop_per_second": flop / seconds,
+        "matmul_flop_per_second": rate,
+        "ratio": flop / seconds / rate,
+        "warm_up_seconds": compiling,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "memory_mb": runtime.peak_memory_mb() - (before if runtime.device.type == "cpu" else 0),
+        "device": runtime.device_name(),
+        "dtype": str(runtime.dtype),
+        "attention": runtime.attention,
+        "compile": trainer.losses is not module.training_losses,
+        "torch": torch.__version__,
+    }
 
 
 def measure_apart(options: argparse.Namespace, overrides: dict) -> dict:
-    env = {**os.environ, **{key: str(value) for key, value in {**BASE, **overrides}.items()},
-           "COMPILE": options.compile}
-    command = [sys.executable, __file__, "--one", "--script", options.script, "--steps", str(options.steps), "--raw"]
+    env = {
+        **os.environ,
+        **{key: str(value) for key, value in {**BASE, **overrides}.items()},
+        "COMPILE": options.compile,
+    }
+    command = [
+        sys.executable,
+        __file__,
+        "--one",
+        "--script",
+        options.script,
+        "--steps",
+        str(options.steps),
+        "--raw",
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"error: {overrides}: {done.stderr.strip().splitlines()[-1] if done.stderr else 'failed'}")
+        raise SystemExit(
+            f"error: {overrides}: {done.stderr.strip().splitlines()[-1] if done.stderr else 'failed'}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def describe(name: str, result: dict) -> list:
-    return [name, f"{result['parameters'] / 1e6:.2f} M", f"{result['step_ms']:.0f}",
-            f"{result['tokens_per_second'] / 1e3:.1f} k", f"{result['flop_per_second'] / 1e9:.0f}",
-            f"{result['matmul_flop_per_second'] / 1e9:.0f}", f"{result['ratio']:.3f}", f"{result['memory_mb']:.0f}"]
+    return [
+        name,
+        f"{result['parameters'] / 1e6:.2f} M",
+        f"{result['step_ms']:.0f}",
+        f"{result['tokens_per_second'] / 1e3:.1f} k",
+        f"{result['flop_per_second'] / 1e9:.0f}",
+        f"{result['matmul_flop_per_second'] / 1e9:.0f}",
+        f"{result['ratio']:.3f}",
+        f"{result['memory_mb']:.0f}",
+    ]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--script", default=str(TRUNK), help="a script or a record's folder")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--compile", default="auto", choices=("auto", "0", "1"))
@@ -115,19 +153,34 @@ def main() -> int:
     parser.add_argument("--raw", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--json", default="", help="also write all numbers to this file")
     options = parser.parse_args()
-    header = ["model", "parameters", "ms a step", "bytes/s", "GFLOP/s", "matmul GFLOP/s", "ratio", "memory MB"]
+    header = [
+        "model",
+        "parameters",
+        "ms a step",
+        "bytes/s",
+        "GFLOP/s",
+        "matmul GFLOP/s",
+        "ratio",
+        "memory MB",
+    ]
     if options.one:
         result = measure(options.script, options.steps)
-        print(json.dumps(result) if options.raw else markdown_table(header, [describe("environment", result)]))
+        print(
+            json.dumps(result) if options.raw else markdown_table(header, [describe("environment", result)])
+        )
         return 0
     results = {"sizes": {}, "scaling": {}}
     for name, overrides in SIZES.items():
         results["sizes"][name] = measure_apart(options, overrides)
-        print(f"{name}: {results['sizes'][name]['step_ms']:.0f} ms, ratio {results['sizes'][name]['ratio']:.3f}",
-              file=sys.stderr)
+        print(
+            f"{name}: {results['sizes'][name]['step_ms']:.0f} ms, ratio {results['sizes'][name]['ratio']:.3f}",
+            file=sys.stderr,
+        )
     first = next(iter(results["sizes"].values()))
-    print(f"{first['device']}, {first['dtype']}, attention {first['attention']}, compile {first['compile']}, "
-          f"torch {first['torch']}\n")
+    print(
+        f"{first['device']}, {first['dtype']}, attention {first['attention']}, compile {first['compile']}, "
+        f"torch {first['torch']}\n"
+    )
     print(markdown_table(header, [describe(name, result) for name, result in results["sizes"].items()]))
     bench = SIZES["6 x 192 (bench)"]
     lengths = {"TRAIN_SEQ_LEN": (256, 512, 1024, 2048), "TRAIN_BATCH_TOKENS": (4096, 8192, 16384, 32768)}
@@ -136,9 +189,19 @@ def main() -> int:
         series = [measure_apart(options, {**bench, variable: value}) for value in values]
         results["scaling"][variable] = dict(zip(map(str, values), series))
         for (a, b), (low, high) in zip(zip(values, values[1:]), zip(series, series[1:])):
-            time_ratio, flop_ratio = high["step_ms"] / low["step_ms"], high["flop_per_step"] / low["flop_per_step"]
-            rows.append([f"{variable} {a} -> {b}", f"{time_ratio:.2f}", f"{flop_ratio:.2f}",
-                         f"{time_ratio / flop_ratio:.2f}", f"{high['memory_mb'] / low['memory_mb']:.2f}"])
+            time_ratio, flop_ratio = (
+                high["step_ms"] / low["step_ms"],
+                high["flop_per_step"] / low["flop_per_step"],
+            )
+            rows.append(
+                [
+                    f"{variable} {a} -> {b}",
+                    f"{time_ratio:.2f}",
+                    f"{flop_ratio:.2f}",
+                    f"{time_ratio / flop_ratio:.2f}",
+                    f"{high['memory_mb'] / low['memory_mb']:.2f}",
+                ]
+            )
     print("\n" + markdown_table(["doubling", "time", "FLOP", "time / FLOP", "memory"], rows))
     if options.json:
         with open(options.json, "w") as file:

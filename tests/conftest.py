@@ -14,13 +14,36 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A model of a few thousand parameters with every piece of the trunk switched on.
 TINY = {
-    "NUM_LAYERS": "3", "MODEL_DIM": "32", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "ROPE_DIMS": "4", "XSA_LAST_N": "2",
-    "NGRAM_ORDERS": "2,3,5", "NGRAM_BUCKETS": "512", "NGRAM_DIM": "8", "BIGRAM_VOCAB_SIZE": "256",
-    "BIGRAM_DIM": "8", "JEPA_CHUNK_SIZE": "8", "JEPA_LATENT_DIM": "16", "JEPA_PROJ_HIDDEN": "16",
-    "JEPA_SIGREG_PROJS": "16", "JEPA_SIGREG_GROUP": "2", "TRAIN_SEQ_LEN": "64", "TRAIN_BATCH_TOKENS": "512",
-    "EVAL_STRIDE": "16", "EVAL_BATCH_TOKENS": "2048", "ITERATIONS": "6", "WARMDOWN_ITERS": "3", "WARMUP_STEPS": "1",
-    "MAX_WALLCLOCK_SECONDS": "0", "EVAL_BUDGET_SECONDS": "0", "VAL_BYTES": "3000", "DTYPE": "fp32", "COMPILE": "0",
-    "DEVICE": "cpu", "TRAIN_LOG_EVERY": "2",
+    "NUM_LAYERS": "3",
+    "MODEL_DIM": "32",
+    "NUM_HEADS": "4",
+    "NUM_KV_HEADS": "2",
+    "ROPE_DIMS": "4",
+    "XSA_LAST_N": "2",
+    "NGRAM_ORDERS": "2,3,5",
+    "NGRAM_BUCKETS": "512",
+    "NGRAM_DIM": "8",
+    "BIGRAM_VOCAB_SIZE": "256",
+    "BIGRAM_DIM": "8",
+    "JEPA_CHUNK_SIZE": "8",
+    "JEPA_LATENT_DIM": "16",
+    "JEPA_PROJ_HIDDEN": "16",
+    "JEPA_SIGREG_PROJS": "16",
+    "JEPA_SIGREG_GROUP": "2",
+    "TRAIN_SEQ_LEN": "64",
+    "TRAIN_BATCH_TOKENS": "512",
+    "EVAL_STRIDE": "16",
+    "EVAL_BATCH_TOKENS": "2048",
+    "ITERATIONS": "6",
+    "WARMDOWN_ITERS": "3",
+    "WARMUP_STEPS": "1",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "EVAL_BUDGET_SECONDS": "0",
+    "VAL_BYTES": "3000",
+    "DTYPE": "fp32",
+    "COMPILE": "0",
+    "DEVICE": "cpu",
+    "TRAIN_LOG_EVERY": "2",
 }
 
 
@@ -53,20 +76,31 @@ def corpus(tmp_path_factory, prepare) -> Path:
 
 def environment(**overrides) -> dict[str, str]:
     """A clean environment with the tiny model in it."""
-    kept = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV") if key in os.environ}
+    kept = {
+        key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV") if key in os.environ
+    }
     return {**kept, **TINY, "OMP_NUM_THREADS": "1", **{key: str(value) for key, value in overrides.items()}}
 
 
 @pytest.fixture
 def run(corpus, tmp_path):
     """run(VAR=value, ...) -> (exit code, output, metrics or None): the real script in a process of its own."""
+
     def run(ranks: int = 1, timeout: int = 120, script: Path = ROOT / "train_gpt.py", **overrides):
         overrides = {"DATA_PATH": corpus, "RUNS_PATH": tmp_path / "runs", "RUN_ID": "test", **overrides}
         command = [sys.executable, str(script)]
         if ranks > 1:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                       str(script)]
-        done = subprocess.run(command, env=environment(**overrides), capture_output=True, text=True, timeout=timeout)
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={ranks}",
+                str(script),
+            ]
+        done = subprocess.run(
+            command, env=environment(**overrides), capture_output=True, text=True, timeout=timeout
+        )
         path = Path(overrides["RUNS_PATH"]) / str(overrides["RUN_ID"]) / "metrics.json"
         metrics = json.loads(path.read_text()) if path.exists() else None
         return done.returncode, done.stdout + done.stderr, metrics
@@ -83,8 +117,10 @@ def tiny(trunk):
 @pytest.fixture
 def alive(trunk):
     """alive(args) -> model whose zero-initialised tensors are random too, so that every path carries a signal."""
+
     def alive(args, seed: int = 0):
         import torch
+
         model = trunk.GPT(args)
         model.init_weights(seed)
         generator = torch.Generator().manual_seed(seed + 1)

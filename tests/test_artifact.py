@@ -14,9 +14,19 @@ from hypothesis import strategies as st
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 200), st.integers(2, 8), st.sampled_from(["std", "mse"]),
-       st.floats(0.5, 30), st.sampled_from([1e-7, 1e-3, 1.0, 30.0]), st.integers(0, 1), st.integers(0, 2**32 - 1))
-def test_quantiser_error_is_half_a_step_inside_its_range(trunk, rows, columns, bits, clip, k, scale, axis, seed):
+@given(
+    st.integers(1, 40),
+    st.integers(1, 200),
+    st.integers(2, 8),
+    st.sampled_from(["std", "mse"]),
+    st.floats(0.5, 30),
+    st.sampled_from([1e-7, 1e-3, 1.0, 30.0]),
+    st.integers(0, 1),
+    st.integers(0, 2**32 - 1),
+)
+def test_quantiser_error_is_half_a_step_inside_its_range(
+    trunk, rows, columns, bits, clip, k, scale, axis, seed
+):
     weight = (np.random.default_rng(seed).standard_normal((rows, columns)) * scale).astype(np.float32)
     q, step = trunk.quantise(weight, bits, clip, k, axis)
     top = 2 ** (bits - 1) - 1
@@ -33,7 +43,9 @@ def test_quantiser_on_rows_that_break_naive_ones(trunk):
     zero = np.zeros((2, 8), np.float32)
     q, step = trunk.quantise(zero, 6, "std", 12, 1)
     assert (q == 0).all() and np.isfinite(trunk.dequantise(q, step)).all()
-    small = np.random.default_rng(0).standard_normal((4, 4096)).astype(np.float32) * 0.01  # G2: no floor at 1/31
+    small = (
+        np.random.default_rng(0).standard_normal((4, 4096)).astype(np.float32) * 0.01
+    )  # G2: no floor at 1/31
     error = trunk.dequantise(*trunk.quantise(small, 6, "std", 6, 1)) - small
     assert np.sqrt((error**2).mean()) < 0.06 * 0.01
 
@@ -50,6 +62,7 @@ def test_mse_clip_is_no_worse_than_the_largest_value(trunk):
 def packed(trunk):
     """(artifact bytes, model, args) of a random tiny model."""
     from conftest import TINY
+
     args = trunk.Hyperparameters(TINY)
     model = trunk.GPT(args)
     model.init_weights(0)
@@ -124,7 +137,8 @@ def test_well_formed_lies_are_refused(trunk, packed, tmp_path):
         return blob[:8] + hashlib.sha256(body).digest() + body
 
     lies = {
-        "version": lambda header: 9, "compressor": lambda header: header.update(compressor="rar") or 1,
+        "version": lambda header: 9,
+        "compressor": lambda header: header.update(compressor="rar") or 1,
         "config": lambda header: header["config"].update(MODEL_DIM=64) or 1,
         "names": lambda header: header["tensors"][0].__setitem__(0, "other") or 1,
         "shape": lambda header: header["tensors"][0].__setitem__(1, [7, 7]) or 1,
@@ -143,16 +157,22 @@ def test_a_fresh_process_gives_the_same_score(trunk, packed, tmp_path):
     path.write_bytes(blob)
     ids = np.random.default_rng(0).integers(4, 260, 150)
     np.save(tmp_path / "ids.npy", ids)
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import numpy as np, train_gpt as t\n"
-            f"nats, _ = t.score(t.load({str(path)!r}), np.load({str(tmp_path / 'ids.npy')!r}))\n"
-            "print(repr(float(nats.sum())))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import numpy as np, train_gpt as t\n"
+        f"nats, _ = t.score(t.load({str(path)!r}), np.load({str(tmp_path / 'ids.npy')!r}))\n"
+        "print(repr(float(nats.sum())))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True
+    )
     nats, _ = trunk.score(trunk.load(path), ids)
     assert float(done.stdout) == pytest.approx(float(nats.sum()), abs=1e-6)
 
 
 def test_importing_has_no_side_effect(tmp_path):
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, train_gpt\n"
-            "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, train_gpt\n"
+        "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=environment())
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,28 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-WORDS = "the quick brown fox jumps over the lazy dog while a small model learns to spell every word of it".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "the",
+    "lazy",
+    "dog",
+    "while",
+    "a",
+    "small",
+    "model",
+    "learns",
+    "to",
+    "spell",
+    "every",
+    "word",
+    "of",
+    "it",
+]
 
 
 def text(seed: int, words: int) -> str:
@@ -26,15 +47,19 @@ def text(seed: int, words: int) -> str:
 @pytest.fixture
 def jsonl(tmp_path):
     """jsonl(name, documents) -> path of a .jsonl file."""
+
     def write(name: str, documents: list[str]) -> str:
         path = tmp_path / name
         path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
         return str(path)
+
     return write
 
 
 def ids_of(folder: Path, split: str) -> np.ndarray:
-    return np.concatenate([np.fromfile(path, "<u2", offset=1024) for path in sorted(folder.glob(f"*_{split}_*.bin"))])
+    return np.concatenate(
+        [np.fromfile(path, "<u2", offset=1024) for path in sorted(folder.glob(f"*_{split}_*.bin"))]
+    )
 
 
 def documents_of(folder: Path, split: str) -> list[bytes]:
@@ -46,16 +71,34 @@ def documents_of(folder: Path, split: str) -> list[bytes]:
 def test_shards_hold_the_documents_in_order(prepare, jsonl, tmp_path):
     train, val = [text(i, 200) for i in range(9)], [text(100 + i, 150) for i in range(3)]
     out = tmp_path / "out"
-    assert prepare.main(["files", jsonl("a.jsonl", train[:5]), jsonl("b.jsonl", train[5:]), "--val",
-                         jsonl("v.jsonl", val), "--no-shuffle", "--overlap", "report", "--out", str(out),
-                         "--shard-tokens", "2500"]) == 0
+    assert (
+        prepare.main(
+            [
+                "files",
+                jsonl("a.jsonl", train[:5]),
+                jsonl("b.jsonl", train[5:]),
+                "--val",
+                jsonl("v.jsonl", val),
+                "--no-shuffle",
+                "--overlap",
+                "report",
+                "--out",
+                str(out),
+                "--shard-tokens",
+                "2500",
+            ]
+        )
+        == 0
+    )
     assert documents_of(out, "train") == [document.encode() for document in train]
     assert documents_of(out, "val") == [document.encode() for document in val]
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["variant"] == "byte260" and manifest["documents"] == {"train": 9, "val": 3}
     assert manifest["bytes"]["train"] == sum(map(len, train))
     assert manifest["tokens"]["train"] == sum(map(len, train)) + 9
-    assert manifest["train"]["first_document"] == hashlib.blake2b(train[0].encode(), digest_size=16).hexdigest()
+    assert (
+        manifest["train"]["first_document"] == hashlib.blake2b(train[0].encode(), digest_size=16).hexdigest()
+    )
     for entry in manifest["shards"]:
         data = (out / entry["file"]).read_bytes()
         header = np.frombuffer(data[:1024], "<i4")
@@ -67,23 +110,49 @@ def test_shards_hold_the_documents_in_order(prepare, jsonl, tmp_path):
 
 def test_shuffle_keeps_every_document_and_limits_count_bytes(prepare, jsonl, tmp_path):
     train = [text(i, 50) for i in range(30)]
-    arguments = ["files", jsonl("a.jsonl", train), "--val", jsonl("v.jsonl", [text(99, 90)]), "--overlap", "off"]
+    arguments = [
+        "files",
+        jsonl("a.jsonl", train),
+        "--val",
+        jsonl("v.jsonl", [text(99, 90)]),
+        "--overlap",
+        "off",
+    ]
     assert prepare.main([*arguments, "--out", str(tmp_path / "x")]) == 0
     shuffled = documents_of(tmp_path / "x", "train")
-    assert sorted(shuffled) == sorted(d.encode() for d in train) and shuffled[:3] != [d.encode() for d in train[:3]]
-    assert prepare.main([*arguments, "--no-shuffle", "--train-bytes", "1000", "--out", str(tmp_path / "y")]) == 0
+    assert sorted(shuffled) == sorted(d.encode() for d in train) and shuffled[:3] != [
+        d.encode() for d in train[:3]
+    ]
+    assert (
+        prepare.main([*arguments, "--no-shuffle", "--train-bytes", "1000", "--out", str(tmp_path / "y")]) == 0
+    )
     kept = documents_of(tmp_path / "y", "train")
     assert sum(map(len, kept)) > 1000 >= sum(map(len, kept[:-1]))
 
 
 def test_zst_and_txt_inputs(prepare, jsonl, tmp_path):
     import zstandard
+
     path = Path(jsonl("a.jsonl", [text(i, 40) for i in range(4)]))
     packed = tmp_path / "a.jsonl.zst"
     packed.write_bytes(zstandard.compress(path.read_bytes()))
     (tmp_path / "v.txt").write_bytes(b"held \xff out")
-    assert prepare.main(["files", str(packed), "--val", str(tmp_path / "v.txt"), "--no-shuffle", "--overlap", "off",
-                         "--out", str(tmp_path / "o")]) == 0
+    assert (
+        prepare.main(
+            [
+                "files",
+                str(packed),
+                "--val",
+                str(tmp_path / "v.txt"),
+                "--no-shuffle",
+                "--overlap",
+                "off",
+                "--out",
+                str(tmp_path / "o"),
+            ]
+        )
+        == 0
+    )
     assert documents_of(tmp_path / "o", "train") == [text(i, 40).encode() for i in range(4)]
     assert documents_of(tmp_path / "o", "val") == ["held \ufffd out".encode()]
 
@@ -95,18 +164,34 @@ def test_equal_documents_meet_once_and_never_on_both_sides(prepare, tmp_path):
         (source / f"m{i}.py").write_text(text(i, 60))
         (source / "sub" / f"copy{i}.py").write_text(text(i, 60))
     out = tmp_path / "o"
-    assert prepare.main(["python", str(source), "--out", str(out), "--val-share", "0.2", "--overlap", "report"]) == 0
+    assert (
+        prepare.main(["python", str(source), "--out", str(out), "--val-share", "0.2", "--overlap", "report"])
+        == 0
+    )
     train, val = documents_of(out, "train"), documents_of(out, "val")
     assert len(train) + len(val) == 40 and not set(train) & set(val) and len(val) > 2
-    assert prepare.main(["python", str(source), "--out", str(out), "--val-share", "0.2", "--force",
-                         "--overlap", "report"]) == 0
+    assert (
+        prepare.main(
+            ["python", str(source), "--out", str(out), "--val-share", "0.2", "--force", "--overlap", "report"]
+        )
+        == 0
+    )
     assert documents_of(out, "val") == val  # the split is a function of the documents
 
 
 def test_equal_validation_document_is_refused(prepare, jsonl, tmp_path, capsys):
     same = text(1, 50)
-    code = prepare.main(["files", jsonl("a.jsonl", [text(0, 50), same]), "--val", jsonl("v.jsonl", [same]), "--no-shuffle",
-                         "--out", str(tmp_path / "o")])
+    code = prepare.main(
+        [
+            "files",
+            jsonl("a.jsonl", [text(0, 50), same]),
+            "--val",
+            jsonl("v.jsonl", [same]),
+            "--no-shuffle",
+            "--out",
+            str(tmp_path / "o"),
+        ]
+    )
     assert code == 2 and "validation document 0 equals training document 1" in capsys.readouterr().err
     assert not (tmp_path / "o").exists() and not list(tmp_path.glob(".*partial"))
 
@@ -114,10 +199,24 @@ def test_equal_validation_document_is_refused(prepare, jsonl, tmp_path, capsys):
 def test_overlapping_validation_documents_are_dropped_and_counted(prepare, jsonl, tmp_path):
     fresh = [" ".join(str(n) for n in np.random.default_rng(i).integers(0, 10**9, 400)) for i in range(3)]
     train = [text(i, 400) for i in range(6)]
-    half = fresh[1][: len(train[2]) // 2] + train[2][len(train[2]) // 2 :]  # half of it is training text, shifted
+    half = (
+        fresh[1][: len(train[2]) // 2] + train[2][len(train[2]) // 2 :]
+    )  # half of it is training text, shifted
     out = tmp_path / "o"
-    assert prepare.main(["files", jsonl("a.jsonl", train), "--val", jsonl("v.jsonl", [fresh[0], half, fresh[2]]),
-                         "--no-shuffle", "--out", str(out)]) == 0
+    assert (
+        prepare.main(
+            [
+                "files",
+                jsonl("a.jsonl", train),
+                "--val",
+                jsonl("v.jsonl", [fresh[0], half, fresh[2]]),
+                "--no-shuffle",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert documents_of(out, "val") == [fresh[0].encode(), fresh[2].encode()]
     overlap = json.loads((out / "manifest.json").read_text())["overlap"]
     assert overlap["documents_dropped"] == 1 and 0.05 < overlap["share_found"] < 0.5
@@ -129,7 +228,11 @@ def test_overlap_scan_equals_brute_force(prepare, seed, length, alphabet):
     rng = np.random.default_rng(seed)
     training = [rng.integers(0, min(alphabet, 255), length).astype(np.uint8).tobytes() for _ in range(3)]
     start = int(rng.integers(0, max(1, length - 200)))
-    validation = [training[1][start : start + 200], rng.integers(0, 255, 300).astype(np.uint8).tobytes(), b"short"]
+    validation = [
+        training[1][start : start + 200],
+        rng.integers(0, 255, 300).astype(np.uint8).tobytes(),
+        b"short",
+    ]
     scan = prepare.OverlapScan(chunk=512)
     for document in validation:
         scan.add_validation(document)
@@ -150,13 +253,21 @@ def test_markov2_is_periodic_and_refused(prepare, tmp_path, capsys):
     assert stream[-6000:] in stream[: len(stream) * 95 // 100]
     assert prepare.main(["markov2", "--bytes", str(1 << 17), "--out", str(tmp_path / "m")]) == 2
     assert "repeat training text" in capsys.readouterr().err and not (tmp_path / "m").exists()
-    assert prepare.main(["markov2", "--bytes", str(1 << 17), "--overlap", "report", "--out", str(tmp_path / "m")]) == 0
+    assert (
+        prepare.main(
+            ["markov2", "--bytes", str(1 << 17), "--overlap", "report", "--out", str(tmp_path / "m")]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "m" / "manifest.json").read_text())["overlap"]["share_found"] > 0.99
 
 
 def test_tinyshakespeare_checks_its_sum(prepare, tmp_path, capsys):
     (tmp_path / "input.txt").write_text("First Citizen:\n")
-    assert prepare.main(["tinyshakespeare", "--file", str(tmp_path / "input.txt"), "--out", str(tmp_path / "o")]) == 2
+    assert (
+        prepare.main(["tinyshakespeare", "--file", str(tmp_path / "input.txt"), "--out", str(tmp_path / "o")])
+        == 2
+    )
     assert "sha256" in capsys.readouterr().err
 
 
@@ -168,17 +279,25 @@ def hub(tmp_path, prepare):
     (root / "tokenizers").mkdir()
     documents = [text(i, 120) for i in range(24)]
     (root / "docs_selected.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
-    (tmp_path / "t.txt").write_text(" ".join(documents) + " ".join(chr(65 + i % 26) * (i % 9) for i in range(2000)))
+    (tmp_path / "t.txt").write_text(
+        " ".join(documents) + " ".join(chr(65 + i % 26) * (i % 9) for i in range(2000))
+    )
     model = prepare.train_pieces(iter([(tmp_path / "t.txt").read_bytes()]), 320, root / "tokenizers")
     model.rename(root / "tokenizers" / "fineweb_320_bpe.model")
     tokenizer = prepare.PieceTokenizer(root / "tokenizers" / "fineweb_320_bpe.model", "sp320")
     for split, part in (("val", documents[:4]), ("train", documents[4:])):
-        ids = np.concatenate([np.concatenate(([1], tokenizer.encode(d.encode()))) for d in part]).astype("<u2")
+        ids = np.concatenate([np.concatenate(([1], tokenizer.encode(d.encode()))) for d in part]).astype(
+            "<u2"
+        )
         for number, piece in enumerate(np.array_split(ids, 1 if split == "val" else 2)):
-            prepare.write_shard(root / "datasets" / "fineweb10B_sp320" / f"fineweb_{split}_{number:06d}.bin",
-                                piece.tobytes())
-    sums = "".join(f"{prepare.sha256_file(path)}  {path.relative_to(root).as_posix()}\n"
-                   for path in sorted(root.rglob("*")) if path.is_file())
+            prepare.write_shard(
+                root / "datasets" / "fineweb10B_sp320" / f"fineweb_{split}_{number:06d}.bin", piece.tobytes()
+            )
+    sums = "".join(
+        f"{prepare.sha256_file(path)}  {path.relative_to(root).as_posix()}\n"
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    )
     (root / "SHA256SUMS").write_text(sums)
     return root, documents
 
@@ -186,8 +305,22 @@ def hub(tmp_path, prepare):
 def test_fineweb_documents_from_a_local_hub(prepare, hub, tmp_path):
     root, documents = hub
     out = tmp_path / "o"
-    assert prepare.main(["fineweb", "--hub-folder", str(root), "--val-documents", "5", "--overlap", "report",
-                         "--out", str(out)]) == 0
+    assert (
+        prepare.main(
+            [
+                "fineweb",
+                "--hub-folder",
+                str(root),
+                "--val-documents",
+                "5",
+                "--overlap",
+                "report",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert documents_of(out, "val") == [d.encode() for d in documents[:5]]
     assert documents_of(out, "train") == [d.encode() for d in documents[5:]]
     assert prepare.VAL_DOCUMENTS_FINEWEB == 50_000
@@ -196,29 +329,87 @@ def test_fineweb_documents_from_a_local_hub(prepare, hub, tmp_path):
 def test_fineweb_shards_are_fetched_and_converted_to_bytes(prepare, hub, tmp_path, capsys):
     root, documents = hub
     shards, converted = tmp_path / "shards", tmp_path / "bytes"
-    assert prepare.main(["fineweb", "--hub-folder", str(root), "--variant", "sp320", "--shards", "2",
-                         "--out", str(shards)]) == 0
+    assert (
+        prepare.main(
+            [
+                "fineweb",
+                "--hub-folder",
+                str(root),
+                "--variant",
+                "sp320",
+                "--shards",
+                "2",
+                "--out",
+                str(shards),
+            ]
+        )
+        == 0
+    )
     assert sorted(p.name for p in shards.iterdir()) == [
-        "fineweb_320_bpe.model", "fineweb_train_000000.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin",
-        "manifest.json"]
-    assert prepare.main(["convert", "--from", str(shards), "--variant", "byte260", "--tokenizer",
-                         str(shards / "fineweb_320_bpe.model"), "--out", str(converted)]) == 0
+        "fineweb_320_bpe.model",
+        "fineweb_train_000000.bin",
+        "fineweb_train_000001.bin",
+        "fineweb_val_000000.bin",
+        "manifest.json",
+    ]
+    assert (
+        prepare.main(
+            [
+                "convert",
+                "--from",
+                str(shards),
+                "--variant",
+                "byte260",
+                "--tokenizer",
+                str(shards / "fineweb_320_bpe.model"),
+                "--out",
+                str(converted),
+            ]
+        )
+        == 0
+    )
     assert documents_of(converted, "val") == [d.encode() for d in documents[:4]]
     assert documents_of(converted, "train") == [d.encode() for d in documents[4:]]
     damaged = root / "datasets" / "fineweb10B_sp320" / "fineweb_val_000000.bin"
     damaged.write_bytes(damaged.read_bytes()[:-2] + b"\1\1")
-    assert prepare.main(["fineweb", "--hub-folder", str(root), "--variant", "sp320", "--shards", "2", "--force",
-                         "--out", str(shards)]) == 2
+    assert (
+        prepare.main(
+            [
+                "fineweb",
+                "--hub-folder",
+                str(root),
+                "--variant",
+                "sp320",
+                "--shards",
+                "2",
+                "--force",
+                "--out",
+                str(shards),
+            ]
+        )
+        == 2
+    )
     assert "is not the published" in capsys.readouterr().err
 
 
 def test_conversion_table_equals_decoding_with_a_dummy_prefix(prepare, tmp_path):
     """The field's models put a space before every document and fold white space; bytes equal the decoded text's."""
     import sentencepiece
+
     (tmp_path / "t.txt").write_text("\n".join(text(i, 60) for i in range(40)))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "t.txt"), model_prefix=str(tmp_path / "f"), vocab_size=400, model_type="bpe",
-        byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False, minloglevel=2)
+        input=str(tmp_path / "t.txt"),
+        model_prefix=str(tmp_path / "f"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "f.model"))
     texts = ["the quick fox", " leading  double", "na\u00efve \u4f60\u597d", "", "dog" * 30, "a\ttab"]
     ids = np.concatenate([[1, *model.encode(t)] for t in texts])
@@ -228,8 +419,10 @@ def test_conversion_table_equals_decoding_with_a_dummy_prefix(prepare, tmp_path)
     assert (whole[whole == 1]).size == len(texts)
     assert bytes(np.where(whole == 1, 0, whole.astype(int) - 4).astype(np.uint8)) == wanted
     for cut in (1, 5, 13, len(ids) - 1):  # blocks are converted one after the other
-        parts = [prepare.ids_to_bytes(ids[:cut], table, True, False),
-                 prepare.ids_to_bytes(ids[cut:], table, True, bool(ids[cut - 1] == 1))]
+        parts = [
+            prepare.ids_to_bytes(ids[:cut], table, True, False),
+            prepare.ids_to_bytes(ids[cut:], table, True, bool(ids[cut - 1] == 1)),
+        ]
         assert np.array_equal(np.concatenate(parts), whole)
 
 
@@ -244,8 +437,9 @@ def test_trained_tokenizer_loses_nothing(prepare, pieces, document):
 @pytest.fixture(scope="module")
 def pieces(prepare, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pieces")
-    return prepare.PieceTokenizer(prepare.train_pieces(iter([text(i, 300).encode() for i in range(9)]), 320, folder),
-                                  "sp320")
+    return prepare.PieceTokenizer(
+        prepare.train_pieces(iter([text(i, 300).encode() for i in range(9)]), 320, folder), "sp320"
+    )
 
 
 def test_bad_calls_are_one_line(prepare, jsonl, tmp_path, capsys):
@@ -253,12 +447,21 @@ def test_bad_calls_are_one_line(prepare, jsonl, tmp_path, capsys):
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"tex')
     (tmp_path / "broken.jsonl.zst").write_bytes(b"not zstandard")
     good = jsonl("a.jsonl", [text(0, 30), text(1, 30)])
-    cases = [["files", str(tmp_path / "none.txt")], ["files", str(tmp_path / "x.pdf")],
-             ["files", str(tmp_path / "broken.jsonl")], ["files", str(tmp_path / "broken.jsonl.zst")],
-             ["files", good, "--variant", "char"], ["files", good, "--variant", "sp10"],
-             ["files", good, "--variant", "sp99999"], ["files", good, "--no-shuffle"], ["python", str(tmp_path / "no")],
-             ["convert", "--from", str(tmp_path), "--variant", "byte260"], ["files", good, "--val-share", "0"],
-             ["fineweb", "--hub-folder", str(tmp_path / "no")], ["files", good, "--shard-tokens", "0"]]
+    cases = [
+        ["files", str(tmp_path / "none.txt")],
+        ["files", str(tmp_path / "x.pdf")],
+        ["files", str(tmp_path / "broken.jsonl")],
+        ["files", str(tmp_path / "broken.jsonl.zst")],
+        ["files", good, "--variant", "char"],
+        ["files", good, "--variant", "sp10"],
+        ["files", good, "--variant", "sp99999"],
+        ["files", good, "--no-shuffle"],
+        ["python", str(tmp_path / "no")],
+        ["convert", "--from", str(tmp_path), "--variant", "byte260"],
+        ["files", good, "--val-share", "0"],
+        ["fineweb", "--hub-folder", str(tmp_path / "no")],
+        ["files", good, "--shard-tokens", "0"],
+    ]
     for case in cases:
         assert prepare.main([*case, "--out", str(tmp_path / "o")]) == 2, case
         error = capsys.readouterr().err
@@ -275,8 +478,21 @@ def test_interrupted_preparation_leaves_nothing(tmp_path):
     with open(big, "w") as file:
         for i in range(4000):
             file.write(json.dumps({"text": text(i, 2000)}) + "\n")
-    process = subprocess.Popen([sys.executable, str(ROOT / "data" / "prepare.py"), "files", str(big), "--val", str(big),
-                                "--out", str(tmp_path / "o"), "--variant", "sp8000"], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "data" / "prepare.py"),
+            "files",
+            str(big),
+            "--val",
+            str(big),
+            "--out",
+            str(tmp_path / "o"),
+            "--variant",
+            "sp8000",
+        ],
+        stderr=subprocess.PIPE,
+    )
     deadline = time.time() + 30
     while not list(tmp_path.glob(".o.*.partial")) and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
@@ -321,7 +537,9 @@ def test_global_batch_does_not_depend_on_ranks_or_memory(trunk, tiny, data, corp
     shards = data()
     base = rows_of(trunk, tiny(**overrides), shards, 1, 3)
     for ranks, memory in ((2, 512), (3, 128), (5, 64), (4, 10**6)):
-        assert np.array_equal(rows_of(trunk, tiny(**overrides, DEVICE_BATCH_TOKENS=memory), shards, ranks, 3), base)
+        assert np.array_equal(
+            rows_of(trunk, tiny(**overrides, DEVICE_BATCH_TOKENS=memory), shards, ranks, 3), base
+        )
 
 
 def test_sequential_rows_are_the_stream_without_gap_or_overlap(trunk, tiny, data, corpus):
@@ -342,8 +560,13 @@ def test_an_epoch_covers_the_shards_once_and_shuffles_anew(trunk, tiny, data, co
 
 
 def test_document_alignment_starts_rows_at_documents(trunk, tiny, data, corpus):
-    args = tiny(DATA_PATH=corpus, TRAIN_ALIGN="document", TRAIN_SEQ_LEN=8192, TRAIN_BATCH_TOKENS=16384,
-                EVAL_SEQ_LEN=64)
+    args = tiny(
+        DATA_PATH=corpus,
+        TRAIN_ALIGN="document",
+        TRAIN_SEQ_LEN=8192,
+        TRAIN_BATCH_TOKENS=16384,
+        EVAL_SEQ_LEN=64,
+    )
     shards = data()
     loader = trunk.Loader(shards, args, trunk.BatchPlan.make(args, 1), 0)
     stream = shards.train_shards[0]
@@ -351,11 +574,14 @@ def test_document_alignment_starts_rows_at_documents(trunk, tiny, data, corpus):
     assert starts[0] == 0 and (np.diff(starts) > 0).all() and (np.diff(starts) <= 8192).all()
     aligned = stream[starts] == 1
     for before, start, hit in zip(starts, starts[1:], aligned[1:]):
-        assert hit or not (stream[before + 1 : start + 1] == 1).any()  # else the row continues a long document
+        assert (
+            hit or not (stream[before + 1 : start + 1] == 1).any()
+        )  # else the row continues a long document
 
 
 def test_loader_resumes_at_its_state_and_prefetch_changes_nothing(trunk, tiny, data, corpus):
     import torch
+
     args = tiny(DATA_PATH=corpus, TRAIN_ORDER="shuffled")
     plan, shards = trunk.BatchPlan.make(args, 1), data()
     straight = trunk.Loader(shards, args, plan, 0)
@@ -373,6 +599,7 @@ def test_loader_resumes_at_its_state_and_prefetch_changes_nothing(trunk, tiny, d
 def damaged(corpus, tmp_path_factory):
     """A copy of the corpus whose files a test may break."""
     import shutil
+
     folder = tmp_path_factory.mktemp("damaged") / "data"
     shutil.copytree(corpus, folder)
     return folder
@@ -383,6 +610,7 @@ def damaged(corpus, tmp_path_factory):
 def test_damaged_shards_are_refused_by_name(trunk, damaged, data):
     """Any changed byte, a cut or an appended file: refused at start in one line that names the file."""
     from conftest import TINY
+
     args = trunk.Hyperparameters({**TINY, "DATA_PATH": str(damaged)})
     path = data.draw(st.sampled_from(sorted(damaged.glob("*.bin"))))
     good = path.read_bytes()
@@ -393,7 +621,9 @@ def test_damaged_shards_are_refused_by_name(trunk, damaged, data):
     elif kind == "append":
         bad += b"\0" * data.draw(st.integers(1, 5))
     else:
-        bad[data.draw(st.integers(0, 11 if kind == "header" else len(bad) - 1))] ^= data.draw(st.integers(1, 255))
+        bad[data.draw(st.integers(0, 11 if kind == "header" else len(bad) - 1))] ^= data.draw(
+            st.integers(1, 255)
+        )
     try:
         path.write_bytes(bytes(bad))
         with pytest.raises(trunk.UserError) as caught:
@@ -410,8 +640,13 @@ def test_ids_outside_the_vocabulary_are_refused_without_a_manifest(trunk, tiny, 
     prepare.write_shard(tmp_path / "x_train_000000.bin", ids.tobytes())
     prepare.write_shard(tmp_path / "x_val_000000.bin", np.full(100, 5, "<u2").tobytes())
     args = tiny(DATA_PATH=tmp_path, TRAIN_BATCH_TOKENS=64 * 2)
-    loader = trunk.Loader(trunk.Dataset(args, True), args, trunk.BatchPlan.make(args, 1), 0,
-                          {"epoch": 0, "shard": 0, "row": (2_000_000 - 1) // 64 - 1})
+    loader = trunk.Loader(
+        trunk.Dataset(args, True),
+        args,
+        trunk.BatchPlan.make(args, 1),
+        0,
+        {"epoch": 0, "shard": 0, "row": (2_000_000 - 1) // 64 - 1},
+    )
     with pytest.raises(trunk.UserError, match="id 300 is outside VOCAB_SIZE=260"):
         loader.next()
     prepare.write_shard(tmp_path / "x_val_000000.bin", np.full(100, 400, "<u2").tobytes())

@@ -10,14 +10,34 @@ import torch.nn.functional as F
 # Parameters of the published #832 model, by name in this script; 24,625,001 in all.
 L, D, KV = 13, 512, 256
 PUBLISHED = {
-    "tok_emb.weight": (260, D), "bigram.table": (4096, 32), "bigram.proj.weight": (D, 32), "bigram.scale": (),
-    "smear.gate": (D,), "skip_weights": (6, D), "aux.start": (256,), "aux.injection.weight": (D, 256),
-    "aux.projector.fc1.weight": (256, D), "aux.projector.fc2.weight": (256, 256),
-    "aux.predictor.fc1.weight": (256, 256), "aux.predictor.fc2.weight": (256, 256),
-} | {f"blocks.{i}.{name}": shape for i in range(L) for name, shape in {
-    "attn.c_q.weight": (D, D), "attn.c_k.weight": (KV, D), "attn.c_v.weight": (KV, D), "attn.proj.weight": (D, D),
-    "attn.q_gain": (8,), "mlp.fc.weight": (2 * D, D), "mlp.proj.weight": (D, 2 * D), "attn_scale": (D,),
-    "mlp_scale": (D,), "resid_mix": (2, D)}.items()}
+    "tok_emb.weight": (260, D),
+    "bigram.table": (4096, 32),
+    "bigram.proj.weight": (D, 32),
+    "bigram.scale": (),
+    "smear.gate": (D,),
+    "skip_weights": (6, D),
+    "aux.start": (256,),
+    "aux.injection.weight": (D, 256),
+    "aux.projector.fc1.weight": (256, D),
+    "aux.projector.fc2.weight": (256, 256),
+    "aux.predictor.fc1.weight": (256, 256),
+    "aux.predictor.fc2.weight": (256, 256),
+} | {
+    f"blocks.{i}.{name}": shape
+    for i in range(L)
+    for name, shape in {
+        "attn.c_q.weight": (D, D),
+        "attn.c_k.weight": (KV, D),
+        "attn.c_v.weight": (KV, D),
+        "attn.proj.weight": (D, D),
+        "attn.q_gain": (8,),
+        "mlp.fc.weight": (2 * D, D),
+        "mlp.proj.weight": (D, 2 * D),
+        "attn_scale": (D,),
+        "mlp_scale": (D,),
+        "resid_mix": (2, D),
+    }.items()
+}
 CHANGED = {"bigram.table": "one order of a table of several: (1, 4096, 32)"}
 ABSENT = {"bigram.scale": "the table's rate does what a scale did"}
 ADDED = {"ngram.table", "ngram.proj.weight"}
@@ -35,8 +55,18 @@ def test_published_tensor_list(trunk):
     assert all(math.prod(ours[name]) == math.prod(PUBLISHED[name]) for name in CHANGED)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"TIE_EMBEDDINGS": 0}, {"JEPA_CHUNK_SIZE": 0}, {"ROPE_DIMS": 0},
-                                       {"XSA_LAST_N": 3, "LN_SCALE": 0}, {"SMEAR_GATE": 0, "NGRAM_ORDERS": 0}], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"TIE_EMBEDDINGS": 0},
+        {"JEPA_CHUNK_SIZE": 0},
+        {"ROPE_DIMS": 0},
+        {"XSA_LAST_N": 3, "LN_SCALE": 0},
+        {"SMEAR_GATE": 0, "NGRAM_ORDERS": 0},
+    ],
+    ids=str,
+)
 def test_causality_over_every_position(trunk, tiny, alive, overrides):
     """Changing one id moves no logit before it, and does move the logits from it on."""
     args = tiny(**overrides)
@@ -49,7 +79,9 @@ def test_causality_over_every_position(trunk, tiny, alive, overrides):
         variants[t, t] = 4 + (variants[t, t] + 100) % 256
     with torch.no_grad():
         base = model.logits(ids, torch.zeros(1, dtype=torch.long), 40)[0]
-        moved = (model.logits(variants, torch.zeros(40, dtype=torch.long), 40) - base).abs().amax(-1)  # (variant, t)
+        moved = (
+            (model.logits(variants, torch.zeros(40, dtype=torch.long), 40) - base).abs().amax(-1)
+        )  # (variant, t)
     for t in range(40):
         assert moved[t, :t].max() < 1e-5 if t else True
         assert moved[t, t] > 1e-6
@@ -73,7 +105,7 @@ def test_embeddings_do_not_see_the_document_before(trunk, tiny, alive):
 
 def test_hash_spreads_over_the_buckets(trunk):
     """All pairs and many longer contexts fill the tables evenly: the fullest bucket stays near the mean."""
-    table = trunk.HashEmbedding((2, 3, 6), 4096, 4, 8)
+    table = trunk.HashEmbedding((2, 3, 6), 4096, 4, 1, 8)
     a, b = np.meshgrid(np.arange(4, 260), np.arange(4, 260))
     ids = torch.from_numpy(np.stack([a.ravel(), b.ravel()], 1)).long()
     counts = torch.bincount(table.rows(ids)[:, 1, 0], minlength=4096)
@@ -141,14 +173,20 @@ def test_attention_ladder_falls_to_a_rung_that_runs(trunk, monkeypatch):
 def test_rotary_is_exact_at_every_position_and_invertible(trunk, tiny):
     args = tiny(TRAIN_SEQ_LEN=4096, TRAIN_BATCH_TOKENS=8192)
     tables = trunk.rotary_tables(4096, args)
-    assert tables.dtype == torch.float32 and len(torch.unique(tables[0].flatten(1), dim=0)) == 4096  # #832 had 769
+    assert (
+        tables.dtype == torch.float32 and len(torch.unique(tables[0].flatten(1), dim=0)) == 4096
+    )  # #832 had 769
     position = np.arange(4096)[:, None] * args.rope_base ** (-np.arange(0, 4, 2) / 4)
     assert np.abs(tables[0, :, 0].numpy() - np.cos(position)).max() < 1e-6
     x = torch.randn(1, 16, 2, 8, requires_grad=True)
     y = trunk.Rotate.apply(x, tables[:, :16])
     assert torch.allclose(y.norm(dim=-1), x.norm(dim=-1), atol=1e-5) and torch.equal(y[..., 4:], x[..., 4:])
-    assert torch.autograd.gradcheck(lambda x: trunk.Rotate.apply(x, tables[:, :16]).sum((0, 2)), x.double()
-                                    .detach().requires_grad_(), eps=1e-3, atol=1e-3)
+    assert torch.autograd.gradcheck(
+        lambda x: trunk.Rotate.apply(x, tables[:, :16]).sum((0, 2)),
+        x.double().detach().requires_grad_(),
+        eps=1e-3,
+        atol=1e-3,
+    )
 
 
 def test_sigreg_on_normal_scaled_and_collapsed_latents(trunk):
@@ -158,7 +196,9 @@ def test_sigreg_on_normal_scaled_and_collapsed_latents(trunk):
     floor = trunk.sigreg_floor(2048, 17)
     normal = trunk.sigreg(z, directions, 17)
     assert normal.shape == (4,) and 0.7 * floor < normal.mean() < 1.4 * floor
-    values = [float(trunk.sigreg(x, directions, 17).mean()) for x in (2 * z, 0.5 * z, z * 0 + 0.01 * z, z + 1)]
+    values = [
+        float(trunk.sigreg(x, directions, 17).mean()) for x in (2 * z, 0.5 * z, z * 0 + 0.01 * z, z + 1)
+    ]
     assert min(values) > 20 * floor  # too wide, too narrow, collapsed, shifted
     assert float(trunk.sigreg(z * 1000, directions, 17).mean()) > 0.1  # scale is seen
     assert trunk.sigreg(z.bfloat16(), directions, 17).dtype == torch.float32
@@ -271,7 +311,9 @@ def test_one_forward_of_weighted_groups_equals_the_mean_over_the_batch(trunk, ti
     inputs = model.aux.inputs(0, ids.device)
     whole = model.losses(ids, torch.ones(6), inputs)
     padded = torch.cat((ids[4:], ids[:2]))
-    parts = [model.losses(ids[:4], torch.ones(4), inputs),
-             model.losses(padded, torch.tensor([1.0, 1, 0, 0]), inputs)]
+    parts = [
+        model.losses(ids[:4], torch.ones(4), inputs),
+        model.losses(padded, torch.tensor([1.0, 1, 0, 0]), inputs),
+    ]
     for name, value in whole.items():
         assert sum(part[name] for part in parts).item() == pytest.approx(value.item(), rel=1e-5)

@@ -15,9 +15,26 @@ import pytest
 from conftest import ROOT, environment
 from safetensors.numpy import load_file
 
-CLOSING = ("val_bpb", "headline", "evals", "bytes_code", "bytes_model", "bytes_total", "train_seconds", "eval_seconds",
-           "steps", "ms_per_step", "params", "peak_mem_mb", "seed", "script_sha256", "git_commit", "device",
-           "world_size", "dataset")
+CLOSING = (
+    "val_bpb",
+    "headline",
+    "evals",
+    "bytes_code",
+    "bytes_model",
+    "bytes_total",
+    "train_seconds",
+    "eval_seconds",
+    "steps",
+    "ms_per_step",
+    "params",
+    "peak_mem_mb",
+    "seed",
+    "script_sha256",
+    "git_commit",
+    "device",
+    "world_size",
+    "dataset",
+)
 
 
 def losses(output: str) -> list[float]:
@@ -28,26 +45,46 @@ def test_a_run_leaves_what_the_house_promises(run, tmp_path):
     code, output, metrics = run(VAL_LOSS_EVERY=3, GRAD_REPORT_EVERY=3, JEPA_PHASE1_FRAC=0)
     assert code == 0, output
     folder = tmp_path / "runs" / "test"
-    assert sorted(p.name for p in folder.iterdir()) == ["artifact.bin", "best.safetensors", "final.safetensors",
-                                                        "log.txt", "metrics.json", "metrics.jsonl"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "artifact.bin",
+        "best.safetensors",
+        "final.safetensors",
+        "log.txt",
+        "metrics.json",
+        "metrics.jsonl",
+    ]
     assert all(key in metrics for key in CLOSING)
-    assert metrics["headline"] == "final_int6_sliding" and metrics["steps"] == 6 and metrics["dataset"]["sha256"]
+    assert (
+        metrics["headline"] == "final_int6_sliding" and metrics["steps"] == 6 and metrics["dataset"]["sha256"]
+    )
     names = ["raw", "final_raw", "final_ema", "final_int6_roundtrip", "final_int6_sliding"]
     assert list(metrics["evals"]) == names
     for entry in metrics["evals"].values():
-        assert entry["val_bpb"] == pytest.approx(entry["val_loss"] * entry["targets"] / entry["bytes"] / np.log(2))
+        assert entry["val_bpb"] == pytest.approx(
+            entry["val_loss"] * entry["targets"] / entry["bytes"] / np.log(2)
+        )
         assert sum(entry["bits_by_class"].values()) == pytest.approx(entry["val_bpb"] * entry["bytes"])
     assert metrics["bytes_model"] == (folder / "artifact.bin").stat().st_size
     assert metrics["bytes_total"] == metrics["bytes_model"] + (ROOT / "train_gpt.py").stat().st_size
     log = (folder / "log.txt").read_text()
-    assert log.startswith((ROOT / "train_gpt.py").read_text()) and set(output.splitlines()) <= set(log.splitlines())
-    assert re.search(r"^final_int6_sliding val_loss:\d\.\d{4} val_bpb:\d\.\d{4} stride:16 prefix:3000 targets:\d+ "
-                     r"bytes:300\d eval_time:\d+ms$", output, re.M)
+    assert log.startswith((ROOT / "train_gpt.py").read_text()) and set(output.splitlines()) <= set(
+        log.splitlines()
+    )
+    assert re.search(
+        r"^final_int6_sliding val_loss:\d\.\d{4} val_bpb:\d\.\d{4} stride:16 prefix:3000 targets:\d+ "
+        r"bytes:300\d eval_time:\d+ms$",
+        output,
+        re.M,
+    )
     assert re.search(r"^final_int6_sliding_exact val_loss:\d\.\d{8} val_bpb:\d\.\d{8}$", output, re.M)
     assert re.search(r"^step:6/6 val_loss:\S+ val_bpb:\S+ train_time:\d+ms step_avg:\S+ms$", output, re.M)
     assert re.search(r"^step:2/6 .* jepa_pred:\S+ jepa_r2:\S+ sigreg:\S+ sigreg_floor:0.0\d+$", output, re.M)
     reports = re.findall(r"^grad_report step:3 (\w+) .*blocks.attn:(\S+) .*aux.projector:(\S+)", output, re.M)
-    assert {name: float(attn) > 0 for name, attn, _ in reports} == {"ce": True, "jepa_pred": False, "sigreg": False}
+    assert {name: float(attn) > 0 for name, attn, _ in reports} == {
+        "ce": True,
+        "jepa_pred": False,
+        "sigreg": False,
+    }
     assert all(float(projector) > 0 for _, _, projector in reports)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 1 and lines[0]["train_loss"] == pytest.approx(losses(output)[0], abs=1e-4)
@@ -63,9 +100,10 @@ def test_eval_only_scores_an_artifact_without_training_data(run, corpus, tmp_pat
     for path in corpus.glob("*_val_*.bin"):
         shutil.copy(path, bare)
     # NUM_LAYERS is the tiny default again: the artifact's own settings build the model
-    env = {key: "" for key in ("NUM_LAYERS",)}
-    code, output, again = run(EVAL_ONLY=1, ARTIFACT=tmp_path / "runs/test/artifact.bin", DATA_PATH=bare, RUN_ID="again",
-                              **env)
+    env = dict.fromkeys(("NUM_LAYERS",), "")
+    code, output, again = run(
+        EVAL_ONLY=1, ARTIFACT=tmp_path / "runs/test/artifact.bin", DATA_PATH=bare, RUN_ID="again", **env
+    )
     assert code == 0, output
     assert again["val_bpb"] == metrics["val_bpb"] and "step:" not in output
     assert list(again["evals"]) == ["final_int6_roundtrip", "final_int6_sliding"]
@@ -83,12 +121,20 @@ def same(a: dict, b: dict) -> bool:
 
 def test_stop_and_resume_equals_one_run_bit_for_bit(run, corpus, tmp_path):
     """SIGTERM somewhere in the middle, then RESUME=auto: every tensor of the final checkpoint is the same."""
-    settings = {"ITERATIONS": 40, "WARMDOWN_ITERS": 20, "TRAIN_ORDER": "shuffled", "TRAIN_LOG_EVERY": 1,
-                "JEPA_PHASE1_FRAC": 0, "CHECKPOINT_EVERY": 15}
+    settings = {
+        "ITERATIONS": 40,
+        "WARMDOWN_ITERS": 20,
+        "TRAIN_ORDER": "shuffled",
+        "TRAIN_LOG_EVERY": 1,
+        "JEPA_PHASE1_FRAC": 0,
+        "CHECKPOINT_EVERY": 15,
+    }
     code, output, _ = run(**settings)
     assert code == 0, output
     env = environment(DATA_PATH=corpus, RUNS_PATH=tmp_path / "runs", RUN_ID="cut", **settings)
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=env, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_gpt.py")], env=env, stdout=subprocess.PIPE, text=True
+    )
     for line in process.stdout:
         if line.startswith("step:10/40 train_loss"):
             process.send_signal(signal.SIGTERM)
@@ -99,7 +145,9 @@ def test_stop_and_resume_equals_one_run_bit_for_bit(run, corpus, tmp_path):
     assert stopped and 10 <= int(stopped[1]) < 40 and not (tmp_path / "runs/cut/artifact.bin").exists()
     code, output, _ = run(**settings, RUN_ID="cut", RESUME="auto")
     assert code == 0 and f"step:{stopped[1]} train_time" in output, output
-    assert same(weights(tmp_path / "runs/test/final.safetensors"), weights(tmp_path / "runs/cut/final.safetensors"))
+    assert same(
+        weights(tmp_path / "runs/test/final.safetensors"), weights(tmp_path / "runs/cut/final.safetensors")
+    )
     whole, halves = ((tmp_path / f"runs/{name}/artifact.bin").read_bytes() for name in ("test", "cut"))
     assert whole == halves
 
@@ -110,7 +158,9 @@ def test_resume_from_a_file_and_refusals(run, tmp_path):
     last = tmp_path / "runs/test/last.safetensors"
     code, output, metrics = run(RUN_ID="b", RESUME=last, ITERATIONS=6)
     assert code == 0 and f"resume:{last} step:5" in output and metrics["steps"] == 6
-    assert same(weights(tmp_path / "runs/test/final.safetensors"), weights(tmp_path / "runs/b/final.safetensors"))
+    assert same(
+        weights(tmp_path / "runs/test/final.safetensors"), weights(tmp_path / "runs/b/final.safetensors")
+    )
     code, output, _ = run(RUN_ID="c", RESUME=last, NUM_LAYERS=2)
     assert code == 2 and "made with NUM_LAYERS=3, not 2" in output
     last.write_bytes(last.read_bytes()[:1000])
@@ -121,8 +171,14 @@ def test_resume_from_a_file_and_refusals(run, tmp_path):
 @pytest.mark.parametrize("chunk", [8, 0])
 def test_two_ranks_give_the_losses_of_one(run, chunk):
     """The global batch, SIGReg's groups, Muon's shares and the scores do not depend on the number of ranks."""
-    settings = {"JEPA_CHUNK_SIZE": chunk, "JEPA_PHASE1_FRAC": 0, "JEPA_LAMBDA_MAX": 0.1, "JEPA_BACKBONE_GRAD": 1,
-                "ITERATIONS": 8, "TRAIN_LOG_EVERY": 1}
+    settings = {
+        "JEPA_CHUNK_SIZE": chunk,
+        "JEPA_PHASE1_FRAC": 0,
+        "JEPA_LAMBDA_MAX": 0.1,
+        "JEPA_BACKBONE_GRAD": 1,
+        "ITERATIONS": 8,
+        "TRAIN_LOG_EVERY": 1,
+    }
     outcomes = []
     for ranks in (1, 2):
         code, output, metrics = run(ranks, RUN_ID=f"r{ranks}", **settings)
@@ -152,8 +208,9 @@ def test_accumulation_changes_no_loss(run):
 
 
 def test_the_clock_ends_a_run_at_its_floor(run, tmp_path):
-    code, output, metrics = run(ITERATIONS=1_000_000, WARMDOWN_ITERS=300_000, MAX_WALLCLOCK_SECONDS=3, MIN_LR=0.05,
-                                TRAIN_LOG_EVERY=1)
+    code, output, metrics = run(
+        ITERATIONS=1_000_000, WARMDOWN_ITERS=300_000, MAX_WALLCLOCK_SECONDS=3, MIN_LR=0.05, TRAIN_LOG_EVERY=1
+    )
     assert code == 0, output
     lines = [json.loads(x) for x in (tmp_path / "runs/test/metrics.jsonl").read_text().splitlines()]
     rates = [line["rate"] for line in lines if "rate" in line]
@@ -180,11 +237,23 @@ def test_validation_text_does_not_touch_training(run, corpus, tmp_path):
 
 
 def test_a_loss_that_explodes_names_step_and_checkpoint(run, tmp_path):
-    code, output, _ = run(MATRIX_LR=1e30, SCALAR_LR=1e30, ITERATIONS=12, CHECKPOINT_EVERY=1, TRAIN_LOG_EVERY=100)
-    assert code == 2 and re.search(r"^error: step \d+: the loss is not finite; the last good checkpoint is "
-                                   r"\S+last.safetensors$", output, re.M), output
-    assert all(np.isfinite(value).all() for value in weights(tmp_path / "runs/test/last.safetensors").values()
-               if value.dtype.kind == "f") and "Traceback" not in output
+    code, output, _ = run(
+        MATRIX_LR=1e30, SCALAR_LR=1e30, ITERATIONS=12, CHECKPOINT_EVERY=1, TRAIN_LOG_EVERY=100
+    )
+    assert code == 2 and re.search(
+        r"^error: step \d+: the loss is not finite; the last good checkpoint is "
+        r"\S+last.safetensors$",
+        output,
+        re.M,
+    ), output
+    assert (
+        all(
+            np.isfinite(value).all()
+            for value in weights(tmp_path / "runs/test/last.safetensors").values()
+            if value.dtype.kind == "f"
+        )
+        and "Traceback" not in output
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -193,14 +262,18 @@ def test_half_precision_trains_and_keeps_fp32_masters(run, tmp_path, dtype):
     assert code == 0 and losses(output)[-1] < losses(output)[0] - 0.3, output
     assert ("attention:cpu" in output) and metrics["val_bpb"] < 9
     final = weights(tmp_path / "runs/test/final.safetensors")
-    assert all(value.dtype == np.float32 for key, value in final.items() if key.startswith(("model.", "ema.")))
+    assert all(
+        value.dtype == np.float32 for key, value in final.items() if key.startswith(("model.", "ema."))
+    )
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_compiled_equals_eager(run):
     eager = run(RUN_ID="a", NUM_LAYERS=2, ITERATIONS=4)
     compiled = run(RUN_ID="b", NUM_LAYERS=2, ITERATIONS=4, COMPILE=1, timeout=400)
-    assert compiled[0] == 0 and "compile:1" in compiled[1] and "compile: failed" not in compiled[1], compiled[1]
+    assert compiled[0] == 0 and "compile:1" in compiled[1] and "compile: failed" not in compiled[1], compiled[
+        1
+    ]
     assert np.abs(np.array(losses(eager[1])) - np.array(losses(compiled[1]))).max() < 2e-3
 
 
@@ -210,8 +283,12 @@ def test_a_compiler_that_fails_falls_back_to_eager(run, tmp_path):
     for name in ("g++", "clang++", "gcc", "cc", "c++"):
         (wrong / name).write_text("#!/bin/sh\necho no compiler today >&2\nexit 1\n")
         (wrong / name).chmod(0o755)
-    code, output, metrics = run(COMPILE=1, ITERATIONS=3, PATH=f"{wrong}:{os.environ['PATH']}",
-                                TORCHINDUCTOR_CACHE_DIR=tmp_path / "cache")
+    code, output, metrics = run(
+        COMPILE=1,
+        ITERATIONS=3,
+        PATH=f"{wrong}:{os.environ['PATH']}",
+        TORCHINDUCTOR_CACHE_DIR=tmp_path / "cache",
+    )
     assert code == 0 and "compile: failed" in output and metrics["steps"] == 3, output
 
 
@@ -224,19 +301,49 @@ def test_broken_budgets_are_said_and_exit_non_zero(run):
 def test_a_tokenizer_run_prints_both_byte_counts(run, prepare, tmp_path):
     """The whole pipeline on SentencePiece ids; a model that folds white space says which bytes divide."""
     import sentencepiece
-    words = "the quick brown fox jumps over the lazy dog".split()
+
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
     rng = np.random.default_rng(0)
     (tmp_path / "t.txt").write_text("\n".join(" ".join(rng.choice(words, 60)) for _ in range(100)))
     (tmp_path / "v.txt").write_text(" ".join(rng.choice(words, 600)).replace("fox", "fox  "))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "t.txt"), model_prefix=str(tmp_path / "f"), vocab_size=300, model_type="bpe",
-        byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False, minloglevel=2)
+        input=str(tmp_path / "t.txt"),
+        model_prefix=str(tmp_path / "f"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "f.model"))
     size = model.vocab_size()
     out = tmp_path / "sp"
-    assert prepare.main(["files", str(tmp_path / "t.txt"), "--val", str(tmp_path / "v.txt"), "--variant", f"sp{size}",
-                         "--tokenizer", str(tmp_path / "f.model"), "--overlap", "off", "--out", str(out)]) == 0
-    code, output, metrics = run(DATA_PATH=out, VOCAB_SIZE=size, TOKENIZER_PATH=out / "f.model", VAL_BYTES=0, ITERATIONS=2)
+    assert (
+        prepare.main(
+            [
+                "files",
+                str(tmp_path / "t.txt"),
+                "--val",
+                str(tmp_path / "v.txt"),
+                "--variant",
+                f"sp{size}",
+                "--tokenizer",
+                str(tmp_path / "f.model"),
+                "--overlap",
+                "off",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
+    code, output, metrics = run(
+        DATA_PATH=out, VOCAB_SIZE=size, TOKENIZER_PATH=out / "f.model", VAL_BYTES=0, ITERATIONS=2
+    )
     assert code == 0, output
     text = (tmp_path / "v.txt").read_text()
     normalised = len(model.decode(model.encode(text)).encode())
@@ -247,7 +354,9 @@ def test_a_tokenizer_run_prints_both_byte_counts(run, prepare, tmp_path):
 def test_time_between_interrupt_and_exit(run, corpus, tmp_path):
     """Ctrl-C saves and leaves; nothing is left running."""
     env = environment(DATA_PATH=corpus, RUNS_PATH=tmp_path / "runs", RUN_ID="i", ITERATIONS=100000)
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=env, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_gpt.py")], env=env, stdout=subprocess.PIPE, text=True
+    )
     for line in process.stdout:
         if line.startswith("step:4/"):
             break

@@ -40,7 +40,9 @@ def test_uniform_model_scores_log2_of_the_vocabulary(trunk, tiny, corpus, stride
     assert result["targets"] == len(evaluator.ids) - 1 and 3000 <= result["bytes"] <= 3001
     assert result["val_loss"] == pytest.approx(math.log(260), abs=1e-5)
     assert result["val_bpb"] == pytest.approx(math.log2(260) * result["targets"] / result["bytes"], abs=1e-6)
-    assert sum(result["bits_by_class"].values()) == pytest.approx(math.log2(260) * result["targets"], rel=1e-6)
+    assert sum(result["bits_by_class"].values()) == pytest.approx(
+        math.log2(260) * result["targets"], rel=1e-6
+    )
 
 
 def test_score_is_a_distribution_and_equals_the_stream(trunk, tiny, alive, corpus):
@@ -97,13 +99,36 @@ def test_future_and_target_do_not_reach_a_score(trunk, tiny, alive):
 
 def test_headline_of_a_tokenizer_divides_by_the_targets_bytes(trunk, prepare, tmp_path):
     """A SentencePiece model trained here counts exactly the UTF-8 bytes of every document."""
-    texts = [b"", b"a", b" two  spaces ", "na\u00efve \u4f60\u597d \U0001f600".encode(), b"\n\ttabs\r\n", b"\0nul",
-             "literal \u2581 mark\u2581".encode(), b"x" * 500]
+    texts = [
+        b"",
+        b"a",
+        b" two  spaces ",
+        "na\u00efve \u4f60\u597d \U0001f600".encode(),
+        b"\n\ttabs\r\n",
+        b"\0nul",
+        "literal \u2581 mark\u2581".encode(),
+        b"x" * 500,
+    ]
     (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
     (tmp_path / "v.txt").write_text("The lazy dog.")
     out = tmp_path / "sp"
-    assert prepare.main(["files", str(tmp_path / "t.txt"), "--val", str(tmp_path / "v.txt"), "--variant", "sp320",
-                         "--out", str(out), "--overlap", "off"]) == 0
+    assert (
+        prepare.main(
+            [
+                "files",
+                str(tmp_path / "t.txt"),
+                "--val",
+                str(tmp_path / "v.txt"),
+                "--variant",
+                "sp320",
+                "--out",
+                str(out),
+                "--overlap",
+                "off",
+            ]
+        )
+        == 0
+    )
     tokenizer = prepare.PieceTokenizer(out / "sp320.model", "sp320")
     args = trunk.Hyperparameters({"VOCAB_SIZE": "320", "TOKENIZER_PATH": str(out / "sp320.model")})
     tables = trunk.byte_tables(args)
@@ -111,5 +136,6 @@ def test_headline_of_a_tokenizer_divides_by_the_targets_bytes(trunk, prepare, tm
         ids = np.concatenate(([1], tokenizer.encode(text))).astype(np.int64)
         assert trunk.target_bytes(ids, tables).sum() == len(text), text
     with pytest.raises(trunk.UserError, match="has 320 ids"):
-        trunk.byte_tables(trunk.Hyperparameters({"VOCAB_SIZE": "330",
-                                                 "TOKENIZER_PATH": str(out / "sp320.model")}))
+        trunk.byte_tables(
+            trunk.Hyperparameters({"VOCAB_SIZE": "330", "TOKENIZER_PATH": str(out / "sp320.model")})
+        )

@@ -1,0 +1,236 @@
+"""Writes the tables of README files from `metrics.json` files: no number in a table is typed.
+
+    python scripts/tables.py            rewrites what stands between the markers
+    python scripts/tables.py --check    exits with 1 where a README and its files disagree
+
+A marker pair `<!-- table: KIND FOLDER [ARGUMENT] -->` ... `<!-- end -->` names what to build from the files below FOLDER:
+`seeds` (a row a seed), `ablation` (arms of a folder `ablations/<arm>/seed*.json` against the arm `base`, seeds paired),
+`bench` (what scripts/bench.py --json wrote), `classes` (bits by byte class).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from pathlib import Path
+
+from family import ROOT, markdown_table
+
+MARK = re.compile(r"(<!-- table: (\w+) (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.S)
+T_95 = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+}  # two-sided
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def headline(metrics: dict) -> float:
+    return metrics["val_bpb"]
+
+
+def seeds(folder: Path, _) -> str:
+    runs = [
+        read(path) for path in sorted(folder.glob("seed*/metrics.json"), key=lambda p: int(p.parent.name[4:]))
+    ]
+    names = ["final_raw", "final_ema", "final_int6_roundtrip", "final_int6_sliding"]
+    rows = [
+        [
+            run["seed"],
+            *(f"{run['evals'][name]['val_bpb']:.4f}" for name in names),
+            f"{run['bytes_model']:,}",
+            f"{run['bytes_code']:,}",
+            f"{run['bytes_total']:,}",
+            f"{run['ms_per_step']:.0f}",
+            f"{run['eval_seconds']:.0f}",
+        ]
+        for run in runs
+    ]
+    means = [statistics.mean(run["evals"][name]["val_bpb"] for run in runs) for name in names]
+    rows.append(["**mean**", *(f"**{mean:.4f}**" for mean in means), *([""] * 5)])
+    first = runs[0]
+    note = (
+        f"{first['params']:,} parameters, {first['steps']} steps, {first['device']}, torch {first['torch']}, data "
+        f"`{first['dataset']['name']}`: {first['evals'][names[0]]['bytes']:,} validation bytes in "
+        f"{first['evals'][names[0]]['targets']:,} targets."
+    )
+    return (
+        markdown_table(
+            [
+                "seed",
+                "raw",
+                "EMA",
+                "int6",
+                "int6 sliding",
+                "model bytes",
+                "code bytes",
+                "total bytes",
+                "ms a step",
+                "scoring s",
+            ],
+            rows,
+        )
+        + f"\n\n{note}"
+    )
+
+
+def verdict(differences: list[float]) -> tuple[float, float, str]:
+    """(mean, half width of the 95 % interval, verdict) of paired differences, lower is better; paired t."""
+    mean = statistics.mean(differences)
+    n = len(differences)
+    half = T_95[n - 1] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.inf
+    if mean + half < 0:
+        return mean, half, "better"
+    if mean - half > 0:
+        return mean, half, "worse"
+    return mean, half, "no effect" if abs(mean) + half <= 0.003 else "undecided"
+
+
+def ablation(folder: Path, _) -> str:
+    arms = {
+        path.name: {int(file.stem[4:]): read(file) for file in path.glob("seed*.json")}
+        for path in sorted((folder / "ablations").iterdir())
+        if path.is_dir()
+    }
+    base = arms.pop("base")
+    notes = read(folder / "ablations" / "arms.json")
+    rows = [
+        [
+            f"base: {notes['base']}",
+            f"{statistics.mean(map(headline, base.values())):.4f}",
+            "",
+            "",
+            "",
+            "1.00",
+            f"{statistics.mean(run['bytes_model'] for run in base.values()):,.0f}",
+        ]
+    ]
+    ordered = sorted(arms.items(), key=lambda item: list(notes).index(item[0]))
+    for name, runs in ordered:
+        shared = sorted(runs.keys() & base.keys())
+        mean, half, word = verdict([headline(runs[seed]) - headline(base[seed]) for seed in shared])
+        interval = f"{mean - half:+.4f} to {mean + half:+.4f}" if math.isfinite(half) else "one seed"
+        ratio = statistics.mean(runs[seed]["ms_per_step"] / base[seed]["ms_per_step"] for seed in shared)
+        rows.append(
+            [
+                notes[name],
+                f"{statistics.mean(headline(runs[seed]) for seed in shared):.4f}",
+                f"{mean:+.4f}",
+                interval,
+                word,
+                f"{ratio:.2f}",
+                f"{statistics.mean(r['bytes_model'] for r in runs.values()):,.0f}",
+            ]
+        )
+    first = next(iter(base.values()))
+    spread = math.sqrt(
+        statistics.mean(
+            statistics.variance(map(headline, runs.values()))
+            for runs in [base, *arms.values()]
+            if len(runs) > 1
+        )
+    )
+    note = (
+        f"`{first['headline']}` BPB, {first['steps']} steps, seeds {', '.join(map(str, sorted(base)))}, "
+        f"{first['device']}, {first['evals'][first['headline']]['bytes']:,} bytes of the last training documents; "
+        f"spread {spread:.4f}."
+    )
+    return (
+        markdown_table(
+            ["arm", "BPB", "difference", "95 % interval", "verdict", "step time", "model bytes"], rows
+        )
+        + f"\n\n{note}"
+    )
+
+
+def bench(folder: Path, argument: str | None) -> str:
+    from bench import describe
+
+    results = read(folder / (argument or "bench.json"))
+    first = next(iter(results["sizes"].values()))
+    sizes = markdown_table(
+        ["model", "parameters", "ms a step", "bytes/s", "GFLOP/s", "matmul GFLOP/s", "ratio", "memory MB"],
+        [describe(name, result) for name, result in results["sizes"].items()],
+    )
+    rows = []
+    for variable, series in results["scaling"].items():
+        items = list(series.items())
+        for (a, low), (b, high) in zip(items, items[1:]):
+            time, flop = high["step_ms"] / low["step_ms"], high["flop_per_step"] / low["flop_per_step"]
+            rows.append(
+                [
+                    f"`{variable}` {a} to {b}",
+                    f"{time:.2f}",
+                    f"{flop:.2f}",
+                    f"{time / flop:.2f}",
+                    f"{high['memory_mb'] / low['memory_mb']:.2f}",
+                ]
+            )
+    doubling = markdown_table(["doubling", "time", "FLOP", "time / FLOP", "memory"], rows)
+    return (
+        f"{first['device']}, {first['dtype'].removeprefix('torch.')}, attention `{first['attention']}`, "
+        f"compiled: {'yes' if first['compile'] else 'no'}, torch {first['torch']}.\n\n{sizes}\n\n{doubling}"
+    )
+
+
+def classes(folder: Path, _) -> str:
+    runs = [read(path) for path in sorted(folder.glob("seed*/metrics.json"))]
+    entry = [run["evals"][run["headline"]] for run in runs]
+    total = statistics.mean(sum(e["bits_by_class"].values()) for e in entry)
+    rows = [
+        [name, f"{statistics.mean(e['bits_by_class'].get(name, 0.0) for e in entry) / total:.1%}"]
+        for name in entry[0]["bits_by_class"]
+    ]
+    return markdown_table(["class of the target byte", "share of all bits"], rows)
+
+
+KINDS = {"seeds": seeds, "ablation": ablation, "bench": bench, "classes": classes}
+
+
+def rewrite(path: Path) -> str:
+    def replace(match: re.Match) -> str:
+        start, kind, folder, argument, end = match.groups()
+        if kind not in KINDS:
+            raise SystemExit(f"error: {path}: table kind {kind} is not one of {', '.join(KINDS)}")
+        return f"{start}{KINDS[kind](ROOT / folder, argument)}\n{end}"
+
+    return MARK.sub(replace, path.read_text())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 where something would change"
+    )
+    options = parser.parse_args()
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "records").glob("*/README.md"))]:
+        new = rewrite(path)
+        if new != path.read_text():
+            stale.append(path.relative_to(ROOT))
+            if not options.check:
+                path.write_text(new)
+    print(
+        "\n".join(f"{'stale' if options.check else 'rewritten'}: {path}" for path in stale)
+        or "all tables agree"
+    )
+    return 1 if stale and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
