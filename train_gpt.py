@@ -176,7 +176,7 @@ class Hyperparameters:
     _artifact = "Artifact"
     bits = Var("embed:8,ngram:6,attn:6,mlp:6,other:6", "bit width by tensor class")
     quant_clip = Var("std", "std: step = k * std / top; mse: searched per row", choices=("std", "mse"))
-    quant_k = Var("embed:24,ngram:12,attn:12,mlp:12,other:12", "k by tensor class: the size knob")
+    quant_k = Var("embed:4,ngram:12,attn:12,mlp:12,other:6", "k by tensor class: the size knob")
     compressor = Var("auto", "auto keeps the smallest", choices=("auto", "zstd", "lzma", "zlib"))
     artifact_budget_bytes = Var(16_000_000, "code + model, decimal bytes; 0 = no limit", low=0)
 
@@ -410,8 +410,8 @@ class Runtime:
         if self.world_size > 1:
             if not args.master_addr:
                 raise UserError(f"WORLD_SIZE={self.world_size} without MASTER_ADDR: launch with torchrun")
-            nccl = self.device.type == "cuda" and dist.is_nccl_available()
-            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+            self.gloo = not (self.device.type == "cuda" and dist.is_nccl_available())
+            dist.init_process_group("gloo" if self.gloo else "cpu:gloo,cuda:nccl")
 
     def _pick_device(self, args: Hyperparameters) -> torch.device:
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -1415,7 +1415,7 @@ class Muon:
             full = torch.stack(gradients(members) + [torch.zeros_like(members[0])] * spare).mul_(scale)
             if self.runtime.world_size == 1:
                 self.shares.append(full)
-            elif dist.get_backend() == "gloo":  # gloo has no reduce-scatter
+            elif self.runtime.gloo:  # which has no reduce-scatter
                 self.pending.append(dist.all_reduce(full, async_op=True))
                 self.shares.append(full[self._mine(len(momentum))])
             else:
