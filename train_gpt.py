@@ -126,6 +126,7 @@ class Hyperparameters:
     bigram_vocab_size = Var(0, "buckets of BigramHash; 0 = none (NGRAM_ORDERS has it)", low=0, ship="model")
     bigram_dim = Var(32, "width of a BigramHash row", low=1, ship="model")
     ngram_orders = Var("2,3,4,5,6", "context lengths hashed into embeddings; 0 = none", ship="model")
+    ngram_words = Var(2, "byte260: 1 = the word so far, 2 = and the one before", low=0, high=2, ship="model")
     ngram_buckets = Var(16384, "rows of each order's table", low=2, ship="model")
     ngram_dim = Var(32, "width of a context's embedding", low=1, ship="model")
     ngram_hashes = Var(2, "tables that it is spread over, each with a hash", low=1, high=4, ship="model")
@@ -1227,33 +1228,56 @@ class SmearGate(nn.Module):
         return x + gate * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
 
 
-class HashEmbedding(nn.Module):
-    """Learned embeddings of the last n ids, for several n, side by side in front of one projection.
+def in_word(ids: Tensor) -> Tensor:
+    """byte260 ids that letters, digits and the bytes of non-ASCII characters have."""
+    byte = ids - BYTE_OFFSET
+    letter = byte | 32
+    return (letter >= 97) & (letter <= 122) | (byte >= 48) & (byte <= 57) | (byte >= 128)
 
-    Each context owns one row in each of `hashes` tables of width dim / hashes, so that two contexts rarely
-    share all of their rows. ids before the last BOS count as PAD: no document sees another. Tables start at
-    zero and the projection does not, so both learn (in #832 both were zero and stayed dead, defect A1).
+
+class HashEmbedding(nn.Module):
+    """Learned embeddings of several contexts of each id, side by side in front of one projection.
+
+    The contexts: the last n ids for each n in `orders`; with `words` 1 the word so far, with 2 also that
+    together with the word before it (after the word models of PAQ). Each owns a row in each of `hashes`
+    tables of width dim / hashes, so that two contexts rarely share all of their rows. Nothing before the last
+    BOS counts: no document sees another. Tables start at zero and the projection does not, so both learn
+    (in #832 both were zero and stayed dead, defect A1).
     """
 
     SALTS = (0x297A2D39, 0x1B873593, 0x6C078965, 0x5D588B65)  # 31 bits: products fit an int64
+    WORD_REACH = 20  # ids that a word context looks back
 
-    def __init__(self, orders: tuple[int, ...], buckets: int, dim: int, hashes: int, model_dim: int):
+    def __init__(self, orders: tuple, words: int, buckets: int, dim: int, hashes: int, model_dim: int):
         super().__init__()
-        self.orders, self.buckets, self.salts = orders, buckets, self.SALTS[:hashes]
-        self.table = nn.Parameter(torch.zeros(len(orders) * hashes, buckets, dim // hashes))
-        self.proj = CastedLinear(len(orders) * dim, model_dim)
+        self.orders, self.words, self.buckets, self.salts = orders, words, buckets, self.SALTS[:hashes]
+        contexts = len(orders) + words
+        self.table = nn.Parameter(torch.zeros(contexts * hashes, buckets, dim // hashes))
+        self.proj = CastedLinear(contexts * dim, model_dim)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the flattened table: (B, T, orders * hashes) int64; those of t depend on ids up to t."""
-        mask, found = 0xFFFFFFFF, []
-        state, inside = ids * 0x2545F491 & mask, ids != BOS_ID
-        for n in range(2, max(self.orders) + 1):
+        """Rows of the flattened table: (B, T, contexts * hashes) int64; those of t depend on ids up to t."""
+        mask = 0xFFFFFFFF
+
+        def mix(state: Tensor, symbol: Tensor) -> Tensor:
+            return (state ^ state >> 15) * 0x2C1B3C6D + symbol & mask
+
+        gram = word = pair = ids * 0x2545F491 & mask
+        inside = ids > BOS_ID  # of the document, going back
+        part = (~in_word(ids)).long()  # 0: word so far, 1: gap before it, 2: word before, 3: the rest
+        found = {1: gram}
+        for n in range(2, max(*self.orders, self.WORD_REACH if self.words else 0) + 1):
             earlier = F.pad(ids, (n - 1, 0), value=PAD_ID)[:, : ids.size(1)]
-            state = (state ^ state >> 15) * 0x2C1B3C6D + torch.where(inside, earlier, PAD_ID) + n & mask
-            inside = inside & (earlier != BOS_ID)
-            if n in self.orders:
-                found += [(((state ^ state >> 13) * salt & mask) >> 7) % self.buckets for salt in self.salts]
-        return torch.stack([row + i * self.buckets for i, row in enumerate(found)], -1)
+            gram = mix(gram, torch.where(inside, earlier, PAD_ID) + n)
+            found[n] = gram
+            inside = inside & (earlier > BOS_ID)
+            part = torch.where(inside, part + (in_word(earlier) ^ (part % 2 == 0)), 3)
+            word = torch.where(part == 0, mix(word, earlier), word)
+            pair = torch.where(part <= 2, mix(pair, earlier), pair)
+        states = [found[n] for n in self.orders] + [word, pair + 1 & mask][: self.words]
+        rows = [(((state ^ state >> 13) * salt & mask) >> 7) % self.buckets
+                for state in states for salt in self.salts]
+        return torch.stack([row + i * self.buckets for i, row in enumerate(rows)], -1)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return self.proj(F.embedding(self.rows(ids), self.table.flatten(0, 1)).flatten(-2).to(dtype))
@@ -1269,9 +1293,10 @@ class GPT(nn.Module):
         self.tok_emb = nn.Embedding(args.vocab_size, dim)
         self.bigram = self.ngram = self.smear = self.aux = self.lm_head = None
         if args.bigram_vocab_size:
-            self.bigram = HashEmbedding((2,), args.bigram_vocab_size, args.bigram_dim, 1, dim)
+            self.bigram = HashEmbedding((2,), 0, args.bigram_vocab_size, args.bigram_dim, 1, dim)
+        words = args.ngram_words if args.vocab_size == 260 else 0
         if args.ngram_order_list:
-            self.ngram = HashEmbedding(args.ngram_order_list, args.ngram_buckets, args.ngram_dim,
+            self.ngram = HashEmbedding(args.ngram_order_list, words, args.ngram_buckets, args.ngram_dim,
                                        args.ngram_hashes, dim)
         if args.smear_gate:
             self.smear = SmearGate(dim)
@@ -1929,6 +1954,7 @@ class Trainer:
             self.losses, self.logits = (torch.compile(f, dynamic=False) for f in (self.losses, self.logits))
         self.loader_state: dict | None = None
         self.step, self.seconds, self.best = 0, 0.0, math.inf  # of this run and the runs that it resumes
+        self.slowest = 0.0  # seconds of the slowest step, slowly forgotten
         self.signal = 0
         self.fresh_optimizers()
 
@@ -2001,10 +2027,10 @@ class Trainer:
     # The loop
 
     def progress(self) -> float:
-        """Share of the run that is behind: of the steps or of the seconds, whichever is larger. The last
-        three steps' worth of seconds stays unused: no step may end after the limit."""
+        """Share of the run that is behind: of the steps or of the seconds, whichever is larger. Twice the
+        slowest of late steps stays unused: no step may end after the limit."""
         by_step = self.step / self.args.iterations
-        cap = self.args.max_wallclock_seconds - 3 * self.seconds / max(self.step, 1)
+        cap = self.args.max_wallclock_seconds - 2 * self.slowest
         by_time = self.seconds / max(cap, 1e-9) if self.args.max_wallclock_seconds else 0.0
         return min(1.0, max(by_step, by_time))
 
@@ -2020,7 +2046,8 @@ class Trainer:
         try:
             while True:
                 now = time.perf_counter() - started
-                self.seconds, stop = runtime.from_main([now, float(self.signal)])
+                slowest = max(now - self.seconds, 0.99 * self.slowest)
+                self.seconds, self.slowest, stop = runtime.from_main([now, slowest, float(self.signal)])
                 progress = self.progress()
                 if stop:
                     raise Stopped(int(stop))

@@ -103,9 +103,45 @@ def test_embeddings_do_not_see_the_document_before(trunk, tiny, alive):
     assert not torch.equal(model.ngram.rows(other)[0, 4], rows[0, 4])
 
 
+def context_strings(ids: list[int], t: int, orders, reach: int) -> list[tuple]:
+    """What each context of position t consists of, spelt out: the reference for HashEmbedding.rows."""
+    start = max((i for i in range(t + 1) if ids[i] == 1), default=0)
+    inside = ids[start : t + 1]
+    grams = [(n, *inside[-n:]) for n in orders]
+    word = [4 <= i and (chr(i - 4).isalnum() if i - 4 < 128 else True) for i in ids]
+    so_far, both, part = [ids[t]], [ids[t]], 0 if word[t] else 1  # even parts are words
+    for n in range(2, reach + 1):
+        k = t - n + 1
+        if k < 0 or ids[k] <= 1 or ids[t] <= 1:
+            break
+        part += word[k] != (part % 2 == 0)
+        so_far += [ids[k]] * (part == 0)
+        both += [ids[k]] * (part <= 2)
+    return [*grams, ("word", *so_far), ("pair", *both)]
+
+
+def test_contexts_are_what_they_say(trunk):
+    """Positions with equal contexts share their rows, others (nearly) never: against contexts spelt out in Python."""
+    text = (b"The cat saw the cat. A cat, the dog and the cat saw 42 dogs; caf\xc3\xa9s saw the cat\n" * 3)[
+        :230
+    ]
+    ids = [1] + [byte + 4 for byte in text]
+    ids[100] = 1
+    table = trunk.HashEmbedding((2, 3, 5), 2, 1 << 20, 2, 1, 8)
+    rows = table.rows(torch.tensor([ids]))[0] % (1 << 20)
+    spelt = [context_strings(ids, t, (2, 3, 5), table.WORD_REACH) for t in range(len(ids))]
+    for column in range(5):
+        pairs = [(spelt[t][column], int(rows[t, column])) for t in range(len(ids))]
+        assert len(set(pairs)) == len({context for context, _ in pairs})  # one row for each context
+        assert (
+            len({row for _, row in pairs}) >= len({context for context, _ in pairs}) - 1
+        )  # and one context a row
+    assert len({context[3] for context in spelt}) < len({context[4] for context in spelt})
+
+
 def test_hash_spreads_over_the_buckets(trunk):
     """All pairs and many longer contexts fill the tables evenly: the fullest bucket stays near the mean."""
-    table = trunk.HashEmbedding((2, 3, 6), 4096, 4, 1, 8)
+    table = trunk.HashEmbedding((2, 3, 6), 0, 4096, 4, 1, 8)
     a, b = np.meshgrid(np.arange(4, 260), np.arange(4, 260))
     ids = torch.from_numpy(np.stack([a.ravel(), b.ravel()], 1)).long()
     counts = torch.bincount(table.rows(ids)[:, 1, 0], minlength=4096)
@@ -263,6 +299,7 @@ def test_rate_ends_at_its_floor_in_both_clocks(trunk, tiny, cap):
 
 def test_ema_leaves_the_initial_weights(trunk, tiny):
     model = trunk.GPT(tiny())
+    model.init_weights(0)
     ema = trunk.EMA(model, 0.999)
     with torch.no_grad():
         for p in model.parameters():

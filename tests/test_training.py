@@ -209,13 +209,18 @@ def test_accumulation_changes_no_loss(run):
 
 def test_the_clock_ends_a_run_at_its_floor(run, tmp_path):
     code, output, metrics = run(
-        ITERATIONS=1_000_000, WARMDOWN_ITERS=300_000, MAX_WALLCLOCK_SECONDS=3, MIN_LR=0.05, TRAIN_LOG_EVERY=1
+        ITERATIONS=1_000_000,
+        WARMDOWN_ITERS=300_000,
+        MAX_WALLCLOCK_SECONDS=5,
+        MIN_LR=0.05,
+        TRAIN_LOG_EVERY=1,
+        TRAIN_BATCH_TOKENS=4096,
     )
     assert code == 0, output
     lines = [json.loads(x) for x in (tmp_path / "runs/test/metrics.jsonl").read_text().splitlines()]
     rates = [line["rate"] for line in lines if "rate" in line]
-    assert 5 < metrics["steps"] < 100_000 and 2.5 < metrics["train_seconds"] < 3
-    assert rates[0] == 1 and rates[-1] < 0.25
+    assert 5 < metrics["steps"] < 100_000 and 3 < metrics["train_seconds"] < 5
+    assert rates[0] == 1 and rates[-1] < 0.4
 
 
 def test_validation_text_does_not_touch_training(run, corpus, tmp_path):
