@@ -1,7 +1,7 @@
 # make train      from nothing to a scored artifact on this machine, about three minutes on two cores
 # make test       everything that CI runs
 # make bench      step time and its share of the machine's matmul rate
-# make gpu-check  one command for a day with a GPU
+# make gpu-check  one command for a day with a GPU; TEXT=FILE.jsonl.zst trains on that instead of the standard library
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -46,7 +46,7 @@ bench: $(VENV)/.installed
 	$(PY) scripts/bench.py
 
 gpu-check: $(VENV)/.installed
-	$(PY) scripts/gpu_check.py
+	$(PY) scripts/gpu_check.py $(if $(TEXT),--text $(TEXT))
 
 clean:
 	rm -rf $(VENV) runs data/datasets

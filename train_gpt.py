@@ -127,7 +127,7 @@ class Hyperparameters:
     bigram_dim = Var(32, "width of a BigramHash row", low=1, ship="model")
     ngram_orders = Var("2,3,4,5,6", "context lengths hashed into embeddings; 0 = none", ship="model")
     ngram_words = Var(2, "byte260: 1 = the word so far, 2 = and the one before", low=0, high=2, ship="model")
-    ngram_buckets = Var(16384, "rows of each order's table", low=2, ship="model")
+    ngram_buckets = Var(65536, "rows of each table", low=2, ship="model")
     ngram_dim = Var(32, "width of a context's embedding", low=1, ship="model")
     ngram_hashes = Var(2, "tables that it is spread over, each with a hash", low=1, high=4, ship="model")
 
@@ -177,7 +177,7 @@ class Hyperparameters:
     _artifact = "Artifact"
     bits = Var("embed:8,ngram:6,attn:6,mlp:6,other:6", "bit width by tensor class")
     quant_clip = Var("std", "std: step = k * std / top; mse: searched per row", choices=("std", "mse"))
-    quant_k = Var("embed:4,ngram:12,attn:12,mlp:12,other:6", "k by tensor class: the size knob")
+    quant_k = Var("embed:4,ngram:24,attn:12,mlp:12,other:6", "k by tensor class: the size knob")
     compressor = Var("auto", "auto keeps the smallest", choices=("auto", "zstd", "lzma", "zlib"))
     artifact_budget_bytes = Var(16_000_000, "code + model, decimal bytes; 0 = no limit", low=0)
 

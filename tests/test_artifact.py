@@ -94,6 +94,25 @@ def test_unpack_gives_what_the_quantiser_gives(trunk, packed, tiny, compressor):
         assert np.array_equal(found[name], weight)
 
 
+def test_default_configuration_fits_its_budget(trunk):
+    """Entropy of normally distributed weights at the configured steps, 2 % for the coder, steps, header and code."""
+    args = trunk.Hyperparameters()
+    with torch.device("meta"):
+        model = trunk.GPT(args)
+    total = (ROOT / "train_gpt.py").stat().st_size + 20_000
+    for name, p in model.exported().items():
+        if p.ndim < 2 or p.numel() < trunk.SMALL_TENSOR:
+            total += 2 * p.numel()
+            continue
+        kind = trunk.tensor_class(name)
+        sample = np.random.default_rng(0).standard_normal((64, 4096)).astype(np.float32)
+        q, _ = trunk.quantise(sample, args.bits_by_class[kind], args.quant_clip, args.k_by_class[kind], 1)
+        share = np.unique(q, return_counts=True)[1] / q.size
+        entropy = -(share * np.log2(share)).sum()
+        total += 1.02 * entropy / 8 * p.numel() + 2 * p.numel() / p.shape[-1] * (kind != "ngram")
+    assert 0.9 * args.artifact_budget_bytes < total < args.artifact_budget_bytes, total
+
+
 def test_no_pickle_and_a_readable_header(packed):
     blob, *_ = packed
     length = int.from_bytes(blob[42:46], "little")
