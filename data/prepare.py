@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -29,6 +30,7 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,28 +196,47 @@ def source_files(args: argparse.Namespace) -> Corpus:
             yield from (document for document in read_documents(Path(path)) if document)
 
     notes = {"files": [Path(path).name for path in args.train], "shuffled": not args.no_shuffle}
-    if not args.val:
+    if args.val and args.val_tail:
+        raise UserError("files: --val and --val-tail both name the validation text; give one")
+    cut = tail_start(map(len, documents(args.train)), args.val_tail) if args.val_tail else None
+    if cut == 0:
+        raise UserError(f"files: --val-tail {args.val_tail} leaves no training text")
+    if not args.val and cut is None:
         if args.no_shuffle:
             raise UserError(
-                "files: --no-shuffle needs --val, there is no hash order to hold documents out by"
+                "files: --no-shuffle needs --val or --val-tail, there is no hash order to hold documents out by"
             )
         return split_by_hash(
             "files", lambda: take_bytes(documents(args.train), args.train_bytes), args.val_share, notes
         )
 
     def train() -> Iterator[bytes]:
-        found = take_bytes(documents(args.train), args.train_bytes)
+        found = take_bytes(itertools.islice(documents(args.train), cut), args.train_bytes)
         if args.no_shuffle:
             return found
         # Memory stays flat: the documents are shuffled in blocks of 64 MB, the blocks follow the files.
         return shuffle_blocks(found, args.seed)
 
-    return Corpus(
-        "files",
-        train,
-        lambda: take_bytes(documents(args.val), args.val_bytes),
-        {**notes, "val_files": [Path(path).name for path in args.val]},
+    def val() -> Iterator[bytes]:
+        held_out = documents(args.val) if cut is None else itertools.islice(documents(args.train), cut, None)
+        return take_bytes(held_out, args.val_bytes)
+
+    where = (
+        {"val_files": [Path(path).name for path in args.val]} if cut is None else {"val_tail": args.val_tail}
     )
+    return Corpus("files", train, val, {**notes, **where})
+
+
+def tail_start(sizes: Iterable[int], limit: int) -> int:
+    """Number of documents before the last ones that together pass `limit` bytes; 0 if there are none."""
+    tail: deque[int] = deque()
+    held = count = 0
+    for size in sizes:
+        tail.append(size)
+        held, count = held + size, count + 1
+        while held - tail[0] > limit:
+            held -= tail.popleft()
+    return count - len(tail)
 
 
 def shuffle_blocks(documents: Iterator[bytes], seed: int, block: int = 64_000_000) -> Iterator[bytes]:
@@ -944,6 +965,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--train-bytes", type=int, default=0, help="stop after the document that passes this; 0 = all"
     )
     files.add_argument("--val-bytes", type=int, default=0)
+    files.add_argument(
+        "--val-tail",
+        type=int,
+        default=0,
+        help="hold out the last documents of TRAIN, this many bytes: tune on them",
+    )
     files.add_argument("--no-shuffle", action="store_true", help="keep the order of the files")
     commands.add_parser("tinyshakespeare", parents=[shared]).add_argument("--file", default="")
     commands.add_parser("markov2", parents=[shared]).add_argument("--bytes", type=int, default=1 << 20)

@@ -130,6 +130,22 @@ def test_shuffle_keeps_every_document_and_limits_count_bytes(prepare, jsonl, tmp
     assert sum(map(len, kept)) > 1000 >= sum(map(len, kept[:-1]))
 
 
+def test_tail_of_the_training_text_is_held_out(prepare, jsonl, tmp_path, capsys):
+    """--val-tail: the last documents that pass so many bytes, and --train-bytes counts from the front."""
+    train = [text(i, 20 + 10 * i) for i in range(9)]
+    limit = len(train[8]) + len(train[7])  # passed by the third from the end
+    arguments = ["files", jsonl("a.jsonl", train[:6]), jsonl("b.jsonl", train[6:]), "--overlap", "report"]
+    arguments += ["--no-shuffle", "--val-tail", str(limit)]
+    assert prepare.main([*arguments, "--out", str(tmp_path / "x")]) == 0
+    assert documents_of(tmp_path / "x", "val") == [d.encode() for d in train[6:]]
+    assert documents_of(tmp_path / "x", "train") == [d.encode() for d in train[:6]]
+    assert prepare.main([*arguments, "--train-bytes", "1", "--out", str(tmp_path / "y")]) == 0
+    assert documents_of(tmp_path / "y", "train") == [train[0].encode()]
+    assert documents_of(tmp_path / "y", "val") == [d.encode() for d in train[6:]]
+    assert prepare.main([*arguments[:-1], "999999", "--out", str(tmp_path / "z")]) == 2
+    assert "leaves no training text" in capsys.readouterr().err
+
+
 def test_zst_and_txt_inputs(prepare, jsonl, tmp_path):
     import zstandard
 

@@ -108,7 +108,7 @@ def context_strings(ids: list[int], t: int, orders, reach: int) -> list[tuple]:
     start = max((i for i in range(t + 1) if ids[i] == 1), default=0)
     inside = ids[start : t + 1]
     grams = [(n, *inside[-n:]) for n in orders]
-    word = [4 <= i and (chr(i - 4).isalnum() if i - 4 < 128 else True) for i in ids]
+    word = [i >= 4 and (chr(i - 4).isalnum() if i - 4 < 128 else True) for i in ids]
     so_far, both, part = [ids[t]], [ids[t]], 0 if word[t] else 1  # even parts are words
     for n in range(2, reach + 1):
         k = t - n + 1
