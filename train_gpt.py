@@ -2088,9 +2088,12 @@ class Trainer:
     def refuse_non_finite(self, first_bad: Tensor) -> None:
         step = int(self.runtime.all_reduce(first_bad.clone(), dist.ReduceOp.MIN))
         if step <= self.step:
-            last = self.checkpoint_path("last")
-            good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
-            raise UserError(f"step {step}: the loss is not finite; {good}")
+            raise self.not_finite(step, "the loss")
+
+    def not_finite(self, step: int, what: str) -> UserError:
+        last = self.checkpoint_path("last")
+        good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
+        return UserError(f"step {step}: {what} is not finite; {good}")
 
     def timing(self, seconds: float) -> str:
         return f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(self.step, 1):.2f}ms"
@@ -2156,6 +2159,9 @@ class Trainer:
         tensors |= {**self.optimizers.state(), "rng.cpu": torch.get_rng_state()}
         if self.runtime.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.runtime.device)
+        for key, value in tensors.items():  # a loss is that of the weights before its step: look at these too
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise self.not_finite(self.step, key)
         if self.runtime.main:
             meta = {key: getattr(self, key) for key in self.CHECKPOINTED} | {"config": self.args.shipped()}
             tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
