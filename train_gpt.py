@@ -114,6 +114,7 @@ class Hyperparameters:
     num_heads = Var(8, "query heads", low=1, ship="model")
     num_kv_heads = Var(4, "key/value heads (grouped-query attention)", low=1, ship="model")
     mlp_mult = Var(2.0, "MLP hidden width / model width, fractions allowed", low=0.0, ship="model")
+    leaky_slope = Var(0.5, "negative slope of the MLP's squared LeakyReLU; 0 = ReLU^2", ship="model")
     tie_embeddings = Var(True, "logits reuse the token embedding", ship="model")
     tied_embed_init_std = Var(0.005, "std of the token embedding at init", low=0.0)
     logit_softcap = Var(30.0, "cap * tanh(logits / cap); 0 = none", low=0.0, ship="model")
@@ -122,6 +123,8 @@ class Hyperparameters:
     rope_dims = Var(16, "rotated dimensions a head; 0 = all (#315)", low=0, ship="model")
     ln_scale = Var(True, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
     xsa_last_n = Var(4, "last layers that drop their own value direction (XSA, #265)", low=0, ship="model")
+    unet_skips = Var(True, "second half adds the first half's outputs, last first", ship="model")
+    resid_mix = Var(True, "each block mixes its input with the embedding", ship="model")
     smear_gate = Var(True, "blend each embedding with the previous one, never across BOS", ship="model")
     bigram_vocab_size = Var(0, "buckets of BigramHash; 0 = none (NGRAM_ORDERS has it)", low=0, ship="model")
     bigram_dim = Var(32, "width of a BigramHash row", low=1, ship="model")
@@ -1193,9 +1196,10 @@ class MLP(nn.Module):
         hidden = max(1, round(args.model_dim * args.mlp_mult))
         self.fc = CastedLinear(args.model_dim, hidden)
         self.proj = CastedLinear(hidden, args.model_dim)
+        self.slope = args.leaky_slope
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.leaky_relu(self.fc(x), 0.5).square())
+        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
 
 
 class Block(nn.Module):
@@ -1205,13 +1209,17 @@ class Block(nn.Module):
         self.mlp = MLP(args)
         self.attn_scale = nn.Parameter(torch.ones(args.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(args.model_dim))
-        self.resid_mix = nn.Parameter(torch.stack((torch.ones(args.model_dim), torch.zeros(args.model_dim))))
+        self.resid_mix = None
+        if args.resid_mix:
+            start = torch.ones(args.model_dim), torch.zeros(args.model_dim)
+            self.resid_mix = nn.Parameter(torch.stack(start))
         self.ln_scale = (layer + 1) ** -0.5 if args.ln_scale else 1.0
 
     def forward(self, x: Tensor, x0: Tensor, rotary: Tensor) -> Tensor:
-        scales = (self.resid_mix, self.attn_scale, self.mlp_scale)
-        mix, attn_scale, mlp_scale = (scale.to(x.dtype) for scale in scales)
-        x = mix[0] * x + mix[1] * x0
+        attn_scale, mlp_scale = self.attn_scale.to(x.dtype), self.mlp_scale.to(x.dtype)
+        if self.resid_mix is not None:
+            mix = self.resid_mix.to(x.dtype)
+            x = mix[0] * x + mix[1] * x0
         x = x + attn_scale * self.attn(rms_norm(x) * self.ln_scale, rotary)
         return x + mlp_scale * self.mlp(rms_norm(x) * self.ln_scale)
 
@@ -1301,7 +1309,7 @@ class GPT(nn.Module):
         if args.smear_gate:
             self.smear = SmearGate(dim)
         self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(layers))
-        self.skip_weights = nn.Parameter(torch.ones(layers // 2, dim))
+        self.skip_weights = nn.Parameter(torch.ones(layers // 2, dim)) if args.unet_skips else None
         if args.jepa_chunk_size:
             self.aux = ChunkJEPA(args)
         self.set_rotary()
@@ -1347,7 +1355,7 @@ class GPT(nn.Module):
             if i >= first_half and skips:  # U-Net: the second half takes the first half's outputs, last first
                 x = x + self.skip_weights[i - first_half].to(x.dtype) * skips.pop()
             x = block(x, x0, rotary)
-            if i < first_half:
+            if i < first_half and self.skip_weights is not None:
                 skips.append(x)
         terms: dict[str, Tensor] = {}
         if self.aux is not None:

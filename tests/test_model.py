@@ -64,6 +64,7 @@ def test_published_tensor_list(trunk):
         {"ROPE_DIMS": 0},
         {"XSA_LAST_N": 3, "LN_SCALE": 0},
         {"SMEAR_GATE": 0, "NGRAM_ORDERS": 0},
+        {"UNET_SKIPS": 0, "RESID_MIX": 0, "LEAKY_SLOPE": 0},
     ],
     ids=str,
 )
