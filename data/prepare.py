@@ -133,17 +133,22 @@ def take_bytes(documents: Iterator[bytes], limit: int) -> Iterator[bytes]:
             return
 
 
+def hold_out(name: str, digests: Iterable[bytes], val_share: float) -> set[bytes]:
+    """The validation documents' digests: a function of each document alone, at least one of them."""
+    digests = set(digests)
+    held_out = {key for key in digests if int.from_bytes(key[8:], "big") < val_share * 2**64}
+    held_out = held_out or {min(digests, default=b"")}
+    if len(held_out) >= len(digests):
+        raise UserError(f"{name}: {len(digests)} documents are too few to hold any out")
+    return held_out
+
+
 def split_by_hash(
     name: str, documents: Callable[[], Iterable[bytes]], val_share: float, notes: dict
 ) -> Corpus:
     """Drops equal documents, orders the rest by hash (a shuffle that never changes), the first share is validation."""
     unique = {digest(document): document for document in documents() if document}
-    order = sorted(unique)
-    held_out = {key for key in order if int.from_bytes(key[8:], "big") < val_share * 2**64}
-    if order and not held_out:
-        held_out = {order[0]}
-    if len(held_out) >= len(order):
-        raise UserError(f"{name}: {len(order)} documents are too few to hold any out")
+    order, held_out = sorted(unique), hold_out(name, unique.keys(), val_share)
     return Corpus(
         name,
         lambda: (unique[key] for key in order if key not in held_out),
@@ -195,36 +200,50 @@ def source_files(args: argparse.Namespace) -> Corpus:
         for path in paths:
             yield from (document for document in read_documents(Path(path)) if document)
 
+    def training(source: Iterator[bytes]) -> Iterator[bytes]:
+        # Memory stays flat: the documents are shuffled in blocks of 64 MB, the blocks follow the files.
+        return source if args.no_shuffle else shuffle_blocks(source, args.seed)
+
     notes = {"files": [Path(path).name for path in args.train], "shuffled": not args.no_shuffle}
     if args.val and args.val_tail:
         raise UserError("files: --val and --val-tail both name the validation text; give one")
-    cut = tail_start(map(len, documents(args.train)), args.val_tail) if args.val_tail else None
-    if cut == 0:
-        raise UserError(f"files: --val-tail {args.val_tail} leaves no training text")
-    if not args.val and cut is None:
-        if args.no_shuffle:
-            raise UserError(
-                "files: --no-shuffle needs --val or --val-tail, there is no hash order to hold documents out by"
-            )
-        return split_by_hash(
-            "files", lambda: take_bytes(documents(args.train), args.train_bytes), args.val_share, notes
+    if args.val:
+        return Corpus(
+            "files",
+            lambda: training(take_bytes(documents(args.train), args.train_bytes)),
+            lambda: take_bytes(documents(args.val), args.val_bytes),
+            {**notes, "val_files": [Path(path).name for path in args.val]},
+        )
+    if args.val_tail:
+        cut = tail_start(map(len, documents(args.train)), args.val_tail)
+        if not cut:
+            raise UserError(f"files: --val-tail {args.val_tail} leaves no training text")
+        return Corpus(
+            "files",
+            lambda: training(take_bytes(itertools.islice(documents(args.train), cut), args.train_bytes)),
+            lambda: take_bytes(itertools.islice(documents(args.train), cut, None), args.val_bytes),
+            {**notes, "val_tail": args.val_tail},
         )
 
-    def train() -> Iterator[bytes]:
-        found = take_bytes(itertools.islice(documents(args.train), cut), args.train_bytes)
-        if args.no_shuffle:
-            return found
-        # Memory stays flat: the documents are shuffled in blocks of 64 MB, the blocks follow the files.
-        return shuffle_blocks(found, args.seed)
+    def taken() -> Iterator[bytes]:
+        return take_bytes(documents(args.train), args.train_bytes)
 
-    def val() -> Iterator[bytes]:
-        held_out = documents(args.val) if cut is None else itertools.islice(documents(args.train), cut, None)
-        return take_bytes(held_out, args.val_bytes)
+    held_out = hold_out("files", map(digest, taken()), args.val_share)  # only digests are kept in memory
 
-    where = (
-        {"val_files": [Path(path).name for path in args.val]} if cut is None else {"val_tail": args.val_tail}
+    def part(validation: bool) -> Iterator[bytes]:
+        seen = set()
+        for document in taken():
+            key = digest(document)
+            if key not in seen and (key in held_out) == validation:
+                seen.add(key)
+                yield document
+
+    return Corpus(
+        "files",
+        lambda: training(part(False)),
+        lambda: take_bytes(part(True), args.val_bytes),
+        {**notes, "val_share": args.val_share},
     )
-    return Corpus("files", train, val, {**notes, **where})
 
 
 def tail_start(sizes: Iterable[int], limit: int) -> int:

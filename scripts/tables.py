@@ -5,7 +5,7 @@
 
 A marker pair `<!-- table: KIND FOLDER [ARGUMENT] -->` ... `<!-- end -->` names what to build from the files below FOLDER:
 `seeds` (a row a seed), `ablation` (arms of a folder `ablations/<arm>/seed*.json` against the arm `base`, seeds paired),
-`bench` (what scripts/bench.py --json wrote), `classes` (bits by byte class).
+`bench` (what scripts/bench.py --json wrote), `classes` (bits by byte class), `sweep` (training loss of single runs, `sweep.json`).
 """
 
 from __future__ import annotations
@@ -197,7 +197,21 @@ def classes(folder: Path, _) -> str:
     return markdown_table(["class of the target byte", "share of all bits"], rows)
 
 
-KINDS = {"seeds": seeds, "ablation": ablation, "bench": bench, "classes": classes}
+def sweep(folder: Path, _) -> str:
+    """Arms of one seed on equal batches, compared by training loss: {"setting", "rows": [{"change", "bits"}]}."""
+    found = read(folder / "sweep.json")
+    spans = list(found["rows"][0]["bits"])
+    rows = [
+        [row["change"], *(f"{row['bits'][span]:.4f}" if span in row["bits"] else "stopped" for span in spans)]
+        for row in found["rows"]
+    ]
+    return (
+        markdown_table(["arm", *(f"steps {span}" for span in spans)], rows)
+        + f"\n\n{found['setting'].capitalize()}."
+    )
+
+
+KINDS = {"seeds": seeds, "ablation": ablation, "bench": bench, "classes": classes, "sweep": sweep}
 
 
 def rewrite(path: Path) -> str:

@@ -146,6 +146,20 @@ def test_tail_of_the_training_text_is_held_out(prepare, jsonl, tmp_path, capsys)
     assert "leaves no training text" in capsys.readouterr().err
 
 
+def test_files_without_validation_are_split_by_hash(prepare, jsonl, tmp_path):
+    """Equal documents once, none on both sides, the split a function of the documents, whatever their order."""
+    train = [text(i, 40) for i in range(60)]
+    sides = []
+    for name, documents in (("a", train + train[:9]), ("b", train[::-1])):
+        arguments = ["files", jsonl(f"{name}.jsonl", documents), "--val-share", "0.2", "--overlap", "report"]
+        assert prepare.main([*arguments, "--no-shuffle", "--out", str(tmp_path / name)]) == 0
+        sides.append([documents_of(tmp_path / name, split) for split in ("train", "val")])
+    (kept, held), (kept_b, held_b) = sides
+    assert sorted(kept + held) == sorted(d.encode() for d in train) and 2 < len(held) < 30
+    assert kept == [d.encode() for d in train if d.encode() in kept]  # in the order of the file
+    assert sorted(held) == sorted(held_b) and sorted(kept) == sorted(kept_b)
+
+
 def test_zst_and_txt_inputs(prepare, jsonl, tmp_path):
     import zstandard
 
@@ -471,7 +485,8 @@ def test_bad_calls_are_one_line(prepare, jsonl, tmp_path, capsys):
         ["files", good, "--variant", "char"],
         ["files", good, "--variant", "sp10"],
         ["files", good, "--variant", "sp99999"],
-        ["files", good, "--no-shuffle"],
+        ["files", good, "--val", good, "--val-tail", "9"],
+        ["files", jsonl("one.jsonl", [text(0, 30)])],
         ["python", str(tmp_path / "no")],
         ["convert", "--from", str(tmp_path), "--variant", "byte260"],
         ["files", good, "--val-share", "0"],
