@@ -4,7 +4,7 @@
     python scripts/tables.py --check    exits with 1 where a README and its files disagree
 
 A marker pair `<!-- table: KIND FOLDER [ARGUMENT] -->` ... `<!-- end -->` names what to build from the files below FOLDER:
-`seeds` (a row a seed), `ablation` (arms of a folder `ablations/<arm>/seed*.json` against the arm `base`, seeds paired),
+`headline` (a sentence), `seeds` (a row a seed), `ablation` (arms of a folder `ablations/<arm>/seed*.json` against the arm `base`, seeds paired),
 `bench` (what scripts/bench.py --json wrote), `classes` (bits by byte class), `sweep` (training loss of single runs, `sweep.json`).
 """
 
@@ -42,10 +42,23 @@ def headline(metrics: dict) -> float:
     return metrics["val_bpb"]
 
 
+def seed_runs(folder: Path) -> list[dict]:
+    paths = sorted(folder.glob("seed*/metrics.json"), key=lambda path: int(path.parent.name[4:]))
+    return [read(path) for path in paths]
+
+
+def sentence(folder: Path, _) -> str:
+    runs = seed_runs(folder)
+    scores = [headline(run) for run in runs]
+    return (
+        f"**{statistics.mean(scores):.4f} BPB** (`{runs[0]['headline']}`, mean of seeds "
+        f"{', '.join(str(run['seed']) for run in runs)}, standard deviation {statistics.stdev(scores):.4f}) in at most "
+        f"{max(run['bytes_total'] for run in runs):,} bytes, code included; {runs[0]['params']:,} parameters."
+    )
+
+
 def seeds(folder: Path, _) -> str:
-    runs = [
-        read(path) for path in sorted(folder.glob("seed*/metrics.json"), key=lambda p: int(p.parent.name[4:]))
-    ]
+    runs = seed_runs(folder)
     names = ["final_raw", "final_ema", "final_int6_roundtrip", "final_int6_sliding"]
     rows = [
         [
@@ -187,7 +200,7 @@ def bench(folder: Path, argument: str | None) -> str:
 
 
 def classes(folder: Path, _) -> str:
-    runs = [read(path) for path in sorted(folder.glob("seed*/metrics.json"))]
+    runs = seed_runs(folder)
     entry = [run["evals"][run["headline"]] for run in runs]
     total = statistics.mean(sum(e["bits_by_class"].values()) for e in entry)
     rows = [
@@ -211,7 +224,14 @@ def sweep(folder: Path, _) -> str:
     )
 
 
-KINDS = {"seeds": seeds, "ablation": ablation, "bench": bench, "classes": classes, "sweep": sweep}
+KINDS = {
+    "headline": sentence,
+    "seeds": seeds,
+    "ablation": ablation,
+    "bench": bench,
+    "classes": classes,
+    "sweep": sweep,
+}
 
 
 def rewrite(path: Path) -> str:
