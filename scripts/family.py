@@ -1,4 +1,4 @@
-"""What the tools share: loading a script of the family as a module, and talking to it through its settings."""
+"""What the tools and the tests share: loading a script as a module, and Markdown tables."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ TRUNK = ROOT / "train_gpt.py"
 
 
 def load_script(path: Path | str = TRUNK):
-    """A training script as a module. Importing one has no side effect; work starts in its `main`."""
+    """A script of this repository, or that of a record's folder, as a module: importing one starts no work."""
     path = Path(path)
     path = path / "train_gpt.py" if path.is_dir() else path
     if not path.is_file():
         raise SystemExit(f"error: {path}: no such script")
-    name = "script_" + path.parent.name.replace("-", "_")
+    name = f"script_{path.resolve().parent.name}_{path.stem}".replace("-", "_")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

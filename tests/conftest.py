@@ -1,6 +1,5 @@
 """What the tests share: the trunk as a module, a small real corpus, and runs of the real script in a subprocess."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from family import load_script  # noqa: E402 (the tools are no package: their folder goes on the path first)
 
 # A model of a few thousand parameters with every piece of the trunk switched on.
 TINY = {
@@ -47,22 +49,14 @@ TINY = {
 }
 
 
-def load_module(path: Path, name: str):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def trunk():
-    return load_module(ROOT / "train_gpt.py", "trunk")
+    return load_script(ROOT / "train_gpt.py")
 
 
 @pytest.fixture(scope="session")
 def prepare():
-    return load_module(ROOT / "data" / "prepare.py", "prepare")
+    return load_script(ROOT / "data" / "prepare.py")
 
 
 @pytest.fixture(scope="session")
@@ -90,14 +84,7 @@ def run(corpus, tmp_path):
         overrides = {"DATA_PATH": corpus, "RUNS_PATH": tmp_path / "runs", "RUN_ID": "test", **overrides}
         command = [sys.executable, str(script)]
         if ranks > 1:
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={ranks}",
-                str(script),
-            ]
+            command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         done = subprocess.run(
             command, env=environment(**overrides), capture_output=True, text=True, timeout=timeout
         )
@@ -106,6 +93,52 @@ def run(corpus, tmp_path):
         return done.returncode, done.stdout + done.stderr, metrics
 
     return run
+
+
+@pytest.fixture
+def prepare_files(prepare, tmp_path):
+    """prepare_files(train, val, option, ...) -> the folder that `prepare.py files` makes of these paths.
+
+    `code` is the exit code to expect, `out` the folder's name.
+    """
+
+    def prepare_files(train, val, *options, out: str = "shards", code: int = 0) -> Path:
+        train = train if isinstance(train, list) else [train]
+        call = ["files", *train, "--val", val, *options, "--out", tmp_path / out]
+        assert prepare.main([str(argument) for argument in call]) == code
+        return tmp_path / out
+
+    return prepare_files
+
+
+@pytest.fixture
+def field_tokenizer(tmp_path):
+    """field_tokenizer(text, size) -> (model, its path): SentencePiece as the field trains it.
+
+    It puts a space before a document and folds white space and Unicode; data/prepare.py's own does neither.
+    """
+
+    def field_tokenizer(text: str, size: int):
+        import sentencepiece
+
+        (tmp_path / "field.txt").write_text(text)
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(tmp_path / "field.txt"),
+            model_prefix=str(tmp_path / "field"),
+            vocab_size=size,
+            model_type="bpe",
+            byte_fallback=True,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        path = tmp_path / "field.model"
+        return sentencepiece.SentencePieceProcessor(model_file=str(path)), path
+
+    return field_tokenizer
 
 
 @pytest.fixture

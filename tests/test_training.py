@@ -296,51 +296,19 @@ def test_broken_budgets_are_said_and_exit_non_zero(run):
     assert len(metrics["broken_budgets"]) == 2
 
 
-def test_a_tokenizer_run_prints_both_byte_counts(run, prepare, tmp_path):
+def test_a_tokenizer_run_prints_both_byte_counts(run, prepare_files, field_tokenizer, tmp_path):
     """The whole pipeline on SentencePiece ids; a model that folds white space says which bytes divide."""
-    import sentencepiece
-
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
     rng = np.random.default_rng(0)
-    (tmp_path / "t.txt").write_text("\n".join(" ".join(rng.choice(words, 60)) for _ in range(100)))
+    training = "\n".join(" ".join(rng.choice(words, 60)) for _ in range(100))
+    (tmp_path / "t.txt").write_text(training)
     (tmp_path / "v.txt").write_text(" ".join(rng.choice(words, 600)).replace("fox", "fox  "))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "t.txt"),
-        model_prefix=str(tmp_path / "f"),
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "f.model"))
+    model, path = field_tokenizer(training, 300)
     size = model.vocab_size()
-    out = tmp_path / "sp"
-    assert (
-        prepare.main(
-            [
-                "files",
-                str(tmp_path / "t.txt"),
-                "--val",
-                str(tmp_path / "v.txt"),
-                "--variant",
-                f"sp{size}",
-                "--tokenizer",
-                str(tmp_path / "f.model"),
-                "--overlap",
-                "off",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    options = ["--variant", f"sp{size}", "--tokenizer", path, "--overlap", "off"]
+    out = prepare_files(tmp_path / "t.txt", tmp_path / "v.txt", *options)
     code, output, metrics = run(
-        DATA_PATH=out, VOCAB_SIZE=size, TOKENIZER_PATH=out / "f.model", VAL_BYTES=0, ITERATIONS=2
+        DATA_PATH=out, VOCAB_SIZE=size, TOKENIZER_PATH=out / path.name, VAL_BYTES=0, ITERATIONS=2
     )
     assert code == 0, output
     text = (tmp_path / "v.txt").read_text()

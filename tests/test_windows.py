@@ -97,7 +97,7 @@ def test_future_and_target_do_not_reach_a_score(trunk, tiny, alive):
         assert np.array_equal(vectors[t], other_vectors[t]) and np.array_equal(nats[:t], other[:t])
 
 
-def test_headline_of_a_tokenizer_divides_by_the_targets_bytes(trunk, prepare, tmp_path):
+def test_headline_of_a_tokenizer_divides_by_the_targets_bytes(trunk, prepare, prepare_files, tmp_path):
     """A SentencePiece model trained here counts exactly the UTF-8 bytes of every document."""
     texts = [
         b"",
@@ -111,24 +111,7 @@ def test_headline_of_a_tokenizer_divides_by_the_targets_bytes(trunk, prepare, tm
     ]
     (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
     (tmp_path / "v.txt").write_text("The lazy dog.")
-    out = tmp_path / "sp"
-    assert (
-        prepare.main(
-            [
-                "files",
-                str(tmp_path / "t.txt"),
-                "--val",
-                str(tmp_path / "v.txt"),
-                "--variant",
-                "sp320",
-                "--out",
-                str(out),
-                "--overlap",
-                "off",
-            ]
-        )
-        == 0
-    )
+    out = prepare_files(tmp_path / "t.txt", tmp_path / "v.txt", "--variant", "sp320", "--overlap", "off")
     tokenizer = prepare.PieceTokenizer(out / "sp320.model", "sp320")
     args = trunk.Hyperparameters({"VOCAB_SIZE": "320", "TOKENIZER_PATH": str(out / "sp320.model")})
     tables = trunk.byte_tables(args)
@@ -136,6 +119,4 @@ def test_headline_of_a_tokenizer_divides_by_the_targets_bytes(trunk, prepare, tm
         ids = np.concatenate(([1], tokenizer.encode(text))).astype(np.int64)
         assert trunk.target_bytes(ids, tables).sum() == len(text), text
     with pytest.raises(trunk.UserError, match="has 320 ids"):
-        trunk.byte_tables(
-            trunk.Hyperparameters({"VOCAB_SIZE": "330", "TOKENIZER_PATH": str(out / "sp320.model")})
-        )
+        trunk.byte_tables(trunk.Hyperparameters({"VOCAB_SIZE": "330", "TOKENIZER_PATH": args.tokenizer_path}))
