@@ -44,9 +44,8 @@ except ImportError:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_TOKENS = 20240520, 1, 100_000_000
 PAD_ID, BOS_ID, EOS_ID, UNK_ID, BYTE_OFFSET = 0, 1, 2, 3, 4
-VAL_DOCUMENTS_FINEWEB = (
-    50_000  # the contest's validation split: the first 50,000 documents, in one place for both sides
-)
+# The contest's validation split: the first 50,000 documents, in one place for both sides.
+VAL_DOCUMENTS_FINEWEB = 50_000
 SHINGLE, OVERLAP_LIMIT = 64, 0.30
 SPACE = "\u2581"  # SentencePiece's mark for a space
 TINYSHAKESPEARE = (
@@ -78,9 +77,8 @@ class Corpus:
     train: Callable[[], Iterator[bytes]]
     val: Callable[[], Iterator[bytes]]
     notes: dict
-    fixed_val: bool = (
-        False  # a validation split that may not change: training gives way where documents are equal
-    )
+    # A validation split that may not change: training gives way where documents are equal.
+    fixed_val: bool = False
 
 
 def digest(document: bytes) -> bytes:
@@ -91,12 +89,17 @@ def clean(text: str) -> bytes:
     return text.encode("utf-8", errors="replace")
 
 
+def read_text(path: Path) -> bytes:
+    """A whole file as UTF-8."""
+    return clean(path.read_bytes().decode("utf-8", errors="replace"))
+
+
 def read_documents(path: Path) -> Iterator[bytes]:
     """Documents of a .txt (one), .jsonl or .jsonl.zst file (one a line, field `text`)."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix == ".txt":
-        yield clean(path.read_bytes().decode("utf-8", errors="replace"))
+        yield read_text(path)
         return
     if not path.name.endswith((".jsonl", ".jsonl.zst")):
         raise UserError(f"{path}: .txt, .jsonl or .jsonl.zst expected")
@@ -143,54 +146,58 @@ def hold_out(name: str, digests: Iterable[bytes], val_share: float) -> set[bytes
     return held_out
 
 
-def split_by_hash(
-    name: str, documents: Callable[[], Iterable[bytes]], val_share: float, notes: dict
-) -> Corpus:
-    """Drops equal documents, orders the rest by hash (a shuffle that never changes), the first share is validation."""
-    unique = {digest(document): document for document in documents() if document}
-    order, held_out = sorted(unique), hold_out(name, unique.keys(), val_share)
-    return Corpus(
-        name,
-        lambda: (unique[key] for key in order if key not in held_out),
-        lambda: (unique[key] for key in order if key in held_out),
-        notes,
-    )
+def split_by_hash(name: str, paths: Iterable[Path], val_share: float, notes: dict) -> Corpus:
+    """A file is a document: equal ones once, ordered by hash (a shuffle that never changes), the first share
+    validation. Memory holds digests and paths; each pass reads the files again."""
+    places: dict[bytes, Path] = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if document := read_text(path):
+                places[digest(document)] = path
+    order, held_out = sorted(places), hold_out(name, places, val_share)
+
+    def part(validation: bool) -> Iterator[bytes]:
+        for key in order:
+            if (key in held_out) == validation:
+                try:
+                    document = read_text(places[key])
+                except OSError as error:
+                    raise UserError(f"{places[key]}: {error}") from None
+                if digest(document) != key:
+                    raise UserError(f"{places[key]}: changed while it was read")
+                yield document
+
+    return Corpus(name, lambda: part(False), lambda: part(True), notes)
 
 
-def python_files(roots: Iterable[Path], skip: tuple[str, ...] = ()) -> Iterator[bytes]:
-    """.py files below the roots, in path order, as UTF-8."""
+def python_files(roots: Iterable[Path], skip: tuple[str, ...] = ()) -> Iterator[Path]:
+    """.py files below the roots, in path order."""
     for root in roots:
         paths = sorted(path for path in root.rglob("*.py") if "__pycache__" not in path.parts)
         for path in bar(paths, f"reading {root.name}", len(paths), "file"):
             if not any(part in skip for part in path.relative_to(root).parts):
-                with contextlib.suppress(OSError):
-                    yield clean(path.read_bytes().decode("utf-8", errors="replace"))
+                yield path
 
 
 def source_stdlib(args: argparse.Namespace) -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
     notes = {"python": sys.version.split()[0]}
-    return split_by_hash(
-        "stdlib", lambda: python_files([root], ("site-packages", "dist-packages")), args.val_share, notes
-    )
+    paths = python_files([root], ("site-packages", "dist-packages"))
+    return split_by_hash("stdlib", paths, args.val_share, notes)
 
 
 def source_python(args: argparse.Namespace) -> Corpus:
     root = Path(args.path)
     if not root.is_dir():
         raise UserError(f"{root}: not a folder")
-    return split_by_hash("python", lambda: python_files([root]), args.val_share, {"root": root.name})
+    return split_by_hash("python", python_files([root]), args.val_share, {"root": root.name})
 
 
 def source_python_extended(args: argparse.Namespace) -> Corpus:
     packages = {Path(path) for path in [*site.getsitepackages(), sysconfig.get_paths()["purelib"]]}
     roots = [Path(sysconfig.get_paths()["stdlib"]), *sorted(path for path in packages if path.is_dir())]
-    return split_by_hash(
-        "python_extended",
-        lambda: python_files(roots, ("dist-packages",)),
-        args.val_share,
-        {"python": sys.version.split()[0]},
-    )
+    notes = {"python": sys.version.split()[0]}
+    return split_by_hash("python_extended", python_files(roots, ("dist-packages",)), args.val_share, notes)
 
 
 def source_files(args: argparse.Namespace) -> Corpus:
@@ -598,14 +605,37 @@ class OverlapScan:
 # -----------------------------------------------------------------------------
 
 
+class Shard:
+    """One file of ids, written as they come: memory holds none of it. The header, their number, comes last."""
+
+    def __init__(self, path: Path):
+        self.path, self.tokens = path, 0
+        self.file = open(path, "wb")  # noqa: SIM115 (close ends it)
+        self.file.write(bytes(1024))
+
+    def write(self, ids: np.ndarray) -> None:
+        self.file.write(ids.astype("<u2").tobytes())
+        self.tokens += len(ids)
+
+    def close(self, split: str) -> dict:
+        """The shard's entry in the manifest."""
+        header = np.zeros(256, "<i4")
+        header[:3] = SHARD_MAGIC, SHARD_VERSION, self.tokens
+        self.file.seek(0)
+        self.file.write(header.tobytes())
+        self.file.close()
+        entry = {"file": self.path.name, "split": split, "tokens": self.tokens}
+        return {**entry, "sha256": sha256_file(self.path)}
+
+
 class ShardWriter:
-    """Writes `<prefix>_<split>_NNNNNN.bin` files of at most SHARD_TOKENS ids; hashes while it writes."""
+    """Writes `<prefix>_<split>_NNNNNN.bin` files of at most `shard_tokens` ids."""
 
     def __init__(self, folder: Path, prefix: str, split: str, shard_tokens: int):
         self.folder, self.prefix, self.split, self.limit = folder, prefix, split, shard_tokens
         self.entries: list[dict] = []
-        self.held: list[np.ndarray] = []
-        self.count = self.tokens = self.documents = self.bytes = 0
+        self.shard: Shard | None = None
+        self.tokens = self.documents = self.bytes = 0
         self.first = self.last = ""
 
     def add(self, ids: np.ndarray, document: bytes) -> None:
@@ -616,21 +646,19 @@ class ShardWriter:
         self.tokens += len(ids) + 1
         ids = np.concatenate((np.array([BOS_ID], np.uint16), ids))
         while len(ids):
-            room = self.limit - self.count
-            self.held.append(ids[:room])
-            self.count += len(self.held[-1])
+            if self.shard is None:
+                name = f"{self.prefix}_{self.split}_{len(self.entries):06d}.bin"
+                self.shard = Shard(self.folder / name)
+            room = self.limit - self.shard.tokens
+            self.shard.write(ids[:room])
             ids = ids[room:]
-            if self.count == self.limit:
+            if self.shard.tokens == self.limit:
                 self.close_shard()
 
     def close_shard(self) -> None:
-        if not self.count:
-            return
-        name = f"{self.prefix}_{self.split}_{len(self.entries):06d}.bin"
-        body = np.concatenate(self.held).astype("<u2").tobytes()
-        entry = write_shard(self.folder / name, body)
-        self.entries.append({"file": name, "split": self.split, "tokens": self.count, "sha256": entry})
-        self.held, self.count = [], 0
+        if self.shard is not None:
+            self.entries.append(self.shard.close(self.split))
+            self.shard = None
 
     def summary(self) -> dict:
         return {
@@ -640,19 +668,6 @@ class ShardWriter:
             "first_document": self.first,
             "last_document": self.last,
         }
-
-
-def write_shard(path: Path, body: bytes) -> str:
-    """Header and ids; returns the file's sha256."""
-    header = np.zeros(256, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(body) // 2
-    data = header.tobytes()
-    with open(path, "wb") as file:
-        file.write(data)
-        file.write(body)
-    sha = hashlib.sha256(data)
-    sha.update(body)
-    return sha.hexdigest()
 
 
 def sha256_file(path: Path) -> str:
@@ -858,23 +873,16 @@ def convert(args: argparse.Namespace) -> dict:
             ids = read_shard(path)
             if len(ids) and int(ids.max()) >= len(table[2]):
                 raise UserError(f"{path}: id {int(ids.max())} is outside the model's {len(table[2])} ids")
-            parts = []
+            shard = Shard(folder / path.name)
             for start in range(0, len(ids), 1 << 20):
                 block = ids[start : start + (1 << 20)]
-                parts.append(ids_to_bytes(block, table, dummy_prefix, after_bos[split]))
+                out = ids_to_bytes(block, table, dummy_prefix, after_bos[split])
                 after_bos[split] = bool(block[-1] == BOS_ID)
-            out = np.concatenate(parts) if parts else np.zeros(0, np.uint16)
-            documents = int((out == BOS_ID).sum())
-            for i, value in enumerate((documents, len(out), len(out) - documents)):
-                totals[split][i] += value
-            entries.append(
-                {
-                    "file": path.name,
-                    "split": split,
-                    "tokens": len(out),
-                    "sha256": write_shard(folder / path.name, out.astype("<u2").tobytes()),
-                }
-            )
+                shard.write(out)
+                documents = int((out == BOS_ID).sum())
+                for i, value in enumerate((documents, len(out), len(out) - documents)):
+                    totals[split][i] += value
+            entries.append(shard.close(split))
         parts = {
             key: {split: totals[split][i] for split in totals}
             for i, key in enumerate(("documents", "tokens", "bytes"))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +16,8 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "the",
-    "lazy",
-    "dog",
-    "while",
-    "a",
-    "small",
-    "model",
-    "learns",
-    "to",
-    "spell",
-    "every",
-    "word",
-    "of",
-    "it",
-]
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "while", "a", "small",
+         "model", "learns", "to", "spell", "every", "word", "of", "it"]
 
 
 def text(seed: int, words: int) -> str:
@@ -56,6 +37,12 @@ def jsonl(tmp_path):
     return write
 
 
+def write_shard(prepare, path: Path, ids: np.ndarray) -> None:
+    shard = prepare.Shard(path)
+    shard.write(ids)
+    shard.close("")
+
+
 def ids_of(folder: Path, split: str) -> np.ndarray:
     return np.concatenate(
         [np.fromfile(path, "<u2", offset=1024) for path in sorted(folder.glob(f"*_{split}_*.bin"))]
@@ -68,28 +55,11 @@ def documents_of(folder: Path, split: str) -> list[bytes]:
     return [(part[1:] - 4).astype(np.uint8).tobytes() for part in np.split(ids, np.flatnonzero(ids == 1))[1:]]
 
 
-def test_shards_hold_the_documents_in_order(prepare, jsonl, tmp_path):
+def test_shards_hold_the_documents_in_order(prepare_files, jsonl):
     train, val = [text(i, 200) for i in range(9)], [text(100 + i, 150) for i in range(3)]
-    out = tmp_path / "out"
-    assert (
-        prepare.main(
-            [
-                "files",
-                jsonl("a.jsonl", train[:5]),
-                jsonl("b.jsonl", train[5:]),
-                "--val",
-                jsonl("v.jsonl", val),
-                "--no-shuffle",
-                "--overlap",
-                "report",
-                "--out",
-                str(out),
-                "--shard-tokens",
-                "2500",
-            ]
-        )
-        == 0
-    )
+    files = [jsonl("a.jsonl", train[:5]), jsonl("b.jsonl", train[5:])]
+    options = ["--no-shuffle", "--overlap", "report", "--shard-tokens", 2500]
+    out = prepare_files(files, jsonl("v.jsonl", val), *options)
     assert documents_of(out, "train") == [document.encode() for document in train]
     assert documents_of(out, "val") == [document.encode() for document in val]
     manifest = json.loads((out / "manifest.json").read_text())
@@ -108,25 +78,13 @@ def test_shards_hold_the_documents_in_order(prepare, jsonl, tmp_path):
     assert len(list(out.glob("*_train_*.bin"))) == -(-manifest["tokens"]["train"] // 2500)
 
 
-def test_shuffle_keeps_every_document_and_limits_count_bytes(prepare, jsonl, tmp_path):
+def test_shuffle_keeps_every_document_and_limits_count_bytes(prepare_files, jsonl):
     train = [text(i, 50) for i in range(30)]
-    arguments = [
-        "files",
-        jsonl("a.jsonl", train),
-        "--val",
-        jsonl("v.jsonl", [text(99, 90)]),
-        "--overlap",
-        "off",
-    ]
-    assert prepare.main([*arguments, "--out", str(tmp_path / "x")]) == 0
-    shuffled = documents_of(tmp_path / "x", "train")
-    assert sorted(shuffled) == sorted(d.encode() for d in train) and shuffled[:3] != [
-        d.encode() for d in train[:3]
-    ]
-    assert (
-        prepare.main([*arguments, "--no-shuffle", "--train-bytes", "1000", "--out", str(tmp_path / "y")]) == 0
-    )
-    kept = documents_of(tmp_path / "y", "train")
+    arguments = [jsonl("a.jsonl", train), jsonl("v.jsonl", [text(99, 90)]), "--overlap", "off"]
+    shuffled = documents_of(prepare_files(*arguments, out="x"), "train")
+    written = [document.encode() for document in train]
+    assert sorted(shuffled) == sorted(written) and shuffled[:3] != written[:3]
+    kept = documents_of(prepare_files(*arguments, "--no-shuffle", "--train-bytes", 1000, out="y"), "train")
     assert sum(map(len, kept)) > 1000 >= sum(map(len, kept[:-1]))
 
 
@@ -160,31 +118,32 @@ def test_files_without_validation_are_split_by_hash(prepare, jsonl, tmp_path):
     assert sorted(held) == sorted(held_b) and sorted(kept) == sorted(kept_b)
 
 
-def test_zst_and_txt_inputs(prepare, jsonl, tmp_path):
+def test_zst_and_txt_inputs(prepare_files, jsonl, tmp_path):
     import zstandard
 
     path = Path(jsonl("a.jsonl", [text(i, 40) for i in range(4)]))
     packed = tmp_path / "a.jsonl.zst"
     packed.write_bytes(zstandard.compress(path.read_bytes()))
     (tmp_path / "v.txt").write_bytes(b"held \xff out")
-    assert (
-        prepare.main(
-            [
-                "files",
-                str(packed),
-                "--val",
-                str(tmp_path / "v.txt"),
-                "--no-shuffle",
-                "--overlap",
-                "off",
-                "--out",
-                str(tmp_path / "o"),
-            ]
-        )
-        == 0
-    )
-    assert documents_of(tmp_path / "o", "train") == [text(i, 40).encode() for i in range(4)]
-    assert documents_of(tmp_path / "o", "val") == ["held \ufffd out".encode()]
+    out = prepare_files(packed, tmp_path / "v.txt", "--no-shuffle", "--overlap", "off")
+    assert documents_of(out, "train") == [text(i, 40).encode() for i in range(4)]
+    assert documents_of(out, "val") == ["held \ufffd out".encode()]
+
+
+def test_memory_does_not_grow_with_the_text(prepare, prepare_files, jsonl, tmp_path):
+    """Documents go to the shard as they come: 24 MB of text, 12 MB of memory."""
+    small, large = jsonl("a.jsonl", [text(0, 99)]), tmp_path / "b.jsonl"
+    line = json.dumps({"text": text(1, 8000)}) + "\n"
+    with open(large, "w") as file:
+        for _ in range(24_000_000 // len(line)):
+            file.write(line)
+    tracemalloc.start()
+    try:
+        out = prepare_files(large, small, "--no-shuffle", "--overlap", "off")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(ids_of(out, "train")) > 23_000_000 and peak < 12_000_000, peak
 
 
 def test_equal_documents_meet_once_and_never_on_both_sides(prepare, tmp_path):
@@ -194,59 +153,33 @@ def test_equal_documents_meet_once_and_never_on_both_sides(prepare, tmp_path):
         (source / f"m{i}.py").write_text(text(i, 60))
         (source / "sub" / f"copy{i}.py").write_text(text(i, 60))
     out = tmp_path / "o"
-    assert (
-        prepare.main(["python", str(source), "--out", str(out), "--val-share", "0.2", "--overlap", "report"])
-        == 0
-    )
+    arguments = ["python", str(source), "--out", str(out), "--val-share", "0.2", "--overlap", "report"]
+    assert prepare.main(arguments) == 0
     train, val = documents_of(out, "train"), documents_of(out, "val")
     assert len(train) + len(val) == 40 and not set(train) & set(val) and len(val) > 2
-    assert (
-        prepare.main(
-            ["python", str(source), "--out", str(out), "--val-share", "0.2", "--force", "--overlap", "report"]
-        )
-        == 0
-    )
+    assert prepare.main([*arguments, "--force"]) == 0
     assert documents_of(out, "val") == val  # the split is a function of the documents
+    corpus = prepare.source_python(prepare.parse(arguments))
+    (source / "m7.py").write_text("other")
+    (source / "sub" / "copy7.py").write_text("other")
+    with pytest.raises(prepare.UserError, match="7.py: changed while it was read"):
+        list(corpus.train()) + list(corpus.val())
 
 
-def test_equal_validation_document_is_refused(prepare, jsonl, tmp_path, capsys):
+def test_equal_validation_document_is_refused(prepare_files, jsonl, tmp_path, capsys):
     same = text(1, 50)
-    code = prepare.main(
-        [
-            "files",
-            jsonl("a.jsonl", [text(0, 50), same]),
-            "--val",
-            jsonl("v.jsonl", [same]),
-            "--no-shuffle",
-            "--out",
-            str(tmp_path / "o"),
-        ]
-    )
-    assert code == 2 and "validation document 0 equals training document 1" in capsys.readouterr().err
-    assert not (tmp_path / "o").exists() and not list(tmp_path.glob(".*partial"))
+    training = jsonl("a.jsonl", [text(0, 50), same])
+    out = prepare_files(training, jsonl("v.jsonl", [same]), "--no-shuffle", code=2)
+    assert "validation document 0 equals training document 1" in capsys.readouterr().err
+    assert not out.exists() and not list(tmp_path.glob(".*partial"))
 
 
-def test_overlapping_validation_documents_are_dropped_and_counted(prepare, jsonl, tmp_path):
+def test_overlapping_validation_documents_are_dropped_and_counted(prepare_files, jsonl):
     fresh = [" ".join(str(n) for n in np.random.default_rng(i).integers(0, 10**9, 400)) for i in range(3)]
     train = [text(i, 400) for i in range(6)]
-    half = (
-        fresh[1][: len(train[2]) // 2] + train[2][len(train[2]) // 2 :]
-    )  # half of it is training text, shifted
-    out = tmp_path / "o"
-    assert (
-        prepare.main(
-            [
-                "files",
-                jsonl("a.jsonl", train),
-                "--val",
-                jsonl("v.jsonl", [fresh[0], half, fresh[2]]),
-                "--no-shuffle",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    middle = len(train[2]) // 2
+    half = fresh[1][:middle] + train[2][middle:]  # half of it is training text, shifted
+    out = prepare_files(jsonl("a.jsonl", train), jsonl("v.jsonl", [fresh[0], half, fresh[2]]), "--no-shuffle")
     assert documents_of(out, "val") == [fresh[0].encode(), fresh[2].encode()]
     overlap = json.loads((out / "manifest.json").read_text())["overlap"]
     assert overlap["documents_dropped"] == 1 and 0.05 < overlap["share_found"] < 0.5
@@ -281,23 +214,17 @@ def test_markov2_is_periodic_and_refused(prepare, tmp_path, capsys):
     stream = prepare.markov2(1 << 17, 42)
     assert stream[24576:] == stream[:-24576] and len(set(stream[:24576])) > 200
     assert stream[-6000:] in stream[: len(stream) * 95 // 100]
-    assert prepare.main(["markov2", "--bytes", str(1 << 17), "--out", str(tmp_path / "m")]) == 2
+    arguments = ["markov2", "--bytes", str(1 << 17), "--out", str(tmp_path / "m")]
+    assert prepare.main(arguments) == 2
     assert "repeat training text" in capsys.readouterr().err and not (tmp_path / "m").exists()
-    assert (
-        prepare.main(
-            ["markov2", "--bytes", str(1 << 17), "--overlap", "report", "--out", str(tmp_path / "m")]
-        )
-        == 0
-    )
+    assert prepare.main([*arguments, "--overlap", "report"]) == 0
     assert json.loads((tmp_path / "m" / "manifest.json").read_text())["overlap"]["share_found"] > 0.99
 
 
 def test_tinyshakespeare_checks_its_sum(prepare, tmp_path, capsys):
     (tmp_path / "input.txt").write_text("First Citizen:\n")
-    assert (
-        prepare.main(["tinyshakespeare", "--file", str(tmp_path / "input.txt"), "--out", str(tmp_path / "o")])
-        == 2
-    )
+    arguments = ["tinyshakespeare", "--file", str(tmp_path / "input.txt"), "--out", str(tmp_path / "o")]
+    assert prepare.main(arguments) == 2
     assert "sha256" in capsys.readouterr().err
 
 
@@ -316,13 +243,10 @@ def hub(tmp_path, prepare):
     model.rename(root / "tokenizers" / "fineweb_320_bpe.model")
     tokenizer = prepare.PieceTokenizer(root / "tokenizers" / "fineweb_320_bpe.model", "sp320")
     for split, part in (("val", documents[:4]), ("train", documents[4:])):
-        ids = np.concatenate([np.concatenate(([1], tokenizer.encode(d.encode()))) for d in part]).astype(
-            "<u2"
-        )
+        ids = np.concatenate([np.concatenate(([1], tokenizer.encode(d.encode()))) for d in part])
         for number, piece in enumerate(np.array_split(ids, 1 if split == "val" else 2)):
-            prepare.write_shard(
-                root / "datasets" / "fineweb10B_sp320" / f"fineweb_{split}_{number:06d}.bin", piece.tobytes()
-            )
+            name = f"fineweb_{split}_{number:06d}.bin"
+            write_shard(prepare, root / "datasets" / "fineweb10B_sp320" / name, piece)
     sums = "".join(
         f"{prepare.sha256_file(path)}  {path.relative_to(root).as_posix()}\n"
         for path in sorted(root.rglob("*"))
@@ -335,22 +259,8 @@ def hub(tmp_path, prepare):
 def test_fineweb_documents_from_a_local_hub(prepare, hub, tmp_path):
     root, documents = hub
     out = tmp_path / "o"
-    assert (
-        prepare.main(
-            [
-                "fineweb",
-                "--hub-folder",
-                str(root),
-                "--val-documents",
-                "5",
-                "--overlap",
-                "report",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    arguments = ["fineweb", "--hub-folder", str(root), "--val-documents", "5", "--overlap", "report"]
+    assert prepare.main([*arguments, "--out", str(out)]) == 0
     assert documents_of(out, "val") == [d.encode() for d in documents[:5]]
     assert documents_of(out, "train") == [d.encode() for d in documents[5:]]
     assert prepare.VAL_DOCUMENTS_FINEWEB == 50_000
@@ -359,22 +269,9 @@ def test_fineweb_documents_from_a_local_hub(prepare, hub, tmp_path):
 def test_fineweb_shards_are_fetched_and_converted_to_bytes(prepare, hub, tmp_path, capsys):
     root, documents = hub
     shards, converted = tmp_path / "shards", tmp_path / "bytes"
-    assert (
-        prepare.main(
-            [
-                "fineweb",
-                "--hub-folder",
-                str(root),
-                "--variant",
-                "sp320",
-                "--shards",
-                "2",
-                "--out",
-                str(shards),
-            ]
-        )
-        == 0
-    )
+    fetch = ["fineweb", "--hub-folder", str(root), "--variant", "sp320", "--shards", "2"]
+    fetch += ["--out", str(shards)]
+    assert prepare.main(fetch) == 0
     assert sorted(p.name for p in shards.iterdir()) == [
         "fineweb_320_bpe.model",
         "fineweb_train_000000.bin",
@@ -382,68 +279,22 @@ def test_fineweb_shards_are_fetched_and_converted_to_bytes(prepare, hub, tmp_pat
         "fineweb_val_000000.bin",
         "manifest.json",
     ]
-    assert (
-        prepare.main(
-            [
-                "convert",
-                "--from",
-                str(shards),
-                "--variant",
-                "byte260",
-                "--tokenizer",
-                str(shards / "fineweb_320_bpe.model"),
-                "--out",
-                str(converted),
-            ]
-        )
-        == 0
-    )
+    convert = ["convert", "--from", str(shards), "--tokenizer", str(shards / "fineweb_320_bpe.model")]
+    assert prepare.main([*convert, "--out", str(converted)]) == 0
     assert documents_of(converted, "val") == [d.encode() for d in documents[:4]]
     assert documents_of(converted, "train") == [d.encode() for d in documents[4:]]
     damaged = root / "datasets" / "fineweb10B_sp320" / "fineweb_val_000000.bin"
     damaged.write_bytes(damaged.read_bytes()[:-2] + b"\1\1")
-    assert (
-        prepare.main(
-            [
-                "fineweb",
-                "--hub-folder",
-                str(root),
-                "--variant",
-                "sp320",
-                "--shards",
-                "2",
-                "--force",
-                "--out",
-                str(shards),
-            ]
-        )
-        == 2
-    )
+    assert prepare.main([*fetch, "--force"]) == 2
     assert "is not the published" in capsys.readouterr().err
 
 
-def test_conversion_table_equals_decoding_with_a_dummy_prefix(prepare, tmp_path):
+def test_conversion_table_equals_decoding_with_a_dummy_prefix(prepare, field_tokenizer):
     """The field's models put a space before every document and fold white space; bytes equal the decoded text's."""
-    import sentencepiece
-
-    (tmp_path / "t.txt").write_text("\n".join(text(i, 60) for i in range(40)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "t.txt"),
-        model_prefix=str(tmp_path / "f"),
-        vocab_size=400,
-        model_type="bpe",
-        byte_fallback=True,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "f.model"))
+    model, path = field_tokenizer("\n".join(text(i, 60) for i in range(40)), 400)
     texts = ["the quick fox", " leading  double", "na\u00efve \u4f60\u597d", "", "dog" * 30, "a\ttab"]
     ids = np.concatenate([[1, *model.encode(t)] for t in texts])
-    table = prepare.piece_bytes(str(tmp_path / "f.model"))
+    table = prepare.piece_bytes(str(path))
     whole = prepare.ids_to_bytes(ids, table, True, False)
     wanted = b"".join(b"\x00" + model.decode(model.encode(t)).encode() for t in texts)
     assert (whole[whole == 1]).size == len(texts)
@@ -509,21 +360,9 @@ def test_interrupted_preparation_leaves_nothing(tmp_path):
     with open(big, "w") as file:
         for i in range(4000):
             file.write(json.dumps({"text": text(i, 2000)}) + "\n")
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "data" / "prepare.py"),
-            "files",
-            str(big),
-            "--val",
-            str(big),
-            "--out",
-            str(tmp_path / "o"),
-            "--variant",
-            "sp8000",
-        ],
-        stderr=subprocess.PIPE,
-    )
+    command = [sys.executable, str(ROOT / "data" / "prepare.py"), "files", str(big), "--val", str(big)]
+    command += ["--out", str(tmp_path / "o"), "--variant", "sp8000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
     deadline = time.time() + 30
     while not list(tmp_path.glob(".o.*.partial")) and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
@@ -668,8 +507,8 @@ def test_damaged_shards_are_refused_by_name(trunk, damaged, data):
 def test_ids_outside_the_vocabulary_are_refused_without_a_manifest(trunk, tiny, prepare, tmp_path):
     ids = np.full(2_000_000, 5, "<u2")
     ids[-70] = 300  # beyond the part that is checked at start
-    prepare.write_shard(tmp_path / "x_train_000000.bin", ids.tobytes())
-    prepare.write_shard(tmp_path / "x_val_000000.bin", np.full(100, 5, "<u2").tobytes())
+    write_shard(prepare, tmp_path / "x_train_000000.bin", ids)
+    write_shard(prepare, tmp_path / "x_val_000000.bin", np.full(100, 5))
     args = tiny(DATA_PATH=tmp_path, TRAIN_BATCH_TOKENS=64 * 2)
     loader = trunk.Loader(
         trunk.Dataset(args, True),
@@ -680,7 +519,7 @@ def test_ids_outside_the_vocabulary_are_refused_without_a_manifest(trunk, tiny, 
     )
     with pytest.raises(trunk.UserError, match="id 300 is outside VOCAB_SIZE=260"):
         loader.next()
-    prepare.write_shard(tmp_path / "x_val_000000.bin", np.full(100, 400, "<u2").tobytes())
+    write_shard(prepare, tmp_path / "x_val_000000.bin", np.full(100, 400))
     with pytest.raises(trunk.UserError, match="x_val_000000.bin: id 400"):
         trunk.Dataset(args, True)
 
