@@ -1,0 +1,38 @@
+"""Every record's numbers are those of its runs, and the runs are those of its script."""
+
+import hashlib
+import json
+import statistics
+
+import pytest
+from conftest import ROOT
+
+RECORDS = sorted(path.parent for path in (ROOT / "records").glob("*/train_gpt.py"))
+
+
+def test_there_is_a_record():
+    assert RECORDS
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.name)
+def test_a_submission_repeats_the_metrics_of_its_seeds(record):
+    submission = json.loads((record / "submission.json").read_text())
+    results = submission["seed_results"]
+    runs = {path.parent.name: json.loads(path.read_text()) for path in record.glob("seed*/metrics.json")}
+    assert len(runs) >= 3 and set(runs) == {f"seed{seed}" for seed in submission["seeds"]}
+    assert list(results) == list(map(str, submission["seeds"]))
+    script = (record / "train_gpt.py").read_bytes()
+    for seed, result in results.items():
+        run = runs[f"seed{seed}"]
+        assert run["script_sha256"] == hashlib.sha256(script).hexdigest(), f"seed {seed}: another script's run"
+        assert run["seed"] == int(seed) and not run["broken_budgets"]
+        assert run["bytes_code"] == submission["bytes_code"] == len(script)
+        assert run["bytes_total"] == run["bytes_code"] + run["bytes_model"]
+        assert run["val_bpb"] == run["evals"][run["headline"]]["val_bpb"]
+        found = {**run, "val_loss": run["evals"][run["headline"]]["val_loss"]}
+        assert {"val_loss", "val_bpb", "bytes_total"} <= result.keys()
+        assert result == {key: found[key] for key in result}, seed
+    for key in ("val_loss", "val_bpb"):
+        mean = statistics.mean(result[key] for result in results.values())
+        assert submission[key] == pytest.approx(mean, abs=1e-12)
+    assert submission["bytes_total"] == max(result["bytes_total"] for result in results.values())
