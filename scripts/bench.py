@@ -4,15 +4,16 @@
     python scripts/bench.py --script RECORD --compile 0 --steps 20 --json out.json
     NUM_LAYERS=6 MODEL_DIM=192 python scripts/bench.py --one      the configuration of the environment
 
-The matmul (2048^3, or 8192^3 on a GPU, in the dtype of the run) is timed in the same process between the steps, since
-machines are noisy: quote the ratio. Model FLOP a byte = 6 * (matrices + V * D) + 6 * L * T * D, the causal half of
-attention included; embeddings looked up are free. Every configuration runs in a process of its own, so that its peak
-memory is its own.
+The matmul (2048^3, or 8192^3 on a GPU, in the dtype of the run) is timed in the same process between the steps,
+since machines are noisy: quote the ratio. Model FLOP a byte = 6 * (matrices + V * D) + 6 * L * T * D, the causal
+half of attention included; embeddings looked up are free. Every configuration runs in a process of its own, so that
+its peak memory is its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -22,21 +23,18 @@ import time
 
 from family import TRUNK, load_script, markdown_table
 
+# The warm-up tries scoring too: EVAL_BATCH_TOKENS, left to DEVICE_BATCH_TOKENS, would add 8 GB and a minute to that.
 BASE = {
-    "TRAIN_SEQ_LEN": 512,
-    "TRAIN_BATCH_TOKENS": 8192,
-    "DEVICE_BATCH_TOKENS": 1 << 20,
-    "EVAL_STRIDE": 64,
-    "MAX_WALLCLOCK_SECONDS": 0,
-    "NGRAM_BUCKETS": 32768,
-    "NGRAM_DIM": 16,
-    "JEPA_CHUNK_SIZE": 0,
+    "TRAIN_SEQ_LEN": 512, "TRAIN_BATCH_TOKENS": 8192, "DEVICE_BATCH_TOKENS": 1 << 20, "EVAL_BATCH_TOKENS": 8192,
+    "EVAL_STRIDE": 64, "MAX_WALLCLOCK_SECONDS": 0, "NGRAM_BUCKETS": 32768, "NGRAM_DIM": 16, "JEPA_CHUNK_SIZE": 0,
 }
 SIZES = {
     "4 x 128": {"NUM_LAYERS": 4, "MODEL_DIM": 128, "NUM_HEADS": 4, "NUM_KV_HEADS": 2},
     "6 x 192 (bench)": {"NUM_LAYERS": 6, "MODEL_DIM": 192, "NUM_HEADS": 6, "NUM_KV_HEADS": 3},
     "6 x 384": {"NUM_LAYERS": 6, "MODEL_DIM": 384, "NUM_HEADS": 6, "NUM_KV_HEADS": 3},
 }
+BENCH = SIZES["6 x 192 (bench)"]
+LENGTHS = {"TRAIN_SEQ_LEN": (256, 512, 1024, 2048), "TRAIN_BATCH_TOKENS": (4096, 8192, 16384, 32768)}
 
 
 def matmul_rate(torch, device, dtype, seconds: float = 0.5) -> float:
@@ -108,28 +106,19 @@ def measure(script: str, steps: int) -> dict:
     }
 
 
-def measure_apart(options: argparse.Namespace, overrides: dict) -> dict:
-    env = {
-        **os.environ,
-        **{key: str(value) for key, value in {**BASE, **overrides}.items()},
-        "COMPILE": options.compile,
-    }
-    command = [
-        sys.executable,
-        __file__,
-        "--one",
-        "--script",
-        options.script,
-        "--steps",
-        str(options.steps),
-        "--raw",
-    ]
+def measure_apart(options: argparse.Namespace, name: str, overrides: dict) -> dict:
+    """`measure` in a process of its own; a line on stderr says how far the bench is."""
+    settings = {key: str(value) for key, value in {**BASE, **overrides}.items()}
+    env = {**os.environ, **settings, "COMPILE": options.compile}
+    command = [sys.executable, __file__, "--one", "--raw", "--script", options.script]
+    command += ["--steps", str(options.steps)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(
-            f"error: {overrides}: {done.stderr.strip().splitlines()[-1] if done.stderr else 'failed'}"
-        )
-    return json.loads(done.stdout.splitlines()[-1])
+        last = (done.stderr.strip().splitlines() or ["failed"])[-1]
+        raise SystemExit(f"error: {name}: {last}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(f"{name}: {result['step_ms']:.0f} ms, ratio {result['ratio']:.3f}", file=sys.stderr)
+    return result
 
 
 def describe(name: str, result: dict) -> list:
@@ -145,6 +134,37 @@ def describe(name: str, result: dict) -> list:
     ]
 
 
+HEADER = ["model", "parameters", "ms a step", "bytes/s", "GFLOP/s", "matmul GFLOP/s", "ratio", "memory MB"]
+
+
+def machine(result: dict) -> str:
+    return (
+        f"{result['device']}, {result['dtype'].removeprefix('torch.')}, attention `{result['attention']}`, "
+        f"compiled: {'yes' if result['compile'] else 'no'}, torch {result['torch']}."
+    )
+
+
+def doublings(scaling: dict[str, dict[str, dict]]) -> list[list[str]]:
+    """A row for each step from one value of a variable to the next."""
+    rows = []
+    for variable, series in scaling.items():
+        for (a, low), (b, high) in itertools.pairwise(series.items()):
+            step, flop, memory = (high[key] / low[key] for key in ("step_ms", "flop_per_step", "memory_mb"))
+            ratios = [f"{ratio:.2f}" for ratio in (step, flop, step / flop, memory)]
+            rows.append([f"`{variable}` {a} to {b}", *ratios])
+    return rows
+
+
+def report(results: dict) -> str:
+    """What `--json` writes, {"sizes", "scaling"}, as Markdown."""
+    sizes = [describe(name, result) for name, result in results["sizes"].items()]
+    tables = [
+        markdown_table(HEADER, sizes),
+        markdown_table(["doubling", "time", "FLOP", "time / FLOP", "memory"], doublings(results["scaling"])),
+    ]
+    return "\n\n".join([machine(next(iter(results["sizes"].values()))), *tables])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -156,56 +176,22 @@ def main() -> int:
     parser.add_argument("--raw", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--json", default="", help="also write all numbers to this file")
     options = parser.parse_args()
-    header = [
-        "model",
-        "parameters",
-        "ms a step",
-        "bytes/s",
-        "GFLOP/s",
-        "matmul GFLOP/s",
-        "ratio",
-        "memory MB",
-    ]
     if options.one:
         result = measure(options.script, options.steps)
-        print(
-            json.dumps(result) if options.raw else markdown_table(header, [describe("environment", result)])
-        )
+        table = markdown_table(HEADER, [describe("environment", result)])
+        print(json.dumps(result) if options.raw else f"{machine(result)}\n\n{table}")
         return 0
-    results = {"sizes": {}, "scaling": {}}
-    for name, overrides in SIZES.items():
-        results["sizes"][name] = measure_apart(options, overrides)
-        print(
-            f"{name}: {results['sizes'][name]['step_ms']:.0f} ms, ratio {results['sizes'][name]['ratio']:.3f}",
-            file=sys.stderr,
-        )
-    first = next(iter(results["sizes"].values()))
-    print(
-        f"{first['device']}, {first['dtype']}, attention {first['attention']}, compile {first['compile']}, "
-        f"torch {first['torch']}\n"
-    )
-    print(markdown_table(header, [describe(name, result) for name, result in results["sizes"].items()]))
-    bench = SIZES["6 x 192 (bench)"]
-    lengths = {"TRAIN_SEQ_LEN": (256, 512, 1024, 2048), "TRAIN_BATCH_TOKENS": (4096, 8192, 16384, 32768)}
-    rows = []
-    for variable, values in lengths.items():
-        series = [measure_apart(options, {**bench, variable: value}) for value in values]
-        results["scaling"][variable] = dict(zip(map(str, values), series))
-        for (a, b), (low, high) in zip(zip(values, values[1:]), zip(series, series[1:])):
-            time_ratio, flop_ratio = (
-                high["step_ms"] / low["step_ms"],
-                high["flop_per_step"] / low["flop_per_step"],
-            )
-            rows.append(
-                [
-                    f"{variable} {a} -> {b}",
-                    f"{time_ratio:.2f}",
-                    f"{flop_ratio:.2f}",
-                    f"{time_ratio / flop_ratio:.2f}",
-                    f"{high['memory_mb'] / low['memory_mb']:.2f}",
-                ]
-            )
-    print("\n" + markdown_table(["doubling", "time", "FLOP", "time / FLOP", "memory"], rows))
+    results = {
+        "sizes": {name: measure_apart(options, name, overrides) for name, overrides in SIZES.items()},
+        "scaling": {
+            variable: {
+                str(value): measure_apart(options, f"{variable}={value}", {**BENCH, variable: value})
+                for value in values
+            }
+            for variable, values in LENGTHS.items()
+        },
+    }
+    print(report(results))
     if options.json:
         with open(options.json, "w") as file:
             json.dump(results, file, indent=1)

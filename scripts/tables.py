@@ -18,20 +18,12 @@ import statistics
 import sys
 from pathlib import Path
 
+from bench import report
 from family import ROOT, markdown_table
 
 MARK = re.compile(r"(<!-- table: (\w+) (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.S)
-T_95 = {
-    1: 12.706,
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    5: 2.571,
-    6: 2.447,
-    7: 2.365,
-    8: 2.306,
-    9: 2.262,
-}  # two-sided
+# Student's t, two-sided 95 %, for 1 to 9 degrees of freedom.
+T_95 = dict(enumerate([12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262], 1))
 
 
 def read(path: Path) -> dict:
@@ -80,24 +72,8 @@ def seeds(folder: Path, _) -> str:
         f"`{first['dataset']['name']}`: {first['evals'][names[0]]['bytes']:,} validation bytes in "
         f"{first['evals'][names[0]]['targets']:,} targets."
     )
-    return (
-        markdown_table(
-            [
-                "seed",
-                "raw",
-                "EMA",
-                "int6",
-                "int6 sliding",
-                "model bytes",
-                "code bytes",
-                "total bytes",
-                "ms a step",
-                "scoring s",
-            ],
-            rows,
-        )
-        + f"\n\n{note}"
-    )
+    header = ["seed", "raw", "EMA", "int6", "int6 sliding", "model bytes", "code bytes", "total bytes"]
+    return markdown_table([*header, "ms a step", "scoring s"], rows) + f"\n\n{note}"
 
 
 def verdict(differences: list[float]) -> tuple[float, float, str]:
@@ -170,33 +146,7 @@ def ablation(folder: Path, _) -> str:
 
 
 def bench(folder: Path, argument: str | None) -> str:
-    from bench import describe
-
-    results = read(folder / (argument or "bench.json"))
-    first = next(iter(results["sizes"].values()))
-    sizes = markdown_table(
-        ["model", "parameters", "ms a step", "bytes/s", "GFLOP/s", "matmul GFLOP/s", "ratio", "memory MB"],
-        [describe(name, result) for name, result in results["sizes"].items()],
-    )
-    rows = []
-    for variable, series in results["scaling"].items():
-        items = list(series.items())
-        for (a, low), (b, high) in zip(items, items[1:]):
-            time, flop = high["step_ms"] / low["step_ms"], high["flop_per_step"] / low["flop_per_step"]
-            rows.append(
-                [
-                    f"`{variable}` {a} to {b}",
-                    f"{time:.2f}",
-                    f"{flop:.2f}",
-                    f"{time / flop:.2f}",
-                    f"{high['memory_mb'] / low['memory_mb']:.2f}",
-                ]
-            )
-    doubling = markdown_table(["doubling", "time", "FLOP", "time / FLOP", "memory"], rows)
-    return (
-        f"{first['device']}, {first['dtype'].removeprefix('torch.')}, attention `{first['attention']}`, "
-        f"compiled: {'yes' if first['compile'] else 'no'}, torch {first['torch']}.\n\n{sizes}\n\n{doubling}"
-    )
+    return report(read(folder / (argument or "bench.json")))
 
 
 def classes(folder: Path, _) -> str:
