@@ -6,8 +6,8 @@
 
 The matmul (2048^3, or 8192^3 on a GPU, in the dtype of the run) is timed in the same process between the steps,
 since machines are noisy: quote the ratio. Model FLOP a byte = 6 * (matrices + V * D) + 6 * L * T * D, the causal
-half of attention included; embeddings looked up are free. Every configuration runs in a process of its own, so that
-its peak memory is its own.
+half of attention included; embeddings looked up are free. Every configuration runs in a process of its own, so
+that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import time
 
 from family import TRUNK, load_script, markdown_table
 
-# The warm-up tries scoring too: EVAL_BATCH_TOKENS, left to DEVICE_BATCH_TOKENS, would add 8 GB and a minute to that.
+# The warm-up tries scoring too: EVAL_BATCH_TOKENS left to DEVICE_BATCH_TOKENS would add 8 GB and a minute to it.
 BASE = {
-    "TRAIN_SEQ_LEN": 512, "TRAIN_BATCH_TOKENS": 8192, "DEVICE_BATCH_TOKENS": 1 << 20, "EVAL_BATCH_TOKENS": 8192,
-    "EVAL_STRIDE": 64, "MAX_WALLCLOCK_SECONDS": 0, "NGRAM_BUCKETS": 32768, "NGRAM_DIM": 16, "JEPA_CHUNK_SIZE": 0,
+    "TRAIN_SEQ_LEN": 512, "TRAIN_BATCH_TOKENS": 8192, "DEVICE_BATCH_TOKENS": 1 << 20,
+    "EVAL_BATCH_TOKENS": 8192, "EVAL_STRIDE": 64, "MAX_WALLCLOCK_SECONDS": 0, "NGRAM_BUCKETS": 32768,
+    "NGRAM_DIM": 16, "JEPA_CHUNK_SIZE": 0,
 }
 SIZES = {
     "4 x 128": {"NUM_LAYERS": 4, "MODEL_DIM": 128, "NUM_HEADS": 4, "NUM_KV_HEADS": 2},
@@ -123,13 +124,9 @@ def measure_apart(options: argparse.Namespace, name: str, overrides: dict) -> di
 
 def describe(name: str, result: dict) -> list:
     return [
-        name,
-        f"{result['parameters'] / 1e6:.2f} M",
-        f"{result['step_ms']:.0f}",
-        f"{result['tokens_per_second'] / 1e3:.1f} k",
-        f"{result['flop_per_second'] / 1e9:.0f}",
-        f"{result['matmul_flop_per_second'] / 1e9:.0f}",
-        f"{result['ratio']:.3f}",
+        name, f"{result['parameters'] / 1e6:.2f} M", f"{result['step_ms']:.0f}",
+        f"{result['tokens_per_second'] / 1e3:.1f} k", f"{result['flop_per_second'] / 1e9:.0f}",
+        f"{result['matmul_flop_per_second'] / 1e9:.0f}", f"{result['ratio']:.3f}",
         f"{result['memory_mb']:.0f}",
     ]
 

@@ -22,27 +22,13 @@ from pathlib import Path
 from family import ROOT, TRUNK
 
 TOY = {
-    "NUM_LAYERS": 2,
-    "MODEL_DIM": 64,
-    "NUM_HEADS": 2,
-    "NUM_KV_HEADS": 1,
-    "TRAIN_SEQ_LEN": 128,
-    "ITERATIONS": 10,
-    "TRAIN_BATCH_TOKENS": 1024,
-    "WARMDOWN_ITERS": 4,
-    "JEPA_LATENT_DIM": 32,
-    "EVAL_STRIDE": 64,
-    "VAL_BYTES": 20000,
-    "NGRAM_BUCKETS": 1024,
-    "TRAIN_LOG_EVERY": 5,
+    "NUM_LAYERS": 2, "MODEL_DIM": 64, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "TRAIN_SEQ_LEN": 128,
+    "ITERATIONS": 10, "TRAIN_BATCH_TOKENS": 1024, "WARMDOWN_ITERS": 4, "JEPA_LATENT_DIM": 32,
+    "EVAL_STRIDE": 64, "VAL_BYTES": 20000, "NGRAM_BUCKETS": 1024, "TRAIN_LOG_EVERY": 5,
 }
 FULL = {
-    "ITERATIONS": 300,
-    "WARMDOWN_ITERS": 100,
-    "MUON_MOMENTUM_WARMUP_STEPS": 100,
-    "EMA_DECAY": 0.98,
-    "TRAIN_LOG_EVERY": 25,
-    "VAL_BYTES": 4_000_000,
+    "ITERATIONS": 300, "WARMDOWN_ITERS": 100, "MUON_MOMENTUM_WARMUP_STEPS": 100, "EMA_DECAY": 0.98,
+    "TRAIN_LOG_EVERY": 25, "VAL_BYTES": 4_000_000,
 }
 
 
@@ -104,22 +90,12 @@ def main() -> int:
             f"{name}: {report[name]['step_ms']:.1f} ms a step, {report[name]['tokens_per_second'] / 1e6:.3f} MB/s, "
             f"{report[name]['ratio']:.3f} of the matmul's {report[name]['matmul_flop_per_second'] / 1e12:.1f} TFLOP/s"
         )
-    run = {
-        **({} if options.rehearse else FULL),
-        **settings,
-        "DATA_PATH": data,
-        "RUNS_PATH": out,
-        "RUN_ID": "run",
-    }
+    run = {**({} if options.rehearse else FULL), **settings}
+    run |= {"DATA_PATH": data, "RUNS_PATH": out, "RUN_ID": "run"}
     call([sys.executable, str(TRUNK)], run, clock, "train")
     again = {
-        "DATA_PATH": data,
-        "RUNS_PATH": out,
-        "RUN_ID": "again",
-        "EVAL_ONLY": 1,
-        "ARTIFACT": out / "run/artifact.bin",
-        "VAL_BYTES": run["VAL_BYTES"],
-        "EVAL_BUDGET_SECONDS": 0,
+        "DATA_PATH": data, "RUNS_PATH": out, "RUN_ID": "again", "EVAL_ONLY": 1,
+        "ARTIFACT": out / "run/artifact.bin", "VAL_BYTES": run["VAL_BYTES"], "EVAL_BUDGET_SECONDS": 0,
     }
     call([sys.executable, str(TRUNK)], again, clock, "score again", quiet=True)
     first, second = (json.loads(Path(out / name / "metrics.json").read_text()) for name in ("run", "again"))

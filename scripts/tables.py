@@ -175,11 +175,7 @@ def sweep(folder: Path, _) -> str:
 
 
 KINDS = {
-    "headline": sentence,
-    "seeds": seeds,
-    "ablation": ablation,
-    "bench": bench,
-    "classes": classes,
+    "headline": sentence, "seeds": seeds, "ablation": ablation, "bench": bench, "classes": classes,
     "sweep": sweep,
 }
 

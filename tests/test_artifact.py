@@ -43,9 +43,8 @@ def test_quantiser_on_rows_that_break_naive_ones(trunk):
     zero = np.zeros((2, 8), np.float32)
     q, step = trunk.quantise(zero, 6, "std", 12, 1)
     assert (q == 0).all() and np.isfinite(trunk.dequantise(q, step)).all()
-    small = (
-        np.random.default_rng(0).standard_normal((4, 4096)).astype(np.float32) * 0.01
-    )  # G2: no floor at 1/31
+    # G2: no floor at 1/31
+    small = np.random.default_rng(0).standard_normal((4, 4096)).astype(np.float32) * 0.01
     error = trunk.dequantise(*trunk.quantise(small, 6, "std", 6, 1)) - small
     assert np.sqrt((error**2).mean()) < 0.06 * 0.01
 

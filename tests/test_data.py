@@ -16,8 +16,10 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "while", "a", "small",
-         "model", "learns", "to", "spell", "every", "word", "of", "it"]
+WORDS = [
+    "the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "while", "a", "small", "model",
+    "learns", "to", "spell", "every", "word", "of", "it",
+]
 
 
 def text(seed: int, words: int) -> str:
@@ -273,11 +275,8 @@ def test_fineweb_shards_are_fetched_and_converted_to_bytes(prepare, hub, tmp_pat
     fetch += ["--out", str(shards)]
     assert prepare.main(fetch) == 0
     assert sorted(p.name for p in shards.iterdir()) == [
-        "fineweb_320_bpe.model",
-        "fineweb_train_000000.bin",
-        "fineweb_train_000001.bin",
-        "fineweb_val_000000.bin",
-        "manifest.json",
+        "fineweb_320_bpe.model", "fineweb_train_000000.bin", "fineweb_train_000001.bin",
+        "fineweb_val_000000.bin", "manifest.json",
     ]
     convert = ["convert", "--from", str(shards), "--tokenizer", str(shards / "fineweb_320_bpe.model")]
     assert prepare.main([*convert, "--out", str(converted)]) == 0

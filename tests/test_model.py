@@ -10,32 +10,17 @@ import torch.nn.functional as F
 # Parameters of the published #832 model, by name in this script; 24,625,001 in all.
 L, D, KV = 13, 512, 256
 PUBLISHED = {
-    "tok_emb.weight": (260, D),
-    "bigram.table": (4096, 32),
-    "bigram.proj.weight": (D, 32),
-    "bigram.scale": (),
-    "smear.gate": (D,),
-    "skip_weights": (6, D),
-    "aux.start": (256,),
-    "aux.injection.weight": (D, 256),
-    "aux.projector.fc1.weight": (256, D),
-    "aux.projector.fc2.weight": (256, 256),
-    "aux.predictor.fc1.weight": (256, 256),
-    "aux.predictor.fc2.weight": (256, 256),
+    "tok_emb.weight": (260, D), "bigram.table": (4096, 32), "bigram.proj.weight": (D, 32), "bigram.scale": (),
+    "smear.gate": (D,), "skip_weights": (6, D), "aux.start": (256,), "aux.injection.weight": (D, 256),
+    "aux.projector.fc1.weight": (256, D), "aux.projector.fc2.weight": (256, 256),
+    "aux.predictor.fc1.weight": (256, 256), "aux.predictor.fc2.weight": (256, 256),
 } | {
     f"blocks.{i}.{name}": shape
     for i in range(L)
     for name, shape in {
-        "attn.c_q.weight": (D, D),
-        "attn.c_k.weight": (KV, D),
-        "attn.c_v.weight": (KV, D),
-        "attn.proj.weight": (D, D),
-        "attn.q_gain": (8,),
-        "mlp.fc.weight": (2 * D, D),
-        "mlp.proj.weight": (D, 2 * D),
-        "attn_scale": (D,),
-        "mlp_scale": (D,),
-        "resid_mix": (2, D),
+        "attn.c_q.weight": (D, D), "attn.c_k.weight": (KV, D), "attn.c_v.weight": (KV, D),
+        "attn.proj.weight": (D, D), "attn.q_gain": (8,), "mlp.fc.weight": (2 * D, D),
+        "mlp.proj.weight": (D, 2 * D), "attn_scale": (D,), "mlp_scale": (D,), "resid_mix": (2, D),
     }.items()
 }
 CHANGED = {"bigram.table": "one order of a table of several: (1, 4096, 32)"}
@@ -58,13 +43,8 @@ def test_published_tensor_list(trunk):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {},
-        {"TIE_EMBEDDINGS": 0},
-        {"JEPA_CHUNK_SIZE": 0},
-        {"ROPE_DIMS": 0},
-        {"XSA_LAST_N": 3, "LN_SCALE": 0},
-        {"SMEAR_GATE": 0, "NGRAM_ORDERS": 0},
-        {"UNET_SKIPS": 0, "RESID_MIX": 0, "LEAKY_SLOPE": 0},
+        {}, {"TIE_EMBEDDINGS": 0}, {"JEPA_CHUNK_SIZE": 0}, {"ROPE_DIMS": 0}, {"XSA_LAST_N": 3, "LN_SCALE": 0},
+        {"SMEAR_GATE": 0, "NGRAM_ORDERS": 0}, {"UNET_SKIPS": 0, "RESID_MIX": 0, "LEAKY_SLOPE": 0},
     ],
     ids=str,
 )
@@ -80,9 +60,8 @@ def test_causality_over_every_position(trunk, tiny, alive, overrides):
         variants[t, t] = 4 + (variants[t, t] + 100) % 256
     with torch.no_grad():
         base = model.logits(ids, torch.zeros(1, dtype=torch.long), 40)[0]
-        moved = (
-            (model.logits(variants, torch.zeros(40, dtype=torch.long), 40) - base).abs().amax(-1)
-        )  # (variant, t)
+        logits = model.logits(variants, torch.zeros(40, dtype=torch.long), 40)
+        moved = (logits - base).abs().amax(-1)  # (variant, t)
     for t in range(40):
         assert moved[t, :t].max() < 1e-5 if t else True
         assert moved[t, t] > 1e-6

@@ -24,7 +24,7 @@ def test_a_submission_repeats_the_metrics_of_its_seeds(record):
     script = (record / "train_gpt.py").read_bytes()
     for seed, result in results.items():
         run = runs[f"seed{seed}"]
-        assert run["script_sha256"] == hashlib.sha256(script).hexdigest(), f"seed {seed}: another script's run"
+        assert run["script_sha256"] == hashlib.sha256(script).hexdigest(), f"seed {seed}: another script"
         assert run["seed"] == int(seed) and not run["broken_budgets"]
         assert run["bytes_code"] == submission["bytes_code"] == len(script)
         assert run["bytes_total"] == run["bytes_code"] + run["bytes_model"]

@@ -16,24 +16,9 @@ from conftest import ROOT, environment
 from safetensors.numpy import load_file
 
 CLOSING = (
-    "val_bpb",
-    "headline",
-    "evals",
-    "bytes_code",
-    "bytes_model",
-    "bytes_total",
-    "train_seconds",
-    "eval_seconds",
-    "steps",
-    "ms_per_step",
-    "params",
-    "peak_mem_mb",
-    "seed",
-    "script_sha256",
-    "git_commit",
-    "device",
-    "world_size",
-    "dataset",
+    "val_bpb", "headline", "evals", "bytes_code", "bytes_model", "bytes_total", "train_seconds",
+    "eval_seconds", "steps", "ms_per_step", "params", "peak_mem_mb", "seed", "script_sha256", "git_commit",
+    "device", "world_size", "dataset",
 )
 
 
@@ -46,12 +31,7 @@ def test_a_run_leaves_what_the_house_promises(run, tmp_path):
     assert code == 0, output
     folder = tmp_path / "runs" / "test"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "artifact.bin",
-        "best.safetensors",
-        "final.safetensors",
-        "log.txt",
-        "metrics.json",
-        "metrics.jsonl",
+        "artifact.bin", "best.safetensors", "final.safetensors", "log.txt", "metrics.json", "metrics.jsonl",
     ]
     assert all(key in metrics for key in CLOSING)
     assert (
@@ -122,12 +102,8 @@ def same(a: dict, b: dict) -> bool:
 def test_stop_and_resume_equals_one_run_bit_for_bit(run, corpus, tmp_path):
     """SIGTERM somewhere in the middle, then RESUME=auto: every tensor of the final checkpoint is the same."""
     settings = {
-        "ITERATIONS": 40,
-        "WARMDOWN_ITERS": 20,
-        "TRAIN_ORDER": "shuffled",
-        "TRAIN_LOG_EVERY": 1,
-        "JEPA_PHASE1_FRAC": 0,
-        "CHECKPOINT_EVERY": 15,
+        "ITERATIONS": 40, "WARMDOWN_ITERS": 20, "TRAIN_ORDER": "shuffled", "TRAIN_LOG_EVERY": 1,
+        "JEPA_PHASE1_FRAC": 0, "CHECKPOINT_EVERY": 15,
     }
     code, output, _ = run(**settings)
     assert code == 0, output
@@ -172,12 +148,8 @@ def test_resume_from_a_file_and_refusals(run, tmp_path):
 def test_two_ranks_give_the_losses_of_one(run, chunk):
     """The global batch, SIGReg's groups, Muon's shares and the scores do not depend on the number of ranks."""
     settings = {
-        "JEPA_CHUNK_SIZE": chunk,
-        "JEPA_PHASE1_FRAC": 0,
-        "JEPA_LAMBDA_MAX": 0.1,
-        "JEPA_BACKBONE_GRAD": 1,
-        "ITERATIONS": 8,
-        "TRAIN_LOG_EVERY": 1,
+        "JEPA_CHUNK_SIZE": chunk, "JEPA_PHASE1_FRAC": 0, "JEPA_LAMBDA_MAX": 0.1, "JEPA_BACKBONE_GRAD": 1,
+        "ITERATIONS": 8, "TRAIN_LOG_EVERY": 1,
     }
     outcomes = []
     for ranks in (1, 2):
@@ -269,10 +241,9 @@ def test_half_precision_trains_and_keeps_fp32_masters(run, tmp_path, dtype):
 def test_compiled_equals_eager(run):
     eager = run(RUN_ID="a", NUM_LAYERS=2, ITERATIONS=4)
     compiled = run(RUN_ID="b", NUM_LAYERS=2, ITERATIONS=4, COMPILE=1, timeout=400)
-    assert compiled[0] == 0 and "compile:1" in compiled[1] and "compile: failed" not in compiled[1], compiled[
-        1
-    ]
-    assert np.abs(np.array(losses(eager[1])) - np.array(losses(compiled[1]))).max() < 2e-3
+    code, output, _ = compiled
+    assert code == 0 and "compile:1" in output and "compile: failed" not in output, output
+    assert np.abs(np.array(losses(eager[1])) - np.array(losses(output))).max() < 2e-3
 
 
 def test_a_compiler_that_fails_falls_back_to_eager(run, tmp_path):

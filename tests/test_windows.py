@@ -100,14 +100,8 @@ def test_future_and_target_do_not_reach_a_score(trunk, tiny, alive):
 def test_headline_of_a_tokenizer_divides_by_the_targets_bytes(trunk, prepare, prepare_files, tmp_path):
     """A SentencePiece model trained here counts exactly the UTF-8 bytes of every document."""
     texts = [
-        b"",
-        b"a",
-        b" two  spaces ",
-        "na\u00efve \u4f60\u597d \U0001f600".encode(),
-        b"\n\ttabs\r\n",
-        b"\0nul",
-        "literal \u2581 mark\u2581".encode(),
-        b"x" * 500,
+        b"", b"a", b" two  spaces ", "na\u00efve \u4f60\u597d \U0001f600".encode(), b"\n\ttabs\r\n", b"\0nul",
+        "literal \u2581 mark\u2581".encode(), b"x" * 500,
     ]
     (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
     (tmp_path / "v.txt").write_text("The lazy dog.")
