@@ -11,7 +11,7 @@ Run:    python train_gpt.py --help                               every variable,
         EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py            score an artifact and nothing else
 
 The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs torch,
-numpy and safetensors; zstandard, sentencepiece, tqdm and FlashAttention are used where they are installed.
+numpy and safetensors; constriction, zstandard, sentencepiece, tqdm and FlashAttention are used if installed.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ import contextlib
 import ctypes
 import difflib
 import hashlib
+import importlib
 import json
 import lzma
 import math
 import os
 import platform
-import queue
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zlib
-from collections import deque
-from dataclasses import dataclass
+from collections import deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +55,8 @@ class UserError(Exception):
 
 
 class Var:
-    """One environment variable. Its type is that of the default; `why` is the unit and the reason.
-
-    `ship` marks what an artifact has to carry: "model" builds the network, "eval" only says how it is scored.
-    """
+    """One environment variable, of its default's type; `why` is the unit and the reason. `ship` marks what an
+    artifact has to carry: "model" builds the network, "eval" only says how it is scored."""
 
     def __init__(self, default, why: str, *, low=None, high=None, choices=(), ship: str = ""):
         self.default, self.why, self.low, self.high = default, why, low, high
@@ -78,11 +75,9 @@ class Var:
         return kind + low + ("" if self.high is None else f" to {self.high}")
 
     def parse(self, text: str):
+        word, kind, words = text.strip(), type(self.default), {"0": 0, "1": 1, "false": 0, "true": 1}
         try:
-            if isinstance(self.default, bool):
-                value = {"0": False, "1": True, "false": False, "true": True}[text.strip().lower()]
-            else:
-                value = type(self.default)(text.strip())
+            value = bool(words[word.lower()]) if kind is bool else kind(word)
         except (ValueError, KeyError):
             value = None
         good = value is not None and (not self.choices or value in self.choices)
@@ -107,7 +102,6 @@ class Hyperparameters:
     train_order = Var("sequential", "order of rows within an epoch", choices=("sequential", "shuffled"))
     train_align = Var("stream", "document: rows begin at BOS if they can", choices=("stream", "document"))
     verify_data = Var("auto", "check shards by manifest.json; auto: up to 2 GB", choices=("auto", "0", "1"))
-
     _model = "Model"
     num_layers = Var(13, "transformer blocks", low=1, ship="model")
     model_dim = Var(512, "width of the residual stream", low=8, ship="model")
@@ -122,6 +116,7 @@ class Hyperparameters:
     rope_base = Var(10000.0, "rotary base", low=1.0, ship="model")
     rope_dims = Var(16, "rotated dimensions a head; 0 = all (#315)", low=0, ship="model")
     ln_scale = Var(True, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
+    doc_mask = Var(False, "attention stays inside a document, in training and in scoring", ship="model")
     xsa_last_n = Var(4, "last layers that drop their own value direction (XSA, #265)", low=0, ship="model")
     unet_skips = Var(True, "second half adds the first half's outputs, last first", ship="model")
     resid_mix = Var(True, "each block mixes its input with the embedding", ship="model")
@@ -133,7 +128,6 @@ class Hyperparameters:
     ngram_buckets = Var(65536, "rows of each table", low=2, ship="model")
     ngram_dim = Var(32, "width of a context's embedding", low=1, ship="model")
     ngram_hashes = Var(2, "tables that it is spread over, each with a hash", low=1, high=4, ship="model")
-
     _jepa = "Chunk JEPA (#832, corrected)"
     jepa_chunk_size = Var(8, "ids a latent covers; 0 = no JEPA module at all", low=0, ship="model")
     jepa_latent_dim = Var(256, "width of a chunk latent", low=1, ship="model")
@@ -149,7 +143,6 @@ class Hyperparameters:
     jepa_lambda_max = Var(0.001, "peak weight of the JEPA loss beside CE", low=0.0)
     jepa_phase1_frac = Var(0.3, "progress up to which its weight is 0", low=0.0, high=1.0)
     jepa_phase2_frac = Var(0.5, "share over which it ramps to the peak; 0 afterwards", low=0.0, high=1.0)
-
     _optimizers = "Optimizers and schedule"
     iterations = Var(9000, "optimizer steps at most", low=1)
     max_wallclock_seconds = Var(600.0, "training time; 0 = no limit; progress = max(step, time)", low=0.0)
@@ -176,14 +169,16 @@ class Hyperparameters:
     ema_enabled = Var(True, "score and export an average of the weights")
     ema_decay = Var(0.997, "decay a step, reached as (1 + t) / (10 + t)", low=0.0, high=0.99999)
     seed = Var(1337, "weights, shuffling and SIGReg directions", low=0)
-
     _artifact = "Artifact"
     bits = Var("embed:8,ngram:6,attn:6,mlp:6,other:6", "bit width by tensor class")
     quant_clip = Var("std", "std: step = k * std / top; mse: searched per row", choices=("std", "mse"))
     quant_k = Var("embed:4,ngram:24,attn:12,mlp:12,other:6", "k by tensor class: the size knob")
-    compressor = Var("auto", "auto keeps the smallest", choices=("auto", "zstd", "lzma", "zlib"))
+    quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
+    gptq_batches = Var(4, "training batches behind them, on the training clock", low=1)
+    qat_start = Var(1.0, "progress from which weights are trained as rounded; 1 = never", low=0.0, high=1.0)
+    quant_rate = Var("embed:0,ngram:0.116,attn:0,mlp:0,other:0", "price of a bit in squared steps; 0 = nearest")
+    compressor = Var("auto", "auto keeps the smallest", choices=("auto", "rans", "zstd", "lzma", "zlib"))
     artifact_budget_bytes = Var(16_000_000, "code + model, decimal bytes; 0 = no limit", low=0)
-
     _evaluation = "Evaluation"
     eval_seq_len = Var(0, "window length; 0 = TRAIN_SEQ_LEN", low=0, ship="eval")
     eval_stride = Var(512, "targets scored a window in the sliding pass", low=1, ship="eval")
@@ -191,9 +186,18 @@ class Hyperparameters:
     val_bytes = Var(0, "score only this prefix of the validation text; 0 = all", low=0)
     val_loss_every = Var(0, "validation of the raw weights every so many steps; 0 = at the end only", low=0)
     eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", low=0.0)
+    ttt = Var("0", "test-time training: learn from text once it is scored", choices=("0", "sgd"), ship="eval")
+    ttt_adapt = Var(True, "0 = the same pass without learning: its control", ship="eval")
+    ttt_modules = Var("blocks", "modules that learn, exact paths with commas", ship="eval")
+    ttt_chunk_tokens = Var(32768, "targets scored before they are learned from", low=1, ship="eval")
+    ttt_batch_rows = Var(16, "rows of TRAIN_SEQ_LEN an update, over all ranks", low=1, ship="eval")
+    ttt_epochs = Var(1, "passes over each chunk", low=1, ship="eval")
+    ttt_lr = Var(0.002, "rate of SGD at the first chunk", low=0.0, ship="eval")
+    ttt_decay_chunks = Var(0, "rate falls as 1 / sqrt(1 + chunks / this); 0 = constant", low=0, ship="eval")
+    ttt_momentum = Var(0.9, "kept from chunk to chunk", low=0.0, high=0.9999, ship="eval")
+    ttt_grad_clip = Var(1.0, "gradient norm of an update; 0 = no clip", low=0.0, ship="eval")
     eval_only = Var(False, "score ARTIFACT and nothing else")
     artifact = Var("", "path for EVAL_ONLY")
-
     _run = "Run"
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
     runs_path = Var("./runs", "where runs are kept")
@@ -204,9 +208,8 @@ class Hyperparameters:
     device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
     dtype = Var("auto", "of activations; weights stay fp32", choices=("auto", "fp32", "bf16", "fp16"))
     compile = Var("auto", "auto: on GPUs, and on CPUs when it pays", choices=("auto", "0", "1"))
-    attention = Var("auto", "first rung of the ladder", choices=("auto", "fa3", "fa2", "cpu", "sdpa", "math"))
+    attention = Var("auto", "first rung", choices=("auto", "fa3", "fa2", "flex", "cpu", "sdpa", "math"))
     strict_env = Var(True, "refuse variables that look misspelt; 0 = only warn")
-
     _launcher = "Set by the launcher (torchrun)"
     rank = Var(0, "rank of this process", low=0)
     local_rank = Var(0, "rank on this machine", low=0)
@@ -221,14 +224,12 @@ class Hyperparameters:
         "MTP_NUM_HEADS": (("0",), "multi-token heads cost +0.028 BPB in a 10-minute model"),
         "MTP_LOSS_WEIGHT": ((), "belongs to MTP_NUM_HEADS"),
         "MUON_BETA2": ((), "was never read by #832"),
-        "QAT_ENABLED": (("0",), "quantisation-aware training is not in this script"),
-        "LATE_QAT": (("0",), "quantisation-aware training is not in this script"),
+        **dict.fromkeys(("QAT_ENABLED", "LATE_QAT"), (("0",), "QAT_START took its place")),
         "QAT_THRESHOLD": ((), "belongs to QAT_ENABLED"),
         "VAL_BATCH_SIZE": ((), "EVAL_BATCH_TOKENS took its place and does not change the score"),
         "CONTROL_TENSOR_NAME_PATTERNS": ((), "tensors are sorted by shape and module, not by name patterns"),
     }
-    LAUNCHER_NAMES = ("LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE",
-                      "ROLE_NAME")
+
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`. `shipped`, the settings in an artifact, replaces the defaults of what it names."""
@@ -246,6 +247,7 @@ class Hyperparameters:
         self.ngram_order_list = self._parse_orders()
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
+        self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
         if shipped or not self.eval_only:  # otherwise the artifact's settings are still to come
@@ -276,7 +278,7 @@ class Hyperparameters:
         return {var.name: getattr(self, name) for name, var in self.vars().items() if var.ship}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
-        known = {var.name for var in self.vars().values()} | set(self.RETIRED) | set(self.LAUNCHER_NAMES)
+        known = {var.name for var in self.vars().values()} | set(self.RETIRED)
         for name, value in environ.items():
             if name in self.RETIRED:
                 off, why = self.RETIRED[name]
@@ -289,11 +291,9 @@ class Hyperparameters:
                 self.warnings.append(message)
 
     def _parse_orders(self) -> tuple[int, ...]:
-        try:
-            orders = tuple(int(part) for part in self.ngram_orders.split(",") if part.strip())
-        except ValueError:
-            orders = (-1,)
-        if orders == (0,):
+        parts = [part.strip() for part in self.ngram_orders.split(",")]
+        orders = [int(part) if part.isdecimal() else -1 for part in parts if part]
+        if orders == [0]:
             return ()
         if any(not 2 <= n <= 16 for n in orders) or len(set(orders)) != len(orders):
             raise UserError(f"NGRAM_ORDERS={self.ngram_orders!r} is not accepted: different integers from 2 "
@@ -305,10 +305,9 @@ class Hyperparameters:
         var, values = self.vars()[name], {}
         for part in f"{var.default},{getattr(self, name)}".split(","):
             key, _, number = part.strip().partition(":")
-            try:
+            values[key] = low - 1
+            with contextlib.suppress(ValueError):
                 values[key] = kind(number)
-            except ValueError:
-                values[key] = low - 1
             if key not in TENSOR_CLASSES or not low <= values[key] <= high:
                 raise UserError(f"{var.name}: {part.strip()!r} is not accepted: CLASS:NUMBER with CLASS in "
                                 f"{'|'.join(TENSOR_CLASSES)} and NUMBER from {low} to {high}")
@@ -316,25 +315,26 @@ class Hyperparameters:
 
     def _check(self) -> None:
         """Refuses combinations that cannot work, with both values in the message."""
-        head_dim, rows = self.model_dim // self.num_heads, self.train_batch_tokens // self.train_seq_len
+        head_dim, rope = self.model_dim // self.num_heads, self.rope_dims
+        rows, spare = divmod(self.train_batch_tokens, self.train_seq_len)
         chunk, group = self.jepa_chunk_size, self.jepa_sigreg_group
         problems = [
             (self.model_dim % self.num_heads, "model_dim", "num_heads", "no whole width for a head"),
             (self.num_heads % self.num_kv_heads, "num_heads", "num_kv_heads", "no equal groups of heads"),
             (head_dim % 2, "model_dim", "num_heads", f"head width {head_dim} is odd, rotary needs pairs"),
-            (self.rope_dims % 2 or self.rope_dims > head_dim, "rope_dims", "num_heads",
-             f"rotated dimensions must be even and at most the head width {head_dim}"),
+            (rope % 2 or rope > head_dim, "rope_dims", "num_heads", f"odd or wider than a head, {head_dim}"),
             (self.ngram_dim % self.ngram_hashes, "ngram_dim", "ngram_hashes", "tables of unequal width"),
-            (self.train_batch_tokens % self.train_seq_len, "train_batch_tokens", "train_seq_len",
-             "the batch is not a whole number of rows"),
+            (spare, "train_batch_tokens", "train_seq_len", "the batch is not a whole number of rows"),
             (self.eval_stride > self.eval_seq_len, "eval_stride", "eval_seq_len", "the stride skips targets"),
             *((chunk and getattr(self, name) % chunk, name, "jepa_chunk_size", "breaks the chunk grid")
               for name in ("train_seq_len", "eval_seq_len", "eval_stride")),
-            (chunk and rows % group, "train_batch_tokens", "jepa_sigreg_group",
-             f"{rows} rows a step do not divide into groups"),
+            (self.ttt != "0" and self.ttt_chunk_tokens % self.eval_stride, "ttt_chunk_tokens", "eval_stride",
+             "a chunk is not a whole number of windows"),
+            (chunk and rows % group, "train_batch_tokens", "jepa_sigreg_group", "no equal groups of rows"),
             (self.jepa_phase1_frac + self.jepa_phase2_frac > 1, "jepa_phase1_frac", "jepa_phase2_frac",
              "together more than the whole run"),
             (self.rank >= self.world_size, "rank", "world_size", "a rank is below the number of processes"),
+            (self.qat_start < 1 and self.quant_clip != "std", "qat_start", "quant_clip", "trains with std"),
             (self.eval_only and not self.artifact, "eval_only", "artifact", "which artifact?"),
         ]
         for bad, *names, why in problems:
@@ -346,11 +346,6 @@ class Hyperparameters:
 # -----------------------------------------------------------------------------
 # RUNTIME
 # -----------------------------------------------------------------------------
-
-try:
-    from tqdm import tqdm
-except ImportError:  # a bar is a comfort, not a need
-    tqdm = None
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -366,47 +361,33 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def tune_allocator() -> None:
     """Keeps freed pages inside the process: fresh ones dominate eager CPU runs on some machines (up to 7x).
-
-    On glibc: no mmap for large blocks, no trimming, one arena that all threads share. Elsewhere: nothing.
-    """
+    On glibc: no mmap for large blocks, no trimming, one arena that all threads share. Elsewhere: nothing."""
     mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):
         if platform.libc_ver()[0] == "glibc":
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
             for parameter, value in ((mmap_max, 0), (trim_threshold, -1), (top_pad, 1 << 28), (arena_max, 1)):
-                mallopt(parameter, value)
+                ctypes.CDLL("libc.so.6").mallopt(parameter, value)
 
 
-class Clocks:
-    """Seconds by phase. `with clocks("training"):` adds to a phase; nothing is on two clocks at once."""
 
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str):
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 class Runtime:
     """Device, dtype, ranks and attention backend: what the machine offers, decided once."""
 
     def __init__(self, args: Hyperparameters):
-        self.rank, self.world_size = args.rank, args.world_size
-        self.main = self.rank == 0
-        self.clocks = Clocks()
+        self.rank, self.world_size, self.main = args.rank, args.world_size, args.rank == 0
+        self.clocks: dict[str, float] = {}  # seconds by phase
         self.notes: list[str] = []
         self.device = self._pick_device(args)
         self.dtype = self._pick_dtype(args)
         self.compile = self._pick_compile(args)
         head_dim = args.model_dim // args.num_heads
-        self.attention = pick_attention(args.attention, self.device, self.dtype, head_dim)
+        self.attention = pick_attention(args.attention, self.device, self.dtype, head_dim, args.doc_mask)
         self.notes.append(f"attention:{self.attention} compile:{int(self.compile)} "
                           f"dtype:{str(self.dtype).removeprefix('torch.')} device:{self.device_name()}")
+        if not constriction and args.compressor in ("auto", "rans"):
+            self.notes.append("compressor: constriction is missing, LZMA or zstd instead of rANS")
         if self.device.type == "cpu":
             tune_allocator()
         if self.device.type == "cuda":
@@ -419,25 +400,22 @@ class Runtime:
 
     def _pick_device(self, args: Hyperparameters) -> torch.device:
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        name = args.device
-        if name == "auto":
-            name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+        seen = [kind for kind in there if there[kind]]
+        name = seen[0] if args.device == "auto" else args.device
         if not there[name]:
-            raise UserError(f"DEVICE={name} is not there: torch {torch.__version__} sees "
-                            f"{', '.join(kind for kind in there if there[kind])}")
-        if name != "cuda":
-            return torch.device(name)
-        if args.local_rank >= torch.cuda.device_count():
+            raise UserError(f"DEVICE={name} is not there: torch {torch.__version__} sees {', '.join(seen)}")
+        if name == "cuda" and args.local_rank >= torch.cuda.device_count():
             raise UserError(f"LOCAL_RANK={args.local_rank}, but torch sees {torch.cuda.device_count()} GPUs")
-        return torch.device("cuda", args.local_rank)
+        return torch.device(name, args.local_rank if name == "cuda" else None)
 
     def _pick_dtype(self, args: Hyperparameters) -> torch.dtype:
         if args.dtype != "auto":
             return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
         if self.device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        if self.device.type == "cpu" and cpu_has_fast_bf16():
-            return torch.bfloat16
+        with contextlib.suppress(OSError):  # CPUs that multiply bf16 natively: AMX, AVX512-BF16, Arm BF16
+            native = {"amx_bf16", "avx512_bf16", "bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+            return torch.bfloat16 if native and self.device.type == "cpu" else torch.float32
         return torch.float32
 
     def _pick_compile(self, args: Hyperparameters) -> bool:
@@ -448,10 +426,18 @@ class Runtime:
                 import triton  # noqa: F401
                 return True
             self.notes.append("compile: no triton, running eager")
-        if self.device.type == "cpu" and args.iterations >= 275 and not args.eval_only:
-            # 20-80 s of compilation against about 0.3 s a step saved on a small model
-            return bool(shutil.which("g++") or shutil.which("clang++"))
-        return False
+        # on CPUs 20-80 s of compilation against about 0.3 s a step saved on a small model
+        pays = self.device.type == "cpu" and args.iterations >= 275 and not args.eval_only
+        return pays and any(map(shutil.which, ("g++", "clang++")))
+
+    @contextlib.contextmanager
+    def clock(self, phase: str):
+        """Adds what the block takes to a phase; nothing is on two clocks at once."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.clocks[phase] = self.clocks.get(phase, 0.0) + time.perf_counter() - start
 
     def device_name(self) -> str:
         if self.device.type == "cuda":
@@ -466,10 +452,9 @@ class Runtime:
 
     def from_main(self, values: list[float]) -> list[float]:
         """Rank 0's numbers on every rank, through CPU memory: decisions never wait for a GPU queue."""
-        if self.world_size == 1:
-            return values
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(tensor, 0)
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0)
         return tensor.tolist()
 
     def peak_memory_mb(self) -> float:
@@ -478,33 +463,33 @@ class Runtime:
         unit = 2**20 if platform.system() == "Darwin" else 2**10
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
-    def close(self) -> None:
-        if self.world_size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
 
 
-def cpu_has_fast_bf16() -> bool:
-    """True where the CPU multiplies bf16 natively (AMX, AVX512-BF16, Arm BF16)."""
-    flags = ""
-    with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text()
-    return any(f" {flag} " in flags.replace("\n", " ") for flag in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
-def math_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention spelt out. q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
-    groups = q.size(2) // k.size(2)
-    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+
+
+def causal_mask(docs: Tensor, queries: int) -> Tensor:
+    """docs (B, T), the document of each position -> (B, 1, queries, T): what the last `queries` see."""
+    at = torch.arange(docs.size(1), device=docs.device)
+    return (docs[:, None, -queries:, None] == docs[:, None, None]) & (at[-queries:, None] >= at)
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
+    """Causal attention spelt out: q (B, T, H, d), k, v (B, T, K, d) -> (B, T, H, d); where: document_mask."""
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(later, -torch.inf).softmax(-1).to(v.dtype)
+    if where is None:
+        where = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1))
+    weights = scores.masked_fill(~where, -torch.inf).softmax(-1).to(v.dtype)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same through torch's fused kernels."""
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
+    """The same through torch's fused kernels. With a mask, q may be the last positions of k and v alone."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, where, is_causal=where is None, enable_gqa=True)
+    return y.transpose(1, 2)
 
 
 QUERY_BLOCK = 128  # queries of one slice of the blocked backward
@@ -512,15 +497,12 @@ QUERY_BLOCK = 128  # queries of one slice of the blocked backward
 
 class BlockedBackward(torch.autograd.Function):
     """Torch's flash forward for CPUs with a causal backward of our own, which takes half the time of torch's.
-
-    Blocks of queries meet the keys before them without a mask and their own block under one; scores are kept
-    as (keys, queries), so that four of the five products read their operands in memory order.
-    """
+    Blocks of queries meet the keys up to their own end; scores are kept as (keys, queries), so that four of
+    the five products read their operands in memory order."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        groups = q.size(1) // k.size(1)
-        wide = [x.repeat_interleave(groups, dim=1) for x in (k, v)]
+        wide = [x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v)]
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, *wide, 0.0, True)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -528,84 +510,92 @@ class BlockedBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, out, lse = ctx.saved_tensors
-        q_shape, kv_shape = q.shape, k.shape
-        (batch, heads, length, dim), kv = q_shape, k.size(1)
-        size = min(QUERY_BLOCK, length)
-        blocks, groups, scale = length // size, heads // kv, dim**-0.5
-
-        def by_block(x: Tensor) -> Tensor:  # (B, H, T, n) -> (B * K, blocks, groups * size, n)
-            return x.reshape(batch * kv, groups, blocks, size, -1).transpose(1, 2).flatten(2, 3)
-
-        def part(q, k, v, grad, lse, delta, mask=None) -> tuple[Tensor, Tensor, Tensor]:
-            weights = (torch.bmm(k, q.mT).float() - lse).exp()
-            weights = weights if mask is None else torch.where(mask, weights, 0.0)
-            scores = (weights * (torch.bmm(v, grad.mT).float() - delta)).to(q.dtype)
-            return torch.bmm(scores.mT, k), torch.bmm(scores, q), torch.bmm(weights.to(q.dtype), grad)
-
+        (batch, heads, length, dim), kv = q.shape, k.size(1)
+        size, scale = min(QUERY_BLOCK, length), dim**-0.5
         delta = (grad.float() * out.float()).sum(-1)
-        lse, delta = (by_block(x.contiguous()[..., None]).mT for x in (lse, delta))
-        q, grad = by_block(q * scale), by_block(grad)
-        k, v = (x.reshape(batch * kv, blocks, size, dim) for x in (k, v))
-        ahead = torch.arange(size, device=q.device)
-        mask = (ahead[:, None] <= ahead).repeat(1, groups)
-        own = part(*(x.flatten(0, 1) for x in (q, k, v, grad, lse, delta)), mask)
-        grad_q, grad_k, grad_v = ([*x.unflatten(0, (-1, blocks)).unbind(1)] for x in own)
-        for i in range(1, blocks):
-            before = (x[:, :i].flatten(1, 2) for x in (k, v))
-            past = part(q[:, i], *before, grad[:, i], lse[:, i], delta[:, i])
-            grad_q[i] = grad_q[i] + past[0]
-            for j in range(i):
-                rows = slice(j * size, (j + 1) * size)
-                grad_k[j] = grad_k[j].float() + past[1][:, rows]
-                grad_v[j] = grad_v[j].float() + past[2][:, rows]
-        grad_q = (torch.stack(grad_q, 1) * scale).unflatten(2, (groups, size)).transpose(1, 2)
-        grad_k, grad_v = (torch.stack([part.to(q.dtype) for part in x], 1) for x in (grad_k, grad_v))
-        return grad_q.reshape(q_shape), grad_k.view(kv_shape), grad_v.view(kv_shape)
+        keys, values = (x.reshape(batch * kv, length, dim) for x in (k, v))
+        grad_q, grad_k, grad_v = [], torch.zeros_like(keys).float(), torch.zeros_like(values).float()
+        ahead = torch.arange(length, device=q.device)
+        for start in range(0, length, size):
+            stop = start + size
+            query, above, level, shift = (  # (B * K, groups * size, n)
+                x[:, :, start:stop].reshape(batch * kv, heads // kv * size, -1)
+                for x in (q * scale, grad, lse[..., None], delta[..., None]))
+            mask = (ahead[:stop, None] <= ahead[start:stop]).repeat(1, heads // kv)
+            weights = torch.where(mask, (torch.bmm(keys[:, :stop], query.mT).float() - level.mT).exp(), 0.0)
+            scores = weights * (torch.bmm(values[:, :stop], above.mT).float() - shift.mT)
+            weights, scores = weights.to(q.dtype), scores.to(q.dtype)
+            grad_q.append(torch.bmm(scores.mT, keys[:, :stop]).view(batch, heads, size, dim) * scale)
+            grad_k[:, :stop] += torch.bmm(scores, query)
+            grad_v[:, :stop] += torch.bmm(weights, above)
+        return torch.cat(grad_q, 2), grad_k.to(q.dtype).view(k.shape), grad_v.to(q.dtype).view(v.shape)
 
 
-def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
     """The CPU's rung: fused forward, blocked backward."""
-    if not torch.is_grad_enabled() or q.size(1) % min(QUERY_BLOCK, q.size(1)):
-        return sdpa_attention(q, k, v)
+    if where is not None or not torch.is_grad_enabled() or q.size(1) % min(QUERY_BLOCK, q.size(1)):
+        return sdpa_attention(q, k, v, where)
     return BlockedBackward.apply(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
-def flash3_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from flash_attn_interface import flash_attn_func
-    out = flash_attn_func(q, k, v, causal=True)
-    return out[0] if isinstance(out, tuple) else out
+def flash_attention(package: str):
+    """FlashAttention 2 or 3; with documents through its kernel for rows of varying length."""
+    def attend(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
+        flash = importlib.import_module(package)
+        if where is None:
+            out = flash.flash_attn_func(q, k, v, causal=True)
+            return out[0] if isinstance(out, tuple) else out
+        flat, top = [x.flatten(0, 1) for x in (q, k, v)], q.size(1)
+        out = flash.flash_attn_varlen_func(*flat, where, where, top, top, causal=True)
+        return (out[0] if isinstance(out, tuple) else out).view(q.shape)
+    return attend
 
 
-def flash2_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from flash_attn import flash_attn_func
-    return flash_attn_func(q, k, v, causal=True)
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, where=None) -> Tensor:
+    from torch.nn.attention import flex_attention as flex
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return flex.flex_attention(q, k, v, block_mask=where, enable_gqa=True).transpose(1, 2)
 
 
-ATTENTION = {"fa3": flash3_attention, "fa2": flash2_attention, "cpu": cpu_attention, "sdpa": sdpa_attention,
-             "math": math_attention}
+ATTENTION = {"fa3": flash_attention("flash_attn_interface"), "fa2": flash_attention("flash_attn"),
+             "flex": flex_attention, "cpu": cpu_attention, "sdpa": sdpa_attention, "math": math_attention}
 
 
-def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+@torch.compiler.disable
+def document_mask(attention: str, ids: Tensor):
+    """What a rung needs to keep the documents of ids (B, T) apart: for flash where each begins, padded to a
+    power of two so that shapes repeat; for flex its block mask; else a mask (B, 1, T, T)."""
+    docs = (ids == BOS_ID).cumsum(1)
+    if attention in ("fa3", "fa2"):
+        first = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True).flatten().nonzero().flatten().int()
+        return F.pad(first, (0, max(64, 1 << len(first).bit_length()) - len(first)), value=ids.numel())
+    if attention == "flex":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def visible(row, _, query, key):
+            return (query >= key) & (docs[row, query] == docs[row, key])
+        return create_block_mask(visible, len(ids), None, ids.size(1), ids.size(1), device=str(ids.device))
+    return causal_mask(docs, ids.size(1))
+
+
+def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, dim: int, doc_mask=False) -> str:
     """The first rung, from `wanted` down, that runs forward and backward here and agrees with `math`."""
-    ladder = list(ATTENTION)
-    start = 0 if wanted == "auto" else ladder.index(wanted)
-    half = dtype in (torch.bfloat16, torch.float16)
-    for name in ladder[start:]:
-        if name in ("fa3", "fa2") and not (device.type == "cuda" and half):
-            continue
-        if name == "cpu" and not (device.type == "cpu" and half):
-            continue
-        try:
+    ladder = list(ATTENTION)[0 if wanted == "auto" else list(ATTENTION).index(wanted) :]
+    gpu, half = device.type == "cuda", dtype in (torch.bfloat16, torch.float16)
+    fits = {"fa3": gpu and half, "fa2": gpu and half, "flex": gpu and doc_mask,
+            "cpu": device.type == "cpu" and half and not doc_mask, "sdpa": True, "math": True}
+    for name in filter(fits.get, ladder):
+        with contextlib.suppress(Exception):  # a missing package, a card that it refuses, an old signature
             generator = torch.Generator().manual_seed(0)
-            q, k = (torch.randn(1, 8, n, head_dim, generator=generator).to(device, dtype) for n in (2, 1))
+            q, k = (torch.randn(1, 128, n, dim, generator=generator).to(device, dtype) for n in (2, 1))
             q.requires_grad_(True)
-            out = ATTENTION[name](q, k, k)
+            ids = torch.arange(128, device=device)[None] % 50  # a BOS at 1, 51 and 101
+            where, plain = (document_mask(rung, ids) if doc_mask else None for rung in (name, "math"))
+            out = ATTENTION[name](q, k, k, where)
             out.sum().backward()
-            if torch.allclose(out.float(), math_attention(q, k, k).float(), atol=3e-2):
+            if torch.allclose(out.float(), math_attention(q, k, k, plain).float(), atol=3e-2):
                 return name
-        except Exception:  # a missing package, a kernel that refuses this card, an old signature
-            continue
-    raise UserError(f"ATTENTION={wanted}: no rung of {ladder[start:]} runs on {device} in {dtype}")
+    raise UserError(f"ATTENTION={wanted}: no rung of {ladder} runs on {device} in {dtype}")
 
 
 class Log:
@@ -632,7 +622,10 @@ class Log:
 
 def progress_bar(items, total: int, what: str, show: bool):
     """tqdm on a terminal, plain iteration elsewhere."""
-    return tqdm(items, total=total, desc=what, disable=None, leave=False) if show and tqdm else items
+    with contextlib.suppress(ImportError):  # a bar is a comfort, not a need
+        from tqdm import tqdm
+        return tqdm(items, total=total, desc=what, disable=None, leave=False) if show else items
+    return items
 
 
 # -----------------------------------------------------------------------------
@@ -644,19 +637,21 @@ PAD_ID, BOS_ID, BYTE_OFFSET = 0, 1, 4
 BYTE_CLASSES = ("lower", "upper", "digit", "space", "newline", "punctuation", "non-ascii", "special", "token")
 
 
-def open_shard(path: Path) -> np.ndarray:
-    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then `count` uint16 ids."""
+def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.ndarray:
+    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then `count` uint16 ids, of
+    which the first `checked` (None: all) are held against the vocabulary at once."""
     size = path.stat().st_size
     if size < HEADER_BYTES:
         raise UserError(f"{path}: {size} bytes is too short for a shard header of {HEADER_BYTES}")
     header = np.fromfile(path, dtype="<i4", count=256)
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path}: header {header[0]}, {header[1]} is not a shard's: "
-                        f"{SHARD_MAGIC}, {SHARD_VERSION} expected")
+        raise UserError(f"{path}: header {header[:2]} is not a shard's, {SHARD_MAGIC} {SHARD_VERSION}")
     if header[2] < 0 or size != HEADER_BYTES + 2 * int(header[2]):
-        raise UserError(f"{path}: the header promises {header[2]} ids, the file has room for "
-                        f"{(size - HEADER_BYTES) / 2:g}")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
+        room = (size - HEADER_BYTES) / 2
+        raise UserError(f"{path}: the header promises {header[2]} ids, the file has room for {room:g}")
+    ids = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
+    check_ids(ids[:checked], vocab_size, path)
+    return ids
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
@@ -678,15 +673,10 @@ class Dataset:
             raise UserError(f"DATA_PATH={self.path} holds no *{missing}*.bin; data/prepare.py makes them")
         self.vocab_size = args.vocab_size
         self.manifest = self._read_manifest()
-        self.train_shards = [open_shard(path) for path in self.train_files]
-        val_shards = [open_shard(path) for path in self.val_files]
-        for path, shard in zip(self.train_files + self.val_files, self.train_shards + val_shards):
-            check_ids(shard[: 1 << 20], self.vocab_size, path)
+        self.train_shards = [open_shard(path, self.vocab_size, 1 << 20) for path in self.train_files]
+        self.val = np.concatenate([open_shard(path, self.vocab_size) for path in self.val_files])
         if verify:
             self._verify(args.verify_data)
-        self.val = np.concatenate(val_shards)
-        for path, shard in zip(self.val_files, val_shards):
-            check_ids(shard, self.vocab_size, path)
         if len(self.val) < 2:
             raise UserError(f"{self.val_files[0]}: {len(self.val)} ids leave no validation target")
 
@@ -740,8 +730,7 @@ def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarr
     A target counts base[id] + (space[id] and not edge[previous id]). byte260: ids from 4 up are a byte each.
     SentencePiece: byte pieces 1, control, unknown and unused 0, others their UTF-8 length with U+2581 as one
     space; a leading one counts only where the previous id is no boundary: the dummy prefix stands there.
-    Models trained by data/prepare.py add no prefix: there every U+2581 is a real space and counts.
-    """
+    Models trained by data/prepare.py add no prefix: there every U+2581 is a real space and counts."""
     base, space, edge = (np.zeros(args.vocab_size, dtype=kind) for kind in (np.int64, bool, bool))
     if not args.tokenizer_path:
         if args.vocab_size != 260:
@@ -751,10 +740,9 @@ def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarr
         return base, space, edge
     try:
         from sentencepiece import SentencePieceProcessor
+        tokenizer = SentencePieceProcessor(model_file=args.tokenizer_path)
     except ImportError:
         raise UserError("TOKENIZER_PATH is set, but sentencepiece is not installed") from None
-    try:
-        tokenizer = SentencePieceProcessor(model_file=args.tokenizer_path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"TOKENIZER_PATH={args.tokenizer_path}: no SentencePiece model ({error})") from None
     if tokenizer.vocab_size() != args.vocab_size:
@@ -782,31 +770,20 @@ def class_table(vocab_size: int) -> np.ndarray:
     """Class of each id, an index into BYTE_CLASSES, for the bits-by-class report."""
     def name_of(byte: int) -> str:
         text = chr(byte)
-        if byte > 127:
-            return "non-ascii"
-        tests = {"newline": text in "\r\n", "space": text.isspace(), "digit": text.isdigit(),
-                 "lower": text.islower(), "upper": text.isupper(), "punctuation": True}
-        return next(name for name, found in tests.items() if found)
-
+        tests = {"non-ascii": byte > 127, "newline": text in "\r\n", "space": text.isspace(),
+                 "digit": text.isdigit(), "lower": text.islower(), "upper": text.isupper()}
+        return next((name for name, found in tests.items() if found), "punctuation")
     names = ["special"] * BYTE_OFFSET + ["token"] * (vocab_size - BYTE_OFFSET)
     if vocab_size == 260:
         names[BYTE_OFFSET:] = map(name_of, range(256))
     return np.array([BYTE_CLASSES.index(name) for name in names])
 
 
-@dataclass(frozen=True)
-class BatchPlan:
+class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
     """How a global batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group` rows.
+    Every rank runs the same shapes: slots beyond the batch repeat its first group with weight 0."""
 
-    Every rank runs the same shapes, whatever their number: slots beyond the batch repeat its first group with
-    weight 0.
-    """
 
-    rows: int
-    group: int
-    groups: int
-    micro_steps: int
-    world_size: int
 
     @classmethod
     def make(cls, args: Hyperparameters, world_size: int) -> BatchPlan:
@@ -830,30 +807,23 @@ class BatchPlan:
 
 class Loader:
     """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in an order that does not depend on the number of ranks.
-
-    `state` is the position of the next row: {"epoch", "shard", "row"}; it belongs to the checkpoint.
-    """
+    `state` is the position of the next row: {"epoch", "shard", "row"}; it belongs to the checkpoint."""
 
     def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int, state=None):
-        self.data, self.args, self.plan, self.rank = data, args, plan, rank
-        self.length = args.train_seq_len
+        self.data, self.args, self.plan, self.rank, self.length = data, args, plan, rank, args.train_seq_len
         self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
         self._starts: tuple[tuple, np.ndarray] = ((), np.zeros(0, np.int64))
-        if not any(len(shard) > self.length for shard in data.train_shards):
-            raise UserError(f"TRAIN_SEQ_LEN={self.length} is longer than every training shard in {data.path} "
-                            f"(the longest has {max(map(len, data.train_shards))} ids)")
+        if (most := max(map(len, data.train_shards))) <= self.length:
+            raise UserError(f"TRAIN_SEQ_LEN={self.length} is longer than every training shard ({most} ids)")
 
-    def _shard_order(self, epoch: int) -> np.ndarray:
-        count = len(self.data.train_shards)
-        if self.args.train_order == "sequential":
-            return np.arange(count)
-        return np.random.default_rng([self.args.seed, epoch]).permutation(count)
+    def _ordered(self, items: np.ndarray, *key: int) -> np.ndarray:
+        shuffled = self.args.train_order == "shuffled"
+        return np.random.default_rng([self.args.seed, *key]).permutation(items) if shuffled else items
 
     def _row_starts(self, epoch: int, index: int) -> np.ndarray:
         """Where the rows of a shard begin: disjoint in a stream. With document alignment, a row that would
         begin inside a document that started in the row before begins at its BOS: that head is seen twice."""
-        key = (epoch, index)
-        if self._starts[0] == key:
+        if self._starts[0] == (epoch, index):
             return self._starts[1]
         shard = self.data.train_shards[index]
         last = len(shard) - self.length - 1  # the last legal start: a row needs one id more for its targets
@@ -866,16 +836,14 @@ class Loader:
                 nearest = documents[np.searchsorted(documents, start + self.length, side="right") - 1]
                 start = int(nearest) if nearest > start else start + self.length
             starts = np.array(found, dtype=np.int64)
-        if self.args.train_order == "shuffled":
-            starts = np.random.default_rng([self.args.seed, epoch, index]).permutation(starts)
-        self._starts = (key, starts)
-        return starts
+        self._starts = ((epoch, index), self._ordered(starts, epoch, index))
+        return self._starts[1]
 
     def _next_rows(self, count: int) -> list[tuple[int, int]]:
         """(shard, start) of the next `count` rows; moves the state."""
         rows, state = [], self.state
         while len(rows) < count:
-            order = self._shard_order(state["epoch"])
+            order = self._ordered(np.arange(len(self.data.train_shards)), state["epoch"])
             index = int(order[state["shard"]])
             starts = self._row_starts(state["epoch"], index)
             take = starts[state["row"] : state["row"] + count - len(rows)]
@@ -888,8 +856,7 @@ class Loader:
         return rows
 
     def next(self) -> tuple[Tensor, Tensor, dict]:
-        """This rank's part of a global batch: ids (micro_steps, rows, T + 1) int64, weights (micro_steps,
-        rows) fp32, and the state after it."""
+        """This rank's part: ids (micro_steps, rows, T + 1), weights (micro_steps, rows), state after it."""
         plan, rows = self.plan, self._next_rows(self.plan.rows)
         batch = np.empty((plan.micro_steps, plan.groups * plan.group, self.length + 1), np.int64)
         weights = np.empty(batch.shape[:2], np.float32)
@@ -903,35 +870,16 @@ class Loader:
 
     def prefetch(self, device: torch.device):
         """Iterates over `next()` from a thread, two batches ahead, in pinned memory on GPUs."""
-        ready: queue.Queue = queue.Queue(maxsize=2)
-        stop = threading.Event()
+        def work() -> tuple[Tensor, Tensor, dict]:
+            *tensors, state = self.next()
+            return *(x.pin_memory() if device.type == "cuda" else x for x in tensors), state
 
-        def work() -> None:
-            while not stop.is_set():
-                try:
-                    item = self.next()
-                    if device.type == "cuda":
-                        item = (item[0].pin_memory(), item[1].pin_memory(), item[2])
-                except Exception as error:
-                    item = error
-                while not stop.is_set():
-                    with contextlib.suppress(queue.Full):
-                        ready.put(item, timeout=0.1)
-                        break
-                if isinstance(item, Exception):
-                    return
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
+        with ThreadPoolExecutor(1) as thread:
+            ahead = deque(thread.submit(work) for _ in range(2))
             while True:
-                item = ready.get()
-                if isinstance(item, Exception):
-                    raise item
-                yield item[0].to(device, non_blocking=True), item[1].to(device, non_blocking=True), item[2]
-        finally:
-            stop.set()
-            thread.join()
+                ids, weights, state = ahead.popleft().result()
+                ahead.append(thread.submit(work))
+                yield ids.to(device, non_blocking=True), weights.to(device, non_blocking=True), state
 
 
 # -----------------------------------------------------------------------------
@@ -951,36 +899,110 @@ def tensor_class(name: str) -> str:
     return "attn" if ".attn." in name else "mlp" if ".mlp." in name else "other"
 
 
-def quantise(weight: np.ndarray, bits: int, clip: str, k: float, axis: int) -> tuple[np.ndarray, np.ndarray]:
+def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
+    """(bits, axis of a step's slice): the last, but the buckets of a hash table; (0, 0): stays fp16."""
+    if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR:
+        return 0, 0
+    kind = tensor_class(name)
+    return args.bits_by_class[kind], len(shape) - (2 if kind == "ngram" else 1)
+
+
+def nearest(x: np.ndarray, top: int) -> np.ndarray:
+    return np.clip(np.rint(x), -top, top)
+
+
+
+
+
+def cheapest(x: np.ndarray, top: int, rate: float) -> np.ndarray:
+    """Integers with the least (x - q)^2 + rate * bits(q), among the nearest, its neighbour towards zero and
+    zero itself: entropy-constrained rounding. The bits, of an ideal order-0 code, settle in two rounds."""
+    best = near = nearest(x, top)
+    options = (near, near - np.sign(near), np.zeros_like(near))
+    for _ in range(2):
+        counts = np.bincount(best.ravel().astype(np.int64) + top, minlength=2 * top + 1) + 0.5
+        prices = rate * np.log2(counts.sum() / counts).astype(np.float32)
+        costs = [np.square(x - q) + prices[q.astype(np.int64) + top] for q in options]
+        best = np.choose(np.argmin(costs, axis=0), options)
+    return best
+
+
+def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
+    """Full-Hessian GPTQ (Frantar et al. 2022) of x (R, C), a matrix whose rows are in units of their steps.
+    Columns in the order of falling input power; the error of each is spread over those still to come by the
+    inverse of the damped hessian = X^T X (C, C). (Weighing bits against error here lost to a wider step.)"""
+    power = np.diag(hessian)
+    order = np.argsort(-power, kind="stable")
+    damped = hessian[np.ix_(order, order)].astype(np.float64)
+    damped[np.diag_indices(len(order))] += 0.01 * power.mean() + 1e-12
+    factor = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)  # upper U, inverse = U^T U
+    left, q = x[:, order].copy(), np.empty_like(x)
+    for start in range(0, x.shape[1], 128):
+        stop = min(start + 128, x.shape[1])
+        errors = np.empty((len(x), stop - start), np.float32)
+        for j in range(start, stop):
+            q[:, order[j]] = chosen = nearest(left[:, j], top)
+            errors[:, j - start] = error = (left[:, j] - chosen) / factor[j, j]
+            left[:, j:stop] -= error[:, None] * factor[j, j:stop]
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    return q
+
+
+def quantise(weight: np.ndarray, bits: int, clip: str, k: float, axis: int, rate: float = 0.0,
+             hessian: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Rounds to integers of `bits` bits with one fp16 step for each slice along `axis`: q * step ~ weight.
 
     `std`: step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394); a Gaussian then costs about
     log2(top / k) + 2.05 bits a weight, so k sets the size. `mse`: the step with the least squared error among
     33 clips from 0.2 to 1 of the largest value. Steps have an epsilon floor, not 1 / top (defect G2 of #832).
-    Returns q, int8 of weight's shape, and step, fp16 with size 1 on `axis`. NumPy: backends pack alike.
-    """
+    Rounding: to the nearest; by `gptq` with a hessian (C, C); else by `cheapest` where `rate`, the price of a
+    bit in squared steps, is not 0 (at ln(2) / 6 = 0.116 a bit costs what a coarser step would save).
+    Returns q, int8 of weight's shape, and step, fp16 with size 1 on `axis`. NumPy: backends pack alike."""
     top = 2 ** (bits - 1) - 1
     weight = np.asarray(weight, dtype=np.float32)
 
-    def round_to(step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        step = np.maximum(step, SCALE_FLOOR).astype(np.float16)
-        return np.clip(np.rint(weight / step.astype(np.float32)), -top, top).astype(np.int8), step
-
+    def floored(step: np.ndarray) -> np.ndarray:
+        return np.maximum(step, SCALE_FLOOR).astype(np.float16).astype(np.float32)
     if clip == "std":
-        return round_to(k * weight.std(axis=axis, keepdims=True) / top)
-    peak = np.abs(weight).max(axis=axis, keepdims=True)
-    best_error, best_step = None, None
-    for share in np.linspace(1.0, 0.2, 33, dtype=np.float32):
-        q, step = round_to(share * peak / top)
-        error = np.square(q * step.astype(np.float32) - weight).sum(axis=axis, keepdims=True)
-        better = best_error is None or error < best_error
-        best_error = np.where(better, error, best_error if best_error is not None else error)
-        best_step = np.where(better, step, best_step if best_step is not None else step)
-    return round_to(best_step.astype(np.float32))
+        step = floored(k / top * weight.std(axis=axis, keepdims=True, dtype=np.float64))
+    else:
+        peak, least = np.abs(weight).max(axis=axis, keepdims=True), np.inf
+        for share in np.linspace(1.0, 0.2, 33, dtype=np.float32):
+            trial = floored(share * peak / top)
+            error = np.square(nearest(weight / trial, top) * trial - weight).sum(axis=axis, keepdims=True)
+            step = np.where(error < least, trial, step) if share < 1 else trial
+            least = np.minimum(error, least)
+    x = weight / step
+    q = gptq(x, hessian, top) if hessian is not None else cheapest(x, top, rate) if rate else nearest(x, top)
+    return q.astype(np.int8), step.astype(np.float16)
 
 
-def dequantise(q: np.ndarray, step: np.ndarray) -> np.ndarray:
-    return q.astype(np.float32) * step.astype(np.float32)
+
+
+
+class Rounding(nn.Module):
+    """Quantisation-aware training: the exporter's std quantiser in the forward, gradients straight through.
+    `on` is a tensor, so that a compiled graph sees the switch. Submodule `qat` of a weight's owner."""
+
+    def __init__(self, bits: int, k: float, axis: int):
+        super().__init__()
+        self.top, self.k, self.axis = 2 ** (bits - 1) - 1, k, axis
+        self.register_buffer("on", torch.zeros(()), persistent=False)
+
+    def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The weight, or `rows` that were looked up in it (its axis is then gone), rounded."""
+        values = weight if rows is None else rows
+        with torch.no_grad():
+            exact = weight.float() if weight.device.type == "mps" else weight.double()
+            step = self.k / self.top * exact.std(self.axis, correction=0, keepdim=rows is None)
+            step = step.clamp(min=SCALE_FLOOR).half().float()
+            change = (values / step).round().clamp(-self.top, self.top) * step - values
+        return values + self.on * change
+
+
+def rounded(owner: nn.Module) -> Tensor:
+    """A module's weight as the loss is to see it."""
+    return owner.qat(owner.weight) if hasattr(owner, "qat") else owner.weight
 
 
 # -----------------------------------------------------------------------------
@@ -1006,8 +1028,7 @@ def sigreg(latents: Tensor, directions: Tensor, knots: int) -> Tensor:
     latents (G, N, d): G samples of N latents; directions (d, P), unit columns. Returns (G,) in fp32: the mean
     over P of sum_k w_k [(mean cos t_k p - phi_k)^2 + (mean sin t_k p)^2], phi_k = exp(-t_k^2 / 2), t on
     [0.2, 3], w_k = phi_k / sum(phi). Nothing is standardised, so a wrong scale costs (defect A5 of #832).
-    After LeJEPA's SIGReg (Balestriero & LeCun 2025) and #696.
-    """
+    After LeJEPA's SIGReg (Balestriero & LeCun 2025) and #696."""
     t = torch.linspace(0.2, 3.0, knots, device=latents.device)
     phi = torch.exp(-0.5 * t * t)
     angles = (latents.float() @ directions.float())[..., None] * t  # (G, N, P, K)
@@ -1030,12 +1051,12 @@ class ChunkJEPA(nn.Module):
       forward(hidden, inputs) (hidden with the injection, {name: (groups,) loss}); no losses without inputs
       weights(progress)       {name: weight of that term beside CE}
       report(means)           what the step line says about the mean terms
+      first_read(position)    first position whose state a decoder needs to feed `position` and later ones
       exported()              prefixes of the parameters that scoring needs; no others reach the artifact
 
     With h_c the mean hidden state of chunk c: z_c = projector(h_c), zhat_c = predictor(z_{c-1}) (a start
     vector for c = 0); losses |zhat_c - sg(z_c)|^2 and SIGReg on z; injection W zhat_c at all positions of c.
-    Causal: chunk c reads the chunks before it. SIGReg pools fixed groups of rows: ranks do not change it.
-    """
+    Causal: chunk c reads the chunks before it. SIGReg pools fixed groups of rows: ranks do not change it."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
@@ -1049,10 +1070,9 @@ class ChunkJEPA(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         self.start.normal_(0, 0.02, generator=generator)
-        for mlp in (self.projector, self.predictor):
-            for layer in (mlp.fc1, mlp.fc2):
-                bound = layer.weight.size(1) ** -0.5
-                layer.weight.uniform_(-bound, bound, generator=generator)
+        for layer in (*self.projector.children(), *self.predictor.children()):
+            bound = layer.weight.size(1) ** -0.5
+            layer.weight.uniform_(-bound, bound, generator=generator)
         if self.injection is not None:
             self.injection.weight.zero_()
 
@@ -1071,8 +1091,7 @@ class ChunkJEPA(nn.Module):
         batch, length, _ = hidden.shape
         full = length // size
         source = hidden if args.jepa_backbone_grad else hidden.detach()
-        means = source[:, : full * size].unflatten(1, (full, size)).mean(2)  # (B, C, D)
-        z = self.projector(means)  # (B, C, latent)
+        z = self.projector(source[:, : full * size].unflatten(1, (full, size)).mean(2))  # (B, C, latent)
         start = self.start.to(z.dtype).expand(batch, 1, -1)
         guess = self.predictor(torch.cat((start, z), 1)[:, : -(-length // size)])
         if self.injection is not None:
@@ -1100,6 +1119,9 @@ class ChunkJEPA(nn.Module):
         return {"jepa_pred": means["jepa_pred"], "jepa_r2": r2, "sigreg": means["sigreg"],
                 "sigreg_floor": sigreg_floor(samples, self.args.jepa_sigreg_knots)}
 
+    def first_read(self, position: int) -> int:
+        return max(0, position // self.chunk - 1) * self.chunk
+
     def exported(self) -> tuple[str, ...]:
         return ("projector.", "predictor.", "start", "injection.") if self.injection is not None else ()
 
@@ -1120,15 +1142,13 @@ class CastedLinear(nn.Linear):
         super().__init__(dim_in, dim_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, rounded(self).to(x.dtype))
 
 
 def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
-    """cos and sin of positions below `length`: (2, T, 1, rope_dims / 2) in fp32, never cast: bf16 positions
-    are wrong beyond 256 (defect G1 of #832).
-
-    Windows longer than TRAIN_SEQ_LEN grow the base by (length / train_seq_len)^(r / (r - 2)) (NTK scaling).
-    """
+    """cos and sin of positions below `length`: (2, T, 1, r / 2), r the rotated dimensions, fp32, never cast:
+    bf16 positions are wrong beyond 256 (defect G1 of #832). Windows longer than TRAIN_SEQ_LEN grow the base
+    by (length / train_seq_len)^(r / (r - 2)) (NTK scaling)."""
     dims = args.rope_dims or args.model_dim // args.num_heads
     base = args.rope_base
     if length > args.train_seq_len and dims > 2:
@@ -1138,25 +1158,9 @@ def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
     return torch.stack((angles.cos(), angles.sin())).float()
 
 
-class Rotate(torch.autograd.Function):
-    """Half-split rotary on the first dimensions of x (B, T, H, d); rotary (2, T, 1, half) of `rotary_tables`.
-
-    The backward is the rotation by the opposite angle: one pass, where autograd's own takes four.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, rotary: Tensor) -> Tensor:
-        ctx.save_for_backward(rotary)
-        return turn(x, rotary[0], rotary[1])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        rotary, = ctx.saved_tensors
-        return turn(grad, rotary[0], -rotary[1]), None
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = cos.size(-1)
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Half-split rotary on the first dimensions of x (B, T, H, d); rotary as of `rotary_tables`."""
+    (cos, sin), half = rotary, rotary.size(-1)
     a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
     return torch.cat(((a * cos + b * sin).to(x.dtype), (b * cos - a * sin).to(x.dtype), rest), -1)
 
@@ -1164,7 +1168,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class CausalSelfAttention(nn.Module):
     def __init__(self, args: Hyperparameters, layer: int, attention: str):
         super().__init__()
-        self.num_heads, self.num_kv_heads = args.num_heads, args.num_kv_heads
+        self.layer, self.num_kv_heads = layer, args.num_kv_heads
         self.head_dim = args.model_dim // args.num_heads
         kv_dim = self.num_kv_heads * self.head_dim
         self.c_q = CastedLinear(args.model_dim, args.model_dim)
@@ -1175,14 +1179,14 @@ class CausalSelfAttention(nn.Module):
         self.exclude_self = layer >= args.num_layers - args.xsa_last_n
         self.attend = ATTENTION[attention]
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        weights = [self.c_q.weight, self.c_k.weight, self.c_v.weight]
+    def forward(self, x: Tensor, rotary: Tensor, where=None, past: KVCache | None = None) -> Tensor:
+        weights = [rounded(layer) for layer in (self.c_q, self.c_k, self.c_v)]
         qkv = F.linear(x, torch.cat(weights).to(x.dtype))  # one wide product instead of three
         q, k, v = (part.unflatten(-1, (-1, self.head_dim))  # (B, T, H or K, d)
                    for part in qkv.split([len(weight) for weight in weights], -1))
-        q, k = (Rotate.apply(rms_norm(part), rotary[:, : x.size(1)]) for part in (q, k))
+        q, k = (rotate(rms_norm(part), rotary) for part in (q, k))
         q = q * self.q_gain.to(q.dtype)[:, None]
-        y = self.attend(q, k, v)
+        y = sdpa_attention(q, *past.extend(self.layer, k, v), where) if past else self.attend(q, k, v, where)
         if self.exclude_self:  # XSA: drop each head's component along this position's own value
             own = F.normalize(v.float(), dim=-1).to(y.dtype).unsqueeze(3)  # (B, T, K, 1, d)
             y = y.unflatten(2, (self.num_kv_heads, -1))
@@ -1209,18 +1213,16 @@ class Block(nn.Module):
         self.mlp = MLP(args)
         self.attn_scale = nn.Parameter(torch.ones(args.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(args.model_dim))
-        self.resid_mix = None
-        if args.resid_mix:
-            start = torch.ones(args.model_dim), torch.zeros(args.model_dim)
-            self.resid_mix = nn.Parameter(torch.stack(start))
+        mix = torch.tensor([[1.0], [0.0]]).repeat(1, args.model_dim)
+        self.resid_mix = nn.Parameter(mix) if args.resid_mix else None
         self.ln_scale = (layer + 1) ** -0.5 if args.ln_scale else 1.0
 
-    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor, where, past: KVCache | None) -> Tensor:
         attn_scale, mlp_scale = self.attn_scale.to(x.dtype), self.mlp_scale.to(x.dtype)
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
-        x = x + attn_scale * self.attn(rms_norm(x) * self.ln_scale, rotary)
+        x = x + attn_scale * self.attn(rms_norm(x) * self.ln_scale, rotary, where, past)
         return x + mlp_scale * self.mlp(rms_norm(x) * self.ln_scale)
 
 
@@ -1250,8 +1252,7 @@ class HashEmbedding(nn.Module):
     together with the word before it (after the word models of PAQ). Each owns a row in each of `hashes`
     tables of width dim / hashes, so that two contexts rarely share all of their rows. Nothing before the last
     BOS counts: no document sees another. Tables start at zero and the projection does not, so both learn
-    (in #832 both were zero and stayed dead, defect A1).
-    """
+    (in #832 both were zero and stayed dead, defect A1)."""
 
     SALTS = (0x297A2D39, 0x1B873593, 0x6C078965, 0x5D588B65)  # 31 bits: products fit an int64
     WORD_REACH = 20  # ids that a word context looks back
@@ -1269,7 +1270,6 @@ class HashEmbedding(nn.Module):
 
         def mix(state: Tensor, symbol: Tensor) -> Tensor:
             return (state ^ state >> 15) * 0x2C1B3C6D + symbol & mask
-
         gram = word = pair = ids * 0x2545F491 & mask
         inside = ids > BOS_ID  # of the document, going back
         part = (~in_word(ids)).long()  # 0: word so far, 1: gap before it, 2: word before, 3: the rest
@@ -1283,12 +1283,30 @@ class HashEmbedding(nn.Module):
             word = torch.where(part == 0, mix(word, earlier), word)
             pair = torch.where(part <= 2, mix(pair, earlier), pair)
         states = [found[n] for n in self.orders] + [word, pair + 1 & mask][: self.words]
-        rows = [(((state ^ state >> 13) * salt & mask) >> 7) % self.buckets
-                for state in states for salt in self.salts]
+        rows = [(((s ^ s >> 13) * salt & mask) >> 7) % self.buckets for s in states for salt in self.salts]
         return torch.stack([row + i * self.buckets for i, row in enumerate(rows)], -1)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.proj(F.embedding(self.rows(ids), self.table.flatten(0, 1)).flatten(-2).to(dtype))
+        found = F.embedding(self.rows(ids), self.table.flatten(0, 1))  # (B, T, contexts * hashes, width)
+        if hasattr(self, "qat"):
+            found = self.qat(self.table, found)
+        return self.proj(found.flatten(-2).to(dtype))
+
+
+class KVCache:
+    """What decoding goes on from: keys, values and last states of the positions of a window, read so far."""
+
+    def __init__(self, model: GPT):
+        args, like = model.args, {"dtype": model.dtype, "device": model.tok_emb.weight.device}
+        window = args.eval_seq_len, args.num_kv_heads, args.model_dim // args.num_heads
+        self.layers = torch.zeros(args.num_layers, 2, 1, *window, **like)
+        self.states, self.length = torch.zeros(1, 0, args.model_dim, **like), 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes keys and values of new positions (1, n, K, d); returns those of all."""
+        stop = self.length + k.size(1)
+        self.layers[layer, 0, :, self.length : stop], self.layers[layer, 1, :, self.length : stop] = k, v
+        return self.layers[layer, 0, :, :stop], self.layers[layer, 1, :, :stop]
 
 
 class GPT(nn.Module):
@@ -1296,25 +1314,21 @@ class GPT(nn.Module):
 
     def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.args, self.dtype = args, dtype
+        self.args, self.attention, self.dtype = args, attention, dtype
+        self.reach = max((*args.ngram_order_list, HashEmbedding.WORD_REACH))  # ids that one looks back
         dim, layers = args.model_dim, args.num_layers
         self.tok_emb = nn.Embedding(args.vocab_size, dim)
-        self.bigram = self.ngram = self.smear = self.aux = self.lm_head = None
-        if args.bigram_vocab_size:
-            self.bigram = HashEmbedding((2,), 0, args.bigram_vocab_size, args.bigram_dim, 1, dim)
-        words = args.ngram_words if args.vocab_size == 260 else 0
-        if args.ngram_order_list:
-            self.ngram = HashEmbedding(args.ngram_order_list, words, args.ngram_buckets, args.ngram_dim,
-                                       args.ngram_hashes, dim)
-        if args.smear_gate:
-            self.smear = SmearGate(dim)
+        size = args.bigram_vocab_size, args.bigram_dim, 1, dim
+        self.bigram = HashEmbedding((2,), 0, *size) if args.bigram_vocab_size else None
+        orders, words = args.ngram_order_list, args.ngram_words if args.vocab_size == 260 else 0
+        size = args.ngram_buckets, args.ngram_dim, args.ngram_hashes, dim
+        self.ngram = HashEmbedding(orders, words, *size) if orders else None
+        self.smear = SmearGate(dim) if args.smear_gate else None
         self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(layers))
         self.skip_weights = nn.Parameter(torch.ones(layers // 2, dim)) if args.unet_skips else None
-        if args.jepa_chunk_size:
-            self.aux = ChunkJEPA(args)
+        self.aux = ChunkJEPA(args) if args.jepa_chunk_size else None
         self.set_rotary()
-        if not args.tie_embeddings:
-            self.lm_head = CastedLinear(dim, args.vocab_size)
+        self.lm_head = None if args.tie_embeddings else CastedLinear(dim, args.vocab_size)
 
     def set_rotary(self) -> None:
         """Tables for training and scoring windows, which may have different lengths."""
@@ -1332,45 +1346,56 @@ class GPT(nn.Module):
                 nn.init.orthogonal_(layer.weight, generator=generator)
             block.attn.proj.weight.zero_()
             block.mlp.proj.weight.zero_()
-        for table in (self.bigram, self.ngram):
-            if table is not None:
-                nn.init.orthogonal_(table.proj.weight, generator=generator)
+        for table in filter(None, (self.bigram, self.ngram)):
+            nn.init.orthogonal_(table.proj.weight, generator=generator)
         if self.aux is not None:
             self.aux.init_weights(generator)
         if self.lm_head is not None:
             self.lm_head.weight.zero_()
 
-    def hidden(self, ids: Tensor, rotary: Tensor, aux_inputs: Tensor | None = None) -> tuple[Tensor, dict]:
-        """ids (B, T) -> normalised states (B, T, D) and the auxiliary terms."""
-        x = self.tok_emb(ids).to(self.dtype)
+    def hidden(self, ids: Tensor, rotary: Tensor, aux_inputs: Tensor | None = None,
+               past: KVCache | None = None) -> tuple[Tensor, dict]:
+        """ids (B, T) -> normalised states (B, T, D) and the auxiliary terms.
+        With `past`, ids (1, T) are those of a window so far, the states those of what is not in it yet."""
+        known = 0 if past is None else past.length
+        fresh = ids.size(1) - known
+        tail = ids[:, max(0, known - self.reach) :]  # an embedding depends on some ids before its own
+        x = F.embedding(tail, rounded(self.tok_emb)).to(self.dtype)
         for table in (self.bigram, self.ngram):
             if table is not None:
-                x = x + table(ids, self.dtype)
+                x = x + table(tail, self.dtype)
         x = rms_norm(x)
         if self.smear is not None:
-            x = self.smear(x, ids)
-        x0, skips = x, []
-        first_half = len(self.blocks) // 2
+            x = self.smear(x, tail)
+        x, rotary, where = x[:, -fresh:], rotary[:, known : known + fresh], None
+        if past is not None:
+            where = causal_mask(((ids == BOS_ID) & self.args.doc_mask).cumsum(1), fresh)
+        elif self.args.doc_mask:
+            where = document_mask(self.attention, ids)
+        x0, skips, first_half = x, [], len(self.blocks) // 2
         for i, block in enumerate(self.blocks):
             if i >= first_half and skips:  # U-Net: the second half takes the first half's outputs, last first
                 x = x + self.skip_weights[i - first_half].to(x.dtype) * skips.pop()
-            x = block(x, x0, rotary)
+            x = block(x, x0, rotary, where, past)
             if i < first_half and self.skip_weights is not None:
                 skips.append(x)
         terms: dict[str, Tensor] = {}
-        if self.aux is not None:
+        if past is not None:
+            past.states, past.length = torch.cat((past.states, x), 1), ids.size(1)
+        if self.aux is not None and past is not None:
+            x = self.aux(past.states[:, self.aux.first_read(known) :])[0][:, -fresh:]
+        elif self.aux is not None:
             x, terms = self.aux(x, aux_inputs)
         return rms_norm(x), terms
 
     def exported(self) -> dict[str, nn.Parameter]:
         """Parameters that scoring needs, by name; what only training uses never reaches an artifact."""
         kept = () if self.aux is None else tuple(f"aux.{prefix}" for prefix in self.aux.exported())
-        return {name: p for name, p in self.named_parameters()
-                if not name.startswith("aux.") or name.startswith(kept)}
+        return {n: p for n, p in self.named_parameters() if not n.startswith("aux.") or n.startswith(kept)}
 
     def head(self, x: Tensor) -> Tensor:
         """States -> capped logits in fp32."""
-        weight = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
+        weight = rounded(self.tok_emb if self.lm_head is None else self.lm_head)
         logits = F.linear(x, weight.to(x.dtype)).float()
         cap = self.args.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
@@ -1408,9 +1433,8 @@ def scoring_logits(model: GPT, ids: Tensor, take: Tensor, span: int) -> Tensor:
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Each matrix of (n, r, c) becomes about U V^T of its SVD: the quintic iteration of Muon (K. Jordan)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.to(dtype)
-    tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x
+    tall = matrices.size(1) > matrices.size(2)
+    x = (matrices.mT if tall else matrices).to(dtype)
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -1433,10 +1457,8 @@ class Muon:
         for p in params:
             by_shape.setdefault(tuple(p.shape), []).append(p)
         self.stacks = sorted(by_shape.values(), key=lambda members: -len(members) * members[0].numel())
-        self.momenta = [
-            torch.zeros(-(-len(members) // runtime.world_size), *members[0].shape, device=runtime.device)
-            for members in self.stacks
-        ]
+        self.momenta = [torch.zeros(-(-len(members) // runtime.world_size), *members[0].shape,
+                                    device=runtime.device) for members in self.stacks]
         self.shares: list[Tensor] = []
         self.pending: list = []
 
@@ -1446,15 +1468,13 @@ class Muon:
         for members, momentum in zip(self.stacks, self.momenta):
             spare = len(momentum) * self.runtime.world_size - len(members)
             full = torch.stack(gradients(members) + [torch.zeros_like(members[0])] * spare).mul_(scale)
-            if self.runtime.world_size == 1:
-                self.shares.append(full)
-            elif self.runtime.gloo:  # which has no reduce-scatter
+            share = full[self._mine(len(momentum))]
+            if self.runtime.world_size > 1 and self.runtime.gloo:  # which has no reduce-scatter
                 self.pending.append(dist.all_reduce(full, async_op=True))
-                self.shares.append(full[self._mine(len(momentum))])
-            else:
+            elif self.runtime.world_size > 1:
                 share = torch.empty_like(momentum)
                 self.pending.append(dist.reduce_scatter_tensor(share, full, async_op=True))
-                self.shares.append(share)
+            self.shares.append(share)
 
     def _mine(self, share: int) -> slice:
         return slice(self.runtime.rank * share, (self.runtime.rank + 1) * share)
@@ -1472,28 +1492,25 @@ class Muon:
             buffer.mul_(momentum).add_(share)
             mine = newton_schulz(share.add_(buffer, alpha=momentum), self.args.muon_backend_steps, self.dtype)
             flying.append((members, *self._gather(mine)))
-        for members, update, work in flying:
-            if work is not None:
-                work.wait()
-            rows, columns = members[0].shape
+        for members, update, wait in flying:
+            wait()
+            factor = max(1.0, members[0].size(0) / members[0].size(1)) ** 0.5
             torch._foreach_mul_(members, 1 - rate * self.args.muon_wd)
-            torch._foreach_add_(members, list(update[: len(members)].unbind()),
-                                alpha=-rate * max(1.0, rows / columns) ** 0.5)
+            torch._foreach_add_(members, update[: len(members)].unbind(), alpha=-rate * factor)
 
-    def _gather(self, share: Tensor) -> tuple[Tensor, dist.Work | None]:
-        """Starts to collect every rank's share of a stack."""
+    def _gather(self, share: Tensor) -> tuple:
+        """Starts to collect every rank's share of a stack: (the stack, the function that waits for it)."""
         if self.runtime.world_size == 1:
-            return share, None
+            return share, lambda: None
         full = share.new_empty(len(share) * self.runtime.world_size, *share.shape[1:])
-        return full, dist.all_gather_into_tensor(full, share.contiguous(), async_op=True)
+        return full, dist.all_gather_into_tensor(full, share.contiguous(), async_op=True).wait
 
     def state(self) -> dict[str, Tensor]:
         """Momenta of all ranks, for a checkpoint that any number of ranks can read."""
         found = {}
         for i, (members, momentum) in enumerate(zip(self.stacks, self.momenta)):
-            full, work = self._gather(momentum)
-            if work is not None:
-                work.wait()
+            full, wait = self._gather(momentum)
+            wait()
             found[f"muon.{i}"] = full[: len(members)]
         return found
 
@@ -1510,10 +1527,8 @@ def gradients(params: list[nn.Parameter]) -> list[Tensor]:
 
 class RowAdagrad:
     """Adagrad with one accumulator a row: p <- p - rate * g / sqrt(sum over steps of mean(g^2) in that row).
-
     A row of a hash table is met a few times in a run. Rows that a step does not touch stay as they are, a
-    row's rate falls with its own count, and the state is 1 / (2 dim) of Adam's.
-    """
+    row's rate falls with its own count, and the state is 1 / (2 dim) of Adam's."""
 
     def __init__(self, params: list[nn.Parameter], args: Hyperparameters):
         self.params, self.eps = params, args.adam_eps
@@ -1540,8 +1555,7 @@ class Optimizers:
     """
 
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
-        self.args, self.runtime = args, runtime
-        self.model = model
+        self.args, self.runtime, self.model = args, runtime, model
         keys = ("matrix", "embed", "head", "table", "aux", "scalar")
         groups: dict[str, list[nn.Parameter]] = {key: [] for key in keys}
         for name, p in model.named_parameters():
@@ -1558,14 +1572,10 @@ class Optimizers:
 
     @staticmethod
     def group_of(name: str, p: nn.Parameter) -> str:
-        if name.startswith("aux."):
-            return "aux"
-        if name.startswith("ngram.table"):
-            return "table"
-        if name.startswith("lm_head"):
-            return "head"
-        if name.startswith(("tok_emb", "bigram.table")):
-            return "embed"
+        for prefix, group in (("aux.", "aux"), ("ngram.table", "table"), ("lm_head", "head"),
+                              ("tok_emb", "embed"), ("bigram.table", "embed")):
+            if name.startswith(prefix):
+                return group
         return "matrix" if p.ndim == 2 and name.endswith(".weight") else "scalar"
 
     @torch.no_grad()
@@ -1602,8 +1612,7 @@ class Optimizers:
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of every optimizer, by name."""
-        found = self.muon.state()
-        found |= {f"table.{i}": total for i, total in enumerate(self.tables.sums)}
+        found = self.muon.state() | {f"table.{i}": total for i, total in enumerate(self.tables.sums)}
         for i, entry in self.adam.state_dict()["state"].items():
             found |= {f"adam.{i}.{key}": torch.as_tensor(value) for key, value in entry.items()}
         return found
@@ -1612,8 +1621,7 @@ class Optimizers:
         self.muon.load_state(state)
         for i, total in enumerate(self.tables.sums):
             total.copy_(state[f"table.{i}"])
-        adam = self.adam.state_dict()
-        adam["state"] = {}
+        adam = self.adam.state_dict() | {"state": {}}
         for name, value in state.items():
             if name.startswith("adam."):
                 _, i, key = name.split(".")
@@ -1623,10 +1631,8 @@ class Optimizers:
 
 def rate_at(progress: float, args: Hyperparameters) -> float:
     """Share of the peak rate at `progress` in [0, 1]: flat, then linear down to MIN_LR, reached at 1.
-
     Progress is max(step share, time share), so the rate is at its floor at the end whichever limit ends the
-    run (#832 stopped at 17 % of its peak, defect A4).
-    """
+    run (#832 stopped at 17 % of its peak, defect A4)."""
     fall = args.warmdown_iters / args.iterations
     left = min(1.0, (1.0 - progress) / fall) if fall else 1.0
     return args.min_lr + (1.0 - args.min_lr) * max(0.0, left)
@@ -1644,64 +1650,171 @@ class EMA:
         torch._foreach_lerp_(self.average, self.live, 1.0 - min(self.decay, (1 + step) / (10 + step)))
 
     @contextlib.contextmanager
+    @torch.no_grad()
     def applied(self):
         """The model holds the average inside the block."""
         kept = [p.detach().clone() for p in self.live]
-        with torch.no_grad():
-            torch._foreach_copy_(self.live, self.average)
+        torch._foreach_copy_(self.live, self.average)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.live, kept)
+            torch._foreach_copy_(self.live, kept)
 
 
 # -----------------------------------------------------------------------------
 # ARTIFACT
 # -----------------------------------------------------------------------------
 
-# magic (8 bytes), sha256 of the rest (32), version (2), header length (4, little-endian), header, payload
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 1
+# magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of a JSON header, payload
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 2
 PREAMBLE_BYTES = len(ARTIFACT_MAGIC) + 32 + 6
+
+constriction = None  # rANS -> LZMA
+with contextlib.suppress(ImportError):
+    import constriction
+
+CHUNK = 1024  # symbols coded under one state of the models
+CONTEXT_EDGES = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512])  # 16 * |q|
+
+
+# Integers in [-top, top] as they lie in the raw payload, a byte each: slices x places. `model` names what
+# they share statistics with; every `period` slices the history of a place begins anew.
+Plane = namedtuple("Plane", "model top slices places period")
+
+
+def planes(entries: list) -> list[Plane]:
+    """Layout of the raw payload: the quantised tensors, then low and high bytes of all fp16 numbers."""
+    found, halves = [], 0
+    for name, shape, bits, axis in entries:
+        slices, model = math.prod(shape) // (shape[axis] if bits else 1), f"{tensor_class(name)}{bits}"
+        halves += slices
+        if bits:
+            period = slices if len(shape) < 3 else shape[-1]
+            found.append(Plane(model, 2 ** (bits - 1) - 1, slices, shape[axis], period))
+    return found + [Plane(f"half{i}", 128, 1, halves, 1) for i in range(2)]
+
+
+def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
+    """Walks over `raw` (int8) in coding order: code(symbols, model, top) returns the symbols, which are
+    written back; a decoder is handed what it has to fill.
+    A symbol's context is the mean |q| of its place (column of a matrix, bucket of a table) in the slices
+    before, and how many these are. Each (model, context) counts what it has seen, so no table is sent; it
+    begins with a two-sided geometric distribution of the context's mean, and with every tensor old counts
+    shrink. Only integers and correctly rounded operations: any machine agrees."""
+    models: dict[str, np.ndarray] = {}
+    ends = np.cumsum([plane.slices * plane.places for plane in layout])
+    for plane, block in zip(layout, np.split(raw, ends)):
+        block = block.reshape(plane.slices, plane.places)
+        if plane.model not in models:
+            mean = np.tile(np.append(CONTEXT_EDGES, 724), 4)[:, None] / 16  # by level, by age
+            mean[: len(CONTEXT_EDGES) + 1] = 4  # no slice before
+            fall = np.repeat(mean / (mean + 1), plane.top, 1)
+            fall = np.multiply.accumulate(fall, axis=1)  # not `**`, whose last bit differs between machines
+            shares = np.hstack((fall[:, ::-1], np.ones_like(mean), fall)) / (2 * mean + 1)
+            models[plane.model] = 24 * shares + 0.02
+        counts = models[plane.model]
+        group = max(1, min(plane.period, CHUNK // plane.places))
+        for first in range(0, plane.slices, group):
+            if first % plane.period == 0:
+                seen, total = 0, np.zeros(plane.places, np.int64)
+                counts /= 16
+            context = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
+            context += min(seen.bit_length(), 3) * (len(CONTEXT_EDGES) + 1)  # age: 0, 1, 2 to 3, more
+            last = min(first + group, (first // plane.period + 1) * plane.period)
+            for left in range(0, plane.places, CHUNK):
+                here = context[left : left + CHUNK]
+                order = np.argsort(here, kind="stable")
+                for columns in np.split(order, np.flatnonzero(np.diff(here[order])) + 1):
+                    table, columns = counts[here[columns[0]]], left + columns
+                    part = block[first:last, columns]
+                    model = constriction.stream.model.Categorical(table, perfect=False)
+                    symbols = code(part.ravel(), model, plane.top)
+                    block[first:last, columns] = symbols.reshape(part.shape)
+                    table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
+            seen += last - first
+            total += np.abs(block[first:last].astype(np.int64)).sum(0)
+
+
+
+
+
+def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:
+    jobs, coder = [], constriction.stream.stack.AnsCoder()
+
+    def code(symbols: np.ndarray, model, top: int) -> np.ndarray:
+        jobs.append((symbols.astype(np.int32) + top, model))
+        return symbols
+    code_planes(np.frombuffer(bytearray(raw), np.int8), layout, code)
+    for symbols, model in reversed(jobs):  # a stack: what goes in last comes out first
+        coder.encode_reverse(symbols, model)
+    return coder.get_compressed().astype("<u4").tobytes()
+
+
+def rans_decode(blob: bytes, layout: list[Plane]) -> bytes:
+    coder = constriction.stream.stack.AnsCoder(np.frombuffer(blob, "<u4").astype(np.uint32))
+    raw = np.empty(sum(plane.slices * plane.places for plane in layout), np.int8)
+    code_planes(raw, layout, lambda old, model, top: (coder.decode(model, len(old)) - top).astype(np.int8))
+    if not coder.is_empty():
+        raise ValueError("the payload is longer than its layout")
+    return raw.tobytes()
 
 
 def compressors() -> dict[str, tuple]:
-    """{name: (compress, decompress)} of what is installed."""
-    found = {"lzma": (lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
-             "zlib": (lambda raw: zlib.compress(raw, 9), zlib.decompress)}
+    """{name: (compress, decompress)} of what is installed; both take bytes and the payload's layout."""
+    found = {"lzma": (lambda raw, _: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+                      lambda blob, _: lzma.decompress(blob)),
+             "zlib": (lambda raw, _: zlib.compress(raw, 9), lambda blob, _: zlib.decompress(blob))}
     with contextlib.suppress(ImportError):
         import zstandard
-        found["zstd"] = (lambda raw: zstandard.ZstdCompressor(level=22).compress(raw),
-                         lambda raw: zstandard.ZstdDecompressor().decompress(raw))
-    return found
+        found["zstd"] = (lambda raw, _: zstandard.ZstdCompressor(level=22).compress(raw),
+                         lambda blob, _: zstandard.ZstdDecompressor().decompress(blob))
+    return found | ({"rans": (rans_encode, rans_decode)} if constriction else {})
 
 
-def pack(tensors: dict[str, np.ndarray], args: Hyperparameters) -> bytes:
+def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
+    """Bytes of the artifact by tensor class, before training: matrices are normal enough for the entropy of a
+    rounded normal; hash tables are heavy-tailed and took 0.83 of it in measured runs (README, Size plan)."""
+    plan = dict.fromkeys(TENSOR_CLASSES, 0)
+    for name, p in model.exported().items():
+        kind, (bits, axis) = tensor_class(name), quant_plan(name, p.shape, args)
+        weight_bits = 16.0
+        if bits:
+            top = 2 ** (bits - 1) - 1
+            k = args.k_by_class[kind] if args.quant_clip == "std" else 3.3  # where the mse search ends up
+            at = [(i + 0.5) * k / top / math.sqrt(2) for i in range(-top, top)]
+            shares = np.diff([0, *(0.5 + 0.5 * math.erf(x) for x in at), 1]) + 1e-30
+            weight_bits = float(-(shares * np.log2(shares)).sum()) * (0.83 if kind == "ngram" else 1)
+            weight_bits += 16 / p.shape[axis]
+        plan[kind] += int(p.numel() * weight_bits / 8)
+    return plan
+
+
+def pack(tensors: dict[str, np.ndarray], args: Hyperparameters, hessians: dict | None = None) -> bytes:
     """Quantises and compresses: one self-describing file, no pickle.
-
     Tensors of at least 2 dimensions and SMALL_TENSOR elements become integers with a step a row (a column of
     a hash table), the rest fp16. Payload: all integers, then the fp16 numbers: all low bytes, all high bytes.
-    """
+    `hessians` {name: (C, C)} of the matrices that GPTQ is to round."""
     entries, codes, halves = [], [], []
     for name, weight in tensors.items():
-        kind = tensor_class(name)
-        bits, axis = (0, 0) if weight.ndim < 2 or weight.size < SMALL_TENSOR else \
-            (args.bits_by_class[kind], weight.ndim - (2 if kind == "ngram" else 1))
+        kind, (bits, axis) = tensor_class(name), quant_plan(name, weight.shape, args)
         entries.append([name, list(weight.shape), bits, axis])
         if bits:
-            q, weight = quantise(weight, bits, args.quant_clip, args.k_by_class[kind], axis)
+            q, weight = quantise(weight, bits, args.quant_clip, args.k_by_class[kind], axis,
+                                 args.rate_by_class[kind], (hessians or {}).get(name))
             codes.append(np.moveaxis(q, axis, -1).tobytes())
         halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
-    planes = np.concatenate(halves).view(np.uint8).reshape(-1, 2)
-    raw = b"".join(codes) + planes[:, 0].tobytes() + planes[:, 1].tobytes()
+    split = np.concatenate(halves).view(np.uint8).reshape(-1, 2)
+    raw = b"".join(codes) + split[:, 0].tobytes() + split[:, 1].tobytes()
     there = compressors()
-    if args.compressor != "auto" and args.compressor not in there:
-        raise UserError(f"COMPRESSOR={args.compressor} is not installed; there is {', '.join(sorted(there))}")
-    names = sorted(there) if args.compressor == "auto" else [args.compressor]
-    size, name, payload = min((len(blob), name, blob) for name in names for blob in [there[name][0](raw)])
-    header = json.dumps({"config": args.shipped(), "tensors": entries, "compressor": name},
-                        separators=(",", ":")).encode()
-    body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little") + header + payload
+    wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
+    if wanted != "auto" and wanted not in there:
+        raise UserError(f"COMPRESSOR={wanted} is not installed; there is {', '.join(sorted(there))}")
+    names = sorted(there) if wanted == "auto" else [wanted]
+    blobs = {name: there[name][0](raw, planes(entries)) for name in names}
+    name = min(names, key=lambda name: len(blobs[name]))
+    header = {"config": args.shipped(), "tensors": entries, "compressor": name}
+    header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little") + header + blobs[name]
     return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body
 
 
@@ -1718,33 +1831,32 @@ def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
     if version != ARTIFACT_VERSION:
         raise UserError(f"{where}: format version {version}, this script reads {ARTIFACT_VERSION}")
     try:
-        header = {"config": {}} | json.loads(body[6 : 6 + length])
+        header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
         if header["compressor"] not in compressors():
             raise UserError(f"{where}: packed with {header['compressor']}, which is not installed")
-        raw = compressors()[header["compressor"]][1](body[6 + length :])
+        raw = compressors()[header["compressor"]][1](body[6 + length :], planes(header["tensors"]))
         return header, unpack_tensors(header["tensors"], raw)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # each decoder has its own kinds
         raise UserError(f"{where}: its header contradicts its payload ({error!r})") from None
 
 
 def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
-    sizes = [(math.prod(shape), math.prod(shape[:axis] + shape[axis + 1 :]) if bits else 0)
-             for _, shape, bits, axis in entries]
-    codes = sum(size for size, steps in sizes if steps)
-    planes = np.frombuffer(raw, np.uint8, offset=codes).reshape(2, -1)
-    halves = np.ascontiguousarray(planes.T).view("<f2").reshape(-1)
-    tensors, code_at, half_at = {}, 0, 0
-    for (name, shape, bits, axis), (size, steps) in zip(entries, sizes):
-        numbers = halves[half_at : half_at + (steps or size)].astype(np.float32)
-        half_at += steps or size
+    *coded, low, _ = planes(entries)
+    ends = np.cumsum([plane.slices * plane.places for plane in coded], dtype=np.int64)
+    *codes, split = np.split(np.frombuffer(raw, np.int8), ends)
+    if len(split) != 2 * low.places:
+        raise ValueError(f"{len(split) - 2 * low.places} bytes left over")
+    halves = np.ascontiguousarray(split.reshape(2, -1).T).view("<f2").reshape(-1)
+    counts = [math.prod(shape) // (shape[axis] if bits else 1) for _, shape, bits, axis in entries]
+    tensors = {}
+    for (name, shape, bits, axis), numbers in zip(entries, np.split(halves, np.cumsum(counts))):
+        numbers = numbers.astype(np.float32)
         if bits:
-            moved = [*shape[:axis], *shape[axis + 1 :], shape[axis]]
-            q = np.frombuffer(raw, np.int8, size, code_at).reshape(moved)
-            code_at += size
+            q = codes.pop(0).reshape([*shape[:axis], *shape[axis + 1 :], shape[axis]])
             numbers = np.moveaxis(q * numbers.reshape([*q.shape[:-1], 1]), -1, axis)
         tensors[name] = np.ascontiguousarray(numbers.reshape(shape))
-    if half_at != len(halves):
-        raise ValueError(f"{len(halves) - half_at} numbers left over")
     return tensors
 
 
@@ -1770,12 +1882,11 @@ def load(artifact_path: str | Path, device: str | torch.device = "cpu", args: Hy
     args = args or shipped_settings(header, str(artifact_path))
     with torch.device("meta"):
         model = GPT(args, attention, dtype)
-    wanted = {name: tuple(p.shape) for name, p in model.exported().items()}
-    odd = set(wanted.items()) ^ {(name, array.shape) for name, array in tensors.items()}
-    if odd:
+    wanted = {(name, tuple(p.shape)) for name, p in model.exported().items()}
+    if odd := wanted ^ {(name, array.shape) for name, array in tensors.items()}:
         raise UserError(f"{artifact_path}: its tensors are not those of its config, first {min(odd)}")
-    model.load_state_dict({name: torch.from_numpy(array) for name, array in tensors.items()}, strict=False,
-                          assign=True)
+    found = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    model.load_state_dict(found, strict=False, assign=True)
     for module in model.modules():  # what is still without data is training-only
         module._parameters = {name: None if p is not None and p.is_meta else p
                               for name, p in module._parameters.items()}
@@ -1790,11 +1901,9 @@ def load(artifact_path: str | Path, device: str | torch.device = "cpu", args: Hy
 
 def windows(targets: int, length: int, stride: int) -> np.ndarray:
     """Rows (start, first, stop): ids[start : start + length] are read to score targets first ... stop - 1.
-
     Target t is the id t + 1 of the stream. The stream is cut into blocks of `stride` targets; each block is
     scored by the window that ends with it (the first windows start at 0), so every target, the tail included,
-    is scored exactly once, with at least length - stride ids of context where there are so many.
-    """
+    is scored exactly once, with at least length - stride ids of context where there are so many."""
     first = np.arange(0, targets, stride)
     stop = np.minimum(first + stride, targets)
     start = np.maximum(first + stride - length, 0)
@@ -1804,40 +1913,112 @@ def windows(targets: int, length: int, stride: int) -> np.ndarray:
 
 @torch.no_grad()
 def scored(model: GPT, ids: np.ndarray, length: int, stride: int, batch: int, logits=scoring_logits,
-           share: tuple[int, int] = (0, 1), show: str = ""):
+           share: tuple[int, int] = (0, 1), show: str = "", learner: TestTimeTraining | None = None):
     """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) for each block of stop - first targets.
-
-    `share` = (rank, ranks) keeps a rank's part of the batches. This is the only path from weights to a score.
-    """
+    `share` = (rank, ranks) keeps a rank's part of the batches. A learner is shown every chunk but the last
+    once it is scored. This is the only path from weights to a score."""
     device = next(model.parameters()).device
     plan = windows(len(ids) - 1, length, stride)
-    batches = range(share[0] * batch, len(plan), share[1] * batch)
-    span = min(stride, length)
-    for at in progress_bar(batches, len(batches), show, bool(show)):
-        rows = plan[at : at + batch]
-        inputs = np.full((batch, length), PAD_ID, np.int64)  # one shape: compiled once
-        wanted = np.zeros((batch, span), np.int64)
-        take = np.zeros(batch, np.int64)
-        for i, (start, first, stop) in enumerate(rows):
-            text = ids[start : min(start + length, len(ids) - 1)]
-            inputs[i, : len(text)] = text
-            wanted[i, : stop - first] = ids[first + 1 : stop + 1]
-            take[i] = first - start
-        raw = logits(model, torch.from_numpy(inputs).to(device), torch.from_numpy(take).to(device), span)
-        logprobs = raw.log_softmax(-1)
-        nats = -logprobs.gather(-1, torch.from_numpy(wanted).to(device)[..., None]).squeeze(-1).cpu().numpy()
-        for i, (_, first, stop) in enumerate(rows):
-            yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first].astype(np.float64)
+    chunk = len(plan) if learner is None else model.args.ttt_chunk_tokens // stride  # windows
+    span, seen = min(stride, length), np.zeros(len(ids) - 1, dtype=bool)
+    for at in progress_bar(range(0, len(plan), chunk), len(plan) // chunk, show, bool(show and learner)):
+        if at and learner is not None:
+            learner.catch_up(ids, seen)
+        part = plan[at : at + chunk]
+        batches = range(share[0] * batch, len(part), share[1] * batch)
+        for start_at in progress_bar(batches, len(batches), show, bool(show and learner is None)):
+            rows = part[start_at : start_at + batch]
+            inputs = np.full((batch, length), PAD_ID, np.int64)  # one shape: compiled once
+            wanted, take = np.zeros((batch, span), np.int64), np.zeros(batch, np.int64)
+            for i, (start, first, stop) in enumerate(rows):
+                text = ids[start : min(start + length, len(ids) - 1)]
+                inputs[i, : len(text)] = text
+                wanted[i, : stop - first] = ids[first + 1 : stop + 1]
+                take[i] = first - start
+            inputs, take, wanted = (torch.from_numpy(x).to(device) for x in (inputs, take, wanted))
+            logprobs = logits(model, inputs, take, span).log_softmax(-1)
+            nats = -logprobs.gather(-1, wanted[..., None]).squeeze(-1).cpu().numpy().astype(np.float64)
+            for i, (_, first, stop) in enumerate(rows):
+                yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
+        seen[part[0, 1] : part[-1, 2]] = True
+
+
+class TestTimeTraining:
+    """Score-first test-time training (#461, #549): SGD with momentum on each chunk of targets once scored.
+    After a chunk, rows of TRAIN_SEQ_LEN that end with it are trained on, TTT_BATCH_ROWS an update, as many
+    updates on every rank. The rate depends on the chunks behind alone, so that a decoder, which does not know
+    how much text will come, makes the same updates. `restore` undoes them all."""
+
+    def __init__(self, model: GPT, losses=training_losses, runtime: Runtime | None = None, report=None):
+        self.model, self.args, self.losses = model, model.args, losses
+        self.runtime, self.report = runtime, report
+        modules = tuple(part.strip() + "." for part in self.args.ttt_modules.split(","))
+        named = {f"{name}.": p for name, p in model.named_parameters()}
+        for module in modules:
+            if not any(name.startswith(module) for name in named):
+                raise UserError(f"TTT_MODULES={self.args.ttt_modules!r}: the model has no {module[:-1]!r}")
+        self.params = [p for name, p in named.items() if name.startswith(modules)]
+        self.kept = [p.detach().clone() for p in self.params]
+        self.momenta = [torch.zeros_like(p) for p in self.params]
+        self.chunks, self.updates, self.seconds = 0, 0, 0.0
+
+    def rows(self, stop: int) -> np.ndarray:
+        """Starts of the rows that cover the chunk of targets before `stop`, from its end backwards."""
+        count = -(-self.args.ttt_chunk_tokens // self.args.train_seq_len)
+        starts = stop - self.args.train_seq_len * np.arange(count, 0, -1)
+        return starts[starts >= 0]
+
+    def catch_up(self, ids: np.ndarray, seen: np.ndarray) -> None:
+        """Learns, in order, from the chunks that are complete; `seen` (targets,): what has been scored."""
+        size, start = self.args.ttt_chunk_tokens, time.perf_counter()
+        while len(done := seen[self.chunks * size : (self.chunks + 1) * size]) == size and done.all():
+            self.chunks += 1
+            starts, batch = self.rows(self.chunks * size), self.args.ttt_batch_rows
+            assert all(seen[at : at + self.args.train_seq_len].all() for at in starts), "not scored yet"
+            for at in [*range(0, len(starts), batch)] * self.args.ttt_epochs * self.args.ttt_adapt:
+                self.update(ids, starts[at : at + batch])
+        self.seconds += time.perf_counter() - start
+        if self.report is not None:
+            self.report(self)
+
+    def update(self, ids: np.ndarray, starts: np.ndarray) -> None:
+        args, runtime, length = self.args, self.runtime, self.args.train_seq_len
+        rank, ranks = (runtime.rank, runtime.world_size) if runtime else (0, 1)
+        rows = np.zeros((-(-args.ttt_batch_rows // ranks), length + 1), np.int64)  # one shape on every rank
+        weights = np.zeros(len(rows), np.float32)
+        for i, start in enumerate(starts[rank::ranks]):
+            rows[i], weights[i] = ids[start : start + length + 1], 1
+        rows, weights = (torch.from_numpy(x).to(self.params[0].device) for x in (rows, weights))
+        with torch.enable_grad():
+            loss = self.losses(self.model, rows, weights, None)["ce"] / (len(starts) * length)
+            grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+        flat = torch.cat([grad.flatten() for grad in grads])
+        flat = runtime.all_reduce(flat) if runtime else flat
+        flat *= ((args.ttt_grad_clip or math.inf) / (flat.norm() + 1e-6)).clamp(max=1.0)
+        rate = args.ttt_lr * (1 + (self.chunks - 1) / (args.ttt_decay_chunks or math.inf)) ** -0.5
+        torch._foreach_mul_(self.momenta, args.ttt_momentum)
+        parts = flat.split([p.numel() for p in self.params])
+        torch._foreach_add_(self.momenta, [part.view_as(p) for part, p in zip(parts, self.params)])
+        with torch.no_grad():
+            torch._foreach_add_(self.params, self.momenta, alpha=-rate)
+        self.updates += 1
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        torch._foreach_copy_(self.params, self.kept)
 
 
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """(nats of each target ids[1:], {t: log-probabilities (V,) at target t, for t in positions})."""
-    args, ids, wanted = model.args, np.asarray(ids), set(positions)
-    batch = max(1, args.eval_batch_tokens // args.eval_seq_len)
+    args, ids, wanted, length = model.args, np.asarray(ids), set(positions), model.args.eval_seq_len
+    batch = max(1, args.eval_batch_tokens // length)
     nats, vectors = np.zeros(max(len(ids) - 1, 0)), {}
-    for first, stop, logprobs, part in scored(model, ids, args.eval_seq_len, args.eval_stride, batch):
+    learner = TestTimeTraining(model) if args.ttt != "0" else None
+    for first, stop, logprobs, part in scored(model, ids, length, args.eval_stride, batch, learner=learner):
         nats[first:stop] = part
         vectors |= {t: logprobs[t - first].cpu().numpy() for t in wanted if first <= t < stop}
+    if learner is not None:
+        learner.restore()
     return nats, vectors
 
 
@@ -1845,10 +2026,10 @@ class Evaluator:
     """Scores a model on the validation stream: one line in the log, one entry in `metrics.json` a pass."""
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
-        self.args, self.runtime, self.log, self.logits = args, runtime, log, scoring_logits
-        ids = data.val
-        sizes = target_bytes(ids, byte_tables(args))
-        self.prefix = 0
+        self.args, self.runtime, self.log = args, runtime, log
+        self.logits, self.losses = scoring_logits, training_losses
+        ids, self.tables, self.prefix = data.val, byte_tables(args), 0
+        sizes = target_bytes(ids, self.tables)
         if args.val_bytes and args.val_bytes < sizes.sum():
             targets = int(np.searchsorted(np.cumsum(sizes), args.val_bytes)) + 1
             ids, sizes, self.prefix = ids[: targets + 1], sizes[:targets], args.val_bytes
@@ -1859,27 +2040,32 @@ class Evaluator:
         self.results: dict[str, dict] = {}
 
     def describe(self, manifest: dict) -> str:
-        original = manifest.get("val_bytes")
-        note = f" (original text {original}: the tokenizer normalises, the targets' own bytes divide)" \
-            if original not in (None, self.bytes) and not self.prefix else ""
-        limit = f" prefix:{self.prefix}" if self.prefix else ""
-        return f"val: targets:{len(self.ids) - 1} bytes:{self.bytes}{limit}{note}"
+        original = manifest.get("val_bytes") or self.bytes
+        note = f" (original text {original}: the tokenizer normalises, the targets' own bytes divide)"
+        note = f" prefix:{self.prefix}" if self.prefix else note * (original != self.bytes)
+        return f"val: targets:{len(self.ids) - 1} bytes:{self.bytes}{note}"
 
-    def run(self, name: str, model: GPT, length: int, stride: int) -> dict:
+    def run(self, name: str, model: GPT, length: int, stride: int, learn: bool = False) -> dict:
         """val_loss in nats a target, val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte."""
-        args, runtime = self.args, self.runtime
-        start = time.perf_counter()
+        args, runtime, start = self.args, self.runtime, time.perf_counter()
         sums = torch.zeros(len(BYTE_CLASSES) + 1, dtype=torch.float64)
-        batch = max(1, args.eval_batch_tokens // length)
-        for first, stop, _, nats in scored(model, self.ids, length, stride, batch, self.logits,
-                                           (runtime.rank, runtime.world_size), name if runtime.main else ""):
+
+        def chunk_line(learner: TestTimeTraining) -> None:
+            if learner.chunks % 50 == 0 or learner.chunks <= 2:
+                nats = runtime.all_reduce(sums.clone())[:-1].sum() / math.log(2)
+                size = target_bytes(self.ids[: learner.chunks * args.ttt_chunk_tokens + 1], self.tables).sum()
+                infer = time.perf_counter() - start - learner.seconds
+                self.log(f"  ttt_chunk {learner.chunks} bpb:{nats / max(size, 1):.6f} "
+                         f"updates:{learner.updates} infer:{infer:.1f}s adapt:{learner.seconds:.1f}s")
+        batch, share = max(1, args.eval_batch_tokens // length), (runtime.rank, runtime.world_size)
+        learner = TestTimeTraining(model, self.losses, runtime, chunk_line) if learn else None
+        for first, stop, _, nats in scored(model, self.ids, length, stride, batch, self.logits, share,
+                                           name if runtime.main else "", learner):
             classes = self.classes[self.ids[first + 1 : stop + 1]]
             sums[:-1] += torch.from_numpy(np.bincount(classes, nats, minlength=len(BYTE_CLASSES)))
             sums[-1] += stop - first
-        targets = len(self.ids) - 1
-        sums = runtime.all_reduce(sums)
-        if int(sums[-1]) != targets:
-            raise AssertionError(f"{name}: scored {int(sums[-1])} targets of {targets}")
+        targets, sums = len(self.ids) - 1, runtime.all_reduce(sums)
+        assert int(sums[-1]) == targets, f"{name}: scored {int(sums[-1])} targets of {targets}"
         nats = float(sums[:-1].sum())
         bits = {label: float(total) / math.log(2) for label, total in zip(BYTE_CLASSES, sums) if total}
         result = {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / self.bytes, "targets": targets,
@@ -1887,18 +2073,19 @@ class Evaluator:
                   "stride": stride, "bits_by_class": bits}
         if self.prefix:
             result["prefix_bytes"] = self.prefix
+        if learner is not None:
+            learner.restore()
+            result |= {"updates": learner.updates, "adapt_seconds": learner.seconds}
         self.results[name] = result
         return result
 
-    def report(self, name: str, model: GPT, stride: int | None = None) -> dict:
+    def report(self, name: str, model: GPT, stride: int | None = None, learn: bool = False) -> dict:
         """Runs a pass and prints its line: non-overlapping windows, or sliding ones with a stride."""
         length = self.args.eval_seq_len
-        result = self.run(name, model, length, stride or length)
-        extra = f" stride:{stride}" if stride else ""
-        extra += f" prefix:{self.prefix}" if self.prefix else ""
-        extra += f" targets:{result['targets']} bytes:{result['bytes']}"
-        self.log(f"{name} val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}{extra} "
-                 f"eval_time:{1e3 * result['seconds']:.0f}ms")
+        result = self.run(name, model, length, stride or length, learn)
+        extra = f" stride:{stride}" * bool(stride) + f" prefix:{self.prefix}" * bool(self.prefix)
+        self.log(f"{name} val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}{extra} targets:"
+                 f"{result['targets']} bytes:{result['bytes']} eval_time:{1e3 * result['seconds']:.0f}ms")
         self.log(f"{name}_exact val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f}")
         return result
 
@@ -1909,33 +2096,42 @@ class Evaluator:
 
 
 class Stream:
-    """The scorer, one id at a time: what a decoder can follow. Reads the same windows as `score`.
-
-    Every call runs the full forward over the window; nothing is cached.
-    """
+    """The scorer, one id at a time: what a decoder can follow. Reads the same windows as `score`, learns
+    after the same chunks, and keeps keys and values of the window at hand; a new window, a new cache."""
 
     def __init__(self, model: GPT):
         self.model, self.ids = model, []
+        self.learner = TestTimeTraining(model) if model.args.ttt != "0" else None
+        self.block, self.start, self.past, self.known = -1, 0, None, None
+
+    @property
+    def updates(self) -> int:
+        return self.learner.updates if self.learner else 0
 
     @torch.no_grad()
     def logprobs(self) -> np.ndarray:
         """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it first."""
         if not self.ids:
             raise ValueError("push the first id (BOS) before asking for the second")
-        args = self.model.args
-        target = len(self.ids) - 1
-        start = max(target // args.eval_stride * args.eval_stride + args.eval_stride - args.eval_seq_len, 0)
-        device = next(self.model.parameters()).device
-        ids = torch.tensor([self.ids[start:]], device=device)
-        logits = self.model.logits(ids, torch.tensor([ids.size(1) - 1], device=device), 1)
-        return logits[0, 0].log_softmax(-1).cpu().numpy()
+        if self.known is None:
+            args, device = self.model.args, self.model.tok_emb.weight.device
+            block = (len(self.ids) - 1) // args.eval_stride
+            if block != self.block:
+                if self.learner:
+                    self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
+                self.block, self.past = block, KVCache(self.model)
+                self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
+            ids = torch.tensor([self.ids[self.start :]], device=device)
+            x, _ = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
+            self.known = self.model.head(x[0, -1].float()).log_softmax(-1).cpu().numpy()
+        return self.known
 
     def push(self, token: int) -> None:
         self.ids.append(int(token))
+        self.known = None
 
 
-def stream(model: GPT) -> Stream:
-    return Stream(model)
+stream = Stream  # the name that every script of the family gives it
 
 
 # -----------------------------------------------------------------------------
@@ -1956,14 +2152,18 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.model = GPT(args, runtime.attention, runtime.dtype)
         self.model.init_weights(args.seed)
+        for name, p in self.model.named_parameters() if args.qat_start < 1 else ():
+            if (plan := quant_plan(name, p.shape, args))[0]:
+                owner, k = name.rpartition(".")[0], args.k_by_class[tensor_class(name)]
+                self.model.get_submodule(owner).qat = Rounding(plan[0], k, plan[1])
         self.model.to(runtime.device)
         self.losses, self.logits = training_losses, scoring_logits
         if runtime.compile:
             self.losses, self.logits = (torch.compile(f, dynamic=False) for f in (self.losses, self.logits))
-        self.loader_state: dict | None = None
+        self.loader_state, self.signal = None, 0
         self.step, self.seconds, self.best = 0, 0.0, math.inf  # of this run and the runs that it resumes
         self.slowest = 0.0  # seconds of the slowest step, slowly forgotten
-        self.signal = 0
+        self.reserve = 0.0  # seconds that calibration will take of the training clock
         self.fresh_optimizers()
 
     def fresh_optimizers(self) -> None:
@@ -1985,6 +2185,8 @@ class Trainer:
 
     def train_step(self, ids: Tensor, weights: Tensor, progress: float) -> dict[str, Tensor]:
         """One optimizer step on a global batch; returns this rank's share of each summed term."""
+        if self.args.qat_start < 1:
+            self.set_rounding(progress >= self.args.qat_start)
         aux = self.model.aux
         aux_inputs = aux.inputs(self.step, self.runtime.device) if aux is not None else None
         aux_weights = aux.weights(progress) if aux is not None else {}
@@ -1996,6 +2198,11 @@ class Trainer:
                 self.ema.update(self.step)
         self.optimizers.zero_grad()
         return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+    def set_rounding(self, on: bool) -> None:
+        for module in self.model.modules():
+            if isinstance(module, Rounding):
+                module.on.fill_(float(on))
 
     def adapt_loss_scale(self, norm: Tensor) -> bool:
         """fp16: halves the scale and skips the step on overflow, doubles it after 2,000 good steps."""
@@ -2031,16 +2238,51 @@ class Trainer:
         length, batch = args.eval_seq_len, max(1, args.eval_batch_tokens // args.eval_seq_len)
         for stride in sorted({length, args.eval_stride}):
             list(scored(self.model, np.full(2, BOS_ID), length, stride, batch, self.logits))
+        if args.quant_round == "gptq":
+            for _ in range(2):  # the second time is the one to go by
+                start = time.perf_counter()
+                self.input_moments(ids)
+                self.reserve = 1.25 * args.gptq_batches * (time.perf_counter() - start)
+
+    @torch.no_grad()
+    def input_moments(self, batch: Tensor, sums: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Adds this rank's X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
+        sums = {} if sums is None else sums
+
+        def add(names: list[str], x: Tensor) -> None:
+            x = x.flatten(0, -2).float()
+            for name, product in zip(names, [x.T @ x] * len(names)):
+                sums[name] = sums.get(name, 0) + product
+        hooks = []
+        for path, module in self.model.named_modules():
+            kind = {CastedLinear: ("",), CausalSelfAttention: ("c_q.", "c_k.", "c_v.")}.get(type(module), ())
+            if names := [f"{path}.{part}weight" for part in kind]:
+                hooks.append(module.register_forward_pre_hook(lambda _, x, names=names: add(names, x[0])))
+        for ids in batch:
+            x, _ = self.model.hidden(ids[:, :-1], self.model.rotary_train)
+            add(["tok_emb.weight", "lm_head.weight"], x)
+        for hook in hooks:
+            hook.remove()
+        return sums
+
+    def calibrate(self) -> dict[str, np.ndarray]:
+        """Hessians for GPTQ from the next GPTQ_BATCHES training batches, on the training clock."""
+        start, sums = time.perf_counter(), {}
+        batches = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
+        for _ in range(self.args.gptq_batches):
+            self.input_moments(batches.next()[0].to(self.runtime.device), sums)
+        hessians = {name: self.runtime.all_reduce(total).cpu().numpy() for name, total in sums.items()}
+        self.seconds, = self.runtime.from_main([self.seconds + time.perf_counter() - start])
+        return hessians
 
     # The loop
 
     def progress(self) -> float:
         """Share of the run that is behind: of the steps or of the seconds, whichever is larger. Twice the
-        slowest of late steps stays unused: no step may end after the limit."""
-        by_step = self.step / self.args.iterations
-        cap = self.args.max_wallclock_seconds - 2 * self.slowest
+        slowest of late steps, and the time for calibration, stay unused: nothing may end after the limit."""
+        cap = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
         by_time = self.seconds / max(cap, 1e-9) if self.args.max_wallclock_seconds else 0.0
-        return min(1.0, max(by_step, by_time))
+        return min(1.0, max(self.step / self.args.iterations, by_time))
 
     def run(self, evaluator: Evaluator) -> None:
         """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
@@ -2064,8 +2306,7 @@ class Trainer:
                 ids, weights, state = next(batches)
                 terms = self.train_step(ids, weights, progress)
                 self.step, self.loader_state = self.step + 1, state
-                fine = torch.isfinite(terms["ce"])
-                first_bad = torch.where(fine, first_bad, first_bad.clamp(max=self.step))
+                first_bad = torch.where(terms["ce"].isfinite(), first_bad, first_bad.clamp(max=self.step))
                 if runtime.device.type == "cuda":  # the CPU runs two steps ahead at most: an honest clock
                     fences.append(torch.cuda.Event())
                     fences[-1].record()
@@ -2077,7 +2318,7 @@ class Trainer:
                     self.refuse_non_finite(first_bad)
                 if shown:
                     self.log_step(terms, time.perf_counter() - started, progress)
-                if every["report"]:
+                if every["report"] and runtime.main:
                     self.grad_report(ids[0], weights[0])
                 if every["save"]:
                     self.seconds = time.perf_counter() - started
@@ -2091,7 +2332,7 @@ class Trainer:
             batches.close()
         self.refuse_non_finite(first_bad)  # waits for the device
         self.seconds, = runtime.from_main([time.perf_counter() - started])
-        runtime.clocks.seconds["training"] = self.seconds
+        runtime.clocks["training"] = self.seconds
 
     def refuse_non_finite(self, first_bad: Tensor) -> None:
         step = int(self.runtime.all_reduce(first_bad.clone(), dist.ReduceOp.MIN))
@@ -2119,7 +2360,7 @@ class Trainer:
 
     def validate(self, evaluator: Evaluator) -> None:
         """Scores the raw weights; the best so far are kept in `best.safetensors`."""
-        with self.runtime.clocks("validation"):
+        with self.runtime.clock("validation"):
             result = evaluator.run("raw", self.model, self.args.eval_seq_len, self.args.eval_seq_len)
         self.log_validation(result)
         if result["val_bpb"] < self.best:
@@ -2133,15 +2374,11 @@ class Trainer:
 
     def grad_report(self, ids: Tensor, weights: Tensor) -> None:
         """Logs the gradient norm that each loss term, at weight 1, sends into each module (a micro-batch)."""
-        if not self.runtime.main:
-            return
         aux = self.model.aux
         sums = self.model.losses(ids, weights, aux.inputs(self.step, ids.device) if aux is not None else None)
         sums["ce"] = sums["ce"] / self.args.train_seq_len
         names, params = zip(*self.model.named_parameters())
-        for term, value in sums.items():
-            if not value.requires_grad:
-                continue
+        for term, value in ((term, value) for term, value in sums.items() if value.requires_grad):
             squares: dict[str, float] = {}
             grads = torch.autograd.grad(value / len(ids), params, retain_graph=True, materialize_grads=True)
             for name, grad in zip(names, grads):
@@ -2160,10 +2397,9 @@ class Trainer:
 
     def save(self, name: str) -> None:
         """Weights, average, optimizers, RNG, loader position and clock: one safetensors file, atomically."""
-        names = [key for key, _ in self.model.named_parameters()]
-        tensors = {f"model.{key}": p for key, p in zip(names, self.model.parameters())}
+        tensors = {f"model.{key}": p for key, p in self.model.named_parameters()}
         if self.ema is not None:
-            tensors |= {f"ema.{key}": p for key, p in zip(names, self.ema.average)}
+            tensors |= {key.replace("model", "ema", 1): p for key, p in zip(tensors, self.ema.average)}
         tensors |= {**self.optimizers.state(), "rng.cpu": torch.get_rng_state()}
         if self.runtime.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.runtime.device)
@@ -2208,9 +2444,8 @@ def run_folder(args: Hyperparameters) -> Path:
 
 def git_commit() -> str:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent, timeout=10,
-                              capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent, timeout=10,
+                              capture_output=True, text=True, check=True).stdout.strip()
     return "unknown"
 
 
@@ -2219,8 +2454,8 @@ def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: d
     log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
     for warning in args.warnings:
         log(f"warning: {warning}")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    log(" ".join(f"{name}:{version}" for name, version in versions.items()) + f" commit:{git_commit()}")
+    log(f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} "
+        f"commit:{git_commit()}")
     for note in runtime.notes:
         log(note)
     log("settings " + json.dumps(args.settings()), console=False)
@@ -2233,9 +2468,12 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, eval
     params = sum(p.numel() for p in trainer.model.parameters())
     log(f"model_params:{params} world_size:{runtime.world_size} micro_steps:{trainer.plan.micro_steps} "
         f"micro_batch_rows:{trainer.plan.groups * trainer.plan.group} seed:{args.seed}")
-    with runtime.clocks("warm-up"):
+    plan, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
+    log(f"size_plan:{sum(plan.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
+        + " ".join(f"{kind}:{size}" for kind, size in plan.items()))
+    with runtime.clock("warm-up"):
         trainer.warm_up()
-    evaluator.logits = trainer.logits
+    evaluator.logits, evaluator.losses = trainer.logits, trainer.losses
     last = trainer.checkpoint_path("last")
     if args.resume and (args.resume != "auto" or last.exists()):
         trainer.restore(last if args.resume == "auto" else Path(args.resume))
@@ -2250,18 +2488,21 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, eval
         raise
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    with runtime.clocks("validation"):
+    trainer.set_rounding(False)
+    with runtime.clock("validation"):
         trainer.log_validation(evaluator.report("final_raw", trainer.model))
         trainer.save("final")
     with trainer.ema.applied() if trainer.ema else contextlib.nullcontext():
         if trainer.ema:
-            with runtime.clocks("validation"):
+            with runtime.clock("validation"):
                 evaluator.report("final_ema", trainer.model)
-        with runtime.clocks("compression"):
+        with runtime.clock("calibration"):
+            hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
+        with runtime.clock("compression"):
             tensors = {name: p.detach().cpu().numpy() for name, p in trainer.model.exported().items()}
             artifact = run_folder(args) / "artifact.bin"
             if runtime.main:
-                write_atomic(artifact, pack(tensors, args))
+                write_atomic(artifact, pack(tensors, args, hessians))
             runtime.all_reduce(torch.zeros(1))  # the others wait for the file
     shipped = sum(map(np.size, tensors.values()))
     log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
@@ -2275,13 +2516,15 @@ def score_artifact(path: str, args: Hyperparameters, runtime: Runtime, evaluator
     label = f"final_int{args.bits_by_class['mlp']}"
     evaluator.report(f"{label}_roundtrip", model)
     evaluator.report(f"{label}_sliding", model, args.eval_stride)
+    if args.ttt != "0":
+        evaluator.report(f"{label}_ttt" + "_off" * (not args.ttt_adapt), model, args.eval_stride, learn=True)
 
 
 def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluator, summary: dict) -> int:
     """Checks the budgets, writes `metrics.json`, prints the closing block; returns the exit code."""
     headline, code = list(evaluator.results)[-1], len(Path(__file__).read_bytes())
     total = code + os.path.getsize(summary["artifact"])
-    seconds = {"train_seconds": 0.0, "eval_seconds": runtime.clocks.seconds["evaluation"]} | summary
+    seconds = {"train_seconds": 0.0, "eval_seconds": runtime.clocks["evaluation"]} | summary
     limits = [("ARTIFACT_BUDGET_BYTES", args.artifact_budget_bytes, total),
               ("MAX_WALLCLOCK_SECONDS", args.max_wallclock_seconds, seconds["train_seconds"]),
               ("EVAL_BUDGET_SECONDS", args.eval_budget_seconds, seconds["eval_seconds"])]
@@ -2291,9 +2534,8 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
         "bytes_model": total - code, "bytes_total": total, **seconds, "peak_mem_mb": runtime.peak_memory_mb(),
         "seed": args.seed, "script_sha256": sha256_file(Path(__file__)), "git_commit": git_commit(),
         "device": runtime.device_name(), "world_size": runtime.world_size, "torch": torch.__version__,
-        "clocks": runtime.clocks.seconds, "broken_budgets": broken, "evals": evaluator.results,
-        "settings": args.settings(),
-    }
+        "clocks": runtime.clocks, "broken_budgets": broken, "evals": evaluator.results,
+        "settings": args.settings()}
     write_atomic(log.folder / "metrics.json", json.dumps(metrics, indent=1).encode())
     for key, value in metrics.items():
         if not isinstance(value, (dict, list)):
@@ -2327,7 +2569,7 @@ def main() -> int:
         summary = {"artifact": args.artifact, "dataset": fingerprint}
         if not args.eval_only:
             summary |= train(args, data, runtime, log, evaluator)
-        with runtime.clocks("evaluation"):
+        with runtime.clock("evaluation"):
             score_artifact(summary["artifact"], args, runtime, evaluator)
         return finish(args, runtime, log, evaluator, summary) if runtime.main else 0
     except UserError as error:
@@ -2337,8 +2579,8 @@ def main() -> int:
     except Stopped as stopped:
         return 128 + stopped.args[0]
     finally:
-        if runtime is not None:
-            runtime.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

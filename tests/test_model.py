@@ -195,10 +195,10 @@ def test_rotary_is_exact_at_every_position_and_invertible(trunk, tiny):
     position = np.arange(4096)[:, None] * args.rope_base ** (-np.arange(0, 4, 2) / 4)
     assert np.abs(tables[0, :, 0].numpy() - np.cos(position)).max() < 1e-6
     x = torch.randn(1, 16, 2, 8, requires_grad=True)
-    y = trunk.Rotate.apply(x, tables[:, :16])
+    y = trunk.rotate(x, tables[:, :16])
     assert torch.allclose(y.norm(dim=-1), x.norm(dim=-1), atol=1e-5) and torch.equal(y[..., 4:], x[..., 4:])
     assert torch.autograd.gradcheck(
-        lambda x: trunk.Rotate.apply(x, tables[:, :16]).sum((0, 2)),
+        lambda x: trunk.rotate(x, tables[:, :16]).sum((0, 2)),
         x.double().detach().requires_grad_(),
         eps=1e-3,
         atol=1e-3,
