@@ -176,7 +176,7 @@ class Hyperparameters:
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
     gptq_batches = Var(4, "training batches behind them, on the training clock", low=1)
     qat_start = Var(1.0, "progress from which weights are trained as rounded; 1 = never", low=0.0, high=1.0)
-    quant_rate = Var("embed:0,ngram:0.116,attn:0,mlp:0,other:0", "price of a bit in squared steps; 0 = nearest")
+    quant_rate = Var("embed:0,ngram:0.116,attn:0,mlp:0,other:0", "price of a bit in squared steps")
     compressor = Var("auto", "auto keeps the smallest", choices=("auto", "rans", "zstd", "lzma", "zlib"))
     artifact_budget_bytes = Var(16_000_000, "code + model, decimal bytes; 0 = no limit", low=0)
     _evaluation = "Evaluation"

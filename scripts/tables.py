@@ -5,7 +5,9 @@
 
 A marker pair `<!-- table: KIND FOLDER [ARGUMENT] -->` ... `<!-- end -->` names what to build from the files below FOLDER:
 `headline` (a sentence), `seeds` (a row a seed), `ablation` (arms of a folder `ablations/<arm>/seed*.json` against the arm `base`, seeds paired),
-`bench` (what scripts/bench.py --json wrote), `classes` (bits by byte class), `sweep` (training loss of single runs, `sweep.json`).
+`bench` (what scripts/bench.py --json wrote), `classes` (bits by byte class), `sweep` (training loss of single runs, `sweep.json`),
+`passes` (every scoring pass against the one before it that it adds to, seeds paired), `coders` and `curve` (what scripts/rate.py wrote), `rows` (any
+JSON file {"header": [...], "rows": [[...]], "note": "..."} that a tool wrote).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 
 from bench import report
 from family import ROOT, markdown_table
+from rate import coders_table, curve_table
 
 MARK = re.compile(r"(<!-- table: (\w+) (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.S)
 # Student's t, two-sided 95 %, for 1 to 9 degrees of freedom.
@@ -74,6 +77,51 @@ def seeds(folder: Path, _) -> str:
     )
     header = ["seed", "raw", "EMA", "int6", "int6 sliding", "model bytes", "code bytes", "total bytes"]
     return markdown_table([*header, "ms a step", "scoring s"], rows) + f"\n\n{note}"
+
+
+# Each scoring pass, what it is called, and the pass that it is to be compared with.
+PASSES = {
+    "final_raw": ("raw weights", None), "final_ema": ("averaged weights (EMA)", "final_raw"),
+    "final_int6_roundtrip": ("int6", "final_ema"), "final_int6_sliding": ("int6 sliding", "final_int6_roundtrip"),
+    "final_int6_ttt": ("+ TTT", "final_int6_sliding"), "final_int6_sliding_ppm": ("+ mixture", "final_int6_sliding"),
+    "final_int6_ttt_ppm": ("+ TTT and mixture", "final_int6_sliding_ppm"),
+}
+
+
+def passes(folder: Path, _) -> str:
+    runs = seed_runs(folder)
+    rows = []
+    for name, (label, before) in PASSES.items():
+        if name not in runs[0]["evals"]:
+            continue
+        scores = [run["evals"][name]["val_bpb"] for run in runs]
+        row = [label, *(f"{score:.4f}" for score in scores), f"{statistics.mean(scores):.4f}",
+               f"{statistics.mean(run['evals'][name]['seconds'] for run in runs):.0f}"]
+        if before:
+            mean, half, word = verdict([run["evals"][name]["val_bpb"] - run["evals"][before]["val_bpb"]
+                                        for run in runs])
+            row += [PASSES[before][0], f"{mean:+.4f}", f"{mean - half:+.4f} to {mean + half:+.4f}", word]
+        rows.append(row + [""] * (len(runs) + 7 - len(row)))
+    header = ["pass", *(f"seed {run['seed']}" for run in runs), "mean", "seconds", "against", "difference",
+              "95 % interval", "verdict"]
+    first = runs[0]
+    return markdown_table(header, rows) + (
+        f"\n\nBPB on {first['evals']['final_raw']['bytes']:,} bytes; {first['steps']} steps, {first['device']}, torch "
+        f"{first['torch']}, data `{first['dataset']['name']}`.")
+
+
+def coders(folder: Path, argument: str | None) -> str:
+    return coders_table(read(folder / (argument or "coders.json")))
+
+
+def curve(folder: Path, argument: str | None) -> str:
+    return curve_table(read(folder / (argument or "curve.json")))
+
+
+def plain_rows(folder: Path, argument: str) -> str:
+    found = read(folder / argument)
+    table = markdown_table(found["header"], found["rows"])
+    return f"{table}\n\n{found['note']}" if found.get("note") else table
 
 
 def verdict(differences: list[float]) -> tuple[float, float, str]:
@@ -176,7 +224,7 @@ def sweep(folder: Path, _) -> str:
 
 KINDS = {
     "headline": sentence, "seeds": seeds, "ablation": ablation, "bench": bench, "classes": classes,
-    "sweep": sweep,
+    "sweep": sweep, "passes": passes, "coders": coders, "curve": curve, "rows": plain_rows,
 }
 
 

@@ -92,7 +92,8 @@ def test_unpack_gives_what_the_quantiser_gives(trunk, packed, tiny, compressor):
         assert bits[name] == (args.bits_by_class[kind] if large else 0)
         if large:
             axis = weight.ndim - (2 if kind == "ngram" else 1)
-            weight = dequantise(*trunk.quantise(weight, bits[name], "std", args.k_by_class[kind], axis))
+            k, rate = args.k_by_class[kind], args.rate_by_class[kind]
+            weight = dequantise(*trunk.quantise(weight, bits[name], args.quant_clip, k, axis, rate))
         else:
             weight = weight.astype(np.float16).astype(np.float32)
         assert np.array_equal(found[name], weight)

@@ -1,0 +1,356 @@
+"""The record BytePPM: its mixtures are distributions, causal, decodable, and PPM-D is that of a slow reference."""
+
+import json
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, environment
+from family import load_script
+
+RECORD, = (ROOT / "records").glob("*_BytePPM")
+section = load_script(RECORD)
+KINDS = [("binary", 1.0), ("ppm", 1.0), ("ppm", 0.1)]
+WORDS = (b"the cat sat on a mat and the dog ran to the barn\nwhile Mary, who had the cat, sang of rivers 1234 "
+         b"\xc3\xa9t\xc3\xa9. ")
+
+
+def mixture(mix="binary", weight=1.0, order=4, rows=10):
+    return section.Mixture(SimpleNamespace(mix=mix, ppm_weight=weight, ppm_order=order, mix_rows=rows))
+
+
+def text(seed: int, n: int) -> np.ndarray:
+    """Documents of repeated words, with noise, all 256 bytes and a few of the odd ids in between."""
+    rng, words, ids = np.random.default_rng(seed), WORDS.split(b" "), []
+    while len(ids) < n:
+        ids.append(1)
+        for _ in range(rng.integers(1, 120)):
+            ids += [4 + b for b in words[rng.integers(len(words))] + b" "]
+            if rng.random() < 0.03:
+                ids += (4 + rng.integers(0, 256, 3)).tolist()
+            if rng.random() < 0.01:
+                ids.append(int(rng.integers(0, 4)))
+    return np.array(ids[:n])
+
+
+def network(ids: np.ndarray, seed: int) -> np.ndarray:
+    """A noisy guess of each id: fp32 log-probabilities (n, 260)."""
+    logits = np.random.default_rng(seed).normal(0, 2, (len(ids), 260))
+    logits[np.arange(len(ids)), ids] += 4
+    logits -= np.log(np.exp(logits).sum(1, keepdims=True))
+    return logits.astype(np.float32)
+
+
+def ppm_d(history: list[int], order: int, counts: dict) -> np.ndarray:
+    """PPM-D with exclusion over 256 bytes, from dictionaries: {context: {byte: count}}."""
+    q, mass, seen = np.zeros(256), 1.0, set()
+    for k in range(min(order, len(history)), -1, -1):
+        table = counts.get(tuple(history[len(history) - k :]), {})
+        left = {b: c for b, c in table.items() if b not in seen}
+        if not left:
+            continue
+        total = sum(left.values())
+        if len(seen) + len(left) == 256:
+            for b, c in left.items():
+                q[b] = mass * c / total
+            return q
+        for b, c in left.items():
+            q[b] = mass * (2 * c - 1) / (2 * total)
+        mass *= len(left) / (2 * total)
+        seen |= set(left)
+    for b in set(range(256)) - seen:
+        q[b] = mass / (256 - len(seen))
+    return q
+
+
+def ppm_d_learn(history: list[int], order: int, counts: dict, byte: int) -> None:
+    for k in range(min(order, len(history)), -1, -1):
+        table = counts.setdefault(tuple(history[len(history) - k :]), {})
+        table[byte] = table.get(byte, 0) + 1
+        if table[byte] > 1:
+            return  # update exclusion
+
+
+@pytest.mark.parametrize("order,seed", [(1, 0), (3, 1), (6, 2)])
+def test_ppm_equals_a_slow_reference(order, seed):
+    ids = text(seed, 4000)
+    if order == 1:  # every byte in one context: the case in which nothing is left to escape to
+        ids = np.concatenate(([1], 4 + np.random.default_rng(0).permutation(256), ids))
+    lp, weight = network(ids, seed), 0.25
+    got = mixture("ppm", weight, order).score(ids, lp)
+    history, counts, bos, want = [], {}, 0, np.zeros(len(ids))
+    for t, token in enumerate(ids):
+        rho = (bos + 0.5) / (t + 1)
+        if token >= 4:
+            q = ppm_d(history, order, counts)
+            assert abs(q.sum() - 1) < 1e-12
+            q = (1 - rho) * q[token - 4]
+            ppm_d_learn(history, order, counts, token - 4)
+            history.append(token - 4)
+        else:
+            q, history = rho if token == 1 else 0.0, []
+            bos += token == 1
+        want[t] = -math.log((1 - weight) * math.exp(lp[t, token]) + weight * q)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mix,weight", KINDS)
+def test_sums_to_one_and_scores_what_it_says(mix, weight):
+    """1,000 positions: the 260 probabilities sum to one, and the realised one is the number that is booked."""
+    ids = text(3, 6000)
+    lp = network(ids, 3)
+    whole = mixture(mix, weight).score(ids, lp)
+    stepwise, audit = mixture(mix, weight), set(np.random.default_rng(3).choice(len(ids), 1000, replace=False))
+    worst = apart = 0.0
+    for t, token in enumerate(ids):
+        if t in audit:
+            logprobs = stepwise.distribution(lp[t])
+            assert logprobs.shape == (260,) and np.isfinite(logprobs).all()
+            worst = max(worst, abs(np.exp(logprobs).sum() - 1))
+            apart = max(apart, abs(whole[t] + logprobs[token]))
+        stepwise.push(token, lp[t])
+    assert worst < 1e-6 and apart <= 1e-12, (worst, apart)
+
+
+@pytest.mark.parametrize("mix,weight", KINDS)
+def test_any_cut_into_blocks_gives_the_same_numbers(mix, weight):
+    ids = text(4, 3000)
+    lp = network(ids, 4)
+    parts, at, m = [], 0, mixture(mix, weight)
+    for n in (1, 2, 7, 300, 0, 1000, 1690):
+        parts.append(m.score(ids[at : at + n], lp[at : at + n]))
+        at += n
+    np.testing.assert_array_equal(np.concatenate(parts), mixture(mix, weight).score(ids, lp))
+
+
+@pytest.mark.parametrize("mix,weight", KINDS)
+@pytest.mark.parametrize("at", [0, 1, 777, 2500])
+def test_poisoned_target(mix, weight, at):
+    """Another id at t moves no earlier score and not the distribution at t; its own score is that distribution's."""
+    ids = text(5, 3000)
+    lp = network(ids, 5)
+    want, before = mixture(mix, weight).score(ids, lp), mixture(mix, weight)
+    before.score(ids[:at], lp[:at])
+    vector = before.distribution(lp[at])
+    for poison in (0, 1, 2, 3, 4, 36, 104, 259):
+        poisoned = ids.copy()
+        poisoned[at] = poison
+        got = mixture(mix, weight).score(poisoned, lp)
+        np.testing.assert_array_equal(got[:at], want[:at])
+        assert abs(got[at] + vector[poison]) <= 1e-12
+    np.testing.assert_array_equal(before.distribution(lp[at]), vector)
+
+
+@pytest.mark.parametrize("mix,weight", KINDS)
+def test_future_is_not_read_and_score_comes_before_update(mix, weight):
+    ids = text(6, 2000)
+    lp = network(ids, 6)
+    m = mixture(mix, weight)
+    m.score(ids[:1000], lp[:1000])
+    twin, vector = m.copy(), m.distribution(lp[1000])
+    np.testing.assert_array_equal(m.distribution(lp[1000]), vector)  # asking changes nothing
+    first = m.score(ids[1000:1001], lp[1000:1001])[0]
+    assert abs(first + vector[ids[1000]]) <= 1e-12  # the score is from before the update
+    assert np.abs(m.distribution(lp[1000]) - vector).max() > 1e-6  # and the update happened
+    noise = np.random.default_rng(0).integers(4, 260, 999)
+    got = twin.score(np.append(ids[1000], noise), np.concatenate((lp[1000:1001], network(noise, 9))))
+    assert got[0] == first  # the twin had its own state, and what follows did not matter
+
+
+@pytest.mark.parametrize("mix,weight", KINDS)
+def test_bos_forgets_the_history_but_not_the_counts(mix, weight):
+    ids, lp = text(7, 1500), network(text(7, 1500), 7)
+    tail = np.array([1] + [4 + b for b in b"the cat sat on the mat"])
+    tail_lp = network(tail, 8)
+    a, b = mixture(mix, weight), mixture(mix, weight)
+    # The same ids in another order before BOS: orders above 0 have other contexts, but only the counts may tell.
+    a.score(ids, lp)
+    b.score(ids, lp)
+    for m, last in ((a, b"the ca"), (b, b"zzzzzz")):
+        m.score(np.array([4 + x for x in last]), network(np.zeros(6, int), 1))
+        m.score(tail[:1], tail_lp[:1])
+    if mix == "ppm":
+        assert a.state.now[section.CONTEXT] == b.state.now[section.CONTEXT] == 1
+        assert a.state.now[section.LENGTH] == b.state.now[section.LENGTH] == 0
+    else:
+        assert not a.state.hashes.any() and not b.state.hashes.any()
+        assert a.state.now[section.MATCHED] == b.state.now[section.MATCHED] == 0
+    fresh = mixture(mix, weight).score(tail, tail_lp)
+    assert a.score(tail[1:], tail_lp[1:]).sum() < fresh[1:].sum()  # what was counted before BOS still helps
+
+
+def test_weight_zero_is_the_network():
+    ids = text(8, 500)
+    lp = network(ids, 8)
+    m = mixture(KINDS[-1][0], 0.0)
+    want = -lp[np.arange(500), ids].astype(np.float64)
+    assert np.abs(m.score(ids, lp) - want).max() <= 1e-9
+    assert np.abs(m.copy().distribution(lp[0]) - lp[0]).max() <= 1e-9
+
+
+@pytest.mark.parametrize("mix,weight", KINDS)
+def test_learns_a_text_that_repeats(mix, weight):
+    """A network that knows nothing: the second reading has to be far cheaper than the first."""
+    ids = np.concatenate(([1], 4 + np.frombuffer(WORDS * 8, np.uint8)))
+    lp = np.full((len(ids), 260), -math.log(260), np.float32)
+    nats = mixture(mix, weight).score(ids, lp)
+    assert nats[-len(WORDS) :].sum() < (0.5 if weight == 1 else 0.9) * nats[1 : len(WORDS)].sum()
+
+
+@pytest.mark.parametrize("mix,weight", KINDS)
+def test_certain_networks_and_endless_matches_stay_finite(mix, weight):
+    ids = np.concatenate(([1], np.full(20000, 104), [105, 0, 1, 4]))
+    lp = np.full((len(ids), 260), -100, np.float32)
+    lp[np.arange(len(ids)), ids] = 0
+    lp[-4:, :] = np.float32(-100)
+    lp[-4:, 104] = 0  # the last four come as a surprise
+    m = mixture(mix, weight)
+    nats = m.score(ids, lp)
+    assert np.isfinite(nats).all() and (nats >= -1e-6).all()
+    assert abs(np.exp(m.distribution(lp[-1])).sum() - 1) < 1e-6
+
+
+def test_without_numba_there_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(section, "njit", None)
+    with pytest.raises(section.UserError, match="numba"):
+        mixture()
+    assert mixture(weight=0.0).score(np.array([5]), np.zeros((1, 260), np.float32)) == 0
+
+
+def test_arithmetic_coder_round_trip():
+    """The distributions drive a range coder, a decoder that sees only the bytes gets the ids back."""
+    ids = text(9, 2500)
+    lp = network(ids, 9)
+    for mix, weight in KINDS:
+        bits, low, high, pending, m = [], 0, (1 << 48) - 1, 0, mixture(mix, weight)
+
+        def table(logprobs):
+            return np.concatenate(([0], np.cumsum(np.floor(np.exp(logprobs) * (1 << 30)).astype(np.int64) + 1)))
+
+        half, quarter = 1 << 47, 1 << 46
+        for t, token in enumerate(ids):
+            c = table(m.distribution(lp[t]))
+            span = high - low + 1
+            low, high = low + span * int(c[token]) // int(c[-1]), low + span * int(c[token + 1]) // int(c[-1]) - 1
+            m.push(token, lp[t])
+            while True:
+                if high < half or low >= half:
+                    bit = int(low >= half)
+                    bits += [bit] + [1 - bit] * pending
+                    pending, low, high = 0, low - half * bit, high - half * bit
+                elif low >= quarter and high < 3 * quarter:
+                    pending, low, high = pending + 1, low - quarter, high - quarter
+                else:
+                    break
+                low, high = 2 * low, 2 * high + 1
+        bits += [int(low >= quarter)] + [1 - int(low >= quarter)] * (pending + 1)
+        nats = mixture(mix, weight).score(ids, lp).sum()
+        assert abs(len(bits) - nats / math.log(2)) <= 0.002 * len(bits) + 64
+        feed = iter(bits + [0] * 64)
+        value, low, high, m = 0, 0, (1 << 48) - 1, mixture(mix, weight)
+        for _ in range(48):
+            value = 2 * value + next(feed)
+        for t in range(len(ids)):
+            c = table(m.distribution(lp[t]))
+            span = high - low + 1
+            token = int(np.searchsorted(c, ((value - low + 1) * int(c[-1]) - 1) // span, side="right")) - 1
+            assert token == ids[t], (mix, t)
+            low, high = low + span * int(c[token]) // int(c[-1]), low + span * int(c[token + 1]) // int(c[-1]) - 1
+            m.push(token, lp[t])
+            while True:
+                if high < half or low >= half:
+                    off = half * int(low >= half)
+                elif low >= quarter and high < 3 * quarter:
+                    off = quarter
+                else:
+                    break
+                low, high, value = 2 * (low - off), 2 * (high - off) + 1, 2 * (value - off) + next(feed)
+
+
+# The script around the mixture
+
+
+BYTES = {key: value for key, value in TINY.items() if "JEPA" not in key}
+SETTINGS = {key: "" for key in TINY if "JEPA" in key} | {"MIX_ROWS": 10}  # an empty variable is unset
+LEARN = {"TTT": "sgd", "TTT_CHUNK_TOKENS": 256, "TTT_LR": 0.02, "TTT_BATCH_ROWS": 2}
+
+
+@pytest.fixture(scope="module")
+def model():
+    import torch
+    found = section.GPT(section.Hyperparameters({**BYTES, "MIX_ROWS": "10"}))
+    found.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in found.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.15)
+    return found.eval()
+
+
+@pytest.mark.parametrize("settings", [{"mix": "binary"}, {"mix": "ppm"}, {"ppm_weight": 0.0}, {"ttt": "sgd"}], ids=str)
+def test_score_and_stream_agree_on_the_mixture(model, monkeypatch, settings):
+    monkeypatch.setattr(model.args, "ttt_chunk_tokens", 64)
+    for name, value in settings.items():
+        monkeypatch.setattr(model.args, name, value)
+    ids = text(1, 250)
+    nats, vectors = section.score(model, ids, range(0, 249, 3))
+    stream = section.stream(model)
+    stream.push(ids[0])
+    for t in range(249):
+        logprobs = stream.logprobs()
+        assert abs(np.exp(logprobs).sum() - 1) < 1e-6 and abs(nats[t] + logprobs[ids[t + 1]]) < 1e-4
+        if t in vectors:
+            assert np.abs(vectors[t] - logprobs).max() < 1e-4 and abs(nats[t] + vectors[t][ids[t + 1]]) < 1e-9
+        stream.push(ids[t + 1])
+
+
+def test_weight_zero_reproduces_the_network(model, monkeypatch):
+    ids = text(2, 300)
+    monkeypatch.setattr(model.args, "ppm_weight", 0.0)
+    nats, _ = section.score(model, ids)
+    want = np.concatenate([part for *_, part in section.scored(model, ids, 64, 16, 8)])
+    assert np.abs(nats - want).max() < 1e-9
+
+
+def test_lines_of_a_run_on_any_number_of_ranks(run):
+    """The mixture is one stream: two ranks gather their blocks in order and find what one finds."""
+    found = []
+    for ranks in (1, 2):
+        code, output, metrics = run(ranks=ranks, script=RECORD / "train_gpt.py", RUN_ID=f"ranks{ranks}", **SETTINGS,
+                                    **LEARN, VAL_BYTES=1500)
+        assert code == 0, output
+        assert metrics["headline"] == "final_int6_ttt_mix"
+        found.append(metrics["evals"])
+    names = ["final_int6_sliding", "final_int6_sliding_mix", "final_int6_ttt", "final_int6_ttt_mix"]
+    assert set(names) <= set(found[0]) and all(f"{name}_exact" in output for name in names)
+    for name in names:
+        assert found[0][name]["val_bpb"] == pytest.approx(found[1][name]["val_bpb"], abs=3e-3)
+    assert found[0]["final_int6_sliding_mix"]["val_bpb"] < found[0]["final_int6_sliding"]["val_bpb"]
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"VOCAB_SIZE": 512, "TOKENIZER_PATH": "some.model"}, "VOCAB_SIZE=512, PPM_WEIGHT=1.0: the mixture counts bytes"),
+    ({"PPM_WEIGHT": 0.5}, "MIX=binary, PPM_WEIGHT=0.5"), ({"MIX": "lpaq"}, "MIX='lpaq' is not accepted"),
+    ({"PPM_ORDER": 0}, "PPM_ORDER='0' is not accepted"), ({"JEPA_CHUNK_SIZE": 8}, "JEPA_CHUNK_SIZE='8' is retired"),
+])
+def test_bad_settings_are_one_line(run, settings, words):
+    code, output, metrics = run(script=RECORD / "train_gpt.py", **(SETTINGS | settings))
+    assert code == 2 and words in output and "Traceback" not in output and metrics is None
+
+
+@pytest.mark.parametrize("settings", [{}, {"MIX": "ppm"}, {"TTT": "sgd", "TTT_CHUNK_TOKENS": 64, "TTT_LR": 0.02}], ids=str)
+def test_a_codec_proves_the_mixture(model, tmp_path, settings):
+    """2 kB coded and decoded by the record's own stream: plain mixture, PPM-D, and with at least three updates."""
+    tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
+    (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))
+    (tmp_path / "text.txt").write_bytes(WORDS * 20)
+    sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "codec.py", "prove", RECORD, tmp_path / "model.bin",
+                           tmp_path / "text.txt", "--bytes", "700" if settings else "2000", "--json", *sets],
+                          env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout)
+    assert "TTT" not in settings or result["updates"] >= 3

@@ -1,0 +1,215 @@
+"""Rounding and entropy coding: GPTQ, entropy-constrained rounding, late QAT, rANS."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def entropy_bits(q: np.ndarray) -> float:
+    _, counts = np.unique(q, return_counts=True)
+    return float(-(counts * np.log2(counts / counts.sum())).sum())
+
+
+def test_gptq_loses_less_output_than_rounding_to_the_nearest(trunk):
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((48, 96)).astype(np.float32)
+    x = (rng.standard_normal((4000, 32)) @ rng.standard_normal((32, 96))).astype(np.float32)  # correlated inputs
+    x += 0.1 * rng.standard_normal(x.shape).astype(np.float32)
+    losses = []
+    for hessian in (None, x.T @ x):
+        q, step = trunk.quantise(weight, 4, "std", 3.0, 1, hessian=hessian)
+        assert np.abs(q).max() <= 7
+        losses.append(np.square(x @ (q * step.astype(np.float32) - weight).T).sum())
+    assert losses[1] < 0.5 * losses[0]
+
+
+def test_gptq_against_the_definition_column_by_column(trunk):
+    """One column at a time with an explicit inverse of what is left of the hessian: the greedy of the paper."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((5, 12)).astype(np.float32) * 3
+    a = rng.standard_normal((40, 12))
+    hessian = a.T @ a
+    power = np.diag(hessian)
+    order = np.argsort(-power, kind="stable")
+    left = x[:, order].astype(np.float64)
+    h = hessian[np.ix_(order, order)] + np.eye(12) * 0.01 * power.mean()
+    want = np.empty_like(x)
+    for j in range(12):
+        want[:, order[j]] = chosen = np.clip(np.rint(left[:, j]), -31, 31)
+        inverse = np.linalg.inv(h[j:, j:])
+        left[:, j:] -= ((left[:, j] - chosen) / inverse[0, 0])[:, None] * inverse[0]
+    assert (trunk.gptq(x, hessian, 31) == want).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 40), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_entropy_constrained_rounding_never_costs_more(trunk, rows, columns, rate, seed):
+    x = (np.random.default_rng(seed).standard_normal((rows, columns)) * 4).astype(np.float32)
+    near, q = trunk.nearest(x, 15), trunk.cheapest(x, 15, rate)
+    assert np.abs(q - x).max() >= np.abs(near - x).max() - 1e-6 and (np.abs(q) <= np.abs(near)).all()
+    if rate == 0:
+        assert (q == near).all()
+
+
+def test_entropy_constrained_rounding_buys_bits_for_error(trunk):
+    x = (np.random.default_rng(0).standard_t(3, (1, 50_000)) * 2).astype(np.float32)
+    points = [(entropy_bits(q) / x.size, np.square(q - x).mean())
+              for q in (trunk.nearest(x, 31), trunk.cheapest(x, 31, 0.05), trunk.cheapest(x, 31, 0.2))]
+    assert points[0][0] > points[1][0] > points[2][0] and points[0][1] < points[1][1] < points[2][1]
+
+
+# rANS
+
+
+def layout(trunk, shapes, bits=6):
+    return trunk.planes([[name, list(shape), bits, axis] for name, shape, axis in shapes])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 90), st.integers(2, 8), st.floats(0.01, 60), st.integers(0, 2**32 - 1))
+def test_rans_returns_every_byte(trunk, rows, columns, bits, spread, seed):
+    rng = np.random.default_rng(seed)
+    top = 2 ** (bits - 1) - 1
+    plan = layout(trunk, [("blocks.0.mlp.fc.weight", (rows, columns), 1), ("ngram.table", (3, columns, 4), 1)], bits)
+    q = np.clip(np.rint(rng.standard_normal(rows * columns + 12 * columns) * spread), -top, top).astype(np.int8)
+    raw = q.tobytes() + rng.bytes(2 * plan[-1].places)
+    assert len(raw) == sum(plane.slices * plane.places for plane in plan)
+    blob = trunk.rans_encode(raw, plan)
+    assert trunk.rans_decode(blob, plan) == raw
+
+
+def test_rans_is_within_its_bound_of_the_entropy(trunk):
+    """Independent normal weights leave nothing to contexts: at most 0.3 % over the order-0 entropy, all told."""
+    rng = np.random.default_rng(0)
+    q = np.clip(np.rint(rng.standard_normal((1024, 1024)) * 2.6), -31, 31).astype(np.int8)
+    plan = layout(trunk, [("blocks.0.mlp.fc.weight", (1024, 1024), 1)])
+    steps = (rng.random(1024) * 0.01 + 0.05).astype("<f2").view(np.uint8).reshape(-1, 2)
+    raw = q.tobytes() + steps[:, 0].tobytes() + steps[:, 1].tobytes()
+    blob = trunk.rans_encode(raw, plan)
+    assert 8 * len(blob) < 1.003 * (entropy_bits(q) + 8 * steps.size)
+
+
+def test_contexts_use_what_columns_and_buckets_have_in_common(trunk):
+    rng = np.random.default_rng(0)
+    spread = np.exp(rng.standard_normal(2048))  # of each column, of each bucket
+    matrix = np.rint(rng.standard_normal((256, 2048)) * spread)
+    table = np.rint(rng.standard_normal((4, 16, 2048)) * spread[None, None])
+    for q, shape, name, axis in ((matrix, (256, 2048), "blocks.0.mlp.fc.weight", 1),
+                                 (table, (4, 2048, 16), "ngram.table", 1)):
+        q = np.clip(q, -31, 31).astype(np.int8)
+        plan = layout(trunk, [(name, shape, axis)])
+        blob = trunk.rans_encode(q.tobytes() + bytes(2 * plan[-1].places), plan)
+        assert 8 * len(blob) < 0.93 * entropy_bits(q)
+
+
+def test_auto_keeps_the_smallest_and_all_compressors_agree(trunk, tiny, alive):
+    tensors = {name: p.detach().numpy() for name, p in alive(tiny()).exported().items()}
+    found, sizes = {}, {}
+    for name in ("rans", "zstd", "lzma", "zlib", "auto"):
+        blob = trunk.pack(tensors, tiny(COMPRESSOR=name))
+        header, found[name] = trunk.unpack(blob, name)
+        sizes[name] = len(blob)
+        assert name in ("auto", header["compressor"])
+    assert sizes["auto"] == min(sizes.values())
+    for name in found:
+        assert all((found[name][key] == found["rans"][key]).all() for key in tensors)
+
+
+def test_without_constriction_lzma_takes_over(trunk, tiny, alive, monkeypatch):
+    tensors = {name: p.detach().numpy() for name, p in alive(tiny()).exported().items()}
+    blob = trunk.pack(tensors, tiny(COMPRESSOR="rans"))
+    monkeypatch.setattr(trunk, "constriction", None)
+    with pytest.raises(trunk.UserError, match="packed with rans, which is not installed"):
+        trunk.unpack(blob, "file")
+    header, _ = trunk.unpack(trunk.pack(tensors, tiny(COMPRESSOR="rans")), "file")
+    assert header["compressor"] == "lzma"
+
+
+def test_size_plan_of_normal_weights(trunk, tiny):
+    """Weights that are normal, as the plan takes them to be, pack into what it says."""
+    args = tiny(MODEL_DIM=128, MLP_MULT=3, NGRAM_ORDERS=0, BIGRAM_VOCAB_SIZE=0, COMPRESSOR="rans",
+                JEPA_CHUNK_SIZE=0, NUM_LAYERS=4)
+    model = trunk.GPT(args)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(p.shape, generator=generator).numpy() for name, p in model.exported().items()}
+    planned = sum(trunk.size_plan(model, args).values())
+    assert len(trunk.pack(tensors, args)) == pytest.approx(planned, rel=0.02)
+
+
+# Late QAT
+
+
+@pytest.mark.parametrize("shape, axis", [((24, 40), 1), ((3, 64, 8), 1)])
+def test_qat_rounds_as_the_exporter_does(trunk, shape, axis):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.03
+    rounding = trunk.Rounding(6, 12.0, axis)
+    rounding.on.fill_(1.0)
+    q, step = trunk.quantise(weight.numpy(), 6, "std", 12.0, axis)
+    assert np.allclose(rounding(weight).numpy(), q * step.astype(np.float32), atol=1e-7, rtol=0)
+    if len(shape) == 3:  # rows that were looked up are rounded with the whole table's steps
+        rows = weight.transpose(0, 1)[[5, 0, 63]]
+        want = (q * step.astype(np.float32)).transpose(1, 0, 2)[[5, 0, 63]]
+        assert np.allclose(rounding(weight, rows).numpy(), want, atol=1e-7, rtol=0)
+    weight.requires_grad_(True)
+    rounding(weight).sum().backward()
+    assert (weight.grad == 1).all()  # straight through
+    rounding.on.fill_(0.0)
+    assert (rounding(weight) == weight).all()
+
+
+def test_the_switch_of_qat_takes_effect_in_a_compiled_graph(trunk):
+    layer = trunk.CastedLinear(96, 64)
+    layer.qat = trunk.Rounding(3, 2.0, 1)
+    x = torch.randn(5, 96)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)
+    off = compiled(x)
+    layer.qat.on.fill_(1.0)
+    on = compiled(x)
+    assert torch.allclose(off, x @ layer.weight.T, atol=1e-5) and not torch.allclose(on, off, atol=1e-3)
+    q, step = trunk.quantise(layer.weight.detach().numpy(), 3, "std", 2.0, 1)
+    assert torch.allclose(on, x @ torch.from_numpy(q * step.astype(np.float32)).T, atol=1e-5)
+
+
+def test_qat_and_gptq_in_a_real_run(run, trunk):
+    """Late QAT switches on, calibration stands on its own clock and inside the training seconds."""
+    code, output, metrics = run(QAT_START=0.5, QUANT_ROUND="gptq", GPTQ_BATCHES=2, COMPRESSOR="rans", BITS="mlp:5")
+    assert code == 0, output
+    assert metrics["clocks"]["calibration"] > 0 and metrics["train_seconds"] >= metrics["clocks"]["training"]
+    assert "size_plan:" in output and "final_int5_sliding" in output
+    assert math.isfinite(metrics["val_bpb"])
+
+
+def test_hessians_are_the_second_moments_of_the_inputs(trunk, tiny, alive, corpus):
+    args = tiny(DATA_PATH=corpus, JEPA_CHUNK_SIZE=0)
+    data, runtime = trunk.Dataset(args, False), trunk.Runtime(args)
+    trainer = trunk.Trainer(args, data, runtime, trunk.Log(None))
+    ids, _, _ = trunk.Loader(data, args, trainer.plan, 0).next()
+    sums = trainer.input_moments(ids)
+    wanted = {name for name, p in trainer.model.named_parameters() if p.ndim == 2 and name.startswith("blocks")
+              and name.endswith("weight")}
+    assert wanted <= set(sums)
+    seen = []
+    block = trainer.model.blocks[1].mlp
+    hook = block.fc.register_forward_pre_hook(lambda _, x: seen.append(x[0].flatten(0, 1)))
+    with torch.no_grad():
+        for rows in ids:
+            trainer.model.hidden(rows[:, :-1], trainer.model.rotary_train)
+    hook.remove()
+    x = torch.cat(seen).double()
+    assert torch.allclose(sums["blocks.1.mlp.fc.weight"].double(), x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"BITS": "mlp:9"}, "BITS: 'mlp:9' is not accepted"),
+    ({"BITS": "blocks:6"}, "BITS: 'blocks:6' is not accepted"),
+    ({"QUANT_ROUND": "gptq", "GPTQ_BATCHES": 0}, "GPTQ_BATCHES='0' is not accepted"),
+    ({"QAT_START": "0.5", "QUANT_CLIP": "mse"}, "QAT_START=0.5, QUANT_CLIP=mse"),
+    ({"QUANT_RATE": "ngram:-1"}, "QUANT_RATE: 'ngram:-1' is not accepted"),
+])
+def test_bad_settings_are_one_line(run, settings, words):
+    code, output, metrics = run(**settings)
+    assert code == 2 and words in output and "Traceback" not in output and metrics is None
