@@ -369,9 +369,6 @@ def tune_allocator() -> None:
                 ctypes.CDLL("libc.so.6").mallopt(parameter, value)
 
 
-
-
-
 class Runtime:
     """Device, dtype, ranks and attention backend: what the machine offers, decided once."""
 
@@ -462,11 +459,6 @@ class Runtime:
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         unit = 2**20 if platform.system() == "Darwin" else 2**10
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-
-
-
 
 
 def causal_mask(docs: Tensor, queries: int) -> Tensor:
@@ -784,7 +776,6 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
     Every rank runs the same shapes: slots beyond the batch repeat its first group with weight 0."""
 
 
-
     @classmethod
     def make(cls, args: Hyperparameters, world_size: int) -> BatchPlan:
         group = args.jepa_sigreg_group if args.jepa_chunk_size else 1
@@ -911,9 +902,6 @@ def nearest(x: np.ndarray, top: int) -> np.ndarray:
     return np.clip(np.rint(x), -top, top)
 
 
-
-
-
 def cheapest(x: np.ndarray, top: int, rate: float) -> np.ndarray:
     """Integers with the least (x - q)^2 + rate * bits(q), among the nearest, its neighbour towards zero and
     zero itself: entropy-constrained rounding. The bits, of an ideal order-0 code, settle in two rounds."""
@@ -975,9 +963,6 @@ def quantise(weight: np.ndarray, bits: int, clip: str, k: float, axis: int, rate
     x = weight / step
     q = gptq(x, hessian, top) if hessian is not None else cheapest(x, top, rate) if rate else nearest(x, top)
     return q.astype(np.int8), step.astype(np.float16)
-
-
-
 
 
 class Rounding(nn.Module):
@@ -1733,9 +1718,6 @@ def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
                     table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
             seen += last - first
             total += np.abs(block[first:last].astype(np.int64)).sum(0)
-
-
-
 
 
 def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:

@@ -343,14 +343,30 @@ def test_bad_settings_are_one_line(run, settings, words):
 
 @pytest.mark.parametrize("settings", [{}, {"MIX": "ppm"}, {"TTT": "sgd", "TTT_CHUNK_TOKENS": 64, "TTT_LR": 0.02}], ids=str)
 def test_a_codec_proves_the_mixture(model, tmp_path, settings):
-    """2 kB coded and decoded by the record's own stream: plain mixture, PPM-D, and with at least three updates."""
+    """Text coded and decoded by the record's own stream: plain mixture, PPM-D, and with at least three updates."""
     tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
     (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))
     (tmp_path / "text.txt").write_bytes(WORDS * 20)
     sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     done = subprocess.run([sys.executable, ROOT / "scripts" / "codec.py", "prove", RECORD, tmp_path / "model.bin",
-                           tmp_path / "text.txt", "--bytes", "700" if settings else "2000", "--json", *sets],
+                           tmp_path / "text.txt", "--bytes", "700", "--json", *sets],
                           env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
     assert "TTT" not in settings or result["updates"] >= 3
+
+
+def test_what_each_mixture_is_worth(model, corpus, tmp_path):
+    tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
+    (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))
+    shard, = corpus.glob("*_val_*.bin")
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "mixtures.py", RECORD, tmp_path / "model.bin", shard,
+                           "--targets", "3000", "--train", shard, "--train-ids", "2000", "--out", tmp_path / "out.json"],
+                          env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row[0]: float(row[1]) for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert rows["**binary mixing (`MIX=binary`)**"] < rows["control: network alone through the binary mixer"]
+    better, = (name for name in rows if "better of the two" in name)
+    assert rows[better] < min(rows["network alone"], rows["PPM-D alone, order 5"])  # whatever comes: no probability
+    assert float(better.split()[-1]) > 1.001
+    assert rows["context mixer alone after 2,000 training ids, state not counted"] < rows["context mixer alone, empty start"]
