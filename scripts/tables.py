@@ -83,8 +83,8 @@ def seeds(folder: Path, _) -> str:
 PASSES = {
     "final_raw": ("raw weights", None), "final_ema": ("averaged weights (EMA)", "final_raw"),
     "final_int6_roundtrip": ("int6", "final_ema"), "final_int6_sliding": ("int6 sliding", "final_int6_roundtrip"),
-    "final_int6_ttt": ("+ TTT", "final_int6_sliding"), "final_int6_sliding_ppm": ("+ mixture", "final_int6_sliding"),
-    "final_int6_ttt_ppm": ("+ TTT and mixture", "final_int6_sliding_ppm"),
+    "final_int6_ttt": ("+ TTT", "final_int6_sliding"), "final_int6_sliding_mix": ("+ mixture", "final_int6_sliding"),
+    "final_int6_ttt_mix": ("+ TTT and mixture", "final_int6_sliding_mix"),
 }
 
 

@@ -41,7 +41,7 @@ def test_fit_refuses_nonsense(arguments, words):
 
 
 def test_plan_coders_and_curve_of_a_run(run, tmp_path, corpus):
-    code, output, metrics = run(COMPRESSOR="rans", JEPA_CHUNK_SIZE=0, BIGRAM_VOCAB_SIZE=0, MODEL_DIM=64,
+    code, output, metrics = run(COMPRESSOR="rans", QUANT_ROUND="nearest", JEPA_CHUNK_SIZE=0, BIGRAM_VOCAB_SIZE=0, MODEL_DIM=64,
                                 NGRAM_ORDERS="2,3", NGRAM_BUCKETS=256)
     assert code == 0, output
     folder = tmp_path / "runs" / "test"
