@@ -318,6 +318,7 @@ class Hyperparameters:
         head_dim, rope = self.model_dim // self.num_heads, self.rope_dims
         rows, spare = divmod(self.train_batch_tokens, self.train_seq_len)
         chunk, group = self.jepa_chunk_size, self.jepa_sigreg_group
+        calibrates = self.quant_round == "gptq" and self.max_wallclock_seconds and not self.eval_only
         problems = [
             (self.model_dim % self.num_heads, "model_dim", "num_heads", "no whole width for a head"),
             (self.num_heads % self.num_kv_heads, "num_heads", "num_kv_heads", "no equal groups of heads"),
@@ -335,6 +336,7 @@ class Hyperparameters:
              "together more than the whole run"),
             (self.rank >= self.world_size, "rank", "world_size", "a rank is below the number of processes"),
             (self.qat_start < 1 and self.quant_clip != "std", "qat_start", "quant_clip", "trains with std"),
+            (calibrates and not self.warmup_steps, "warmup_steps", "quant_round", "warm-up times calibration"),
             (self.eval_only and not self.artifact, "eval_only", "artifact", "which artifact?"),
         ]
         for bad, *names, why in problems:
@@ -2223,8 +2225,9 @@ class Trainer:
         if args.quant_round == "gptq":
             for _ in range(2):  # the second time is the one to go by
                 start = time.perf_counter()
-                self.input_moments(ids)
-                self.reserve = 1.25 * args.gptq_batches * (time.perf_counter() - start)
+                self.input_moments(ids)["tok_emb.weight"].sum().item()  # waits for the device
+                seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
+                self.reserve, = self.runtime.from_main([seconds])  # ranks must agree on when to stop
 
     @torch.no_grad()
     def input_moments(self, batch: Tensor, sums: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

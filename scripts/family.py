@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -22,6 +23,19 @@ def load_script(path: Path | str = TRUNK):
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+# What a run's settings say about its process alone.
+OF_THE_PROCESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARTIFACT", "EVAL_ONLY", "RESUME")
+
+
+def run_settings(folder: Path | str) -> dict[str, str]:
+    """The settings of a run, as its script reads them from the environment, from the metrics.json in its folder."""
+    path = Path(folder) / "metrics.json"
+    if not path.exists():
+        raise SystemExit(f"error: {path}: needed for the settings of this run")
+    return {key: str(int(value) if isinstance(value, bool) else value)
+            for key, value in json.loads(path.read_text())["settings"].items() if key not in OF_THE_PROCESS}
 
 
 def markdown_table(header: list[str], rows: list[list]) -> str:

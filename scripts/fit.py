@@ -18,10 +18,9 @@ import sys
 from pathlib import Path
 
 import torch
-from family import TRUNK, load_script, markdown_table
+from family import TRUNK, load_script, markdown_table, run_settings
 
 TOLERANCE = 0.02
-NOT_OF_THE_MODEL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARTIFACT", "EVAL_ONLY", "RESUME")
 
 
 def numbers(text: str, kind=int, step=1) -> list:
@@ -41,15 +40,6 @@ def planned(script, settings: dict[str, str]) -> tuple[dict[str, int], int]:
     with torch.device("meta"):
         model = script.GPT(args)
     return script.size_plan(model, args), sum(p.numel() for p in model.exported().values())
-
-
-def run_settings(path: str) -> dict[str, str]:
-    """What an artifact was packed with, from the metrics.json of its run beside it."""
-    metrics = Path(path).with_name("metrics.json")
-    if not metrics.exists():
-        raise SystemExit(f"error: {metrics}: needed for the settings that {path} was packed with")
-    return {key: str(int(value) if isinstance(value, bool) else value)
-            for key, value in json.loads(metrics.read_text())["settings"].items() if key not in NOT_OF_THE_MODEL}
 
 
 def coded(script, path: str) -> dict[str, int]:
@@ -75,7 +65,7 @@ def check(script, paths: list[str]) -> tuple[list[dict], bool]:
     """Plan against file for each artifact, settings of the quantiser read from the run's metrics.json beside it."""
     rows, good = [], True
     for path in paths:
-        settings = run_settings(path)
+        settings = run_settings(Path(path).parent)
         plan, params = planned(script, settings)
         size = Path(path).stat().st_size
         error = sum(plan.values()) / size - 1
@@ -134,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             factor = {}
             if options.like:
-                sizes, (plan, _) = coded(script, options.like), planned(script, run_settings(options.like))
+                sizes, (plan, _) = coded(script, options.like), planned(script, run_settings(Path(options.like).parent))
                 factor = {kind: sizes[kind] / plan[kind] for kind in sizes if plan.get(kind)}
             rows, good = search(script, options, factor), True
             rows = rows[: options.top]

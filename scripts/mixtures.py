@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from family import load_script, markdown_table
 
 HEADER = ["variant", "BPB", "gain", "MB/s"]
@@ -163,7 +162,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--train-ids", type=int, default=4_915_200, help="how much of it (default: %(default)s)")
     parser.add_argument("--out", help="write the table here as JSON")
     options = parser.parse_args(argv)
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     script = load_script(options.record)
     if not hasattr(script, "Mixture"):
         print(f"error: {options.record}: this record has no mixture", file=sys.stderr)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from family import TRUNK, load_script, markdown_table
+from family import TRUNK, load_script, markdown_table, run_settings
 from safetensors import safe_open
 
 CODERS = ("zstd", "lzma", "rans")
@@ -29,11 +29,7 @@ def checkpoint(script, run: str, **changes):
     path = Path(run) / "final.safetensors"
     if not path.exists():
         raise SystemExit(f"error: {path}: no such checkpoint")
-    settings = json.loads((Path(run) / "metrics.json").read_text())["settings"]
-    keep = {key: str(int(value) if isinstance(value, bool) else value) for key, value in settings.items()}
-    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "RESUME", "QAT_START"):
-        keep.pop(key, None)
-    args = script.Hyperparameters(keep | changes)
+    args = script.Hyperparameters(run_settings(run) | {"QAT_START": "1"} | changes)
     with torch.device("meta"):
         names = list(script.GPT(args).exported())
     with safe_open(path, "np") as file:

@@ -92,16 +92,17 @@ def prepare_files(prepare, tmp_path):
 def field_tokenizer(tmp_path):
     """field_tokenizer(text, size) -> (model, its path): SentencePiece as the field trains it.
 
-    It puts a space before a document and folds white space and Unicode; data/prepare.py's own does neither.
+    It puts a space before a document and folds white space and Unicode; data/prepare.py's own does neither, and
+    no more does one with options that say so.
     """
 
-    def field_tokenizer(text: str, size: int):
+    def field_tokenizer(text: str, size: int, name: str = "field", **options):
         import sentencepiece
 
-        (tmp_path / "field.txt").write_text(text)
+        (tmp_path / f"{name}.txt").write_text(text)
         sentencepiece.SentencePieceTrainer.train(
-            input=str(tmp_path / "field.txt"),
-            model_prefix=str(tmp_path / "field"),
+            input=str(tmp_path / f"{name}.txt"),
+            model_prefix=str(tmp_path / name),
             vocab_size=size,
             model_type="bpe",
             byte_fallback=True,
@@ -109,10 +110,10 @@ def field_tokenizer(tmp_path):
             bos_id=1,
             eos_id=2,
             unk_id=3,
-            hard_vocab_limit=False,
             minloglevel=2,
+            **{"hard_vocab_limit": False, **options},
         )
-        path = tmp_path / "field.model"
+        path = tmp_path / f"{name}.model"
         return sentencepiece.SentencePieceProcessor(model_file=str(path)), path
 
     return field_tokenizer

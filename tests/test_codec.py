@@ -287,37 +287,23 @@ def test_misuse_is_one_line(artifact, doctored, tmp_path):
     assert call("squeeze", ROOT, model, text)[0] == 2
 
 
-def test_text_comes_back_through_a_tokenizer_or_is_refused(artifact, tmp_path):
+def test_text_comes_back_through_a_tokenizer_or_is_refused(artifact, field_tokenizer, tmp_path):
     """SentencePiece text is coded where the tokenizer is an identity on it, shards of its ids always."""
-    import sentencepiece
-
     generator = random.Random(0)
     words = ["code", "coder", "decode", "range", "naïve"]
-    (tmp_path / "lines").write_text("\n".join(" ".join(generator.choices(words, k=9)) for _ in range(200)))
+    lines = "\n".join(" ".join(generator.choices(words, k=9)) for _ in range(200))
     exact = {
         "normalization_rule_name": "identity",
         "add_dummy_prefix": False,
         "remove_extra_whitespaces": False,
     }
-    for name, options in (("exact", exact), ("folding", {})):
-        sentencepiece.SentencePieceTrainer.train(
-            input=str(tmp_path / "lines"),
-            model_prefix=str(tmp_path / name),
-            vocab_size=300,
-            model_type="bpe",
-            byte_fallback=True,
-            pad_id=0,
-            bos_id=1,
-            eos_id=2,
-            unk_id=3,
-            minloglevel=2,
-            **options,
-        )
-    exact, folding = (["--tokenizer", tmp_path / f"{name}.model"] for name in ("exact", "folding"))
+    tokenizer, path = field_tokenizer(lines, 300, "exact", hard_vocab_limit=True, **exact)
+    _, other = field_tokenizer(lines, 300, "folding", hard_vocab_limit=True)
+    exact, folding = ["--tokenizer", path], ["--tokenizer", other]
     model = artifact(VOCAB_SIZE=300, TOKENIZER_PATH=exact[1])
     text, shard, latin, raw = (tmp_path / name for name in ("text", "ids.bin", "latin", "raw.bin"))
     text.write_bytes("the  coder\ndecodes 東京 naïvely".encode())
-    ids = sentencepiece.SentencePieceProcessor(model_file=str(exact[1])).encode(text.read_text())
+    ids = tokenizer.encode(text.read_text())
     shard.write_bytes(codec.make_shard(np.array([1, *ids, 1, *ids[:5]])))
     latin.write_bytes(b"na\xefve")
     raw.write_bytes(codec.make_shard(np.array([1, 300])))

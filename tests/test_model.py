@@ -321,6 +321,20 @@ def test_warm_up_leaves_no_trace(trunk, tiny, corpus):
     assert all(torch.equal(a, b) for a, b in zip(*states))
 
 
+def test_time_kept_for_calibration_is_measured_and_that_of_rank_0(trunk, tiny, corpus, monkeypatch):
+    """Ranks that kept different reserves would stop at different steps and wait for each other for ever."""
+    args = tiny(DATA_PATH=corpus, MAX_WALLCLOCK_SECONDS=100, GPTQ_BATCHES=3)
+    runtime, asked = trunk.Runtime(args), []
+    monkeypatch.setattr(runtime, "from_main", lambda values: asked.append(values[0]) or [7.0])
+    trainer = trunk.Trainer(args, trunk.Dataset(args, False), runtime, trunk.Log(None))
+    trainer.warm_up()
+    assert asked and min(asked) > 0 and trainer.reserve == 7.0
+    trainer.seconds, trainer.args.iterations = 92.9, 10**9
+    assert trainer.progress() < 1.0
+    trainer.seconds = 93.1
+    assert trainer.progress() == 1.0
+
+
 def test_one_forward_of_weighted_groups_equals_the_mean_over_the_batch(trunk, tiny, alive):
     """Splitting a batch into micro-batches, and padding with weight 0, changes no summed loss term."""
     model = alive(tiny())

@@ -304,6 +304,7 @@ class Hyperparameters:
         """Refuses combinations that cannot work, with both values in the message."""
         head_dim, rope = self.model_dim // self.num_heads, self.rope_dims
         spare = self.train_batch_tokens % self.train_seq_len
+        calibrates = self.quant_round == "gptq" and self.max_wallclock_seconds and not self.eval_only
         problems = [
             (self.model_dim % self.num_heads, "model_dim", "num_heads", "no whole width for a head"),
             (self.num_heads % self.num_kv_heads, "num_heads", "num_kv_heads", "no equal groups of heads"),
@@ -320,6 +321,7 @@ class Hyperparameters:
              "binary learns its weights: 0 or 1"),
             (self.rank >= self.world_size, "rank", "world_size", "a rank is below the number of processes"),
             (self.qat_start < 1 and self.quant_clip != "std", "qat_start", "quant_clip", "trains with std"),
+            (calibrates and not self.warmup_steps, "warmup_steps", "quant_round", "warm-up times calibration"),
             (self.eval_only and not self.artifact, "eval_only", "artifact", "which artifact?"),
         ]
         for bad, *names, why in problems:
@@ -358,9 +360,6 @@ def tune_allocator() -> None:
         if platform.libc_ver()[0] == "glibc":
             for parameter, value in ((mmap_max, 0), (trim_threshold, -1), (top_pad, 1 << 28), (arena_max, 1)):
                 ctypes.CDLL("libc.so.6").mallopt(parameter, value)
-
-
-
 
 
 class Runtime:
@@ -461,11 +460,6 @@ class Runtime:
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         unit = 2**20 if platform.system() == "Darwin" else 2**10
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-
-
-
 
 
 def causal_mask(docs: Tensor, queries: int) -> Tensor:
@@ -783,7 +777,6 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
     Every rank runs the same shapes: slots beyond the batch repeat its first group with weight 0."""
 
 
-
     @classmethod
     def make(cls, args: Hyperparameters, world_size: int) -> BatchPlan:
         rows = args.train_batch_tokens // args.train_seq_len
@@ -908,9 +901,6 @@ def nearest(x: np.ndarray, top: int) -> np.ndarray:
     return np.clip(np.rint(x), -top, top)
 
 
-
-
-
 def cheapest(x: np.ndarray, top: int, rate: float) -> np.ndarray:
     """Integers with the least (x - q)^2 + rate * bits(q), among the nearest, its neighbour towards zero and
     zero itself: entropy-constrained rounding. The bits, of an ideal order-0 code, settle in two rounds."""
@@ -972,9 +962,6 @@ def quantise(weight: np.ndarray, bits: int, clip: str, k: float, axis: int, rate
     x = weight / step
     q = gptq(x, hessian, top) if hessian is not None else cheapest(x, top, rate) if rate else nearest(x, top)
     return q.astype(np.int8), step.astype(np.float16)
-
-
-
 
 
 class Rounding(nn.Module):
@@ -1600,9 +1587,6 @@ def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
                     table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
             seen += last - first
             total += np.abs(block[first:last].astype(np.int64)).sum(0)
-
-
-
 
 
 def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:
@@ -2597,8 +2581,9 @@ class Trainer:
         if args.quant_round == "gptq":
             for _ in range(2):  # the second time is the one to go by
                 start = time.perf_counter()
-                self.input_moments(ids)
-                self.reserve = 1.25 * args.gptq_batches * (time.perf_counter() - start)
+                self.input_moments(ids)["tok_emb.weight"].sum().item()  # waits for the device
+                seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
+                self.reserve, = self.runtime.from_main([seconds])  # ranks must agree on when to stop
 
     @torch.no_grad()
     def input_moments(self, batch: Tensor, sums: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
