@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 
-from family import TRUNK, load_script, markdown_table
+from family import TRUNK, Misuse, command, load_script, markdown_table
 
 # The warm-up tries scoring too: EVAL_BATCH_TOKENS left to DEVICE_BATCH_TOKENS would add 8 GB and a minute to it.
 BASE = {
@@ -116,7 +116,7 @@ def measure_apart(options: argparse.Namespace, name: str, overrides: dict) -> di
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["failed"])[-1]
-        raise SystemExit(f"error: {name}: {last}")
+        raise Misuse(f"{name}: {last}")
     result = json.loads(done.stdout.splitlines()[-1])
     print(f"{name}: {result['step_ms']:.0f} ms, ratio {result['ratio']:.3f}", file=sys.stderr)
     return result
@@ -196,4 +196,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

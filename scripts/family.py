@@ -1,14 +1,86 @@
-"""What the tools and the tests share: loading a script as a module, and Markdown tables."""
+"""What the tools and the tests share: scripts as modules, records and their files, findings, exit codes, tables."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TRUNK = ROOT / "train_gpt.py"
+
+# Exit codes of every tool.
+FINE, FINDINGS, MISUSE = 0, 1, 2
+
+
+class Misuse(Exception):
+    """What the caller got wrong: one line that names the file or option, the value and what is accepted."""
+
+
+def command(main: Callable[[], int]) -> None:
+    """Ends the process with the exit code of `main`; a `Misuse` is one line on stderr and exit code 2."""
+    try:
+        sys.exit(main())
+    except Misuse as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(MISUSE)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One rule and how it went. `where` is `file:line`, a counter-example's place, or empty."""
+
+    rule: str
+    level: str  # PASS, WARN or FAIL
+    text: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level} {self.rule}: {f'{self.where}: ' if self.where else ''}{self.text}"
+
+
+def report(findings: Iterable[Finding], as_json: bool) -> int:
+    """Prints findings, a line each or as one JSON list -> exit code: FINDINGS where one is a FAIL."""
+    findings = list(findings)
+    print(json.dumps([asdict(finding) for finding in findings], indent=1) if as_json
+          else "\n".join(map(str, findings)))
+    return FINDINGS if any(finding.level == "FAIL" for finding in findings) else FINE
+
+
+def find_script(name: Path | str) -> Path:
+    """A script by its path, by its folder, or by a record's name; `.` is the trunk.
+
+    Raises:
+        Misuse: nothing of that name.
+    """
+    if str(name) in (".", "trunk"):
+        return TRUNK
+    for path in (Path(name), ROOT / "records" / name, *sorted((ROOT / "records").glob(f"*_{Path(name).name}"))):
+        path = path / "train_gpt.py" if path.is_dir() else path
+        if path.is_file():
+            return path.resolve()
+    raise Misuse(f"{name}: no script, no folder with a train_gpt.py and no record of this name")
+
+
+def records(root: Path = ROOT) -> list[Path]:
+    """Folders of all records below `root`, by date and name."""
+    return sorted(path.parent for path in (root / "records").glob("*/train_gpt.py"))
+
+
+def read_json(path: Path | str) -> dict:
+    """A JSON file.
+
+    Raises:
+        Misuse: it is missing or no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
+        raise Misuse(f"{path}: {reason}") from None
 
 
 def load_script(path: Path | str = TRUNK):
@@ -16,7 +88,7 @@ def load_script(path: Path | str = TRUNK):
     path = Path(path)
     path = path / "train_gpt.py" if path.is_dir() else path
     if not path.is_file():
-        raise SystemExit(f"error: {path}: no such script")
+        raise Misuse(f"{path}: no such script")
     name = f"script_{path.resolve().parent.name}_{path.stem}".replace("-", "_")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -33,7 +105,7 @@ def run_settings(folder: Path | str) -> dict[str, str]:
     """The settings of a run, as its script reads them from the environment, from the metrics.json in its folder."""
     path = Path(folder) / "metrics.json"
     if not path.exists():
-        raise SystemExit(f"error: {path}: needed for the settings of this run")
+        raise Misuse(f"{path}: needed for the settings of this run")
     return {key: str(int(value) if isinstance(value, bool) else value)
             for key, value in json.loads(path.read_text())["settings"].items() if key not in OF_THE_PROCESS}
 

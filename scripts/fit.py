@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
-from family import TRUNK, load_script, markdown_table, run_settings
+from family import TRUNK, Misuse, command, load_script, markdown_table, run_settings
 
 TOLERANCE = 0.02
 
@@ -31,7 +31,7 @@ def numbers(text: str, kind=int, step=1) -> list:
             return list(range(low, high + 1, step))
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise SystemExit(f"error: {text!r}: a range LOW-HIGH or a list A,B,C expected") from None
+        raise Misuse(f"{text!r}: a range LOW-HIGH or a list A,B,C expected") from None
 
 
 def planned(script, settings: dict[str, str]) -> tuple[dict[str, int], int]:
@@ -142,4 +142,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from family import load_script, markdown_table
+from family import command, load_script, markdown_table
 
 HEADER = ["variant", "BPB", "gain", "MB/s"]
 
@@ -180,4 +180,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from family import TRUNK, load_script, markdown_table, run_settings
+from family import TRUNK, Misuse, command, load_script, markdown_table, run_settings
 from safetensors import safe_open
 
 CODERS = ("zstd", "lzma", "rans")
@@ -28,7 +28,7 @@ def checkpoint(script, run: str, **changes):
     """(settings, {name: fp32 array} of what is exported) of a run's final checkpoint."""
     path = Path(run) / "final.safetensors"
     if not path.exists():
-        raise SystemExit(f"error: {path}: no such checkpoint")
+        raise Misuse(f"{path}: no such checkpoint")
     args = script.Hyperparameters(run_settings(run) | {"QAT_START": "1"} | changes)
     with torch.device("meta"):
         names = list(script.GPT(args).exported())
@@ -188,4 +188,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

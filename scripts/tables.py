@@ -17,11 +17,10 @@ import json
 import math
 import re
 import statistics
-import sys
 from pathlib import Path
 
 from bench import report
-from family import ROOT, markdown_table
+from family import ROOT, Misuse, command, markdown_table
 from rate import coders_table, curve_table
 
 MARK = re.compile(r"(<!-- table: (\w+) (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.S)
@@ -232,7 +231,7 @@ def rewrite(path: Path) -> str:
     def replace(match: re.Match) -> str:
         start, kind, folder, argument, end = match.groups()
         if kind not in KINDS:
-            raise SystemExit(f"error: {path}: table kind {kind} is not one of {', '.join(KINDS)}")
+            raise Misuse(f"{path}: table kind {kind} is not one of {', '.join(KINDS)}")
         return f"{start}{KINDS[kind](ROOT / folder, argument)}\n{end}"
 
     return MARK.sub(replace, path.read_text())
@@ -261,4 +260,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)
