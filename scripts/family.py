@@ -83,6 +83,13 @@ def read_json(path: Path | str) -> dict:
         raise Misuse(f"{path}: {reason}") from None
 
 
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
 def load_script(path: Path | str = TRUNK):
     """A script of this repository, or that of a record's folder, as a module: importing one starts no work."""
     path = Path(path)

@@ -8,28 +8,25 @@ A marker pair `<!-- table: KIND FOLDER [ARGUMENT] -->` ... `<!-- end -->` names 
 `bench` (what scripts/bench.py --json wrote), `classes` (bits by byte class), `sweep` (training loss of single runs, `sweep.json`),
 `passes` (every scoring pass against the one before it that it adds to, seeds paired), `coders` and `curve` (what scripts/rate.py wrote), `rows` (any
 JSON file {"header": [...], "rows": [[...]], "note": "..."} that a tool wrote).
+
+`headline`, `seeds` and `passes` say in a line of their own where the seeds were measured with another script than the folder's: *stale*.
+Verdicts are those of scripts/stats.py. Exit code 2: a file or a number that a table needs is missing. The root README's table of records is
+written by scripts/leaderboard.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import statistics
 from pathlib import Path
 
 from bench import report
-from family import ROOT, Misuse, command, markdown_table
-from rate import coders_table, curve_table
+from family import FINDINGS, FINE, ROOT, Misuse, command, markdown_table, read_json, write_atomic
+from stats import spread, stale_mark, verdict
 
 MARK = re.compile(r"(<!-- table: (\w+) (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.S)
-# Student's t, two-sided 95 %, for 1 to 9 degrees of freedom.
-T_95 = dict(enumerate([12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262], 1))
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text())
 
 
 def headline(metrics: dict) -> float:
@@ -37,18 +34,32 @@ def headline(metrics: dict) -> float:
 
 
 def seed_runs(folder: Path) -> list[dict]:
+    """The metrics of a record's seeds, by seed.
+
+    Raises:
+        Misuse: there is none.
+    """
     paths = sorted(folder.glob("seed*/metrics.json"), key=lambda path: int(path.parent.name[4:]))
-    return [read(path) for path in paths]
+    if not paths:
+        raise Misuse(f"{folder}/seed*/metrics.json: no such file")
+    return [read_json(path) for path in paths]
+
+
+def marked(text: str, folder: Path, runs: list[dict]) -> str:
+    """A table, and below it the mark of a record whose runs are not those of its script."""
+    mark = stale_mark(folder, runs)
+    return f"{text}\n\n{mark}" if mark else text
 
 
 def sentence(folder: Path, _) -> str:
     runs = seed_runs(folder)
     scores = [headline(run) for run in runs]
-    return (
+    deviation = f"standard deviation {statistics.stdev(scores):.4f}" if len(runs) > 1 else "one seed"
+    return marked(
         f"**{statistics.mean(scores):.4f} BPB** (`{runs[0]['headline']}`, mean of seeds "
-        f"{', '.join(str(run['seed']) for run in runs)}, standard deviation {statistics.stdev(scores):.4f}) in at most "
-        f"{max(run['bytes_total'] for run in runs):,} bytes, code included; {runs[0]['params']:,} parameters."
-    )
+        f"{', '.join(str(run['seed']) for run in runs)}, {deviation}) in at most "
+        f"{max(run['bytes_total'] for run in runs):,} bytes, code included; {runs[0]['params']:,} parameters.",
+        folder, runs)
 
 
 def seeds(folder: Path, _) -> str:
@@ -75,7 +86,7 @@ def seeds(folder: Path, _) -> str:
         f"{first['evals'][names[0]]['targets']:,} targets."
     )
     header = ["seed", "raw", "EMA", "int6", "int6 sliding", "model bytes", "code bytes", "total bytes"]
-    return markdown_table([*header, "ms a step", "scoring s"], rows) + f"\n\n{note}"
+    return marked(markdown_table([*header, "ms a step", "scoring s"], rows) + f"\n\n{note}", folder, runs)
 
 
 # Each scoring pass, what it is called, and the pass that it is to be compared with.
@@ -104,45 +115,37 @@ def passes(folder: Path, _) -> str:
     header = ["pass", *(f"seed {run['seed']}" for run in runs), "mean", "seconds", "against", "difference",
               "95 % interval", "verdict"]
     first = runs[0]
-    return markdown_table(header, rows) + (
-        f"\n\nBPB on {first['evals']['final_raw']['bytes']:,} bytes; {first['steps']} steps, {first['device']}, torch "
-        f"{first['torch']}, data `{first['dataset']['name']}`.")
+    note = (f"BPB on {first['evals']['final_raw']['bytes']:,} bytes; {first['steps']} steps, {first['device']}, torch "
+            f"{first['torch']}, data `{first['dataset']['name']}`.")
+    return marked(f"{markdown_table(header, rows)}\n\n{note}", folder, runs)
 
 
 def coders(folder: Path, argument: str | None) -> str:
-    return coders_table(read(folder / (argument or "coders.json")))
+    from rate import coders_table  # brings torch, which no other table needs
+    return coders_table(read_json(folder / (argument or "coders.json")))
 
 
 def curve(folder: Path, argument: str | None) -> str:
-    return curve_table(read(folder / (argument or "curve.json")))
+    from rate import curve_table
+    return curve_table(read_json(folder / (argument or "curve.json")))
 
 
 def plain_rows(folder: Path, argument: str) -> str:
-    found = read(folder / argument)
+    found = read_json(folder / (argument or "rows.json"))
     table = markdown_table(found["header"], found["rows"])
     return f"{table}\n\n{found['note']}" if found.get("note") else table
 
 
-def verdict(differences: list[float]) -> tuple[float, float, str]:
-    """(mean, half width of the 95 % interval, verdict) of paired differences, lower is better; paired t."""
-    mean = statistics.mean(differences)
-    n = len(differences)
-    half = T_95[n - 1] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.inf
-    if mean + half < 0:
-        return mean, half, "better"
-    if mean - half > 0:
-        return mean, half, "worse"
-    return mean, half, "no effect" if abs(mean) + half <= 0.003 else "undecided"
-
-
 def ablation(folder: Path, _) -> str:
     arms = {
-        path.name: {int(file.stem[4:]): read(file) for file in path.glob("seed*.json")}
-        for path in sorted((folder / "ablations").iterdir())
-        if path.is_dir()
+        path.parent.name: {int(file.stem[4:]): read_json(file) for file in path.parent.glob("seed*.json")}
+        for path in sorted((folder / "ablations").glob("*/seed*.json"))
     }
+    notes = read_json(folder / "ablations" / "arms.json")
+    if set(arms) != set(notes) or "base" not in arms:
+        raise Misuse(f"{folder}/ablations: arms.json names {', '.join(notes)}, the folders are {', '.join(arms)}; "
+                     "base is one of both")
     base = arms.pop("base")
-    notes = read(folder / "ablations" / "arms.json")
     rows = [
         [
             f"base: {notes['base']}",
@@ -172,17 +175,11 @@ def ablation(folder: Path, _) -> str:
             ]
         )
     first = next(iter(base.values()))
-    spread = math.sqrt(
-        statistics.mean(
-            statistics.variance(map(headline, runs.values()))
-            for runs in [base, *arms.values()]
-            if len(runs) > 1
-        )
-    )
+    pooled = spread(map(headline, runs.values()) for runs in [base, *arms.values()])
     note = (
         f"`{first['headline']}` BPB, {first['steps']} steps, seeds {', '.join(map(str, sorted(base)))}, "
         f"{first['device']}, {first['evals'][first['headline']]['bytes']:,} bytes of the last training documents; "
-        f"spread {spread:.4f}."
+        f"spread {pooled:.4f}."
     )
     return (
         markdown_table(
@@ -193,7 +190,7 @@ def ablation(folder: Path, _) -> str:
 
 
 def bench(folder: Path, argument: str | None) -> str:
-    return report(read(folder / (argument or "bench.json")))
+    return report(read_json(folder / (argument or "bench.json")))
 
 
 def classes(folder: Path, _) -> str:
@@ -209,7 +206,7 @@ def classes(folder: Path, _) -> str:
 
 def sweep(folder: Path, _) -> str:
     """Arms of one seed on equal batches, compared by training loss: {"setting", "rows": [{"change", "bits"}]}."""
-    found = read(folder / "sweep.json")
+    found = read_json(folder / "sweep.json")
     spans = list(found["rows"][0]["bits"])
     rows = [
         [row["change"], *(f"{row['bits'][span]:.4f}" if span in row["bits"] else "stopped" for span in spans)]
@@ -227,36 +224,44 @@ KINDS = {
 }
 
 
-def rewrite(path: Path) -> str:
+def rewrite(path: Path, root: Path = ROOT) -> str:
+    """The text of a README with every table between markers built anew from the files below `root`.
+
+    Raises:
+        Misuse: a marker names no table, or a table's files are missing or lack a number.
+    """
     def replace(match: re.Match) -> str:
         start, kind, folder, argument, end = match.groups()
         if kind not in KINDS:
             raise Misuse(f"{path}: table kind {kind} is not one of {', '.join(KINDS)}")
-        return f"{start}{KINDS[kind](ROOT / folder, argument)}\n{end}"
+        try:
+            return f"{start}{KINDS[kind](root / folder, argument)}\n{end}"
+        except KeyError as error:
+            raise Misuse(f"{path}: table {kind} of {folder}: its files have no {error}") from None
 
     return MARK.sub(replace, path.read_text())
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit with 1 where something would change"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     stale = []
     for path in [ROOT / "README.md", *sorted((ROOT / "records").glob("*/README.md"))]:
         new = rewrite(path)
         if new != path.read_text():
             stale.append(path.relative_to(ROOT))
             if not options.check:
-                path.write_text(new)
+                write_atomic(path, new.encode())
     print(
         "\n".join(f"{'stale' if options.check else 'rewritten'}: {path}" for path in stale)
         or "all tables agree"
     )
-    return 1 if stale and options.check else 0
+    return FINDINGS if stale and options.check else FINE
 
 
 if __name__ == "__main__":

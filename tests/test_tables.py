@@ -1,0 +1,87 @@
+"""scripts/tables.py on records of its own: what it says of stale runs and of files that are not there."""
+
+import hashlib
+import json
+
+import pytest
+import stats
+import tables
+from family import Misuse
+
+NAMES = ["final_raw", "final_ema", "final_int6_roundtrip", "final_int6_sliding"]
+KINDS = ["headline", "seeds", "passes"]
+
+
+@pytest.fixture
+def record(tmp_path):
+    """record(script="...") -> folder of a record with three seeds, measured with the script of these words."""
+
+    def record(measured: str = "print()\n", script: str = "print()\n"):
+        folder = tmp_path / "records" / "2026-01-02_A"
+        for seed in (1, 2, 3):
+            entry = {"val_loss": 1.3, "val_bpb": 1.9 + seed / 1000, "targets": 10, "bytes": 10, "seconds": 1.0}
+            run = {"val_bpb": entry["val_bpb"], "headline": NAMES[-1], "evals": dict.fromkeys(NAMES, entry), "seed": seed,
+                   "script_sha256": hashlib.sha256(measured.encode()).hexdigest(), "params": 5, "steps": 6,
+                   "bytes_total": 30, "bytes_code": 10, "bytes_model": 20, "ms_per_step": 7.0, "eval_seconds": 8.0,
+                   "device": "cpu", "torch": "2", "dataset": {"name": "d"}}
+            path = folder / f"seed{seed}" / "metrics.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(run))
+        (folder / "train_gpt.py").write_text(script)
+        return folder
+
+    return record
+
+
+def readme(tmp_path, *kinds: str):
+    path = tmp_path / "README.md"
+    path.write_text("".join(f"<!-- table: {kind} records/2026-01-02_A -->\n<!-- end -->\n" for kind in kinds))
+    return path
+
+
+def test_tables_of_runs_of_another_script_say_stale(record, tmp_path):
+    path = readme(tmp_path, *KINDS)
+    folder = record()
+    assert "stale" not in tables.rewrite(path, tmp_path) and "**1.9020 BPB**" in tables.rewrite(path, tmp_path)
+    folder = record(script="print(1)\n")
+    old, new = (hashlib.sha256(text.encode()).hexdigest()[:8] for text in ("print()\n", "print(1)\n"))
+    mark = f"\n\n*stale: measured with script `{old}`, this one is `{new}`*\n<!-- end -->"
+    assert tables.rewrite(path, tmp_path).count(mark) == len(KINDS)
+    run = folder / "seed2" / "metrics.json"
+    run.write_text(run.read_text().replace(old, "00000000"))  # one seed with a third script
+    assert f"measured with scripts `00000000`, `{old}`, this one" in tables.rewrite(path, tmp_path)
+
+
+def test_a_rewritten_readme_is_a_fixed_point(record, tmp_path):
+    record(script="print(1)\n")
+    path = readme(tmp_path, *KINDS)
+    path.write_text(tables.rewrite(path, tmp_path))
+    assert tables.rewrite(path, tmp_path) == path.read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_without_its_files_is_refused(tmp_path, kind):
+    with pytest.raises(Misuse, match="2026-01-02_A/seed\\*/metrics.json: no such file"):
+        tables.rewrite(readme(tmp_path, kind), tmp_path)
+
+
+def test_missing_files_numbers_and_kinds_are_named(record, tmp_path):
+    folder = record()
+    for kind, name in (("sweep", "sweep.json"), ("bench", "bench.json"), ("ablation", "ablations/arms.json")):
+        with pytest.raises(Misuse, match=f"{folder / name}: No such file"):
+            tables.rewrite(readme(tmp_path, kind), tmp_path)
+    with pytest.raises(Misuse, match="table kind nonsense is not one of headline, "):
+        tables.rewrite(readme(tmp_path, "nonsense"), tmp_path)
+    run = folder / "seed1" / "metrics.json"
+    run.write_text(run.read_text().replace("ms_per_step", "renamed"))
+    with pytest.raises(Misuse, match="table seeds of records/2026-01-02_A: its files have no 'ms_per_step'"):
+        tables.rewrite(readme(tmp_path, "seeds"), tmp_path)
+    (folder / "ablations" / "base").mkdir(parents=True)
+    (folder / "ablations" / "base" / "seed1.json").write_text("{}")
+    (folder / "ablations" / "arms.json").write_text('{"base": "", "gone": ""}')
+    with pytest.raises(Misuse, match="arms.json names base, gone, the folders are base"):
+        tables.rewrite(readme(tmp_path, "ablation"), tmp_path)
+
+
+def test_verdicts_are_those_of_the_statistics():
+    assert tables.verdict is stats.verdict
