@@ -46,19 +46,10 @@ from pathlib import Path
 import numpy as np
 from audit_files import forensics, hints
 from codec import CodecError, categorical, constriction_stream, shard_ids
-from family import (
-    OF_THE_PROCESS,
-    ROOT,
-    Finding,
-    Misuse,
-    command,
-    find_script,
-    load_script,
-    read_json,
-    report,
-)
+from family import OF_THE_PROCESS, ROOT, Finding, Misuse, command, find_script, load_script, read_json, report
 
 # Tiny sizes, given to a script that knows the variable. What the record's runs had at 0 stays switched off.
+# fmt: off
 SMALL = {
     "NUM_LAYERS": 3, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "MLP_MULT": 2.0, "ROPE_DIMS": 4, "XSA_LAST_N": 2,
     "NGRAM_ORDERS": "2,3,5", "NGRAM_BUCKETS": 512, "NGRAM_DIM": 8, "BIGRAM_VOCAB_SIZE": 256, "BIGRAM_DIM": 8,
@@ -69,7 +60,16 @@ SMALL = {
     "MAX_WALLCLOCK_SECONDS": 0, "EVAL_BUDGET_SECONDS": 0, "ARTIFACT_BUDGET_BYTES": 16_000_000, "VAL_BYTES": 0, "CHECKPOINT_EVERY": 0,
     "DTYPE": "fp32", "DEVICE": "cpu", "COMPILE": 0, "SEED": 7,
 }
-OF_THE_RUN = {*OF_THE_PROCESS, "DATA_PATH", "TOKENIZER_PATH", "RUNS_PATH", "RUN_ID", "ATTENTION", "VOCAB_SIZE"}
+# fmt: on
+OF_THE_RUN = {
+    *OF_THE_PROCESS,
+    "DATA_PATH",
+    "TOKENIZER_PATH",
+    "RUNS_PATH",
+    "RUN_ID",
+    "ATTENTION",
+    "VOCAB_SIZE",
+}
 VOCAB, BOS = 260, 1
 SAME = 2e-5  # nats; equal shapes give equal sums on a CPU, and other shapes are off by a few 1e-6
 CLOSE = 2e-4  # nats; where windows are batched otherwise
@@ -83,8 +83,10 @@ GIB = 1 << 30
 
 def offline() -> list[str]:
     """What to put before a command so that it has no network; empty where this system has nothing for it."""
-    for prefix in (["unshare", "-rn", "--"],
-                   ["sandbox-exec", "-p", "(version 1)(allow default)(deny network*)"]):
+    for prefix in (
+        ["unshare", "-rn", "--"],
+        ["sandbox-exec", "-p", "(version 1)(allow default)(deny network*)"],
+    ):
         with contextlib.suppress(OSError):
             if subprocess.run([*prefix, "true"], capture_output=True, timeout=20).returncode == 0:
                 return prefix
@@ -106,6 +108,7 @@ def limits(memory: int, seconds: int) -> Callable[[], None] | None:
             with contextlib.suppress(ValueError, OSError):
                 hard = resource.getrlimit(getattr(resource, name))[1]
                 resource.setrlimit(getattr(resource, name), (value if hard < 0 else min(value, hard), hard))
+
     return limit
 
 
@@ -124,9 +127,16 @@ class Worker:
     def __init__(self, trial: Trial, artifact: str, name: str):
         self.errors = open(trial.folder / f"{name}.err", "w")  # noqa: SIM115 (closed with the process)
         self.process = subprocess.Popen(
-            trial.call("serve", str(trial.script), artifact, str(trial.adapter or "")), cwd=trial.folder,
-            env=trial.environment(AUDIT_WATCH=str(trial.folder / f"{name}.watch")), stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self.errors, text=True, start_new_session=True, preexec_fn=trial.limit)
+            trial.call("serve", str(trial.script), artifact, str(trial.adapter or "")),
+            cwd=trial.folder,
+            env=trial.environment(AUDIT_WATCH=str(trial.folder / f"{name}.watch")),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            start_new_session=True,
+            preexec_fn=trial.limit,
+        )
         self.timer = threading.Timer(trial.seconds, self.kill)
         self.timer.start()
         self.can_stream = self._answer()["stream"]
@@ -139,7 +149,11 @@ class Worker:
 
     def _answer(self) -> dict:
         line = self.process.stdout.readline()
-        found = json.loads(line) if line else {"error": f"it ended without an answer, exit code {self.process.wait()}"}
+        found = (
+            json.loads(line)
+            if line
+            else {"error": f"it ended without an answer, exit code {self.process.wait()}"}
+        )
         if "error" in found:
             raise Refused(found["error"])
         return found
@@ -149,8 +163,10 @@ class Worker:
         found = self.ask(op="score", ids=ids.tolist(), positions=[int(t) for t in positions])
         vectors = {int(t): np.array(v) for t, v in found["vectors"].items()}
         if len(found["nats"]) != len(ids) - 1 or set(vectors) != set(map(int, positions)):
-            raise Refused(f"score gave {len(found['nats'])} losses for {len(ids) - 1} targets and "
-                          f"{len(vectors)} distributions for {len(set(positions))} positions")
+            raise Refused(
+                f"score gave {len(found['nats'])} losses for {len(ids) - 1} targets and "
+                f"{len(vectors)} distributions for {len(set(positions))} positions"
+            )
         return np.array(found["nats"]), vectors
 
     def kill(self) -> None:
@@ -184,8 +200,17 @@ def text_of(noise: bool = False) -> tuple[list[str], list[str]]:
 class Trial:
     """One script in a folder of its own: its data, its settings, its runs, and processes that answer for it."""
 
-    def __init__(self, script: Path, folder: Path, settings: dict[str, str] | None = None, adapter: Path | None = None,
-                 artifact: Path | None = None, seconds: int = 170, memory: int = 24 * GIB, record: Path | None = None):
+    def __init__(
+        self,
+        script: Path,
+        folder: Path,
+        settings: dict[str, str] | None = None,
+        adapter: Path | None = None,
+        artifact: Path | None = None,
+        seconds: int = 170,
+        memory: int = 24 * GIB,
+        record: Path | None = None,
+    ):
         self.folder, self.seconds, self.network = folder, seconds, offline()
         self.limit, self.given, self.record = limits(memory, seconds), settings or {}, record
         self.script = folder / "train_gpt.py"
@@ -193,7 +218,9 @@ class Trial:
         shutil.copy(Path(__file__).with_name("audit_worker.py"), folder)
         self.adapter = Path(shutil.copy(adapter, folder / "adapter.py")) if adapter else None
         self.given_artifact = str(shutil.copy(artifact, folder / "given.bin")) if artifact else ""
-        self.claims = read_json(record / "submission.json") if record and (record / "submission.json").exists() else {}
+        self.claims = (
+            read_json(record / "submission.json") if record and (record / "submission.json").exists() else {}
+        )
         self.rng = np.random.default_rng(1)
         self.workers: dict[str, Worker] = {}
         self.settings: dict[str, str] = {}
@@ -202,16 +229,36 @@ class Trial:
         return [*self.network, sys.executable, "-I", "audit_worker.py", *arguments]
 
     def environment(self, **more: str) -> dict[str, str]:
-        bare = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "SYSTEMROOT") if name in os.environ}
-        return {**bare, "HOME": str(self.folder), "TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1", **self.settings, **more}
+        bare = {
+            name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "SYSTEMROOT") if name in os.environ
+        }
+        return {
+            **bare,
+            "HOME": str(self.folder),
+            "TMPDIR": str(self.folder),
+            "OMP_NUM_THREADS": "1",
+            **self.settings,
+            **more,
+        }
 
     def run(self, name: str, **settings: str) -> tuple[str, dict]:
         """The script as a program -> (its output, metrics.json or {}). Raises Refused where it fails."""
-        env = self.environment(AUDIT_WATCH=str(self.folder / f"{name}.watch"), RUNS_PATH=str(self.folder / "runs"),
-                               RUN_ID=name, **settings)
-        process = subprocess.Popen(self.call("main", str(self.script), *(["--help"] if name == "help" else [])),
-                                   cwd=self.folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   start_new_session=True, preexec_fn=self.limit)
+        env = self.environment(
+            AUDIT_WATCH=str(self.folder / f"{name}.watch"),
+            RUNS_PATH=str(self.folder / "runs"),
+            RUN_ID=name,
+            **settings,
+        )
+        process = subprocess.Popen(
+            self.call("main", str(self.script), *(["--help"] if name == "help" else [])),
+            cwd=self.folder,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=self.limit,
+        )
         try:
             output, _ = process.communicate(timeout=self.seconds)
         except subprocess.TimeoutExpired:
@@ -227,9 +274,24 @@ class Trial:
     # What the script knows, and what it is given
 
     @cached_property
+    def help(self) -> str:
+        return self.run("help")[0]
+
+    @cached_property
     def names(self) -> set[str]:
-        """Every variable that `--help` names."""
-        return set(re.findall(r"^\s+([A-Z][A-Z0-9_]+)(?=\s)", self.run("help")[0], re.M))
+        """Every variable that `--help` names, retired ones too."""
+        return set(re.findall(r"^\s+([A-Z][A-Z0-9_]+)(?=\s)", self.help, re.M))
+
+    @cached_property
+    def settable(self) -> set[str]:
+        """Those before the list of the ones without effect."""
+        return set(
+            re.findall(
+                r"^\s+([A-Z][A-Z0-9_]+)(?=\s)",
+                re.split(r"^.*without effect$", self.help, flags=re.M)[0],
+                re.M,
+            )
+        )
 
     def configure(self) -> None:
         """Settings of the record's runs, at tiny sizes; --set last. A token model gets a tokenizer of 512 ids."""
@@ -239,13 +301,16 @@ class Trial:
         runs = sorted(self.record.glob("seed*/metrics.json")) if self.record else []
         if runs:
             measured = read_json(runs[0]).get("settings", {})
-            found = {name: str(int(value) if isinstance(value, bool) else value) for name, value in measured.items()
-                     if name in self.names and name not in OF_THE_RUN}
+            found = {
+                name: str(int(value) if isinstance(value, bool) else value)
+                for name, value in measured.items()
+                if name in self.settable and name not in OF_THE_RUN
+            }
             self.vocab = int(measured.get("VOCAB_SIZE", VOCAB))
         else:
             self.vocab = VOCAB
         for name, value in SMALL.items():  # nothing starts with them where an artifact is given
-            if (self.given_artifact or name in self.names) and found.get(name) not in ("0", ""):
+            if (self.given_artifact or name in self.settable) and found.get(name) not in ("0", ""):
                 found[name] = str(value)
         given = {**{k: str(v) for k, v in self.claims.get("audit", {}).items()}, **self.given}
         self.vocab = int(given.get("VOCAB_SIZE", self.vocab))
@@ -267,11 +332,28 @@ class Trial:
         for path, documents in zip(sources, (train, val)):
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
         variant = "byte260" if self.vocab == VOCAB else f"sp{self.vocab}"
-        more = ["--tokenizer", str(self.data("text") / f"{variant}.model")] if kind == "noise" and self.vocab != VOCAB else []
+        more = (
+            ["--tokenizer", str(self.data("text") / f"{variant}.model")]
+            if kind == "noise" and self.vocab != VOCAB
+            else []
+        )
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             code = load_script(ROOT / "data" / "prepare.py").main(
-                ["files", str(sources[0]), "--val", str(sources[1]), "--variant", variant, "--no-shuffle",
-                 "--overlap", "report", "--out", str(folder), *more])
+                [
+                    "files",
+                    str(sources[0]),
+                    "--val",
+                    str(sources[1]),
+                    "--variant",
+                    variant,
+                    "--no-shuffle",
+                    "--overlap",
+                    "report",
+                    "--out",
+                    str(folder),
+                    *more,
+                ]
+            )
         if code:
             raise Misuse(f"data/prepare.py could not make the {kind} shards of the trial (exit code {code})")
         return folder
@@ -310,9 +392,11 @@ class Trial:
                 return np.array(example, np.int64)
             self.vocab = self.of_adapter("VOCAB_SIZE") or VOCAB
             if self.vocab != VOCAB:
-                raise Misuse(f"{self.adapter.name}: with VOCAB_SIZE={self.vocab} it must say EXAMPLE, ids to probe with")
+                raise Misuse(
+                    f"{self.adapter.name}: with VOCAB_SIZE={self.vocab} it must say EXAMPLE, ids to probe with"
+                )
         self.configure()
-        path, = self.data("text").glob("*_val_*.bin")
+        (path,) = self.data("text").glob("*_val_*.bin")
         return shard_ids(path.read_bytes())
 
     def of_adapter(self, name: str):
@@ -344,7 +428,14 @@ class Trial:
         n, step = len(self.ids) - 1, int(self.settings.get("EVAL_STRIDE", 16))
         chunk = int(self.settings.get("TTT_CHUNK_TOKENS", 64))
         starts = np.flatnonzero(self.ids == self.bos)
-        sure = [chunk - 1, chunk, 2 * chunk, step, 3 * step - 1, *(s + d for s in starts[1:3] for d in (-2, -1, 0))]
+        sure = [
+            chunk - 1,
+            chunk,
+            2 * chunk,
+            step,
+            3 * step - 1,
+            *(s + d for s in starts[1:3] for d in (-2, -1, 0)),
+        ]
         rest = self.rng.permutation(n - 2)[:count]
         return list(dict.fromkeys(int(t) for t in [*sure, *rest] if 0 < t < n - 1))[:count]
 
@@ -355,11 +446,24 @@ class Trial:
     def close(self) -> None:
         for worker in self.workers.values():
             worker.close()
+        self.workers = {}
 
 
 # -----------------------------------------------------------------------------
 # PROBES
 # -----------------------------------------------------------------------------
+
+
+def well(rule: str, text: str) -> Finding:
+    return Finding(rule, "PASS", text)
+
+
+def fail(rule: str, text: str) -> Finding:
+    return Finding(rule, "FAIL", text)
+
+
+def unjudged(rule: str, why: str) -> Finding:
+    return Finding(rule, "WARN", f"not judged: {why}")
 
 
 def moved(a: np.ndarray, b: np.ndarray, tolerance: float) -> tuple[int, float] | None:
@@ -377,10 +481,18 @@ def future(trial: Trial) -> list[Finding]:
         changed[t + 2 :] = trial.others(len(ids) - t - 2)
         other, seen = trial.worker().score(changed, [t])
         if found := moved(other[: t + 1], nats[: t + 1], SAME):
-            return [Finding("C1/P1", "FAIL", f"ids after target {t} replaced: target {found[0]} moves by {found[1]:.2g} nats")]
+            return [
+                fail(
+                    "C1/P1", f"ids after target {t} replaced: target {found[0]} moves by {found[1]:.2g} nats"
+                )
+            ]
         if found := moved(seen[t], vectors[t], SAME):
-            return [Finding("C1/P1", "FAIL", f"ids after target {t} replaced: its distribution moves by {found[1]:.2g}")]
-    return [Finding("C1/P1", "PASS", f"ids after {len(places)} targets replaced, at borders of windows, chunks and documents")]
+            return [fail("C1/P1", f"ids after target {t} replaced: its distribution moves by {found[1]:.2g}")]
+    return [
+        well(
+            "C1/P1", f"ids after {len(places)} targets replaced, at borders of windows, chunks and documents"
+        )
+    ]
 
 
 def poison(trial: Trial) -> list[Finding]:
@@ -396,17 +508,32 @@ def poison(trial: Trial) -> list[Finding]:
             other, seen = trial.worker().score(changed, [t])
             what, pairs = f"target {t} set to id {value}", pairs + t
             if found := moved(seen[t], vectors[t], SAME):
-                out.setdefault("C1/P2", Finding("C1/P2", "FAIL", f"{what}: the distribution at {t} moves by {found[1]:.2g}"))
+                out.setdefault(
+                    "C1/P2", fail("C1/P2", f"{what}: the distribution at {t} moves by {found[1]:.2g}")
+                )
             if abs(other[t] + seen[t][value]) > SAME or not np.isfinite(other[t]):
-                out.setdefault("C2/P2", Finding("C2/P2", "FAIL", f"{what}: it is charged {other[t]:.4f} nats, its distribution "
-                                                f"says {-seen[t][value]:.4f}"))
+                out.setdefault(
+                    "C2/P2",
+                    fail(
+                        "C2/P2",
+                        f"{what}: it is charged {other[t]:.4f} nats, its distribution "
+                        f"says {-seen[t][value]:.4f}",
+                    ),
+                )
             if found := moved(other[:t], base[:t], SAME):
-                out.setdefault("C3/P5", Finding("C3/P5", "FAIL", f"{what}: the score of target {found[0]} before it moves by "
-                                                f"{found[1]:.2g} nats"))
-    passed = {"C1/P2": f"{len(places)} targets set to {count} other ids: distributions unmoved",
-              "C2/P2": "every score is that of the distribution at its target",
-              "C3/P5": f"0 of {pairs} scores before a flipped target moved"}
-    return [out.get(rule, Finding(rule, "PASS", text)) for rule, text in passed.items()]
+                out.setdefault(
+                    "C3/P5",
+                    fail(
+                        "C3/P5",
+                        f"{what}: the score of target {found[0]} before it moves by {found[1]:.2g} nats",
+                    ),
+                )
+    passed = {
+        "C1/P2": f"{len(places)} targets set to {count} other ids: distributions unmoved",
+        "C2/P2": "every score is that of the distribution at its target",
+        "C3/P5": f"0 of {pairs} scores before a flipped target moved",
+    }
+    return [out.get(rule, well(rule, text)) for rule, text in passed.items()]
 
 
 def normal(trial: Trial) -> list[Finding]:
@@ -416,14 +543,19 @@ def normal(trial: Trial) -> list[Finding]:
     for t in places:
         p = np.exp(vectors[t])
         if not np.isfinite(p).all() or len(p) != trial.size:
-            return [Finding("C2/P3", "FAIL", f"at target {t} a probability is not a number")]
+            return [fail("C2/P3", f"at target {t} a probability is not a number")]
         worst = max(worst, abs(p.sum() - 1))
         if abs(p.sum() - 1) > 1e-4:
-            return [Finding("C2/P3", "FAIL", f"at target {t} the probabilities of {len(p)} ids sum to {p.sum():.6f}")]
+            return [fail("C2/P3", f"at target {t} the probabilities of {len(p)} ids sum to {p.sum():.6f}")]
         if abs(nats[t] + vectors[t][ids[t + 1]]) > SAME:
-            return [Finding("C2/P3", "FAIL", f"target {t} is charged {nats[t]:.4f} nats, its distribution says "
-                            f"{-vectors[t][ids[t + 1]]:.4f}")]
-    return [Finding("C2/P3", "PASS", f"at {len(places)} targets {trial.size} probabilities sum to 1 within {worst:.1e}")]
+            return [
+                fail(
+                    "C2/P3",
+                    f"target {t} is charged {nats[t]:.4f} nats, its distribution says "
+                    f"{-vectors[t][ids[t + 1]]:.4f}",
+                )
+            ]
+    return [well("C2/P3", f"at {len(places)} targets {trial.size} probabilities sum to 1 within {worst:.1e}")]
 
 
 def order(trial: Trial) -> list[Finding]:
@@ -431,8 +563,13 @@ def order(trial: Trial) -> list[Finding]:
     ids, nats, places = trial.ids, trial.base[0], [t for t in trial.borders(10) if t > 8][:5]
     for t in places:
         if found := moved(trial.worker().score(ids[: t + 1])[0], nats[:t], CLOSE):
-            return [Finding("C3/P4", "FAIL", f"the text cut after target {t - 1}: target {found[0]} moves by {found[1]:.2g} nats")]
-    return [Finding("C3/P4", "PASS", f"scores of the text cut at {len(places)} places are those of the whole")]
+            return [
+                fail(
+                    "C3/P4",
+                    f"the text cut after target {t - 1}: target {found[0]} moves by {found[1]:.2g} nats",
+                )
+            ]
+    return [well("C3/P4", f"scores of the text cut at {len(places)} places are those of the whole")]
 
 
 def coverage(trial: Trial) -> list[Finding]:
@@ -443,20 +580,29 @@ def coverage(trial: Trial) -> list[Finding]:
     entry = metrics["evals"][metrics["headline"]]
     nats, out, size = trial.worker().score(ids)[0], [], sum(len(text.encode()) for text in text_of()[1])
     if not np.isfinite(nats).all():
-        out.append(Finding("C4/P6", "FAIL", f"target {int(np.flatnonzero(~np.isfinite(nats))[0])} has no finite score"))
+        out.append(fail("C4/P6", f"target {int(np.flatnonzero(~np.isfinite(nats))[0])} has no finite score"))
     if entry["targets"] != len(nats):
-        out.append(Finding("C4/P6", "FAIL", f"the stream has {len(nats)} targets, the run reports {entry['targets']}"))
+        out.append(fail("C4/P6", f"the stream has {len(nats)} targets, the run reports {entry['targets']}"))
     if abs(entry["val_loss"] - nats.mean()) > CLOSE:
-        out.append(Finding("C4/P6", "FAIL", f"the mean of score over every target once is {nats.mean():.6f} nats, "
-                           f"the run reports {entry['val_loss']:.6f}"))
+        out.append(
+            fail(
+                "C4/P6",
+                f"the mean of score over every target once is {nats.mean():.6f} nats, "
+                f"the run reports {entry['val_loss']:.6f}",
+            )
+        )
     if entry["bytes"] != size:
-        out.append(Finding("M2", "FAIL", f"the text has {size} bytes, the run divides by {entry['bytes']}"))
+        out.append(fail("M2", f"the text has {size} bytes, the run divides by {entry['bytes']}"))
     bpb = nats.sum() / np.log(2) / size
     if abs(entry["val_bpb"] - bpb) > CLOSE or metrics["val_bpb"] != entry["val_bpb"]:
-        out.append(Finding("M4", "FAIL", f"all nats over all bytes are {bpb:.6f} BPB, the run reports {metrics['val_bpb']:.6f}"))
-    return out or [Finding("C4/P6", "PASS", f"the reported loss is the mean of {len(nats)} targets, once each"),
-                   Finding("M2", "PASS", f"the bytes that divide are the text's {size}"),
-                   Finding("M4", "PASS", f"{bpb:.6f} BPB from all nats, special ids included")]
+        out.append(
+            fail("M4", f"all nats over all bytes are {bpb:.6f} BPB, the run reports {metrics['val_bpb']:.6f}")
+        )
+    return out or [
+        well("C4/P6", f"the reported loss is the mean of {len(nats)} targets, once each"),
+        well("M2", f"the bytes that divide are the text's {size}"),
+        well("M4", f"{bpb:.6f} BPB from all nats, special ids included"),
+    ]
 
 
 def decode(trial: Trial, size: int = 2000) -> list[Finding]:
@@ -483,7 +629,7 @@ def decode(trial: Trial, size: int = 2000) -> list[Finding]:
     for t, value in enumerate(ids[1:]):
         found = int(decoder.decode(categorical(coder.model, np.array(other.ask(op="logprobs")["logprobs"]))))
         if found != value:
-            return [Finding("C1/P7", "FAIL", f"target {t} decodes to id {found}, it was {value}")]
+            return [fail("C1/P7", f"target {t} decodes to id {found}, it was {value}")]
         other.ask(op="push", id=found)
     said = trial.worker().score(ids)[0].sum() / np.log(2) / 8
     text = f"{len(ids) - 1} ids in {4 * len(code)} bytes, -log2 p of the stream {nats / np.log(2) / 8:.1f}, of score {said:.1f}"
@@ -501,23 +647,35 @@ def documents(trial: Trial) -> list[Finding]:
     nats, first = trial.worker().score(ids)[0], starts[-2] - 1
     other = trial.worker().score(np.concatenate(parts))[0]
     if found := moved(other[:first], nats[:first], CLOSE):
-        return [Finding("C1/P8", "FAIL", f"the last two documents swapped: target {found[0]} before them moves by {found[1]:.2g}")]
+        return [
+            fail(
+                "C1/P8",
+                f"the last two documents swapped: target {found[0]} before them moves by {found[1]:.2g}",
+            )
+        ]
     if not independent(trial):
-        return [Finding("C1/P8", "PASS", "the last two documents swapped: nothing before them moves")]
+        return [well("C1/P8", "the last two documents swapped: nothing before them moves")]
     parts = np.split(ids, starts[1:])[::-1]
     other, ends = trial.worker().score(np.concatenate(parts))[0], np.cumsum([len(part) for part in parts])
     for k, end in enumerate(ends):  # what follows the BOS of each document
         was = len(ids) - end
         if found := moved(other[end - len(parts[k]) : end - 1], nats[was : was + len(parts[k]) - 1], CLOSE):
-            return [Finding("C1/P8", "FAIL", f"documents are said to be independent; in reverse order target {found[0]} of document "
-                            f"{len(parts) - 1 - k} moves by {found[1]:.2g} nats")]
-    return [Finding("C1/P8", "PASS", "documents in reverse order: no score moves")]
+            return [
+                fail(
+                    "C1/P8",
+                    f"documents are said to be independent; in reverse order target {found[0]} of document "
+                    f"{len(parts) - 1 - k} moves by {found[1]:.2g} nats",
+                )
+            ]
+    return [well("C1/P8", "documents in reverse order: no score moves")]
 
 
 def independent(trial: Trial) -> bool:
     """Whether documents are scored on their own: what DOC_MASK says, unless something learns along the stream."""
     on = {name: trial.settings.get(name, "0") not in ("0", "0.0", "") for name in ("DOC_MASK", "TTT", "MIX")}
-    return bool(trial.of_adapter("DOCUMENTS_INDEPENDENT")) or (on["DOC_MASK"] and not on["TTT"] and not on["MIX"])
+    return bool(trial.of_adapter("DOCUMENTS_INDEPENDENT")) or (
+        on["DOC_MASK"] and not on["TTT"] and not on["MIX"]
+    )
 
 
 def validation(trial: Trial) -> list[Finding]:
@@ -529,8 +687,10 @@ def validation(trial: Trial) -> list[Finding]:
     other = (other if other.is_absolute() else trial.folder / other).read_bytes()
     hashes = [hashlib.sha256(blob).hexdigest()[:12] for blob in (mine, other)]
     if mine != other:
-        return [Finding("D1/P9", "FAIL", f"validation text replaced by noise: artifact {hashes[1]} instead of {hashes[0]}")]
-    return [Finding("D1/P9", "PASS", f"validation text replaced by noise: the same artifact, {hashes[0]}")]
+        return [
+            fail("D1/P9", f"validation text replaced by noise: artifact {hashes[1]} instead of {hashes[0]}")
+        ]
+    return [well("D1/P9", f"validation text replaced by noise: the same artifact, {hashes[0]}")]
 
 
 def reload(trial: Trial) -> list[Finding]:
@@ -538,69 +698,91 @@ def reload(trial: Trial) -> list[Finding]:
     if trial.adapter or trial.given_artifact:
         return [unjudged("D2", "nothing is trained here")]
     said = trial.trained["val_bpb"]
-    again = trial.run("alone", DATA_PATH=str(trial.data("alone")), EVAL_ONLY="1", ARTIFACT=trial.artifact)[1]["val_bpb"]
+    again = trial.run("alone", DATA_PATH=str(trial.data("alone")), EVAL_ONLY="1", ARTIFACT=trial.artifact)[1][
+        "val_bpb"
+    ]
     if abs(again - said) > 1e-6:
-        return [Finding("D2", "FAIL", f"scored alone the artifact reaches {again:.6f} BPB, the run reported {said:.6f}")]
-    return [Finding("D2", "PASS", f"{again:.6f} BPB again, from the artifact alone, training shards removed")]
+        return [fail("D2", f"scored alone the artifact reaches {again:.6f} BPB, the run reported {said:.6f}")]
+    return [well("D2", f"{again:.6f} BPB again, from the artifact alone, training shards removed")]
 
 
 def watched(trial: Trial) -> list[Finding]:
     """static/7, B1, B9: variables that `--help` does not name, network, processes - seen while all of the above ran."""
     out, known = [], set() if trial.adapter else trial.names
-    if not trial.adapter:
-        _ = trial.trained  # so that there was something to watch
-    for worker in trial.workers.values():
-        worker.close()
+    trial.close()  # the notes are written when a process ends
     notes = [json.loads(path.read_text()) for path in sorted(trial.folder.glob("*.watch"))]
-    trial.workers = {}
     lines = [(where, names) for note in notes for where, names in note["environment"].items()]
-    hidden = {name: where for where, names in lines for name in names  # a line that reads all there is looks for nothing
-              if name not in known and "AUDIT_WATCH" not in names}
+    hidden = {
+        name: where
+        for where, names in lines
+        for name in names  # a line that reads all there is looks for nothing
+        if name not in known and "AUDIT_WATCH" not in names
+    }
     level = "WARN" if trial.adapter else "FAIL"
-    out += [Finding("B3/environment", level, f"reads {name} from the environment, which --help does not name", where)
-            for name, where in sorted(hidden.items())]
-    out += [Finding("B1/network", "FAIL", f"tried the network: {what}") for what in sorted({w for n in notes for w in n["network"]})]
+    out += [
+        Finding(
+            "B3/environment", level, f"reads {name} from the environment, which --help does not name", where
+        )
+        for name, where in sorted(hidden.items())
+    ]
+    out += [
+        fail("B1/network", f"tried the network: {what}")
+        for what in sorted({w for n in notes for w in n["network"]})
+    ]
     started = sorted({Path(what).name for note in notes for what in note["processes"]})
-    if odd := [name for name in started if name not in ("git", "uname", "lscpu", "ldconfig", "file", "sysctl")]:
+    if odd := [
+        name for name in started if name not in ("git", "uname", "lscpu", "ldconfig", "file", "sysctl")
+    ]:
         out.append(Finding("B9/processes", "WARN", f"started {', '.join(odd)}"))
-    return out or [Finding("B1/network", "PASS", f"no network, {len(notes)} processes watched"),
-                   Finding("B3/environment", "PASS", "reads no variable that --help does not name")]
+    return out or [
+        well("B1/network", f"no network, {len(notes)} processes watched"),
+        well("B3/environment", "reads no variable that --help does not name"),
+    ]
 
 
+# fmt: off
 PROBES = {"future": (future, "C1/P1"), "poison": (poison, "C2/P2"), "normal": (normal, "C2/P3"), "order": (order, "C3/P4"),
           "coverage": (coverage, "C4/P6"), "decode": (decode, "C1/P7"), "documents": (documents, "C1/P8"),
           "validation": (validation, "D1/P9"), "reload": (reload, "D2"), "watched": (watched, "B3/environment")}
 
 
-def unjudged(rule: str, why: str) -> Finding:
-    return Finding(rule, "WARN", f"not judged: {why}")
+# fmt: on
 
 
 def behave(trial: Trial, only: list[str]) -> list[Finding]:
     """All findings of the probes named. A script that breaks down under one of them fails that one."""
     try:
         from tqdm import tqdm
+
         bar = tqdm(only, desc="audit", unit="probe", disable=None, leave=False)
     except ImportError:
         bar = only
     found = []
     try:
+        try:
+            _ = trial.artifact
+        except Refused as error:
+            return [fail("trial", str(error))]
         for name in bar:
             probe, rule = PROBES[name]
             try:
                 found += probe(trial)
             except (Refused, OSError, KeyError, ValueError) as error:
-                found.append(Finding(rule, "FAIL", f"the probe `{name}` broke off: {error}"))
-                for worker in trial.workers.values():
-                    worker.close()
-                trial.workers = {}
+                found.append(fail(rule, f"the probe `{name}` broke off: {error}"))
+                trial.close()
     finally:
         trial.close()
     return found
 
 
-def check(record: Path | str, only: list[str] | None = None, settings: dict[str, str] | None = None,
-          adapter: Path | None = None, artifact: Path | None = None, seconds: int = 170) -> list[Finding]:
+def check(
+    record: Path | str,
+    only: list[str] | None = None,
+    settings: dict[str, str] | None = None,
+    adapter: Path | None = None,
+    artifact: Path | None = None,
+    seconds: int = 170,
+) -> list[Finding]:
     """Audits a record's folder or a script -> findings, in the order of the probes, then files and hints.
 
     Raises:
@@ -610,7 +792,9 @@ def check(record: Path | str, only: list[str] | None = None, settings: dict[str,
     folder = script.parent if (script.parent / "submission.json").exists() else None
     chosen = list(PROBES) if only is None else only
     if unknown := sorted(set(chosen) - {*PROBES, "files", "hints"}):
-        raise Misuse(f"--only {unknown[0]}: no such probe, there are {', '.join([*PROBES, 'files', 'hints'])}")
+        raise Misuse(
+            f"--only {unknown[0]}: no such probe, there are {', '.join([*PROBES, 'files', 'hints'])}"
+        )
     chosen = sorted(chosen, key=[*PROBES, "files", "hints"].index)
     found: list[Finding] = []
     if probes := [name for name in chosen if name in PROBES]:
@@ -618,8 +802,14 @@ def check(record: Path | str, only: list[str] | None = None, settings: dict[str,
             trial = Trial(script, Path(name).resolve(), settings, adapter, artifact, seconds, record=folder)
             found += behave(trial, probes)
             if not trial.network:
-                found.append(Finding("B1/network", "WARN", "this system offers no way to cut the network off: "
-                                     "only Python's own sockets were refused"))
+                found.append(
+                    Finding(
+                        "B1/network",
+                        "WARN",
+                        "this system offers no way to cut the network off: "
+                        "only Python's own sockets were refused",
+                    )
+                )
     if folder and (only is None or "files" in only):
         found += forensics(folder)
     if only is None or "hints" in only:
@@ -628,13 +818,21 @@ def check(record: Path | str, only: list[str] | None = None, settings: dict[str,
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", nargs="*", help="records or scripts; several are audited one after the other")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "record", nargs="*", help="records or scripts; several are audited one after the other"
+    )
     parser.add_argument("--only", help="probes with commas, `files` and `hints` among them")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the tiny runs")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the tiny runs"
+    )
     parser.add_argument("--adapter", type=Path, help="how to score with a script that is not of this family")
     parser.add_argument("--artifact", type=Path, help="probe this artifact; nothing is trained")
-    parser.add_argument("--seconds", type=int, default=170, help="for each process of the script (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=int, default=170, help="for each process of the script (default: %(default)s)"
+    )
     parser.add_argument("--list", action="store_true", help="name the probes and end")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
@@ -651,8 +849,14 @@ def main(argv: list[str] | None = None) -> int:
         raise Misuse(f"--set {bad[0]}: NAME=VALUE expected")
     code, everything = 0, []
     for record in options.record:
-        found = check(record, options.only.split(",") if options.only else None, {n: v for n, _, v in pairs},
-                      options.adapter, options.artifact, options.seconds)
+        found = check(
+            record,
+            options.only.split(",") if options.only else None,
+            {n: v for n, _, v in pairs},
+            options.adapter,
+            options.artifact,
+            options.seconds,
+        )
         everything += found
         if not options.json:
             if len(options.record) > 1:

@@ -26,8 +26,13 @@ SEEN = {"environment": {}, "opened": [], "network": [], "processes": []}
 def line_of(script: str) -> str:
     """`file:line` of the script that called, skipping the library's own wrappers; empty where another file did."""
     frame = sys._getframe(2)
-    while frame and os.path.basename(frame.f_code.co_filename) in ("os.py", "_collections_abc.py", "<frozen os>",
-                                                                   "<frozen _collections_abc>", os.path.basename(__file__)):
+    while frame and os.path.basename(frame.f_code.co_filename) in (
+        "os.py",
+        "_collections_abc.py",
+        "<frozen os>",
+        "<frozen _collections_abc>",
+        os.path.basename(__file__),
+    ):
         frame = frame.f_back
     if frame and os.path.abspath(frame.f_code.co_filename) == script:
         return f"{os.path.basename(script)}:{frame.f_lineno}"
@@ -36,6 +41,7 @@ def line_of(script: str) -> str:
 
 def watch(script: str) -> None:
     """Notes what the script reads from here on; the notes are written when the process ends."""
+
     class Watched(type(os.environ)):
         def __getitem__(self, name):
             if where := line_of(script):
@@ -99,8 +105,12 @@ def serve(script: str, artifact: str, adapter: str) -> None:
 
             def model():  # one that learns while it scores is loaded again for every question
                 found = module.load(artifact, "cpu")
-                if hasattr(getattr(found, "args", None), "eval_batch_tokens"):  # memory, not score: a short text pads a batch
-                    found.args.eval_batch_tokens = int(os.environ.get("EVAL_BATCH_TOKENS", found.args.eval_batch_tokens))
+                if hasattr(
+                    getattr(found, "args", None), "eval_batch_tokens"
+                ):  # memory, not score: a short text pads a batch
+                    found.args.eval_batch_tokens = int(
+                        os.environ.get("EVAL_BATCH_TOKENS", found.args.eval_batch_tokens)
+                    )
                 return found
 
             def score(ids, positions):
@@ -108,6 +118,7 @@ def serve(script: str, artifact: str, adapter: str) -> None:
 
             def fresh():
                 return module.stream(model())
+
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(1)
         answer({"ready": True, "stream": fresh is not None})
@@ -115,10 +126,15 @@ def serve(script: str, artifact: str, adapter: str) -> None:
             question = json.loads(line)
             if question["op"] == "score":
                 import numpy as np
+
                 ids = np.array(question["ids"], np.int64)
                 nats, vectors = score(ids, tuple(question["positions"]))
-                answer({"nats": np.asarray(nats, np.float64).tolist(),
-                        "vectors": {str(t): np.asarray(v, np.float64).tolist() for t, v in vectors.items()}})
+                answer(
+                    {
+                        "nats": np.asarray(nats, np.float64).tolist(),
+                        "vectors": {str(t): np.asarray(v, np.float64).tolist() for t, v in vectors.items()},
+                    }
+                )
             elif question["op"] == "stream":
                 stream = fresh()
                 answer({})

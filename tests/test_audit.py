@@ -38,6 +38,7 @@ SUM = "    nats = score(load(artifact), ids)[0]\n"
 OPENED = '    with open(artifact_path, "rb") as file:\n'
 
 # name: (probe, rule that must fail, changes, settings)
+# fmt: off
 MUTANTS = {
     "a future leak through a bidirectional layer": (
         "future", "C1/P1", [(LOGITS, LOGITS + "    logits = logits + 0.1 * model.table[1][ids[np.minimum(at + 2, len(ids) - 1)]]\n")], {}),
@@ -189,6 +190,7 @@ def test_adapter_judges_a_script_that_is_not_ours(tmp_path):
 
 
 # Static hints: one per pattern, and none on code that is fine.
+# fmt: off
 HINTS = {
     "1": "import urllib.request\n", "2": "def train_model():\n    return open('fineweb_val_000.bin')\n",
     "3": "def adapt(model, val_tokens):\n    loss = model(val_tokens)\n    loss.backward()\n    model.step()\n",
@@ -251,6 +253,7 @@ def append(name: str, text: str):
     return lambda folder: (folder / name).write_text((folder / name).read_text() + text)
 
 
+# fmt: off
 TAMPERED = [
     ("B1", edit("submission.json", lambda d: d.update(bytes_total=16_000_001))),
     ("B1", edit("seed42/metrics.json", lambda d: d.update(bytes_total=d["bytes_total"] - 1000))),
