@@ -1,6 +1,7 @@
 # make train      from nothing to a scored artifact on this machine, about three minutes on two cores
 # make test       everything that CI runs
 # make bench      step time and its share of the machine's matmul rate
+# make audit      is every number legal? probes of every script at a tiny size, one to three minutes each
 # make gpu-check  one command for a day with a GPU; TEXT=FILE.jsonl.zst trains on that instead of the standard library
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ PY := $(VENV)/bin/python
 RUN := $(shell date +%Y%m%d-%H%M%S)-train
 CORPUS := data/datasets/stdlib_byte260
 
-.PHONY: train data test lint bench gpu-check clean
+.PHONY: train data test lint audit bench gpu-check clean
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
@@ -41,6 +42,9 @@ lint: $(VENV)/.installed-dev
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -q tests
+
+audit: $(VENV)/.installed
+	$(PY) scripts/audit.py . $(wildcard records/*/)
 
 bench: $(VENV)/.installed
 	$(PY) scripts/bench.py

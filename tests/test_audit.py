@@ -112,9 +112,12 @@ def test_no_false_alarm_on_the_honest_toy(settings):
 
 
 def test_a_script_that_breaks_down_or_hangs_fails(tmp_path):
-    broken = planted(tmp_path, TOY, ("    ids = np.asarray(ids)\n    nats", "    ids = np.asarray(ids)[5]\n    nats"))
-    finding, = audit.check(broken, ["future"])
-    assert finding.rule == "C1/P1" and finding.level == "FAIL" and "broke off" in finding.text
+    crash = ("    ids = np.asarray(ids)\n    nats", "    ids = np.asarray(ids)[5]\n    nats")
+    finding, = audit.check(planted(tmp_path, TOY, crash), ["future", "normal"])
+    assert finding.rule == "trial" and finding.level == "FAIL" and "the run text ended" in finding.text
+    unsure = ("    ids = np.asarray(ids)\n    nats", "    assert not positions\n    ids = np.asarray(ids)\n    nats")
+    one, other = audit.check(planted(tmp_path, TOY, unsure), ["future", "coverage"])[:2]
+    assert one.rule == "C1/P1" and "broke off: AssertionError" in one.text and other.level == "PASS"
     hangs = planted(tmp_path, TOY, ("    args = Hyperparameters(os.environ)\n", "    while True: pass\n"))
     finding, = audit.check(hangs, ["future"], seconds=3)
     assert finding.level == "FAIL" and ("3 s" in finding.text or "exit code" in finding.text)
@@ -134,7 +137,7 @@ def test_strangers_code_stays_in_its_folder(tmp_path, monkeypatch):
     if sys.platform == "linux":
         big = planted(tmp_path, TOY, ("    args = Hyperparameters(os.environ)\n", "    args = Hyperparameters(os.environ)\n"
                                       "    with open('big', 'wb') as f:\n        f.truncate(1 << 31)\n"))
-        assert "broke off" in audit.check(big, ["normal"])[0].text
+        assert "the run text ended" in audit.check(big, ["normal"])[0].text
 
 
 # Planted in the trunk itself; the artifact is an honest one.
