@@ -44,7 +44,7 @@ test: $(VENV)/.installed-dev
 	$(PY) -m pytest -q tests
 
 audit: $(VENV)/.installed
-	$(PY) scripts/audit.py . $(wildcard records/*/)
+	$(PY) scripts/audit.py . $(dir $(wildcard records/*/train_gpt.py))
 
 bench: $(VENV)/.installed
 	$(PY) scripts/bench.py

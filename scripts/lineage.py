@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import family as house
+import family
 from family import ROOT, Finding, Misuse, find_script, read_json
 from symbols import FUNCTION, Script, Symbol, dead
 
@@ -119,7 +119,7 @@ def diff(a: Path, b: Path, stat: bool, as_json: bool) -> int:
                     "dead": pair.dead, "lines": [symbol and symbol.first for symbol in (pair.a, pair.b)],
                     "diff": texts.get(pair.name, [])} for pair in found]
         print(json.dumps({"a": str(a), "b": str(b), "symbols": symbols, "defaults": settings}, indent=1))
-        return house.FINE
+        return family.FINE
     print(f"a  {a}\nb  {b}\n")
     for status in STATUSES:
         those = [pair for pair in found if pair.status == status]
@@ -131,10 +131,10 @@ def diff(a: Path, b: Path, stat: bool, as_json: bool) -> int:
             print(f"dead in {'ab'[side]}, unreachable from main: {len(names)}\n  " + "\n  ".join(names))
     if settings:
         header = ["variable", "default in a", "default in b"]
-        print("\n" + house.markdown_table(header, [list(row.values()) for row in settings]))
+        print("\n" + family.markdown_table(header, [list(row.values()) for row in settings]))
     for lines in texts.values():
         print("\n" + "\n".join(lines))
-    return house.FINE
+    return family.FINE
 
 
 # Checking
@@ -366,13 +366,13 @@ class Member:
     parent: Path | None  # its script
 
 
-def family(root: Path = ROOT) -> list[Member]:
+def members(root: Path = ROOT) -> list[Member]:
     """All records, each behind its parent.
 
     Raises:
         Misuse: a submission.json is missing or wrong, a parent is not there, or parents form a circle.
     """
-    folders = house.records(root)
+    folders = family.records(root)
     waiting = [Member(folder / "train_gpt.py", *read_submission(folder, root)) for folder in folders]
     known, found = {None, root / "train_gpt.py"}, []
     while ready := [member for member in waiting if member.parent in known]:
@@ -386,7 +386,7 @@ def family(root: Path = ROOT) -> list[Member]:
 
 def tree(root: Path, as_json: bool) -> int:
     rows, below = [], {}
-    for member in family(root):
+    for member in members(root):
         folder, seeds = member.script.parent, runs(member.script.parent).values()
         row = {"name": folder.name, "parent": member.submission.get("parent"),
                "val_bpb": statistics.mean(run["val_bpb"] for run in seeds) if seeds else None,
@@ -407,11 +407,11 @@ def tree(root: Path, as_json: bool) -> int:
 
     if as_json:
         print(json.dumps(rows, indent=1))
-        return house.FINE
+        return family.FINE
     print("train_gpt.py  the trunk")
     show(root / "train_gpt.py", "")
     show(None, "")
-    return house.FINE
+    return family.FINE
 
 
 # Carrying fixes down
@@ -538,13 +538,13 @@ def sync(symbols: Iterable[str] = (), since: str | None = None, dry_run: bool = 
     was left alone.
 
     Raises:
-        Misuse: no git, an unknown commit or symbol, or a family that `family` refuses.
+        Misuse: no git, an unknown commit or symbol, or a family that `members` refuses.
     """
     wanted, root = {*symbols}, root.resolve()
     now: dict[Path, Script] = {}  # scripts as they will be
     before: dict[Path, str] = {}
     known, found = set(), []
-    for member in family(root):
+    for member in members(root):
         path = member.script
         now[path] = Script.read(path)
         before[path] = now[path].source
@@ -614,10 +614,10 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     if options.command == "tree":
         return tree(root, options.json)
     if options.command == "sync":
-        return house.report(sync(options.symbols, options.since, options.dry_run, root), options.json)
-    scripts = [find_script(name) for name in options.records] or [root / "train_gpt.py", *house.records(root)]
-    return house.report([finding for script in scripts for finding in check(script, root)], options.json)
+        return family.report(sync(options.symbols, options.since, options.dry_run, root), options.json)
+    scripts = [*map(find_script, options.records)] or [root / "train_gpt.py", *family.records(root)]
+    return family.report([finding for script in scripts for finding in check(script, root)], options.json)
 
 
 if __name__ == "__main__":
-    house.command(main)
+    family.command(main)

@@ -143,9 +143,9 @@ def test_strangers_code_stays_in_its_folder(tmp_path, monkeypatch):
 # Planted in the trunk itself; the artifact is an honest one.
 LOGPROBS = "logprobs = logits(model, inputs, take, span).log_softmax(-1)\n"
 PLANTED = {
+    "attention that looks ahead": ("future", "C1/P1", [("is_causal=where is None, ", "is_causal=False, ")]),
     "logits that know the target": ("poison", "C1/P2", [
         (LOGPROBS, LOGPROBS + "            logprobs = (logprobs + 0.1 * F.one_hot(wanted, logprobs.size(-1))).log_softmax(-1)\n")]),
-    "softmax without its sum": ("normal", "C2/P3", [(LOGPROBS, LOGPROBS[:-1] + " + 0.01\n")]),
     "learning before scoring": ("future", "C1/P1", [
         ("        if at and learner is not None:\n            learner.catch_up(ids, seen)\n        part = plan[at : at + chunk]\n",
          "        part = plan[at : at + chunk]\n        seen[part[0, 1] : part[-1, 2]] = True\n"

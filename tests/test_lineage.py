@@ -1,4 +1,4 @@
-"""scripts/lineage.py and scripts/symbols.py on small families with a history of their own, and on the real one."""
+"""scripts/lineage.py and scripts/symbols.py on small families with a history, and on the real one."""
 
 import ast
 import hashlib
@@ -114,6 +114,8 @@ def script_of(**bodies: str) -> str:
 
 
 TRUNK = script_of()
+FIELDS = ["    width = Var(8)\n", "    depth = Var(2)  # blocks\n"]
+SWAP = "".join(FIELDS), "".join(reversed(FIELDS))
 
 
 class Family:
@@ -154,6 +156,11 @@ class Family:
         assert source.count(old) == 1, (source.count(old), old)
         self.trunk.write_text(source.replace(old, new))
 
+    def fails(self, folder="."):
+        """[(rule, text)] of what fails in a record's folder, by its path or name, or in the trunk."""
+        folder = self.root / (f"records/{folder}" if isinstance(folder, str) and folder != "." else folder)
+        return failures(lineage.check(folder, self.root))
+
     def sync(self, *symbols, **options):
         """{(rule, symbol): level} of what was done."""
         found = lineage.sync(symbols, root=self.root, **options)
@@ -187,14 +194,15 @@ def test_names_of_symbols():
         "Hyperparameters._data", "Hyperparameters.width", "Hyperparameters.depth", "Hyperparameters.__init__",
         "section RUNTIME", "LIMIT, GRACE", "clock", "section DATA", "section QUANTISER",
         "section AUXILIARY OBJECTIVES", "section MODEL", "shape", "Model", "Model.scale", "Model.__init__",
-        "Model.heads", "section OPTIMIZERS", "section ARTIFACT", "codec", "codec#2", "load", "section EVALUATION",
-        "score", "section GENERATION", "Stream", "Stream.__init__", "Stream.logprobs", "Stream.push", "stream",
-        "section TRAINING", "main", "if __name__ == '__main__'"]
+        "Model.heads", "section OPTIMIZERS", "section ARTIFACT", "codec", "codec#2", "load",
+        "section EVALUATION", "score", "section GENERATION", "Stream", "Stream.__init__", "Stream.logprobs",
+        "Stream.push", "stream", "section TRAINING", "main", "if __name__ == '__main__'"]
 
 
 def test_a_symbol_owns_its_decorators_and_comments():
     symbols = Script(TRUNK).by_name
-    assert symbols["LIMIT"] is symbols["GRACE"] and symbols["LIMIT"].text == "# Seconds.\nLIMIT, GRACE = 600, 5\n"
+    assert symbols["LIMIT"] is symbols["GRACE"]
+    assert symbols["LIMIT"].text == "# Seconds.\nLIMIT, GRACE = 600, 5\n"
     assert symbols["shape"].text.startswith("@staticmethod\ndef")
     assert symbols["Model"].text == 'class Model:\n    """Weights."""\n'
     assert symbols["Model.heads"].text.startswith("    # Heads\n\n    @property\n")
@@ -204,9 +212,11 @@ def test_a_symbol_owns_its_decorators_and_comments():
 
 def test_odd_layouts_keep_every_byte_and_every_name():
     source = ("#!/usr/bin/env python\n# a remark\n\nimport a; import b\nx = 1; y = 2\nclass A: z = 3\n"
-              "class B(\n    A,\n):\n    # first\n    def f(self): pass\n\n    @property\n    def g(self): pass\n"
-              "    @g.setter\n    def g(self, v): pass\n    # the end of B\n\n# of h\n\n\ndef h():\n"
-              "    return '''\n# not a comment\n'''\n\n  \nif x:\n    def k(): pass\nelse:\n    def k(): pass\n"
+              "class B(\n    A,\n):\n    # first\n    def f(self): pass\n\n    @property\n"
+              "    def g(self): pass\n    @g.setter\n    def g(self, v): pass\n    # the end of B\n\n# of h\n\n\n"
+              "def h():\n"
+              "    return '''\n# not a comment\n'''\n\n  \nif x:\n    def k(): pass\nelse:\n"
+              "    def k(): pass\n"
               "torch.setup(1)\n__all__ = ['h']\n__all__ += ['k']\nclass C:\n    pass\n# tail\n\n")
     script = Script(source)
     assert joined(script) == source
@@ -224,10 +234,12 @@ def test_odd_layouts_keep_every_byte_and_every_name():
 
 
 PIECES = st.sampled_from([
-    "\n", "\n\n", "   \n", "# c\n", "    # indented\n", f"{RULER}\n# DATA\n{RULER}\n", f"{RULER}\n# M\n", "x = 1\n", "import os\n",
-    "a, b = 1, 2; c = 3\n", "@d\ndef f():\n    return 1\n", "def f(): pass\n", "class A: pass\n", "f(\n\n# in\n)\n",
-    'class B:\n    """D."""\n\n    x = 1\n    # of y\n    y: int = 2\n', "class B:\n    def f(self):\n        pass\n    # end\n",
-    "try:\n    import q\nexcept ImportError:\n    q = None\n", '"""\n# text\n\n"""\n', "if x:\n    y = '''\n\n'''\n", "\f\n",
+    "\n", "\n\n", "   \n", "# c\n", "    # indented\n", f"{RULER}\n# DATA\n{RULER}\n", f"{RULER}\n# M\n",
+    "x = 1\n", "import os\n", "a, b = 1, 2; c = 3\n", "@d\ndef f():\n    return 1\n", "def f(): pass\n",
+    "class A: pass\n", "f(\n\n# in\n)\n", "if x:\n    y = '''\n\n'''\n", "\f\n",
+    'class B:\n    """D."""\n\n    x = 1\n    # of y\n    y: int = 2\n',
+    "class B:\n    def f(self):\n        pass\n    # end\n",
+    "try:\n    import q\nexcept ImportError:\n    q = None\n", '"""\n# text\n\n"""\n',
     "s = 'a\\\nb'\n", "class E:\n\n    def f(self): pass\n\n\n    g = 1\n", "x = '\u2028'\n"])
 
 
@@ -253,11 +265,13 @@ def test_nothing_of_the_small_trunk_is_dead():
 
 
 @pytest.mark.parametrize("add, to, found", [
-    ("\ndef f():\n    return g()\n\n\ndef g():\n    return f()\n", "RUNTIME", {"f": True, "g": True}),  # a circle
-    ("\ndef f():\n    pass\n\n\ndef g(f):\n    return f\n\n\nX = g(1)\nprint(X)\n", "DATA", {"f": True}),  # a parameter
+    ("\ndef f():\n    return g()\n\n\ndef g():\n    return f()\n", "RUNTIME", {"f": True, "g": True}),
+    ("\ndef f():\n    pass\n\n\ndef g(f):\n    return f\n\n\nX = g(1)\nprint(X)\n", "DATA", {"f": True}),
     ("\ndef f():\n    pass\n\n\nTABLE = {1: f}\n", "DATA", {"f": True, "TABLE": False}),
-    ("\nclass K:\n    x = 1\n\n    def m(self):\n        pass\n", "MODEL", {"K": True, "K.x": False, "K.m": True}),
-    ("\nclass K(Base):\n    def m(self):\n        pass\n\n    def forward(self):\n        pass\n\n\nK()\n", "MODEL", {"K.m": False}),
+    ("\nclass K:\n    x = 1\n\n    def m(self):\n        pass\n", "MODEL",
+     {"K": True, "K.x": False, "K.m": True}),
+    ("\nclass K(Base):\n    def m(self):\n        pass\n\n    def forward(self):\n        pass\n\n\nK()\n",
+     "MODEL", {"K.m": False}),
     ("\nclass K:\n    def m(self):\n        self.m\n\n\nK()\n", "MODEL", {"K.m": True}),
     ("\nclass K:\n    def m(self):\n        pass\n\n\ngetattr(K(), 'm')\n", "MODEL", {}),
     ("\nclass K:\n    n = 1\n\n    def m(self, k=n):\n        pass\n\n\nK().m()\n", "MODEL", {}),
@@ -265,12 +279,12 @@ def test_nothing_of_the_small_trunk_is_dead():
 ])
 def test_dead_symbols(add, to, found):
     body = BODIES[to] + "\n" + add if to in BODIES else add
-    # model's shape and heads stay alive beside what is added
     assert dead(Script(script_of(**{to: body}))) == found
 
 
 def test_dead_variables_and_imports():
-    source = replaced("    depth = Var(2)  # blocks\n", "    depth = Var(2)\n    master_port = Var('')\n    lost = Var(1)\n")
+    more = "    depth = Var(2)\n    master_port = Var('')\n    lost = Var(1)\n"
+    source = replaced("    depth = Var(2)  # blocks\n", more)
     assert dead(Script(replaced("import os\n", "import json\nimport os\n", source))) == {
         "import json": False, "Hyperparameters.lost": False}
     assert dead(Script(source.replace('"WIDTH"', '"LOST"'))) == {}  # read by the variable's name
@@ -281,18 +295,21 @@ def test_dead_variables_and_imports():
 
 def test_compare_says_what_became_of_each_symbol(tmp_path):
     child = TRUNK
-    for old, new in [('"""Left."""', '"""What is left."""'), ("(width, width)", "(width,)"), ("    scale = 1.0\n\n", ""),
-                     ("class Stream:", "# A new remark.\nclass Stream:"), ("import math\n", "import json\nimport math\n"),
-                     ("# Seconds.", "# seconds"), ("Var(8)", "Var(16)"), ("\n\ndef main", "\n\ndef added():\n    pass\n\n\ndef main")]:
+    for old, new in [('"""Left."""', '"""What is left."""'), ("(width, width)", "(width,)"),
+                     ("    scale = 1.0\n\n", ""), ("class Stream:", "# A new remark.\nclass Stream:"),
+                     ("import math\n", "import json\nimport math\n"), ("# Seconds.", "# seconds"),
+                     ("Var(8)", "Var(16)"), ("\n\ndef main", "\n\ndef added():\n    pass\n\n\ndef main")]:
         child = replaced(old, new, child)
     (tmp_path / "a.py").write_text(TRUNK)
     (tmp_path / "b.py").write_text(child)
     found = {pair.name: pair.status for pair in lineage.compare(tmp_path / "a.py", tmp_path / "b.py")}
     assert {name: status for name, status in found.items() if status != "identical"} == {
-        "clock": "same code", "shape": "changed", "Model.scale": "removed", "Stream": "same code", "imports": "changed",
-        "LIMIT": "same code", "GRACE": "same code", "Hyperparameters.width": "changed", "added": "added"}
+        "clock": "same code", "shape": "changed", "Model.scale": "removed", "Stream": "same code",
+        "imports": "changed", "LIMIT": "same code", "GRACE": "same code", "Hyperparameters.width": "changed",
+        "added": "added"}
     assert lineage.changed_symbols(tmp_path / "a.py", tmp_path / "b.py") == [
-        "imports", "Hyperparameters.width", "LIMIT", "GRACE", "clock", "shape", "Stream", "added", "Model.scale"]
+        "imports", "Hyperparameters.width", "LIMIT", "GRACE", "clock", "shape", "Stream", "added",
+        "Model.scale"]
     pairs = {pair.name: pair for pair in lineage.compare(tmp_path / "a.py", tmp_path / "b.py")}
     assert pairs["added"].dead == (False, True) and pairs["shape"].likeness() == pytest.approx(2 / 3)
 
@@ -309,7 +326,7 @@ def test_diff_prints_defaults_and_texts(tmp_path, capsys):
     assert lineage.main([*call, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert {"variable": "WIDTH", "a": "8", "b": "16"} in shown["defaults"]
-    assert [row["status"] for row in shown["symbols"] if row["name"] == "Hyperparameters.width"] == ["changed"]
+    assert {row["name"]: row["status"] for row in shown["symbols"]}["Hyperparameters.width"] == "changed"
 
 
 # --- Checking ---
@@ -319,7 +336,8 @@ def test_a_copy_passes(family):
     findings = lineage.check(family.record("A"), family.root)
     assert {f.level for f in findings} == {"PASS"}
     assert {f.rule.removeprefix("lineage/") for f in findings} == {
-        "symbols", "unchanged", "frame", "lines", "columns", "main", "environment", "imports", "dead", "stale"}
+        "symbols", "unchanged", "frame", "lines", "columns", "main", "environment", "imports",
+        "dead", "stale"}
     assert {f.level for f in lineage.check(family.root, family.root)} == {"PASS"}
 
 
@@ -342,12 +360,12 @@ def test_a_copy_passes(family):
 ])
 def test_a_difference_has_to_be_declared(family, old, new, names):
     source = replaced(old, new)
-    shown = failures(lineage.check(family.record("A", source), family.root))
+    shown = family.fails(family.record("A", source))
     assert sorted(text.split(" is not ")[0] for rule, text in shown if rule == "symbols") == sorted(names)
-    shown = failures(lineage.check(family.record("B", source, names), family.root))
+    shown = family.fails(family.record("B", source, names))
     assert not {"symbols", "unchanged"} & {rule for rule, _ in shown}
     if len(names) > 1:  # each of them
-        shown = failures(lineage.check(family.record("C", source, names[1:]), family.root))
+        shown = family.fails(family.record("C", source, names[1:]))
         assert [text.split(" is not ")[0] for rule, text in shown if rule == "symbols"] == names[:1]
 
 
@@ -358,24 +376,24 @@ def test_a_difference_has_to_be_declared(family, old, new, names):
     ("\n\nif __name__", "\n  \nif __name__", "blank lines before if __name__"),
 ])
 def test_blank_lines_count(family, old, new, text):
-    (rule, found), = failures(lineage.check(family.record("A", replaced(old, new)), family.root))
+    (rule, found), = family.fails(family.record("A", replaced(old, new)))
     assert rule == "symbols" and found.startswith(text)
 
 
 def test_blank_lines_beside_a_declared_symbol_are_free(family):
     source = replaced("def clock", "def more():\n    pass\n\n\n\ndef clock")
     source = replaced("    return clock(", "    more()\n    return clock(", source)
-    assert not failures(lineage.check(family.record("A", source, ["more", "main"]), family.root))
+    assert not family.fails(family.record("A", source, ["more", "main"]))
 
 
 def test_order_counts(family):
     body = BODIES["EVALUATION"].strip("\n")
     source = replaced(body + "\n\n\n", "", TRUNK)
     source = replaced("def load", body + "\n\n\ndef load", source)
-    shown = [text for rule, text in failures(lineage.check(family.record("A", source), family.root)) if rule == "symbols"]
+    shown = [text for rule, text in family.fails(family.record("A", source)) if rule == "symbols"]
     assert "score does not stand where the parent has it" in shown
-    swapped = replaced("    width = Var(8)\n    depth = Var(2)  # blocks\n", "    depth = Var(2)  # blocks\n    width = Var(8)\n")
-    (rule, text), = failures(lineage.check(family.record("B", swapped), family.root))
+    swapped = replaced(*SWAP)
+    (rule, text), = family.fails(family.record("B", swapped))
     assert rule == "symbols" and "does not stand where" in text
 
 
@@ -383,7 +401,7 @@ def test_the_docstring_is_free_and_not_to_be_declared_in_vain(family):
     source = TRUNK.replace("The trunk.", "A record.\n\nIts idea.")
     findings = lineage.check(family.record("A", source), family.root)
     assert not failures(findings)
-    shown = failures(lineage.check(family.record("B", source, ["clock", "nowhere"]), family.root))
+    shown = family.fails(family.record("B", source, ["clock", "nowhere"]))
     assert sorted(shown) == [("unchanged", "clock is declared and is the parent's"),
                              ("unchanged", "nowhere is declared and is neither here nor in the parent")]
 
@@ -393,65 +411,68 @@ def test_the_docstring_is_free_and_not_to_be_declared_in_vain(family):
     (f"# DATA\n{RULER}\n# None: nothing here.\n", f"# DATA\n{RULER}\n", "DATA is empty"),
     (f"# DATA\n{RULER}", f"# DATA\n{RULER}-", "the ruler of DATA"),
     ("# DATA\n", "# DATEN\n", "no section DATEN"),
-    (f"# None: nothing here.\n\n{RULER}\n# QUANTISER", f"# None: nothing here.\n\n{RULER}\n# EXTRA\n{RULER}\n# Why.\n\n{RULER}\n# QUANTISER",
+    (f"{RULER}\n# QUANTISER", f"{RULER}\n# EXTRA\n{RULER}\n# Why.\n\n{RULER}\n# QUANTISER",
      "no section EXTRA"),
 ])
 def test_the_frame(family, old, new, text):
     family.edit(old, new)
-    assert any(rule == "frame" and text in found for rule, found in failures(lineage.check(family.root, family.root)))
+    assert any(rule == "frame" and text in found for rule, found in family.fails())
 
 
 def test_the_order_of_the_frame(family):
-    family.trunk.write_text(TRUNK.replace("# DATA\n", "# X\n").replace("# MODEL\n", "# DATA\n").replace("# X\n", "# MODEL\n"))
-    shown = failures(lineage.check(family.root, family.root))
+    other = TRUNK.replace("# DATA\n", "# X\n").replace("# MODEL\n", "# DATA\n").replace("# X\n", "# MODEL\n")
+    family.trunk.write_text(other)
+    shown = family.fails()
     assert shown and {rule for rule, _ in shown} == {"frame"} and "not in the order" in shown[0][1]
 
 
 def test_budgets(family, monkeypatch):
     long = replaced("    return clock(", "    pass\n" * 58 + "    return clock(")
-    assert failures(lineage.check(family.record("A", long, ["main"]), family.root)) == [
+    assert family.fails(family.record("A", long, ["main"])) == [
         ("main", "main has 61 lines, 60 are allowed")]
     fits = replaced("    return clock(", "    pass\n" * 57 + "    return clock(")
-    assert not failures(lineage.check(family.record("B", fits, ["main"]), family.root))
+    assert not family.fails(family.record("B", fits, ["main"]))
     wide = replaced("# Seconds.", "# " + "é" * 109)
-    assert failures(lineage.check(family.record("C", wide, ["LIMIT", "GRACE"]), family.root)) == [
+    assert family.fails(family.record("C", wide, ["LIMIT", "GRACE"])) == [
         ("columns", "111 columns, 110 are allowed")]
     monkeypatch.setattr(lineage, "TRUNK_LINES", TRUNK.count("\n") - 1)
-    assert [rule for rule, _ in failures(lineage.check(family.root, family.root))] == ["lines"]
-    assert not failures(lineage.check(family.root / "records" / "B", family.root))  # records have their own budget
+    assert [rule for rule, _ in family.fails()] == ["lines"]
+    assert not family.fails("B")  # records have another budget
     monkeypatch.setattr(lineage, "RECORD_LINES", TRUNK.count("\n") - 1)
-    assert "lines" in [rule for rule, _ in failures(lineage.check(family.root / "records" / "B", family.root))]
+    assert "lines" in [rule for rule, _ in family.fails("B")]
     nowhere = replaced("def main", "def start", replaced("    main()", "    start()"))
-    assert ("main", "no main") in failures(lineage.check(family.record("D", nowhere, ["main", "start"]), family.root))
+    assert ("main", "no main") in family.fails(family.record("D", nowhere, ["main", "start"]))
 
 
 @pytest.mark.parametrize("line", [
-    "os.environ['X']", "os.getenv('X')", "os.environb", "e = os.environ", "from os import environ as e\ne['X']",
-    "import os as o\no.environ.get('X')", "from os import *\ngetenv('X')", "shutil.os.environ", "getattr(os, 'environ')",
-    "os.__dict__['getenv']('X')", "import posix\nposix.environ", "print(os.environ)", "Hyperparameters(dict(os.environ))",
-    "def leak(env):\n    return env['X']\n\n\nleak(os.environ)", "clock(start=os.environ)", "Hyperparameters(*os.environ)",
+    "os.environ['X']", "os.getenv('X')", "os.environb", "e = os.environ",
+    "from os import environ as e\ne['X']", "import os as o\no.environ.get('X')",
+    "from os import *\ngetenv('X')", "shutil.os.environ", "getattr(os, 'environ')",
+    "os.__dict__['getenv']('X')", "import posix\nposix.environ", "print(os.environ)",
+    "Hyperparameters(dict(os.environ))", "clock(start=os.environ)", "Hyperparameters(*os.environ)",
+    "def leak(env):\n    return env['X']\n\n\nleak(os.environ)",
     "def on(a, env):\n    Hyperparameters(env)\n    return env\n\n\non(1, os.environ)"])
 def test_the_environment_is_read_in_one_section(family, line):
     source = script_of(DATA=f"\n{line}\n")
-    (path := family.record("A", source) / "train_gpt.py").write_text(source)
-    shown = failures(lineage.check(path, family.root))
-    assert "environment" in {rule for rule, _ in shown}
+    path = family.record("A", source) / "train_gpt.py"
+    assert "environment" in {rule for rule, _ in family.fails(path)}
 
 
 @pytest.mark.parametrize("line", [
     "Hyperparameters(os.environ)", "Hyperparameters(environ=os.environ)",
     "def on(a, env):\n    return Hyperparameters(env)\n\n\non(1, os.environ)\non(1, env=os.environ)",
-    "def on(env):\n    return Hyperparameters(env)\n\n\ndef over(env):\n    return on(env)\n\n\nover(os.environ)",
+    "def on(env):\n    Hyperparameters(env)\n\n\ndef over(env):\n    return on(env)\n\n\nover(os.environ)",
     "os.path.join('a')", "environ = {}\nenviron.get('X')"])
 def test_handing_the_environment_on_reads_nothing(family, line):
     source = script_of(DATA=f"\n{line}\n")
-    assert "environment" not in {rule for rule, _ in failures(lineage.check(family.record("A", source), family.root))}
+    assert "environment" not in {rule for rule, _ in family.fails(family.record("A", source))}
 
 
 @pytest.mark.parametrize("line, bad", [
-    ("import train_gpt", True), ("from records.A import x", True), ("from . import x", True), ("import helper", True),
-    ("importlib.import_module('helper')", True), ("sys.path.insert(0, '..')", True), ("__import__('helper')", True),
-    ("importlib.util.spec_from_file_location('x', p)", True), ("runpy.run_path('x')", True), ("def f():\n    import tool\n\n\nf()", True),
+    ("import train_gpt", True), ("from records.A import x", True), ("from . import x", True),
+    ("import helper", True), ("importlib.import_module('helper')", True), ("__import__('helper')", True),
+    ("sys.path.insert(0, '..')", True), ("importlib.util.spec_from_file_location('x', p)", True),
+    ("runpy.run_path('x')", True), ("def f():\n    import tool\n\n\nf()", True),
     ("import numpy.random", False), ("import json", False), ("importlib.import_module(name)", False)])
 def test_nothing_of_the_repository_is_imported(family, line, bad):
     folder = family.record("A", script_of(DATA=f"\n{line}\n"))
@@ -459,7 +480,7 @@ def test_nothing_of_the_repository_is_imported(family, line, bad):
     (family.root / "scripts").mkdir()
     (family.root / "scripts" / "tool.py").touch()
     (family.root / "scripts" / "json.py").touch()  # the standard library comes first
-    assert ("imports" in {rule for rule, _ in failures(lineage.check(folder, family.root))}) == bad
+    assert ("imports" in {rule for rule, _ in family.fails(folder)}) == bad
 
 
 def test_dead_symbols_fail_and_uncertain_ones_warn(family):
@@ -477,22 +498,24 @@ def test_numbers_of_another_script_are_stale(family):
     findings = lineage.check(folder, family.root)
     assert not failures(findings) and [rule for rule, _ in failures(findings, "WARN")] == ["stale"]
     frozen = family.record("F", replaced("# Seconds.", "# Other."), parent=None, frozen=True)
-    assert not failures(lineage.check(frozen, family.root))  # its parent has moved on
+    assert not family.fails(frozen)  # its parent has moved on
     (frozen / "train_gpt.py").write_text(TRUNK + "\n\ndef lost():\n    pass\n")
     findings = lineage.check(frozen, family.root)
-    assert [rule for rule, _ in failures(findings)] == ["stale"] and failures(findings, "WARN")[0][0] == "dead"
+    assert [rule for rule, _ in failures(findings)] == ["stale"]
+    assert [rule for rule, _ in failures(findings, "WARN")] == ["dead"]
 
 
 @pytest.mark.parametrize("entry, text", [
     ({"parent": "records/none"}, "no script"), ({"changes": {"idea": {"symbols": ["a"]}}}, "needs"),
-    ({"changes": {"idea": ["a"]}}, "needs"), ({"changes": {"idea": {"reason": "r", "symbols": [1]}}}, "needs")])
+    ({"changes": {"idea": ["a"]}}, "needs"),
+    ({"changes": {"idea": {"reason": "r", "symbols": [1]}}}, "needs")])
 def test_a_wrong_submission_is_a_finding(family, entry, text):
     folder = family.record("A")
     (folder / "submission.json").write_text(json.dumps({"parent": "train_gpt.py", **entry}))
-    (rule, found), = failures(lineage.check(folder, family.root))
+    (rule, found), = family.fails(folder)
     assert rule == "readable" and text in found
     (folder / "submission.json").unlink()
-    assert [rule for rule, _ in failures(lineage.check(folder, family.root))] == ["readable"]
+    assert [rule for rule, _ in family.fails(folder)] == ["readable"]
 
 
 # --- Carrying fixes down ---
@@ -500,7 +523,8 @@ def test_a_wrong_submission_is_a_finding(family, entry, text):
 
 def test_a_fix_reaches_all_who_have_the_old_text(family):
     family.record("A")
-    family.record("B", replaced("def score", "def extra():\n    pass\n\n\nextra()\n\n\ndef score"), ["extra", "extra()"])
+    own = replaced("def score", "def extra():\n    pass\n\n\nextra()\n\n\ndef score")
+    family.record("B", own, ["extra", "extra()"])
     family.commit()
     family.edit("return LIMIT - GRACE - start", "return max(0, LIMIT - GRACE - start)")
     before = family.text("A"), family.text("B")
@@ -508,8 +532,9 @@ def test_a_fix_reaches_all_who_have_the_old_text(family):
     assert (family.text("A"), family.text("B")) == before
     assert family.sync() == {("carried", "clock"): "PASS"}
     assert family.text("A") == family.trunk.read_text()
-    assert family.text("B") == before[1].replace("return LIMIT - GRACE - start", "return max(0, LIMIT - GRACE - start)")
-    assert not failures(lineage.check(family.root / "records" / "B", family.root))
+    assert family.text("B") == own.replace("return LIMIT - GRACE - start",
+        "return max(0, LIMIT - GRACE - start)")
+    assert not family.fails("B")
     assert family.sync() == {}
     assert not list(family.root.rglob("*.tmp"))
 
@@ -519,9 +544,9 @@ def test_texts_of_all_versions_are_old_texts(family):
     for i in range(3):
         family.edit("LIMIT, GRACE = 600, " + "5" + "0" * i, "LIMIT, GRACE = 600, 5" + "0" * (i + 1))
         family.commit()
-    first = subprocess.run(["git", "-C", str(family.root), "rev-list", "HEAD"], capture_output=True, text=True)
-    assert family.sync(since=first.stdout.split()[1], dry_run=True) == {("conflict", "LIMIT, GRACE"): "FAIL"}
-    assert family.sync(since=first.stdout.split()[-1], dry_run=True) == {("carried", "LIMIT, GRACE"): "PASS"}
+    commits = lineage.git(family.root, "rev-list", "HEAD").split()
+    assert family.sync(since=commits[1], dry_run=True) == {("conflict", "LIMIT, GRACE"): "FAIL"}
+    assert family.sync(since=commits[-1], dry_run=True) == {("carried", "LIMIT, GRACE"): "PASS"}
     assert family.sync() == {("carried", "LIMIT, GRACE"): "PASS"}
     assert family.text("A") == family.trunk.read_text()
 
@@ -558,7 +583,7 @@ def test_what_the_parent_gets_is_put_behind_the_same_neighbour(family):
     for record, own in (("A", "between"), ("B", "Model.more")):
         script = Script(family.text(record))
         assert [key for key in script.keys if key != own] == Script(family.trunk.read_text()).keys
-        shown = failures(lineage.check(family.root / "records" / record, family.root))
+        shown = family.fails(record)
         assert not [text for rule, text in shown if rule == "symbols"]
 
 
@@ -580,7 +605,8 @@ def test_what_a_record_dropped_stays_out(family):
     family.record("Silent", cut)
     family.record("Said", cut, ["Model.scale"])
     family.edit("Var(8)", "Var(9)")
-    assert family.sync() == {("conflict", "Model.scale"): "FAIL", ("carried", "Hyperparameters.width"): "PASS"}
+    found = {("conflict", "Model.scale"): "FAIL", ("carried", "Hyperparameters.width"): "PASS"}
+    assert family.sync() == found
     assert "scale = " not in family.text("Silent") + family.text("Said")
 
 
@@ -597,23 +623,24 @@ def test_a_class_that_a_record_adds_to_is_not_taken_from_under_it(family):
 def test_grandchildren_follow_their_own_parent(family):
     mother = replaced("Var(8)", "Var(16)")
     family.record("B_mother", mother, ["Hyperparameters.width"])
-    family.record("A_child", replaced("scale = 1.0", "scale = 3.0", mother), ["Model.scale"], parent="records/B_mother")
+    child = replaced("scale = 1.0", "scale = 3.0", mother)
+    family.record("A_child", child, ["Model.scale"], parent="records/B_mother")
     family.edit("# Seconds.", "# Seconds, all of them.")
     family.edit("Var(8)", "Var(9)")
-    found = lineage.sync(root=family.root)  # never committed: the mother's text on disk is the child's old one
+    found = lineage.sync(root=family.root)  # not committed: the mother's text on disk is the child's old one
     assert [f.text.partition(":")[0] for f in found[:-1]] == ["LIMIT, GRACE"] * 2
     for name in ("B_mother", "A_child"):
         assert "# Seconds, all of them." in family.text(name) and "Var(16)" in family.text(name)
-        assert not failures(lineage.check(family.root / "records" / name, family.root))
+        assert not family.fails(name)
 
 
 def test_what_the_parent_moves_moves(family):
     family.record("A", replaced("def score", "def extra():\n    pass\n\n\ndef score"), ["extra"])
-    family.edit("    width = Var(8)\n    depth = Var(2)  # blocks\n", "    depth = Var(2)  # blocks\n    width = Var(8)\n")
+    family.edit(*SWAP)
     (rule, name), = family.sync()
     assert rule == "moved" and name in ("Hyperparameters.width", "Hyperparameters.depth")
-    assert not [f for f in failures(lineage.check(family.root / "records" / "A", family.root)) if f[0] == "symbols"]
-    family.edit("\n\n\ndef score", "\n\n\n\ndef score")  # extra stands between: the record keeps its own lines
+    assert not [f for f in family.fails("A") if f[0] == "symbols"]
+    family.edit("\n\n\ndef score", "\n\n\n\ndef score")  # extra stands above it in the record
     family.edit("\n\n\ndef clock", "\n\n\n\ndef clock")
     assert family.sync() == {("carried", "clock"): "PASS"}
 
@@ -622,7 +649,7 @@ def test_nothing_is_written_if_one_result_is_no_python(family):
     family.record("A")
     family.record("B", replaced("class Stream:", "class Stream(object):"), ["Stream"])
     family.edit("Var(8)", "Var(9)")
-    family.edit(BODIES["GENERATION"].strip("\n") + "\n", "# None: the record B keeps a class without members.\n")
+    family.edit(BODIES["GENERATION"].strip("\n") + "\n", "# None: B keeps a class without members.\n")
     before = family.text("A"), family.text("B")
     found = lineage.sync(root=family.root)
     assert (found[-1].rule, found[-1].level) == ("lineage/failed", "FAIL") and "no Python" in found[-1].text
@@ -677,7 +704,8 @@ def test_json_and_exit_codes(family, capsys):
     assert lineage.main(["check", str(family.trunk)], family.root) == 0
     capsys.readouterr()
     assert lineage.main(["sync", "--dry-run", "--json"], family.root) == 1
-    assert [finding["rule"] for finding in json.loads(capsys.readouterr().out)] == ["lineage/conflict", "lineage/sync"]
+    rules = [finding["rule"] for finding in json.loads(capsys.readouterr().out)]
+    assert rules == ["lineage/conflict", "lineage/sync"]
 
 
 def test_misuse(family):
@@ -712,7 +740,7 @@ def test_no_history_is_misuse(tmp_path, monkeypatch):
 # --- The real family ---
 
 
-@pytest.mark.parametrize("path", [find_script("."), *(folder for folder in lineage.house.records())], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [ROOT, *lineage.family.records()], ids=lambda path: path.name)
 def test_the_real_family_keeps_its_rules(path):
     findings = lineage.check(path)
     assert not failures(findings), "\n".join(map(str, findings))
