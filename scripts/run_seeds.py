@@ -1,0 +1,485 @@
+"""Runs a script for several seeds, side by side, and goes on where it was stopped.
+
+    python scripts/run_seeds.py . --set ITERATIONS=300 --jobs 2 --threads 1
+    python scripts/run_seeds.py BytePPM --like records/2026-11-21_BytePPM/seed42 --cores '0;1' --collect records/2026-11-21_BytePPM
+    python scripts/run_seeds.py records/DATE_NAME --ranks 8 --gpus 0,1,2,3,4,5,6,7
+
+The settings are those of `--like` (a run's folder with its metrics.json) and `--set`; a variable of the script that stands in the
+environment is not passed on, so that a run is what the command line says. A run's folder is named for the script's hash, the settings, the
+data's manifest and the seed: the same command again skips what is finished, and starts what is not, from the script's own checkpoint
+(`RESUME=auto`) where there is one. Whatever a run prints is in `console.txt` of its folder. A run that fails is named at the end with
+its last lines; the others go on. Ctrl-C stops the runs with the signal on which scripts write a checkpoint; a second one kills them.
+
+`--collect FOLDER` copies metrics.json, metrics.jsonl and log.txt of every good run to FOLDER/seed<N>/.
+
+Progress goes to stderr, the tables or one JSON document (`--json`) to stdout. Exit code 0; 1 if a run failed or broke a budget; 2 misuse; 130
+stopped. scripts/sweep.py runs several variants the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from family import (
+    FINDINGS,
+    FINE,
+    OF_THE_PROCESS,
+    TRUNK,
+    Misuse,
+    command,
+    find_script,
+    markdown_table,
+    read_json,
+    run_settings,
+)
+from stats import verdict
+
+# What this tool sets; it cannot be given.
+OWN = {"SEED", "RUN_ID", "RUNS_PATH", *OF_THE_PROCESS}
+COLLECTED = ("metrics.json", "metrics.jsonl", "log.txt")
+STATUS_SECONDS = 30.0
+STOPPED = 130
+TAIL_LINES = 8
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@dataclass
+class Job:
+    """One run: an arm's settings with one seed. `state`: waiting, running, done, kept (it was there), over budget, failed, stopped."""
+
+    arm: str
+    seed: int
+    settings: dict[str, str]
+    folder: Path
+    state: str = "waiting"
+    metrics: dict = field(default_factory=dict)
+    exit_code: int | None = None
+    tail: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.arm} seed {self.seed}"
+
+    @property
+    def good(self) -> bool:
+        return self.state in ("done", "kept")
+
+    def read(self, script_sha256: str) -> bool:
+        """Takes the metrics of a finished run of this script; False where there are none."""
+        path = self.folder / "metrics.json"
+        found = read_json(path) if path.exists() else {}
+        if found.get("script_sha256") != script_sha256 or found.get("seed") != self.seed:
+            return False
+        self.metrics = found
+        return True
+
+    def step(self) -> int:
+        """The last step in its metrics.jsonl, 0 before the first."""
+        with contextlib.suppress(OSError), open(self.folder / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            for line in reversed(file.read().splitlines()):
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    return json.loads(line)["step"]
+        return 0
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one run at a time may have: cores to stay on, GPUs to see; empty means all."""
+
+    cores: tuple[int, ...] = ()
+    gpus: str = ""
+
+
+class Runner:
+    """Runs jobs on slots until all are through or two signals say otherwise."""
+
+    def __init__(self, script: Path, slots: list[Slot], threads: int | None, ranks: int, known: set[str]):
+        self.script, self.script_sha256, self.slots = script, sha256(script), slots
+        self.threads, self.ranks, self.known = threads, ranks, known
+        self.signals = 0
+
+    def run(self, jobs: list[Job]) -> None:
+        """Every waiting job; afterwards each has a state. SIGINT and SIGTERM are handled while it lasts."""
+        self.jobs, waiting, free = jobs, deque(job for job in jobs if job.state == "waiting"), list(self.slots)
+        running: dict[int, tuple[Job, subprocess.Popen, Slot, float]] = {}
+        handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        sent, told, status = 0, time.monotonic(), ""
+        try:
+            while running or waiting and not self.signals:
+                while waiting and free and not self.signals:
+                    job = waiting.popleft()
+                    if process := self.start(job, free[0]):
+                        running[process.pid] = job, process, free.pop(0), time.monotonic()
+                for pid, (job, process, slot, since) in list(running.items()):
+                    if process.poll() is not None:
+                        self.finish(job, process.returncode, time.monotonic() - since)
+                        free.append(slot)
+                        del running[pid]
+                if self.signals > sent:
+                    sent = self.signals
+                    say(f"stopping {len(running)} runs, which may save first; Ctrl-C again kills them" if sent == 1 else "killing")
+                    for _, process, _, _ in running.values():
+                        process.send_signal(signal.SIGINT) if sent == 1 else os.killpg(process.pid, signal.SIGKILL)
+                if time.monotonic() - told > STATUS_SECONDS:
+                    told, before, status = time.monotonic(), status, self.status(jobs)
+                    if status != before:
+                        say(status)
+                time.sleep(0.1)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        for job in waiting:
+            job.state = "stopped"
+
+    def interrupt(self, *_) -> None:
+        self.signals += 1
+
+    def start(self, job: Job, slot: Slot) -> subprocess.Popen | None:
+        """The process of a job, or None where it cannot start."""
+        job.folder.mkdir(parents=True, exist_ok=True)
+        call = [sys.executable, str(self.script)]
+        if self.ranks > 1:
+            call[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
+        given = job.settings | {"SEED": str(job.seed), "RUN_ID": job.folder.name, "RUNS_PATH": str(job.folder.parent)}
+        with open(job.folder / "console.txt", "ab") as console:
+            try:  # the child holds this lock to its end, even if this process is killed
+                fcntl.flock(console, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return self.refuse(job, f"{job.folder}: another process is at this run")
+            if sha256(self.script) != self.script_sha256:
+                return self.refuse(job, f"{self.script}: changed since the first run was started")
+            resumes = (job.folder / "last.safetensors").exists()
+            if resumes:
+                given["RESUME"] = "auto"
+            else:  # a log is appended to: what an attempt without a checkpoint left would stay in it
+                console.truncate(0)
+                for path in job.folder.iterdir():
+                    if path.name != "console.txt":
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+            given |= {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}
+            given |= {"CUDA_VISIBLE_DEVICES": slot.gpus} if slot.gpus else {}
+            console.write(f"$ {shlex.join([f'{key}={value}' for key, value in given.items()] + call)}\n".encode())
+            console.flush()
+
+            def in_child() -> None:
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+                if slot.cores:
+                    os.sched_setaffinity(0, slot.cores)
+
+            environment = {key: value for key, value in os.environ.items() if key not in self.known} | given
+            # In a session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on once.
+            process = subprocess.Popen(call, env=environment, stdin=subprocess.DEVNULL, stdout=console, stderr=console,
+                                       start_new_session=True, preexec_fn=in_child)
+        job.state = "running"
+        say(f"{'resume' if resumes else 'start '} {job}: {job.folder}")
+        return process
+
+    def refuse(self, job: Job, why: str) -> None:
+        job.state, job.tail = "failed", [why]
+        say(f"failed {job}: {why}")
+
+    def finish(self, job: Job, code: int, seconds: float) -> None:
+        """Reads what a run has left and says how it went."""
+        job.exit_code = code
+        if job.read(self.script_sha256) and (code == 0 or job.metrics.get("broken_budgets")):
+            job.state = "over budget" if job.metrics.get("broken_budgets") else "done"
+            return say(f"{job.state:6} {job}: {job.metrics['val_bpb']:.4f} BPB in {seconds:.0f} s")
+        job.state = "stopped" if self.signals else "failed"
+        console = (job.folder / "console.txt").read_text(errors="replace")
+        job.tail = [line for line in console.splitlines()[1:] if line.strip()][-TAIL_LINES:]
+        say(f"{job.state:6} {job}: exit code {code} after {seconds:.0f} s")
+
+    @staticmethod
+    def status(jobs: list[Job]) -> str:
+        now = [f"{job} step {job.step()}{of(job.settings.get('ITERATIONS'))}" for job in jobs if job.state == "running"]
+        through = sum(job.state not in ("running", "waiting") for job in jobs)
+        return f"{through} of {len(jobs)} runs through; " + ", ".join(now)
+
+
+def of(total: str | None) -> str:
+    return f" of {total}" if total else ""
+
+
+# --- What to run ---
+
+
+def variables(script: Path) -> dict[str, str]:
+    """{variable: default as written} of what a script reads from the environment; empty where its source does not show it."""
+    import lineage
+    return lineage.defaults(lineage.Script.read(script))
+
+
+def assignments(pairs: list[str], option: str) -> dict[str, str]:
+    """`NAME=VALUE` texts as a dictionary.
+
+    Raises:
+        Misuse: one is none, or names what the tool sets itself.
+    """
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not re.fullmatch(r"\w+", name):
+            raise Misuse(f"{option} {pair}: NAME=VALUE is needed")
+        if name in OWN:
+            raise Misuse(f"{option} {pair}: {name} is set by this tool" + " from --seeds" * (name == "SEED"))
+        if name in found:
+            raise Misuse(f"{option} {pair}: {name} is given twice")
+        found[name] = value
+    return found
+
+
+def known_only(settings: dict[str, str], known: set[str], where: str) -> dict[str, str]:
+    """The settings, if the script reads all of them.
+
+    Raises:
+        Misuse: one is no variable of the script, where these are known.
+    """
+    if strange := sorted(settings.keys() - known if known else ()):
+        raise Misuse(f"{where}: the script has no variable {', '.join(strange)}")
+    return settings
+
+
+def seed_list(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len({*map(int, parts)}) < len(parts):
+        raise Misuse(f"--seeds {text}: different whole numbers with commas are needed")
+    return [int(part) for part in parts]
+
+
+def core_set(text: str) -> tuple[int, ...]:
+    """`0-2,5` -> (0, 1, 2, 5)."""
+    found: list[int] = []
+    for part in text.split(","):
+        span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not span:
+            raise Misuse(f"--cores {text}: numbers and ranges with commas, one set a run with ; between them")
+        found += range(int(span[1]), int(span[2] or span[1]) + 1)
+    return tuple(found)
+
+
+def slots(options: argparse.Namespace) -> list[Slot]:
+    """One slot for each run at a time: as many as `--cores` has sets or `--gpus` has groups, else `--jobs`.
+
+    Raises:
+        Misuse: the three contradict each other, or name what is not there.
+    """
+    cores = [core_set(part) for part in options.cores.split(";")] if options.cores else []
+    gpus = [part.strip() for part in options.gpus.split(",")] if options.gpus else []
+    every = [core for part in cores for core in part]
+    if len({*every}) < len(every) or len({*gpus}) < len(gpus) or "" in gpus:
+        raise Misuse(f"{'--gpus ' + options.gpus if gpus else '--cores ' + options.cores}: each run gets its own, each once")
+    if cores and not hasattr(os, "sched_setaffinity"):
+        say("--cores: this system cannot pin processes; runs go where they like")
+        cores = [()] * len(cores)
+    elif missing := sorted({*every} - os.sched_getaffinity(0) if cores else ()):
+        raise Misuse(f"--cores {options.cores}: no core {', '.join(map(str, missing))} for this process, "
+                     f"there are {', '.join(map(str, sorted(os.sched_getaffinity(0))))}")
+    if len(gpus) % options.ranks:
+        raise Misuse(f"--gpus {options.gpus}: {len(gpus)} cannot be shared out to runs of --ranks {options.ranks}")
+    groups = [",".join(gpus[i : i + options.ranks]) for i in range(0, len(gpus), options.ranks)]
+    counts = {len(part) for part in (cores, groups) if part} | ({options.jobs} if options.jobs else set())
+    if len(counts) > 1:
+        raise Misuse(f"--jobs {options.jobs}, --cores {options.cores}, --gpus {options.gpus}: not the same number of runs at a time")
+    count = counts.pop() if counts else 1
+    return [Slot(*pair) for pair in zip(cores or [()] * count, groups or [""] * count)]
+
+
+def run_id(script: Path, digest: str, settings: dict[str, str], seed: int) -> str:
+    """A name that says what is run: script, settings, the data's manifest and seed."""
+    manifest = Path(settings.get("DATA_PATH", "")) / "manifest.json"
+    data = sha256(manifest) if "DATA_PATH" in settings and manifest.is_file() else ""
+    key = hashlib.sha256(json.dumps([digest, sorted(settings.items()), data, seed]).encode()).hexdigest()[:8]
+    title = "trunk" if script == TRUNK else script.parent.name.split("_", 1)[-1]
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', title)}-seed{seed}-{key}"
+
+
+# --- What came out ---
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def summarise(jobs: list[Job], base: str) -> list[dict]:
+    """One entry an arm, in their order: runs, mean and deviation of its good ones, difference to the base by seed with its verdict."""
+    scores: dict[str, dict[int, float]] = {}
+    for job in jobs:
+        scores.setdefault(job.arm, {}).update({job.seed: job.metrics["val_bpb"]} if job.good else {})
+    rows = []
+    for arm, values in scores.items():
+        mine = [job for job in jobs if job.arm == arm]
+        row = {"arm": arm, "settings": mine[0].settings, "runs": [
+            {"seed": job.seed, "state": job.state, "folder": str(job.folder), "exit_code": job.exit_code, "tail": job.tail,
+             **{key: job.metrics.get(key) for key in ("val_bpb", "bytes_total", "train_seconds", "eval_seconds")}} for job in mine]}
+        row["mean"] = statistics.mean(values.values()) if values else None
+        row["sd"] = statistics.stdev(values.values()) if len(values) > 1 else None
+        shared = sorted(values.keys() & scores[base].keys())
+        if arm != base and shared:
+            mean, half, word = verdict([values[seed] - scores[base][seed] for seed in shared])
+            row |= {"difference": mean, "half": finite(half), "verdict": word, "pairs": len(shared)}
+        rows.append(row)
+    return rows
+
+
+def tables(rows: list[dict], base: str) -> str:
+    def cell(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    many = len(rows) > 1
+    runs = [[row["arm"]] * many + [run["seed"], cell(run["val_bpb"], ".4f"), cell(run["bytes_total"], ","),
+                                   cell(run["train_seconds"], ".0f"), cell(run["eval_seconds"], ".0f"), run["state"], run["folder"]]
+            for row in rows for run in row["runs"]]
+    header = ["arm"] * many + ["seed", "BPB", "bytes", "train s", "eval s", "state", "folder"]
+    arms = []
+    for row in rows:
+        cells = [row["arm"], sum(run["state"] in ("done", "kept") for run in row["runs"]), cell(row["mean"], ".4f"), cell(row["sd"], ".4f")]
+        if many:
+            span = "" if row.get("half") is None else "{:+.4f} to {:+.4f}".format(
+                *(row["difference"] + sign * row["half"] for sign in (-1, 1)))
+            cells += [cell(row.get("difference"), "+.4f"), span, "base" if row["arm"] == base else row.get("verdict", "")]
+        arms.append(cells)
+    parts = [markdown_table(header, runs),
+             markdown_table(["arm", "seeds", "BPB", "sd"] + ["difference", "95 % interval", "verdict"] * many, arms)]
+    for row in rows:
+        parts += ["\n    ".join([f"{row['arm']} seed {run['seed']} {run['state']}, exit code {run['exit_code']}:", *run["tail"]])
+                  for run in row["runs"] if run["state"] == "failed"]
+    return "\n\n".join(parts)
+
+
+# --- Collecting ---
+
+
+def target(folder: Path, script: Path) -> None:
+    """Refuses a folder that runs of this script cannot be collected into.
+
+    Raises:
+        Misuse: it is not there, frozen, or a record with another script.
+    """
+    if not folder.is_dir():
+        raise Misuse(f"--collect {folder}: no such folder")
+    if (folder / "submission.json").exists() and read_json(folder / "submission.json").get("frozen"):
+        raise Misuse(f"--collect {folder}: a frozen record keeps its numbers")
+    if (folder / "train_gpt.py").exists() and sha256(folder / "train_gpt.py") != sha256(script):
+        raise Misuse(f"--collect {folder}: its train_gpt.py is not {script}")
+
+
+def collect_seeds(jobs: list[Job], folder: Path) -> None:
+    """FOLDER/seed<N>/ of every good run, each whole or not at all."""
+    for job in jobs:
+        if job.good:
+            place, partial = folder / f"seed{job.seed}", folder / f"seed{job.seed}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for name in COLLECTED:
+                if (job.folder / name).exists():
+                    shutil.copy(job.folder / name, partial)
+            shutil.rmtree(place, ignore_errors=True)
+            partial.rename(place)
+            say(f"collected {place}")
+
+
+# --- Command line ---
+
+
+def parser(text: str) -> argparse.ArgumentParser:
+    """The options that run_seeds.py and sweep.py share."""
+    found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("script", help="a script, its folder, a record's name, or . for the trunk")
+    found.add_argument("--seeds", default="42,314,999", help="with commas (default: %(default)s)")
+    found.add_argument("--like", metavar="RUN", help="settings of a run, from the metrics.json in this folder")
+    found.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of every run; repeatable")
+    found.add_argument("--jobs", type=int, default=0, help="runs at a time (default: one, or one a set of cores or GPUs)")
+    found.add_argument("--threads", type=int, help="OMP_NUM_THREADS of each run")
+    found.add_argument("--cores", default="", metavar="A;B", help="pin the runs at a time to these sets of cores: '0;1', '0-3;4-7'")
+    found.add_argument("--gpus", default="", metavar="A,B", help="share these GPUs out, CUDA_VISIBLE_DEVICES, --ranks of them a run")
+    found.add_argument("--ranks", type=int, default=1, help="processes of each run, by torchrun (default: %(default)s)")
+    found.add_argument("--runs", default="runs", metavar="FOLDER", help="where runs are kept (default: %(default)s)")
+    found.add_argument("--collect", type=Path, metavar="FOLDER", help="copy what good runs left to this folder")
+    found.add_argument("--dry-run", action="store_true", help="say what would be run, and end")
+    found.add_argument("--json", action="store_true", help="one JSON document instead of tables")
+    return found
+
+
+def settings_of(options: argparse.Namespace, known: set[str]) -> dict[str, str]:
+    """What every run gets: of `--like` what this script knows, then `--set`."""
+    found = run_settings(options.like) if options.like else {}
+    if strange := sorted(found.keys() - known if known else ()):
+        say(f"--like {options.like}: left out, the script has no {', '.join(strange)}")
+    found = {key: value for key, value in found.items() if key not in OWN and key not in strange}
+    return found | known_only(assignments(options.set, "--set"), known, "--set")
+
+
+def carry_out(options: argparse.Namespace, arms: dict[str, dict[str, str]], base: str, script: Path, known: set[str],
+              collect: Callable[[list[Job], Path], None]) -> int:
+    """Runs every arm for every seed, prints and collects what came out -> exit code.
+
+    Raises:
+        Misuse: an option that cannot be, two arms with equal settings.
+    """
+    for name, value, least in (("--jobs", options.jobs, 0), ("--threads", options.threads or 1, 1), ("--ranks", options.ranks, 1)):
+        if value < least:
+            raise Misuse(f"{name} {value}: a whole number from {max(least, 1)}")
+    places, seeds, same = slots(options), seed_list(options.seeds), {}
+    for name, settings in arms.items():
+        if (other := same.setdefault(json.dumps(settings, sort_keys=True), name)) != name:
+            raise Misuse(f"arms {other} and {name} have the same settings")
+    if options.collect:
+        target(options.collect, script)
+    runner = Runner(script, places, options.threads, options.ranks, known)
+    if inherited := sorted(known & os.environ.keys() - {*OF_THE_PROCESS}):
+        say(f"not passed on from the environment: {', '.join(inherited)}; --set gives settings")
+    # All arms of a seed, then the next seed: a comparison has its first pairs early.
+    jobs = [Job(name, seed, settings, Path(options.runs) / run_id(script, runner.script_sha256, settings, seed))
+            for seed in seeds for name, settings in arms.items()]
+    for job in jobs:
+        if job.read(runner.script_sha256):
+            job.state = "over budget" if job.metrics.get("broken_budgets") else "kept"
+            say(f"{job.state:6} {job}: {job.metrics['val_bpb']:.4f} BPB, {job.folder}")
+    if not options.dry_run:
+        runner.run(jobs)
+    rows = summarise(sorted(jobs, key=lambda job: list(arms).index(job.arm)), base)
+    print(json.dumps({"script": str(options.script), "script_sha256": runner.script_sha256, "base": base, "arms": rows}, indent=1)
+          if options.json else tables(rows, base))
+    if options.collect and not options.dry_run:
+        collect(jobs, options.collect)
+    if any(job.state == "stopped" for job in jobs):
+        say("stopped; the same command goes on from here")
+        return STOPPED
+    return FINDINGS if any(job.state in ("failed", "over budget") for job in jobs) else FINE
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser(__doc__).parse_args(argv)
+    script = find_script(options.script)
+    known = {*variables(script)}
+    return carry_out(options, {"seeds": settings_of(options, known)}, "seeds", script, known, collect_seeds)
+
+
+if __name__ == "__main__":
+    command(main)

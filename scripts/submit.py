@@ -1,0 +1,617 @@
+"""From an idea to a pull request: starts a record, fills in its numbers, checks it as a reviewer would, exports it.
+
+    python scripts/submit.py new Name --parent .             records/<today>_Name/, a copy of the trunk
+    python scripts/submit.py fill records/DATE_Name          numbers and tables from seed*/metrics.json, symbols that no idea names yet
+    python scripts/submit.py check records/DATE_Name --base main
+    python scripts/submit.py export records/DATE_Name --upstream ../parameter-golf
+
+Between `new` and `fill`: change the script, and measure with scripts/run_seeds.py ... --collect records/DATE_Name. `check` reads the record's
+files alone, runs the script at a tiny size in a copy of its folder (`smoke`), and puts it through scripts/lineage.py and scripts/audit.py.
+submission.json is described key by key in scripts/submission.schema.json.
+
+Exit code 0; 1 where a finding is a FAIL; 2 misuse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import datetime
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+
+import stats
+import tables
+from family import (
+    FINDINGS,
+    FINE,
+    ROOT,
+    Finding,
+    Misuse,
+    command,
+    find_script,
+    read_json,
+    report,
+    run_settings,
+    write_atomic,
+)
+
+SCHEMA = Path(__file__).with_name("submission.schema.json")
+TODO = "TODO"  # what `new` and `fill` leave to be written by hand, and `check` refuses
+SLOW = ("smoke", "audit")
+FILES = ("README.md", "submission.json", "requirements.txt", "train_gpt.py")
+# A heading of each kind has to be there.
+SECTIONS = {"What changed": r"what (changed|it does differently)", "Command": "command", "Legality": "legality",
+            "Credits": "credits"}
+SMOKE_SECONDS = 300
+# The competition's limits, and what of submission.json is only of this repository.
+CONTEST = {"ARTIFACT_BUDGET_BYTES": 16_000_000, "MAX_WALLCLOCK_SECONDS": 600, "EVAL_BUDGET_SECONDS": 600}
+HOUSE_KEYS = ("parent", "changes", "frozen", "draft", "audit", "dataset")
+
+README = """# {name}: TODO what it is
+
+<!-- table: headline records/{folder} -->
+<!-- end -->
+
+TODO the idea in a paragraph, and why it should work.
+
+<!-- table: passes records/{folder} -->
+<!-- end -->
+
+## What changed against {parent}
+
+| lever | parent | here |
+|---|---|---|
+| TODO | | |
+
+TODO what did not work.
+
+## Command
+
+```
+TODO the exact command, with every setting
+```
+
+## Hardware and data
+
+TODO which machine, which text, how much of it was seen, and what was chosen on what.
+
+<!-- table: seeds records/{folder} -->
+<!-- end -->
+
+## Legality
+
+- Causal: TODO
+- Normalised: TODO
+- Scored before any update: TODO
+- One pass: TODO
+
+## Credits
+
+TODO by pull request or paper.
+"""
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def as_json(value: dict) -> bytes:
+    return f"{json.dumps(value, indent=1, ensure_ascii=False)}\n".encode()
+
+
+class Record:
+    """A record's folder and what its files say, each read once.
+
+    Raises:
+        Misuse: the folder is none of a repository's records/; later, a file that is asked for cannot be read.
+    """
+
+    def __init__(self, name: str | Path):
+        self.folder = find_script(name).parent
+        self.root = self.folder.parent.parent
+        if self.folder.parent.name != "records":
+            raise Misuse(f"{name}: not a record: these are folders in records/")
+        self.script = (self.folder / "train_gpt.py").read_bytes()
+        self.sha256 = sha256(self.script)
+
+    @cached_property
+    def submission(self) -> dict:
+        found = read_json(self.folder / "submission.json")
+        if not isinstance(found, dict):
+            raise Misuse(f"{self.folder / 'submission.json'}: a JSON object is needed")
+        return found
+
+    @cached_property
+    def readme(self) -> str:
+        return (self.folder / "README.md").read_text()
+
+    @cached_property
+    def group(self) -> stats.Group:
+        paths = self.folder.glob("seed*/metrics.json")
+        runs = sorted((stats.read_run(path) for path in paths), key=lambda run: run.seed)
+        for run in runs:
+            needed = {*MEASURED, "script_sha256", "settings", "dataset", "device", "torch", "steps"}
+            if missing := sorted(needed - {*run.metrics, "val_loss"}):
+                raise Misuse(f"{run.where}: no {', '.join(missing)}")
+        return stats.Group(self.folder.name, runs)
+
+    @property
+    def runs(self) -> list[dict]:
+        return [run.metrics for run in self.group.runs]
+
+    @property
+    def frozen(self) -> bool:
+        return self.submission.get("frozen") is True
+
+
+# --- Numbers ---
+
+# Of each seed, from its metrics.json; val_loss is that of the headline.
+MEASURED = ("val_loss", "val_bpb", "bytes_total", "train_seconds", "eval_seconds")
+
+
+def headline(run: dict) -> dict:
+    return run["evals"][run["headline"]]
+
+
+def measured(runs: list[dict]) -> dict:
+    """What submission.json says of runs, by seed; the first few in the order of the field's files."""
+    results = {str(run["seed"]): {key: run.get(key, headline(run)["val_loss"]) for key in MEASURED} for run in runs}
+    before = [run["evals"].get("final_ema") or run["evals"].get("final_raw") for run in runs]
+    devices = ", ".join(sorted({run["device"] for run in runs}))
+    ranks = max(run.get("world_size", 1) for run in runs)
+
+    def over(key: str, how: Callable) -> float:
+        return how([result[key] for result in results.values()])
+
+    found = {"val_loss": over("val_loss", statistics.mean), "val_bpb": over("val_bpb", statistics.mean),
+             # Rounded to the digits of a log: the last bit of a square root differs between Python versions.
+             "val_bpb_std": round(over("val_bpb", statistics.stdev), 8) if len(runs) > 1 else 0.0,
+             "bytes_total": over("bytes_total", max), "bytes_code": max(run["bytes_code"] for run in runs),
+             "seeds": [run["seed"] for run in runs], "seed_results": results,
+             "hardware": f"{ranks} x {devices}" if ranks > 1 else devices,
+             "pytorch_version": ", ".join(sorted({run["torch"] for run in runs})), "evaluation": runs[0]["headline"],
+             "dataset": {key: runs[0]["dataset"][key] for key in ("name", "sha256", "train_tokens", "val_tokens")
+                         if key in runs[0]["dataset"]},
+             "artifact_bytes_max": over("bytes_total", max), "artifact_bytes_mean": over("bytes_total", statistics.mean),
+             "step_stop": max(run["steps"] for run in runs), "wallclock_seconds": over("train_seconds", max),
+             "eval_time_seconds": over("eval_seconds", max)}
+    if all(before):
+        found |= {f"pre_quant_{key}": statistics.mean(entry[key] for entry in before) for key in ("val_loss", "val_bpb")}
+    return found
+
+
+def unnamed(record: Record) -> list[str]:
+    """Symbols that differ from the parent's and that no idea names."""
+    import lineage
+    if record.frozen or record.submission.get("parent") is None:
+        return []
+    parent = record.root / record.submission["parent"]
+    names = {name for idea, entry in record.submission.get("changes", {}).items() if idea != TODO
+             for name in entry["symbols"]}
+    changed = lineage.changed_symbols(parent / "train_gpt.py" if parent.is_dir() else parent, record.folder / "train_gpt.py")
+    return [name for name in changed if name not in names]
+
+
+def fill(record: Record, force: bool = False) -> list[str]:
+    """Writes README.md and submission.json -> names of those that changed. What is written by hand stays.
+
+    Raises:
+        Misuse: frozen and not `force`, no seeds, or seeds that are none of one configuration; nothing is written.
+    """
+    if record.frozen and not force:
+        raise Misuse(f"{record.folder}: frozen, its numbers stay; --force writes them all the same")
+    if not record.runs:
+        raise Misuse(f"{record.folder}/seed*/metrics.json: no such file; scripts/run_seeds.py --collect puts them there")
+    mixed = [finding for finding in stats.check_group(record.group) if finding.level == "FAIL"]
+    if mixed:
+        raise Misuse(f"{record.folder}: no seeds of one configuration: {mixed[0].rule}: {mixed[0].text}")
+    submission = {**record.submission, **measured(record.runs)}
+    submission.pop("draft", None)
+    changes = dict(submission.get("changes", {}))
+    waiting = changes.pop(TODO, {"reason": ""})
+    if names := unnamed(record):
+        changes[TODO] = {**waiting, "symbols": names}
+    submission["changes"] = changes
+    texts = {"README.md": tables.rewrite(record.folder / "README.md", record.root).encode(),
+             "submission.json": as_json(submission)}
+    changed = [name for name, text in texts.items() if (record.folder / name).read_bytes() != text]
+    for name in changed:
+        write_atomic(record.folder / name, texts[name])
+    return changed
+
+
+# --- Checks: each yields what is wrong as (where, text) ---
+
+Problem = tuple[str, str]
+
+
+def files(record: Record) -> Iterable[Problem]:
+    yield from ((name, "is missing") for name in FILES if not (record.folder / name).is_file())
+    for seed in sorted(record.folder.glob("seed*/")):
+        yield from ((f"{seed.name}/{name}", "is missing") for name in ("log.txt", "metrics.json")
+                    if not (seed / name).is_file())
+    path = record.folder / "requirements.txt"
+    for i, line in enumerate(path.read_text().splitlines() if path.is_file() else (), 1):
+        if line.strip() and not re.match(r"#|[\w.\[\]-]+==[\w.+!]+( *;.*)?$", line):
+            yield f"{path.name}:{i}", f"{line!r} pins no version: NAME==VERSION is needed"
+    try:
+        ast.parse(record.script)
+    except SyntaxError as error:
+        yield f"train_gpt.py:{error.lineno}", f"does not compile: {error.msg}"
+
+
+def schema(record: Record) -> Iterable[Problem]:
+    import jsonschema
+    rules = jsonschema.Draft202012Validator(read_json(SCHEMA), format_checker=jsonschema.FormatChecker(["date"]))
+    for error in sorted(rules.iter_errors(record.submission), key=lambda error: list(map(str, error.absolute_path))):
+        place = ".".join(map(str, error.absolute_path))
+        yield "submission.json", f"{f'{place}: ' if place else ''}{error.message}"
+    if record.submission.get("draft"):
+        yield "submission.json", "draft: true; scripts/submit.py fill writes the numbers and ends that"
+    told = f"{record.submission.get('date')}_{record.submission.get('name')}"
+    if told != record.folder.name:
+        yield "submission.json", f"date and name are {told}, the folder is {record.folder.name}"
+
+
+def leftovers(record: Record) -> Iterable[Problem]:
+    for name in ("README.md", "submission.json"):
+        for i, line in enumerate((record.folder / name).read_text().splitlines(), 1):
+            if re.search(rf"\b{TODO}\b", line):
+                yield f"{name}:{i}", f"still to be written: {line.strip()[:80]}"
+
+
+def readme(record: Record) -> Iterable[Problem]:
+    titles = re.findall(r"^## +(.+)$", record.readme, re.M)
+    for name, pattern in SECTIONS.items():
+        if not any(re.match(pattern, title, re.I) for title in titles):
+            yield "README.md", f"has no section `## {name}`"
+    marks = [f"<!-- table: {kind} records/{record.folder.name} -->" for kind in ("headline", "seeds")]
+    yield from (("README.md", f"has no table `{mark}`") for mark in marks if mark not in record.readme)
+    if marks[0] in record.readme.partition("\n## ")[2]:
+        yield "README.md", "the headline's number does not come first"
+    if tables.rewrite(record.folder / "README.md", record.root) != record.readme:
+        yield "README.md", "a table is not what the files say: scripts/submit.py fill writes it"
+
+
+def typed(value: object) -> str:
+    """A setting as text in which 2, 2.0, True and 1 can be held against each other."""
+    try:
+        return repr(float(value))
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def told_command(record: Record) -> Iterable[Problem]:
+    block = re.search(r"^## +Command.*?(?=^## |\Z)", record.readme, re.M | re.S | re.I)
+    pairs = re.findall(r"(?<![\w=])([A-Z][A-Z0-9_]+)=(\S+)", block[0]) if block else []
+    every = [(run["settings"], run["seed"]) for run in record.runs]
+    for name, value in pairs:
+        if every and name in every[0][0] and not any(typed(given[name]) == typed(value) for given, _ in every):
+            yield "README.md", f"the command says {name}={value}, the runs had {every[0][0][name]}"
+
+
+def seeds(record: Record) -> Iterable[Problem]:
+    for finding in stats.check_group(record.group):
+        if finding.rule not in ("script", "budgets") or finding.level == "FAIL":  # these have rules of their own
+            yield "seed*/metrics.json", f"{finding.rule}: {finding.text}"
+
+
+def stale(record: Record) -> Iterable[Problem]:
+    if mark := stats.stale_mark(record.folder, record.runs):
+        yield "seed*/metrics.json", f"{mark.strip('*')}: re-run with scripts/run_seeds.py"
+
+
+def logs(record: Record) -> Iterable[Problem]:
+    for run in record.group.runs:
+        path = Path(run.where).with_name("log.txt")
+        where, text = f"{path.parent.name}/log.txt", path.read_text(errors="replace")
+        source, ruler, output = text.partition("=" * 100 + "\n")
+        if not ruler or sha256(source.encode()) != run.metrics["script_sha256"]:
+            yield where, "does not begin with the source that script_sha256 of its metrics names"
+        try:
+            told = stats.read_log(path)
+        except Misuse as error:
+            yield where, str(error).removeprefix(f"{path}: ")
+            continue
+        for key in ("settings", "dataset"):
+            if told[key] != run.metrics[key]:
+                yield where, f"its {key} are not those of metrics.json"
+        exact = {name: (loss, bpb) for name, loss, bpb in stats.EXACT.findall(output)}
+        for name, entry in run.metrics["evals"].items():
+            wanted = f"{entry['val_loss']:.8f}", f"{entry['val_bpb']:.8f}"
+            if exact.get(name) != wanted:
+                yield where, f"{name}_exact is {exact.get(name, 'missing')}, metrics.json has {wanted}"
+        if (said := re.findall(r"^artifact:.* bytes:(\d+)", output, re.M)) and int(said[-1]) != run.metrics["bytes_model"]:
+            yield where, f"its artifact has {said[-1]} bytes, metrics.json says {run.metrics['bytes_model']}"
+
+
+def numbers(record: Record) -> Iterable[Problem]:
+    for run in record.group.runs:
+        if run.metrics["val_bpb"] != headline(run.metrics)["val_bpb"]:
+            yield run.where, "val_bpb is not that of its headline"
+    found = measured(record.runs)
+    for key in found.keys() & record.submission.keys():
+        if record.submission[key] != found[key]:
+            yield "submission.json", f"{key} is {record.submission[key]}, the seeds' metrics give {found[key]}"
+
+
+def size(record: Record) -> Iterable[Problem]:
+    for run in record.runs:
+        where, budget = f"seed{run['seed']}", run["settings"]["ARTIFACT_BUDGET_BYTES"]
+        if run["bytes_code"] != len(record.script):
+            yield where, f"counts {run['bytes_code']:,} bytes of code, train_gpt.py has {len(record.script):,}"
+        if run["bytes_code"] + run["bytes_model"] != run["bytes_total"]:
+            yield where, f"{run['bytes_code']:,} + {run['bytes_model']:,} bytes are not {run['bytes_total']:,}"
+        if 0 < budget < run["bytes_total"]:
+            yield where, f"{run['bytes_total']:,} bytes, ARTIFACT_BUDGET_BYTES allows {budget:,}"
+
+
+def clocks(record: Record) -> Iterable[Problem]:
+    for run in record.runs:
+        for name, spent in (("MAX_WALLCLOCK_SECONDS", run["train_seconds"]), ("EVAL_BUDGET_SECONDS", run["eval_seconds"])):
+            if 0 < run["settings"][name] < spent:
+                yield f"seed{run['seed']}", f"{spent:.1f} s, {name} allows {run['settings'][name]:g}"
+        yield from ((f"seed{run['seed']}", line) for line in run.get("broken_budgets", []))
+
+
+def git(root: Path, *words: str) -> list[str]:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, check=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Misuse(f"git {' '.join(words)}: {getattr(error, 'stderr', '').strip() or error}") from None
+    return done.stdout.splitlines()
+
+
+def scope(record: Record, base: str) -> Iterable[Problem]:
+    """Raises Misuse where git cannot compare with `base`."""
+    own = f"records/{record.folder.name}/"
+    changed = git(record.root, "-c", "core.quotepath=off", "diff", "--name-only", f"{base}...HEAD")
+    for path in changed:
+        if not path.startswith(own):
+            yield path, f"is no part of this record: a pull request has {own} and nothing else"
+    for line in git(record.root, "-c", "core.quotepath=off", "status", "--porcelain", "--", own):
+        yield line[3:], "is not committed: the pull request would be without it"
+
+
+def corpus(folder: Path) -> Path:
+    """A folder of byte260 shards, 40,000 bytes of made-up words to train on and 2,500 to score."""
+    import numpy as np
+    folder.mkdir()
+    rng = random.Random(0)
+    for part, count in (("train", 40_000), ("val", 2_500)):
+        ids = np.array([4 + ord(letter) for letter in rng.choices("etaoin shrdlu\n", k=count)], "<u2")
+        ids[::700] = 1  # documents begin with BOS
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, len(ids)
+        (folder / f"smoke_{part}_000000.bin").write_bytes(header.tobytes() + ids.tobytes())
+    return folder
+
+
+def smoke_settings(record: Record) -> dict[str, str]:
+    """The settings of the record's runs at a tiny size: what was off stays off."""
+    from audit import SMALL
+    from run_seeds import OWN, variables
+    known = variables(record.folder / "train_gpt.py")
+    found = run_settings(Path(record.group.runs[0].where).parent) if record.runs else {}
+    off = {key for key, value in (known | found).items() if value.strip("'\"") in ("", "0", "False")}
+    small = SMALL | {"ITERATIONS": 4, "WARMDOWN_ITERS": 2, "VOCAB_SIZE": 260, "TOKENIZER_PATH": ""}
+    return {**{key: value for key, value in found.items() if key not in OWN and (not known or key in known)},
+            **{key: str(value) for key, value in small.items() if (key in known or not known) and key not in off}}
+
+
+def smoke(record: Record) -> Iterable[Problem]:
+    """Runs the script in a copy of its folder, away from the repository, in a bare environment."""
+    with tempfile.TemporaryDirectory(prefix="smoke-") as name:
+        alone = Path(name) / "record"
+        shutil.copytree(record.folder, alone, ignore=shutil.ignore_patterns("seed*", "__pycache__", "ablations"))
+        bare = {key: os.environ[key] for key in ("PATH", "LANG", "LC_ALL") if key in os.environ}
+        environment = {**bare, "HOME": name, "TMPDIR": name, "OMP_NUM_THREADS": "1", **smoke_settings(record),
+                       "DATA_PATH": str(corpus(Path(name) / "text")), "RUNS_PATH": "runs", "RUN_ID": "smoke"}
+        try:
+            done = subprocess.run([sys.executable, "train_gpt.py"], cwd=alone, env=environment, timeout=SMOKE_SECONDS,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        except subprocess.TimeoutExpired:
+            return (yield "train_gpt.py", f"a run of four tiny steps took more than {SMOKE_SECONDS} s")
+        if done.returncode:
+            last = [line for line in done.stdout.splitlines() if line.strip()][-3:]
+            return (yield "train_gpt.py", f"exit code {done.returncode} in a copy of its folder alone: {' / '.join(last)}")
+        path = alone / "runs" / "smoke" / "metrics.json"
+        found = read_json(path) if path.exists() else {}
+        if found.get("script_sha256") != record.sha256 or not math.isfinite(found.get("val_bpb", math.nan)):
+            yield "train_gpt.py", "leaves no metrics.json with a finite val_bpb and its own hash"
+
+
+# {rule: (check, what to say if it finds nothing)}
+RULES: dict[str, tuple[Callable[[Record], Iterable[Problem]], str]] = {
+    "files": (files, "README, submission.json, pinned requirements, a script that compiles, a log and metrics a seed"),
+    "schema": (schema, "submission.json is as its schema says, and the folder is named for it"),
+    "todo": (leftovers, "nothing is left to be written"),
+    "readme": (readme, "README has its sections, the headline first, and the tables that the files give"),
+    "command": (told_command, "the README's command has the settings of the runs"),
+    "seeds": (seeds, "three seeds or more of one script, configuration and data"),
+    "stale": (stale, "the numbers are those of this script"),
+    "log": (logs, "logs begin with their script and end with the numbers of metrics.json, to all digits"),
+    "numbers": (numbers, "submission.json has the numbers of its seeds"),
+    "size": (size, "code and model are counted as they are, within the budget"),
+    "time": (clocks, "training and scoring are within the budgets that were on"),
+}
+
+
+def check(folder: Path | str, base: str | None = None, skip: Iterable[str] = ()) -> list[Finding]:
+    """Findings `submit/RULE` of a record, then those of lineage.py and audit.py. `base`: a branch that a pull request goes to.
+
+    Raises:
+        Misuse: no record, an unknown part to skip, or no such branch.
+    """
+    import lineage
+    if unknown := sorted({*skip} - {*SLOW}):
+        raise Misuse(f"--skip {','.join(unknown)}: parts that can be left out are {', '.join(SLOW)}")
+    record, found = Record(folder), []
+
+    def judge(rule: str, problems: Iterable[Problem], good: str, level: str = "FAIL") -> None:
+        places = f"{record.folder.relative_to(record.root)}/"
+        try:
+            bad = [Finding(f"submit/{rule}", level, text, where.removeprefix(f"{record.root}/")) for where, text in problems]
+        except (Misuse, OSError, KeyError) as error:  # a file that is not there or not what it should be
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            bad = [Finding(f"submit/{rule}", level, f"cannot be judged: {reason}")]
+        found.extend(bad or [Finding(f"submit/{rule}", "PASS", good, places.rstrip("/"))])
+
+    for rule, (look, good) in RULES.items():
+        try:
+            level = "WARN" if rule == "stale" and record.frozen else "FAIL"
+        except Misuse:
+            level = "FAIL"
+        judge(rule, look(record), good, level)
+    if base:
+        changed = list(scope(record, base))
+        judge("scope", changed, f"nothing but this record differs from {base}")
+    found += lineage.check(record.folder, record.root)
+    for part in SLOW:
+        if part in skip:
+            found.append(Finding(f"submit/{part}", "WARN", "left out by --skip"))
+        elif part == "smoke":
+            judge("smoke", smoke(record), "runs in a copy of its folder alone")
+        else:
+            import audit
+            found += audit.check(record.folder)
+    return found
+
+
+# --- New records and exports ---
+
+
+def new(name: str, parent: str, date: str | None = None, root: Path = ROOT) -> Path:
+    """Starts records/<date>_<name>/ below `root` -> the folder, whole or not there.
+
+    Raises:
+        Misuse: a name, date or parent that cannot be, or the folder exists.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise Misuse(f"NAME {name!r}: letters, digits, _ . and -, the first a letter or digit")
+    try:
+        date = datetime.date.fromisoformat(date).isoformat() if date else datetime.date.today().isoformat()
+    except ValueError:
+        raise Misuse(f"--date {date}: YYYY-MM-DD is needed") from None
+    script = (root / "train_gpt.py" if parent in (".", "trunk") else find_script(parent)).resolve()
+    folder, trunk = root / "records" / f"{date}_{name}", root.resolve() / "train_gpt.py"
+    if script != trunk and script.parent.parent != root.resolve() / "records":
+        raise Misuse(f"--parent {parent}: {script} is neither the trunk nor a record of {root}")
+    if folder.exists():
+        raise Misuse(f"{folder}: exists already")
+    about = {"draft": True, "author": TODO, "github_id": TODO, "name": name, "date": date,
+             "parent": "train_gpt.py" if script == trunk else f"records/{script.parent.name}", "blurb": TODO,
+             "changes": {}, "data": TODO}
+    needed = script.with_name("requirements.txt")
+    (root / "records").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=root / "records") as temporary:
+        place = Path(temporary) / folder.name
+        place.mkdir()
+        (place / "train_gpt.py").write_bytes(script.read_bytes())
+        (place / "requirements.txt").write_bytes(needed.read_bytes())
+        (place / "submission.json").write_bytes(as_json(about))
+        title = "the trunk" if script == trunk else script.parent.name.split("_", 1)[-1]
+        (place / "README.md").write_text(README.format(name=name, folder=folder.name, parent=title))
+        place.rename(folder)
+    return folder
+
+
+def track(runs: list[dict]) -> str:
+    """The competition's track: its own hardware with its limits on, or the one for everything else."""
+    contest = all(run.get("world_size") == 8 and "H100" in run["device"]
+                  and all(0 < run["settings"].get(name, 0) <= limit for name, limit in CONTEST.items()) for run in runs)
+    return "10min_16mb" if contest else "non_record_16mb"
+
+
+def export(record: Record, upstream: Path, force: bool = False) -> Path:
+    """Lays a record out as the competition has it, whole or not at all -> the folder. Links of the README go along.
+
+    Raises:
+        Misuse: no checkout of the competition's repository, or the folder exists and not `force`.
+    """
+    if not (upstream / "records").is_dir():
+        raise Misuse(f"--upstream {upstream}: no records/ there; a checkout of openai/parameter-golf is needed")
+    name = track(record.runs)
+    folder = upstream / "records" / f"track_{name}" / record.folder.name
+    if folder.exists() and not force:
+        raise Misuse(f"{folder}: exists already; --force replaces it")
+    about = {key: value for key, value in record.submission.items() if key not in HOUSE_KEYS}
+    reasons = "; ".join(entry["reason"] for entry in record.submission["changes"].values())
+    about = {**({"technique_summary": reasons} if reasons else {}), **about, "track": name}
+    folder.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as temporary:
+        place = Path(temporary) / folder.name
+        place.mkdir()
+        for file in ("README.md", "train_gpt.py", "requirements.txt"):
+            shutil.copy(record.folder / file, place)
+        (place / "submission.json").write_bytes(as_json(about))
+        for run in record.runs:
+            shutil.copy(record.folder / f"seed{run['seed']}" / "log.txt", place / f"train_seed{run['seed']}.log")
+        for link in re.findall(r"\]\(([^)#:]+)\)", record.readme):
+            source, aim = (record.folder / link).resolve(), place / link
+            if source.is_file() and source.is_relative_to(record.folder) and not aim.exists():
+                aim.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, aim)
+        if folder.exists():
+            folder.rename(Path(temporary) / "before")
+        place.rename(folder)
+    return folder
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    part = commands.add_parser("new", help="start a record from its parent")
+    part.add_argument("name", metavar="NAME")
+    part.add_argument("--parent", required=True, help="a record, or . for the trunk")
+    part.add_argument("--date", help="YYYY-MM-DD (default: today)")
+    part = commands.add_parser("fill", help="write numbers, tables and the list of changed symbols")
+    part.add_argument("record", metavar="RECORD")
+    part.add_argument("--force", action="store_true", help="a frozen record too")
+    part = commands.add_parser("check", help="what a reviewer would ask before merging")
+    part.add_argument("record", metavar="RECORD")
+    part.add_argument("--base", metavar="BRANCH", help="nothing but this record may differ from it")
+    part.add_argument("--skip", default="", metavar="PARTS", help=f"leave out slow parts: {', '.join(SLOW)}, with commas")
+    part.add_argument("--json", action="store_true", help="findings as one JSON document")
+    part = commands.add_parser("export", help="lay it out for the competition's repository")
+    part.add_argument("record", metavar="RECORD")
+    part.add_argument("--upstream", type=Path, required=True, metavar="DIR", help="a checkout of openai/parameter-golf")
+    part.add_argument("--force", action="store_true", help="replace the folder if it is there")
+    options = parser.parse_args(argv)
+    if options.command == "new":
+        print(f"{new(options.name, options.parent, options.date, root)}: change train_gpt.py, then measure")
+        return FINE
+    if options.command == "check":
+        return report(check(options.record, options.base, [part for part in options.skip.split(",") if part]), options.json)
+    record = Record(options.record)
+    if options.command == "fill":
+        changed = fill(record, options.force)
+        print(f"written: {', '.join(changed)}" if changed else "nothing to write")
+        if names := unnamed(record):
+            print(f"{len(names)} changed symbols are under the idea {TODO}: move each to an idea with a reason")
+        return FINE
+    failed = [finding for finding in check(record.folder, skip=SLOW) if finding.level == "FAIL"]
+    if failed:
+        report(failed, False)
+        print(f"not exported: {len(failed)} findings", file=sys.stderr)
+        return FINDINGS
+    print(export(record, options.upstream, options.force))
+    return FINE
+
+
+if __name__ == "__main__":
+    command(main)
