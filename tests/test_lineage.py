@@ -213,8 +213,8 @@ def test_a_symbol_owns_its_decorators_and_comments():
 def test_odd_layouts_keep_every_byte_and_every_name():
     source = ("#!/usr/bin/env python\n# a remark\n\nimport a; import b\nx = 1; y = 2\nclass A: z = 3\n"
               "class B(\n    A,\n):\n    # first\n    def f(self): pass\n\n    @property\n"
-              "    def g(self): pass\n    @g.setter\n    def g(self, v): pass\n    # the end of B\n\n# of h\n\n\n"
-              "def h():\n"
+              "    def g(self): pass\n    @g.setter\n    def g(self, v): pass\n    # the end of B\n\n"
+              "# of h\n\n\ndef h():\n"
               "    return '''\n# not a comment\n'''\n\n  \nif x:\n    def k(): pass\nelse:\n"
               "    def k(): pass\n"
               "torch.setup(1)\n__all__ = ['h']\n__all__ += ['k']\nclass C:\n    pass\n# tail\n\n")
@@ -273,6 +273,7 @@ def test_nothing_of_the_small_trunk_is_dead():
     ("\nclass K(Base):\n    def m(self):\n        pass\n\n    def forward(self):\n        pass\n\n\nK()\n",
      "MODEL", {"K.m": False}),
     ("\nclass K:\n    def m(self):\n        self.m\n\n\nK()\n", "MODEL", {"K.m": True}),
+    ("\nclass K:\n    def heads(self):\n        pass\n", "MODEL", {"K": True, "K.heads": True}),
     ("\nclass K:\n    def m(self):\n        pass\n\n\ngetattr(K(), 'm')\n", "MODEL", {}),
     ("\nclass K:\n    n = 1\n\n    def m(self, k=n):\n        pass\n\n\nK().m()\n", "MODEL", {}),
     ("\nX = [1]\nwith open(X[0]):\n    Y = 2\n", "DATA", {}),
@@ -643,6 +644,19 @@ def test_what_the_parent_moves_moves(family):
     family.edit("\n\n\ndef score", "\n\n\n\ndef score")  # extra stands above it in the record
     family.edit("\n\n\ndef clock", "\n\n\n\ndef clock")
     assert family.sync() == {("carried", "clock"): "PASS"}
+
+
+def test_layout_of_its_own_stays(family):
+    body = BODIES["EVALUATION"].strip("\n").replace("heads", "size")
+    early = replaced(BODIES["EVALUATION"].strip("\n") + "\n", "# None: above load.\n")
+    early = replaced("def load", body + "\n\n\ndef load", early)
+    family.record("Moved", early, ["score", "section EVALUATION"])
+    loose = replaced("\n\n\ndef clock", "\n\n\n\ndef clock")
+    family.record("Loose", loose)
+    family.edit("scale = 1.0", "scale = 2.0")
+    assert family.sync() == {("carried", "Model.scale"): "PASS"}
+    assert family.text("Moved") == early.replace("scale = 1.0", "scale = 2.0")
+    assert family.text("Loose") == loose.replace("scale = 1.0", "scale = 2.0")
 
 
 def test_nothing_is_written_if_one_result_is_no_python(family):
