@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -27,6 +28,9 @@ def command(main: Callable[[], int]) -> None:
     except Misuse as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(MISUSE)
+    except BrokenPipeError:  # `| head` has seen enough; nothing more can be said, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FINE)
 
 
 @dataclass(frozen=True)
