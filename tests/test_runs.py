@@ -1,0 +1,350 @@
+"""scripts/run_seeds.py and scripts/sweep.py: what runs, what is skipped or resumed, failures, placement, summaries."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import run_seeds
+import stats
+import sweep
+import tables
+from conftest import ROOT
+from family import Misuse
+
+# A script of this family as far as a scheduler sees it: its score is LR + SEED / 1000.
+FAKE = '''
+import hashlib, json, os, signal, sys, time
+from pathlib import Path
+seed, lr = int(os.environ.get("SEED", "0")), float(os.environ.get("LR", "1.0"))
+folder = Path(os.environ.get("RUNS_PATH", "runs"), os.environ.get("RUN_ID", "run"))
+resume = os.environ.get("RESUME", "") == "auto"
+began = time.time()
+with open(folder / "log.txt", "a") as log:
+    log.write(f"resumed {resume}\\n")
+(folder / "metrics.jsonl").write_text('{"step": 3}\\n')
+if os.environ.get("MODE", "") == "fail" and seed == 2:
+    print("first line\\nthe reason")
+    sys.exit(7)
+if os.environ.get("MODE", "") in ("wait", "deaf") and not resume:
+    def save(*_):
+        (folder / "last.safetensors").write_text("step 3")
+        sys.exit(130)
+    signal.signal(signal.SIGINT, save if os.environ.get("MODE", "") == "wait" else signal.SIG_IGN)
+    print("waiting", flush=True)
+    while not Path("go").exists() and time.time() < began + 60:
+        time.sleep(0.05)
+time.sleep(float(os.environ.get("SLEEP", "0")))
+bpb, over = lr + seed / 1000, os.environ.get("MODE", "") == "over"
+entry = {"val_loss": bpb, "val_bpb": bpb, "bytes": 100, "targets": 100, "seconds": 1.0}
+metrics = {"val_bpb": bpb, "headline": "final", "evals": {"final": entry}, "seed": seed, "bytes_total": 30, "bytes_model": 20,
+           "ms_per_step": 2.0, "steps": 3, "train_seconds": 1.0, "eval_seconds": 1.0, "device": "cpu", "torch": "2",
+           "dataset": {"name": "d", "sha256": "d"}, "settings": {"LR": lr, "SEED": seed},
+           "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+           "broken_budgets": ["EVAL_BUDGET_SECONDS=1 is broken: 2"] * over,
+           "seen": {"cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
+                    "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""), "threads": os.environ.get("OMP_NUM_THREADS", ""),
+                    "time": [began, time.time()]}}
+(folder / "metrics.json").write_text(json.dumps(metrics))
+sys.exit(3 if over else 0)
+'''
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty working folder with the fake script in A/train_gpt.py."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("LR", "MODE", "SLEEP", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "A").mkdir()
+    (tmp_path / "A" / "train_gpt.py").write_text(FAKE)
+    return tmp_path
+
+
+@pytest.fixture
+def go(place, capsys):
+    """go(tool, argument, ...) -> (exit code, {arm: entry}, stderr) of `tool A --json argument ...`."""
+
+    def go(tool, *arguments):
+        code = tool.main(["A", "--json", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return code, {row["arm"]: row for row in json.loads(out)["arms"]}, err
+
+    return go
+
+
+def logs(place) -> list[str]:
+    return sorted(path.read_text() for path in place.glob("runs/*/log.txt"))
+
+
+def states(arm: dict) -> list[str]:
+    return [run["state"] for run in arm["runs"]]
+
+
+# --- Which runs ---
+
+
+def test_finished_runs_are_skipped_and_others_are_not(go, place):
+    code, arms, err = go(run_seeds, "--seeds", "1,2,3", "--set", "LR=2")
+    assert code == 0 and states(arms["seeds"]) == ["done"] * 3 and err.count("start ") == err.count("done  ") == 3
+    assert arms["seeds"]["mean"] == pytest.approx(2.002) and arms["seeds"]["sd"] == pytest.approx(0.001)
+    code, arms, err = go(run_seeds, "--seeds", "1,2,3,4", "--set", "LR=2")
+    assert code == 0 and states(arms["seeds"]) == ["kept"] * 3 + ["done"] and arms["seeds"]["mean"] == pytest.approx(2.0025)
+    assert logs(place) == ["resumed False\n"] * 4  # none ran twice
+    assert states(go(run_seeds, "--seeds", "1", "--set", "LR=3")[1]["seeds"]) == ["done"]  # other settings
+    (place / "A" / "train_gpt.py").write_text(FAKE + "# another script\n")
+    assert states(go(run_seeds, "--seeds", "1", "--set", "LR=3")[1]["seeds"]) == ["done"]
+    data = place / "data" / "manifest.json"
+    data.parent.mkdir()
+    for text in ("one", "two"):  # other data under the same name
+        (place / "A" / "train_gpt.py").write_text(FAKE + 'os.environ.get("DATA_PATH", "")\n')
+        data.write_text(text)
+        assert states(go(run_seeds, "--seeds", "1", "--set", "DATA_PATH=data")[1]["seeds"]) == ["done"]
+
+
+def test_an_unfinished_run_is_started_over_or_resumed(go, place):
+    _, arms, _ = go(run_seeds, "--seeds", "1")
+    folder = place / arms["seeds"]["runs"][0]["folder"]
+    (folder / "metrics.json").unlink()
+    assert states(go(run_seeds, "--seeds", "1")[1]["seeds"]) == ["done"] and logs(place) == ["resumed False\n"]
+    (folder / "metrics.json").unlink()
+    (folder / "last.safetensors").write_text("")
+    code, arms, err = go(run_seeds, "--seeds", "1")
+    assert code == 0 and "resume seeds seed 1" in err and logs(place) == ["resumed False\nresumed True\n"]
+
+
+def test_a_failure_is_recorded_and_the_rest_go_on(go, place):
+    code, arms, err = go(run_seeds, "--seeds", "1,2,3", "--set", "MODE=fail")
+    assert code == 1 and states(arms["seeds"]) == ["done", "failed", "done"] and arms["seeds"]["mean"] == pytest.approx(1.002)
+    failed = arms["seeds"]["runs"][1]
+    assert failed["exit_code"] == 7 and failed["tail"] == ["first line", "the reason"] and "exit code 7" in err
+    assert states(go(run_seeds, "--seeds", "1,2,3", "--set", "MODE=fail")[1]["seeds"]) == ["kept", "failed", "kept"]
+    console = (place / failed["folder"] / "console.txt").read_text()
+    assert console.startswith("$ MODE=fail SEED=2 ") and console.endswith("the reason\n")
+
+
+def test_a_broken_budget_is_no_result(go, place):
+    for _ in range(2):  # just run, and found again
+        code, arms, _ = go(run_seeds, "--seeds", "1", "--set", "MODE=over", "--collect", "A")
+        assert code == 1 and states(arms["seeds"]) == ["over budget"] and arms["seeds"]["mean"] is None
+    assert not (place / "A" / "seed1").exists()
+
+
+def test_a_script_that_changes_meanwhile_is_not_mixed_in(go, place):
+    (place / "A" / "train_gpt.py").write_text("from pathlib import Path\nPath(__file__).write_text('0')\n" + FAKE)
+    code, arms, _ = go(run_seeds, "--seeds", "1,2")
+    assert code == 1 and states(arms["seeds"]) == ["failed", "failed"]
+    assert "changed since" in arms["seeds"]["runs"][1]["tail"][0]
+
+
+def test_a_run_that_another_process_is_at_is_left_alone(go, place):
+    import fcntl
+    _, arms, _ = go(run_seeds, "--seeds", "1")
+    folder = place / arms["seeds"]["runs"][0]["folder"]
+    (folder / "metrics.json").unlink()
+    with open(folder / "console.txt", "ab") as console:
+        fcntl.flock(console, fcntl.LOCK_EX)
+        code, arms, _ = go(run_seeds, "--seeds", "1")
+    assert code == 1 and "another process" in arms["seeds"]["runs"][0]["tail"][0] and (folder / "log.txt").exists()
+
+
+# --- Where they run, and with what ---
+
+
+def seen(place) -> list[dict]:
+    return [json.loads(path.read_text())["seen"] for path in place.glob("runs/*/metrics.json")]
+
+
+def test_jobs_run_side_by_side_and_no_more_of_them(go, place):
+    code, _, _ = go(run_seeds, "--seeds", "1,2,3,4", "--set", "SLEEP=0.4", "--jobs", "2", "--threads", "3", "--gpus", "5,7")
+    spans, found = [run["time"] for run in seen(place)], seen(place)
+    at_once = [sum(start <= moment < end for start, end in spans) for moment, _ in spans]
+    assert code == 0 and max(at_once) == 2 and {run["threads"] for run in found} == {"3"}
+    assert sorted(run["gpus"] for run in found) in (["5", "5", "7", "7"], ["5", "7", "7", "7"], ["5", "5", "5", "7"])
+    for a in found:  # what runs at the same time has a GPU of its own
+        assert all(a is b or a["gpus"] != b["gpus"] for b in found if a["time"][0] <= b["time"][0] < a["time"][1])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin")
+def test_a_run_stays_on_its_cores(go, place):
+    before = os.sched_getaffinity(0)
+    assert go(run_seeds, "--seeds", "1", "--cores", max(before))[0] == 0
+    assert [run["cores"] for run in seen(place)] == [[max(before)]] and os.sched_getaffinity(0) == before
+
+
+def test_ranks_take_their_share_of_the_gpus():
+    options = run_seeds.parser("").parse_args([".", "--gpus", "0,1,2,3", "--ranks", "2"])
+    assert run_seeds.slots(options) == [run_seeds.Slot((), "0,1"), run_seeds.Slot((), "2,3")]
+
+
+def test_a_setting_of_the_environment_is_not_passed_on(go, place, monkeypatch):
+    monkeypatch.setenv("LR", "9")
+    _, arms, err = go(run_seeds, "--seeds", "1")
+    assert arms["seeds"]["mean"] == pytest.approx(1.001) and "environment: LR" in err
+
+
+def test_settings_of_an_earlier_run(go, place):
+    (place / "old").mkdir()
+    (place / "old" / "metrics.json").write_text(json.dumps({"settings": {"LR": 4.0, "GONE": 1, "SEED": 8, "RUN_ID": "x"}}))
+    _, arms, err = go(run_seeds, "--seeds", "1", "--like", "old")
+    assert arms["seeds"]["mean"] == pytest.approx(4.001) and "no GONE" in err
+    _, arms, _ = go(run_seeds, "--seeds", "1", "--like", "old", "--set", "LR=5")
+    assert arms["seeds"]["settings"] == {"LR": "5"}
+
+
+def test_a_status_line_counts_steps(go, place, monkeypatch):
+    monkeypatch.setattr(run_seeds, "STATUS_SECONDS", 0.1)
+    _, _, err = go(run_seeds, "--seeds", "1", "--set", "SLEEP=0.8")
+    assert "0 of 1 runs through; seeds seed 1 step 3" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_runs_and_the_same_command_goes_on(place, number):
+    call = [sys.executable, str(ROOT / "scripts" / "run_seeds.py"), "A", "--seeds", "1,2,3", "--jobs", "2", "--set", "MODE=wait"]
+    process = interrupted(place, call, 2, number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "the same command goes on" in err and out.count("| stopped |") == 3
+    assert len([*place.glob("runs/*/last.safetensors")]) == 2
+    (place / "go").touch()
+    again = subprocess.run(call, capture_output=True, text=True, timeout=30)
+    assert again.returncode == 0 and again.stderr.count("resume ") == 2 and again.stderr.count("start ") == 1
+
+
+def test_a_second_signal_kills_what_does_not_stop(place):
+    call = [sys.executable, str(ROOT / "scripts" / "run_seeds.py"), "A", "--seeds", "1", "--json", "--set", "MODE=deaf"]
+    process = interrupted(place, call, 1, signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    run = json.loads(out)["arms"][0]["runs"][0]
+    assert process.returncode == 130 and "killing" in err and (run["state"], run["exit_code"]) == ("stopped", -9)
+
+
+def interrupted(place, call: list[str], count: int, number: int) -> subprocess.Popen:
+    """The process of a command that got a signal once `count` of its runs were waiting."""
+    process = subprocess.Popen(call, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.time() + 30
+    while sum("waiting" in path.read_text() for path in place.glob("runs/*/console.txt")) < count:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    return process
+
+
+# --- Sweeps ---
+
+
+def test_a_grid_is_every_combination_against_the_first(go, place):
+    code, arms, _ = go(sweep, "--seeds", "1,2", "--grid", "LR=2,2.5", "--grid", "SLEEP=0;0.0")
+    assert code == 0 and list(arms) == ["LR=2 SLEEP=0", "LR=2 SLEEP=0.0", "LR=2.5 SLEEP=0", "LR=2.5 SLEEP=0.0"]
+    assert "verdict" not in arms["LR=2 SLEEP=0"] and arms["LR=2 SLEEP=0.0"]["verdict"] == "no effect"
+    worse = arms["LR=2.5 SLEEP=0"]
+    mean, half, word = stats.verdict([0.5, 0.5])
+    assert worse["difference"] == pytest.approx(mean) and worse["verdict"] == word == "worse" and worse["pairs"] == 2
+    code, arms, _ = go(sweep, "--seeds", "1,2", "--grid", "LR=2,2.5", "--set", "SLEEP=0", "--base", "LR=2.5")
+    assert arms["LR=2"]["difference"] == pytest.approx(-0.5) and [*map(states, arms.values())] == [["kept", "kept"]] * 2
+
+
+def arms_file(place, **content) -> str:
+    (place / "arms.json").write_text(json.dumps(content))
+    return "arms.json"
+
+
+def test_listed_arms_pair_the_seeds_that_both_have_and_make_a_table(go, place):
+    listed = arms_file(place, base={"LR": 2}, arms={"more": {"LR": 2.25}, "broken/arm": {"MODE": "fail"}}, labels={"base": "as it was"})
+    code, arms, _ = go(sweep, "--arms", listed, "--seeds", "1,2,3", "--collect", "A")
+    assert code == 1 and list(arms) == ["base", "more", "broken/arm"] and states(arms["broken/arm"]) == ["done", "failed", "done"]
+    assert arms["broken/arm"]["pairs"] == 2 and arms["broken/arm"]["difference"] == 0 and arms["more"]["difference"] == 0.25
+    folder = place / "A" / "ablations"
+    assert json.loads((folder / "arms.json").read_text()) == {"base": "as it was", "more": "`LR=2.25`", "broken-arm": "`MODE=fail`"}
+    assert sorted(path.name for path in folder.glob("broken-arm/*")) == ["seed1.json", "seed3.json"]
+    table = tables.ablation(place / "A", None)
+    assert "| base: as it was | 2.0020 |" in table and "| `LR=2.25` | 2.2520 | +0.2500 |" in table
+    # Another sweep adds its arms; a label written by hand stays; another base is not mixed in.
+    notes = json.loads((folder / "arms.json").read_text()) | {"more": "a larger step"}
+    (folder / "arms.json").write_text(json.dumps(notes))
+    go(sweep, "--arms", arms_file(place, base={"LR": 2}, arms={"more": {"LR": 2.25}, "less": {"LR": 1}}), "--seeds", "1,2,3", "--collect", "A")
+    assert json.loads((folder / "arms.json").read_text()) == notes | {"less": "`LR=1`"}
+    with pytest.raises(Misuse, match="the base of other arms"):
+        go(sweep, "--arms", arms_file(place, base={"LR": 3}, arms={"more": {"LR": 4}}), "--seeds", "1", "--collect", "A")
+    assert json.loads((folder / "base" / "seed1.json").read_text())["val_bpb"] == pytest.approx(2.001)
+
+
+def test_seeds_are_collected_whole(go, place):
+    (place / "A" / "seed1").mkdir()
+    (place / "A" / "seed1" / "stray.txt").write_text("of an earlier run")
+    assert go(run_seeds, "--seeds", "1,2", "--collect", "A")[0] == 0
+    for seed in (1, 2):
+        found = place / "A" / f"seed{seed}"
+        assert sorted(path.name for path in found.iterdir()) == ["log.txt", "metrics.json", "metrics.jsonl"]
+        assert json.loads((found / "metrics.json").read_text())["seed"] == seed
+
+
+def test_the_tables_name_arms_verdicts_and_failures(place, capsys):
+    assert sweep.main(["A", "--seeds", "1,2", "--grid", "MODE=x,fail"]) == 1
+    out = capsys.readouterr().out
+    assert "| MODE=x | 1 | 1.0010 |" in out and "| MODE=fail | 1 | 1.0010 |" in out and "the reason" in out
+    assert "MODE=fail seed 2 failed, exit code 7:" in out and "| base |" in out
+
+
+# --- Misuse ---
+
+MISUSES = [
+    (run_seeds, ["B"], "B: no script"),
+    (run_seeds, ["A", "--set", "LR"], "--set LR: NAME=VALUE"),
+    (run_seeds, ["A", "--set", "SEED=3"], "from --seeds"),
+    (run_seeds, ["A", "--set", "RUN_ID=3"], "RUN_ID is set by this tool"),
+    (run_seeds, ["A", "--set", "LR=3", "--set", "LR=4"], "given twice"),
+    (run_seeds, ["A", "--set", "LRR=3"], "no variable LRR"),
+    (run_seeds, ["A", "--seeds", "1,1"], "--seeds 1,1"),
+    (run_seeds, ["A", "--seeds", "1,x"], "--seeds 1,x"),
+    (run_seeds, ["A", "--jobs", "-1"], "--jobs -1"),
+    (run_seeds, ["A", "--threads", "-2"], "--threads -2"),
+    (run_seeds, ["A", "--cores", "0-"], "--cores 0-"),
+    (run_seeds, ["A", "--cores", "0;0"], "each run gets its own"),
+    (run_seeds, ["A", "--cores", "99999"], "no core 99999"),
+    (run_seeds, ["A", "--gpus", "0,0"], "each run gets its own"),
+    (run_seeds, ["A", "--gpus", "0,1,2", "--ranks", "2"], "cannot be shared out"),
+    (run_seeds, ["A", "--gpus", "0,1", "--jobs", "3"], "not the same number"),
+    (run_seeds, ["A", "--like", "nowhere"], "nowhere/metrics.json"),
+    (run_seeds, ["A", "--collect", "nowhere"], "nowhere: no such folder"),
+    (run_seeds, ["A", "--collect", "frozen"], "a frozen record"),
+    (run_seeds, ["A", "--collect", "other"], "its train_gpt.py is not"),
+    (sweep, ["A"], "--grid NAME=V1,V2 or --arms FILE"),
+    (sweep, ["A", "--grid", "LR=1,1"], "different values"),
+    (sweep, ["A", "--grid", "LRR=1,2"], "no variable LRR"),
+    (sweep, ["A", "--grid", "LR=1,2", "--base", "LR=3"], "the arms are LR=1, LR=2"),
+    (sweep, ["A", "--arms", "no_arms.json"], "is needed, with an arm"),
+    (sweep, ["A", "--arms", "bad_arm.json"], "arm a: an object"),
+    (sweep, ["A", "--arms", "twins.json"], "arms base and a have the same settings"),
+]
+
+
+@pytest.mark.parametrize("tool, arguments, words", MISUSES, ids=lambda value: " ".join(value) if isinstance(value, list) else None)
+def test_misuse_names_what_is_wrong_and_runs_nothing(place, tool, arguments, words):
+    for name in ("frozen", "other"):
+        (place / name).mkdir()
+    (place / "frozen" / "submission.json").write_text('{"frozen": true}')
+    (place / "other" / "train_gpt.py").write_text("")
+    (place / "no_arms.json").write_text('{"base": {}}')
+    (place / "bad_arm.json").write_text('{"arms": {"a": {"LR": [1]}}}')
+    (place / "twins.json").write_text('{"base": {"LR": 1}, "arms": {"a": {"LR": "1"}}}')
+    with pytest.raises(Misuse) as error:
+        tool.main(arguments)
+    assert words in str(error.value) and not (place / "runs").exists()
+
+
+@pytest.mark.parametrize("tool", ["run_seeds", "sweep"])
+def test_exit_codes_of_the_commands(place, tool):
+    def end(*arguments) -> tuple[int, str]:
+        call = [sys.executable, str(ROOT / "scripts" / f"{tool}.py"), *arguments]
+        done = subprocess.run(call, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+    assert end("--help")[0] == 0
+    code, text = end("B", *["--grid", "LR=1,2"] * (tool == "sweep"))
+    assert code == 2 and text.startswith("error: B: ")
