@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -32,9 +33,10 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +57,7 @@ from stats import verdict
 # What this tool sets; it cannot be given.
 OWN = {"SEED", "RUN_ID", "RUNS_PATH", *OF_THE_PROCESS}
 COLLECTED = ("metrics.json", "metrics.jsonl", "log.txt")
+REPORTED = ("val_bpb", "bytes_total", "train_seconds", "eval_seconds")
 STATUS_SECONDS = 30.0
 STOPPED = 130
 TAIL_LINES = 8
@@ -70,7 +73,10 @@ def sha256(path: Path) -> str:
 
 @dataclass
 class Job:
-    """One run: an arm's settings with one seed. `state`: waiting, running, done, kept (it was there), over budget, failed, stopped."""
+    """One run: an arm's settings with one seed.
+
+    `state`: waiting, running, done, kept (it was there), over budget, failed or stopped.
+    """
 
     arm: str
     seed: int
@@ -124,10 +130,11 @@ class Runner:
         self.signals = 0
 
     def run(self, jobs: list[Job]) -> None:
-        """Every waiting job; afterwards each has a state. SIGINT and SIGTERM are handled while it lasts."""
-        self.jobs, waiting, free = jobs, deque(job for job in jobs if job.state == "waiting"), list(self.slots)
+        """Runs what waits; afterwards each job has a state. SIGINT and SIGTERM are handled while it lasts."""
+        waiting, free = deque(job for job in jobs if job.state == "waiting"), list(self.slots)
         running: dict[int, tuple[Job, subprocess.Popen, Slot, float]] = {}
-        handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        signals = signal.SIGINT, signal.SIGTERM
+        handlers = {number: signal.signal(number, self.interrupt) for number in signals}
         sent, told, status = 0, time.monotonic(), ""
         try:
             while running or waiting and not self.signals:
@@ -142,9 +149,12 @@ class Runner:
                         del running[pid]
                 if self.signals > sent:
                     sent = self.signals
-                    say(f"stopping {len(running)} runs, which may save first; Ctrl-C again kills them" if sent == 1 else "killing")
-                    for _, process, _, _ in running.values():
-                        process.send_signal(signal.SIGINT) if sent == 1 else os.killpg(process.pid, signal.SIGKILL)
+                    say(f"stopping {len(running)} runs; Ctrl-C again kills them" if sent == 1 else "killing")
+                    for pid, (_, process, _, _) in running.items():
+                        if sent == 1:
+                            process.send_signal(signal.SIGINT)
+                        else:
+                            os.killpg(pid, signal.SIGKILL)
                 if time.monotonic() - told > STATUS_SECONDS:
                     told, before, status = time.monotonic(), status, self.status(jobs)
                     if status != before:
@@ -165,7 +175,8 @@ class Runner:
         call = [sys.executable, str(self.script)]
         if self.ranks > 1:
             call[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
-        given = job.settings | {"SEED": str(job.seed), "RUN_ID": job.folder.name, "RUNS_PATH": str(job.folder.parent)}
+        given = {**job.settings, "SEED": str(job.seed), "RUN_ID": job.folder.name,
+                 "RUNS_PATH": str(job.folder.parent)}
         with open(job.folder / "console.txt", "ab") as console:
             try:  # the child holds this lock to its end, even if this process is killed
                 fcntl.flock(console, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -183,7 +194,8 @@ class Runner:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
             given |= {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}
             given |= {"CUDA_VISIBLE_DEVICES": slot.gpus} if slot.gpus else {}
-            console.write(f"$ {shlex.join([f'{key}={value}' for key, value in given.items()] + call)}\n".encode())
+            words = [*(f"{key}={value}" for key, value in given.items()), *call]
+            console.write(f"$ {shlex.join(words)}\n".encode())
             console.flush()
 
             def in_child() -> None:
@@ -192,9 +204,9 @@ class Runner:
                     os.sched_setaffinity(0, slot.cores)
 
             environment = {key: value for key, value in os.environ.items() if key not in self.known} | given
-            # In a session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on once.
-            process = subprocess.Popen(call, env=environment, stdin=subprocess.DEVNULL, stdout=console, stderr=console,
-                                       start_new_session=True, preexec_fn=in_child)
+            # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on once.
+            process = subprocess.Popen(call, env=environment, stdin=subprocess.DEVNULL, stdout=console,
+                                       stderr=console, start_new_session=True, preexec_fn=in_child)
         job.state = "running"
         say(f"{'resume' if resumes else 'start '} {job}: {job.folder}")
         return process
@@ -216,20 +228,17 @@ class Runner:
 
     @staticmethod
     def status(jobs: list[Job]) -> str:
-        now = [f"{job} step {job.step()}{of(job.settings.get('ITERATIONS'))}" for job in jobs if job.state == "running"]
         through = sum(job.state not in ("running", "waiting") for job in jobs)
-        return f"{through} of {len(jobs)} runs through; " + ", ".join(now)
-
-
-def of(total: str | None) -> str:
-    return f" of {total}" if total else ""
+        steps = [f"{job} step {job.step()} of {job.settings.get('ITERATIONS', '?')}"
+                 for job in jobs if job.state == "running"]
+        return f"{through} of {len(jobs)} runs through; {', '.join(steps)}"
 
 
 # --- What to run ---
 
 
 def variables(script: Path) -> dict[str, str]:
-    """{variable: default as written} of what a script reads from the environment; empty where its source does not show it."""
+    """{variable: default as written} of what a script reads; empty where its source does not show it."""
     import lineage
     return lineage.defaults(lineage.Script.read(script))
 
@@ -292,19 +301,19 @@ def slots(options: argparse.Namespace) -> list[Slot]:
     gpus = [part.strip() for part in options.gpus.split(",")] if options.gpus else []
     every = [core for part in cores for core in part]
     if len({*every}) < len(every) or len({*gpus}) < len(gpus) or "" in gpus:
-        raise Misuse(f"{'--gpus ' + options.gpus if gpus else '--cores ' + options.cores}: each run gets its own, each once")
+        raise Misuse(f"--cores {options.cores!r} --gpus {options.gpus!r}: each run gets its own, each once")
     if cores and not hasattr(os, "sched_setaffinity"):
         say("--cores: this system cannot pin processes; runs go where they like")
         cores = [()] * len(cores)
-    elif missing := sorted({*every} - os.sched_getaffinity(0) if cores else ()):
-        raise Misuse(f"--cores {options.cores}: no core {', '.join(map(str, missing))} for this process, "
-                     f"there are {', '.join(map(str, sorted(os.sched_getaffinity(0))))}")
+    elif cores and {*every} - (there := os.sched_getaffinity(0)):
+        raise Misuse(f"--cores {options.cores}: this process has {', '.join(map(str, sorted(there)))}")
     if len(gpus) % options.ranks:
-        raise Misuse(f"--gpus {options.gpus}: {len(gpus)} cannot be shared out to runs of --ranks {options.ranks}")
+        raise Misuse(f"--gpus {options.gpus}: {len(gpus)} cannot be shared out with --ranks {options.ranks}")
     groups = [",".join(gpus[i : i + options.ranks]) for i in range(0, len(gpus), options.ranks)]
     counts = {len(part) for part in (cores, groups) if part} | ({options.jobs} if options.jobs else set())
     if len(counts) > 1:
-        raise Misuse(f"--jobs {options.jobs}, --cores {options.cores}, --gpus {options.gpus}: not the same number of runs at a time")
+        raise Misuse(f"--jobs {options.jobs} --cores {options.cores!r} --gpus {options.gpus!r}: "
+                     "not the same number of runs at a time")
     count = counts.pop() if counts else 1
     return [Slot(*pair) for pair in zip(cores or [()] * count, groups or [""] * count)]
 
@@ -321,55 +330,49 @@ def run_id(script: Path, digest: str, settings: dict[str, str], seed: int) -> st
 # --- What came out ---
 
 
-def finite(value: float) -> float | None:
-    """JSON has no infinity."""
-    return value if math.isfinite(value) else None
-
-
-def summarise(jobs: list[Job], base: str) -> list[dict]:
-    """One entry an arm, in their order: runs, mean and deviation of its good ones, difference to the base by seed with its verdict."""
-    scores: dict[str, dict[int, float]] = {}
-    for job in jobs:
-        scores.setdefault(job.arm, {}).update({job.seed: job.metrics["val_bpb"]} if job.good else {})
+def summarise(jobs: list[Job], arms: Iterable[str], base: str) -> list[dict]:
+    """One entry an arm: runs, mean and sd of the good ones, the difference to the base over shared seeds."""
+    scores = {arm: {job.seed: job.metrics["val_bpb"] for job in jobs if job.arm == arm and job.good}
+              for arm in arms}
     rows = []
     for arm, values in scores.items():
         mine = [job for job in jobs if job.arm == arm]
-        row = {"arm": arm, "settings": mine[0].settings, "runs": [
-            {"seed": job.seed, "state": job.state, "folder": str(job.folder), "exit_code": job.exit_code, "tail": job.tail,
-             **{key: job.metrics.get(key) for key in ("val_bpb", "bytes_total", "train_seconds", "eval_seconds")}} for job in mine]}
-        row["mean"] = statistics.mean(values.values()) if values else None
-        row["sd"] = statistics.stdev(values.values()) if len(values) > 1 else None
-        shared = sorted(values.keys() & scores[base].keys())
-        if arm != base and shared:
+        runs = [{"seed": job.seed, "state": job.state, "folder": str(job.folder), "exit_code": job.exit_code,
+                 "tail": job.tail, **{key: job.metrics.get(key) for key in REPORTED}} for job in mine]
+        row = {"arm": arm, "settings": mine[0].settings, "runs": runs, "count": len(values),
+               "mean": statistics.mean(values.values()) if values else None,
+               "sd": statistics.stdev(values.values()) if len(values) > 1 else None}
+        if arm != base and (shared := sorted(values.keys() & scores[base].keys())):
             mean, half, word = verdict([values[seed] - scores[base][seed] for seed in shared])
-            row |= {"difference": mean, "half": finite(half), "verdict": word, "pairs": len(shared)}
+            # JSON has no infinity: one pair has no interval.
+            row |= {"pairs": len(shared), "difference": mean, "verdict": word,
+                    "interval": [mean - half, mean + half] if math.isfinite(half) else None}
         rows.append(row)
     return rows
 
 
 def tables(rows: list[dict], base: str) -> str:
-    def cell(value: float | None, form: str) -> str:
+    """A table of the runs, one of the arms, and the last lines of what failed."""
+    def cell(value: float | None, form: str = ".4f") -> str:
         return "" if value is None else format(value, form)
 
-    many = len(rows) > 1
-    runs = [[row["arm"]] * many + [run["seed"], cell(run["val_bpb"], ".4f"), cell(run["bytes_total"], ","),
-                                   cell(run["train_seconds"], ".0f"), cell(run["eval_seconds"], ".0f"), run["state"], run["folder"]]
-            for row in rows for run in row["runs"]]
+    many, runs, arms, failed = len(rows) > 1, [], [], []
+    for row in rows:
+        for run in row["runs"]:
+            seconds = (cell(run[key], ".0f") for key in ("train_seconds", "eval_seconds"))
+            runs.append([row["arm"]] * many + [run["seed"], cell(run["val_bpb"]), cell(run["bytes_total"], ","),
+                                               *seconds, run["state"], run["folder"]])
+            if run["state"] == "failed":
+                title = f"{row['arm']} seed {run['seed']} failed, exit code {run['exit_code']}:"
+                failed.append("\n    ".join([title, *run["tail"]]))
+        span = "{:+.4f} to {:+.4f}".format(*row["interval"]) if row.get("interval") else ""
+        word = "base" if row["arm"] == base else row.get("verdict", "")
+        arms.append([row["arm"], row["count"], cell(row["mean"]), cell(row["sd"]),
+                     *[cell(row.get("difference"), "+.4f"), span, word] * many])
     header = ["arm"] * many + ["seed", "BPB", "bytes", "train s", "eval s", "state", "folder"]
-    arms = []
-    for row in rows:
-        cells = [row["arm"], sum(run["state"] in ("done", "kept") for run in row["runs"]), cell(row["mean"], ".4f"), cell(row["sd"], ".4f")]
-        if many:
-            span = "" if row.get("half") is None else "{:+.4f} to {:+.4f}".format(
-                *(row["difference"] + sign * row["half"] for sign in (-1, 1)))
-            cells += [cell(row.get("difference"), "+.4f"), span, "base" if row["arm"] == base else row.get("verdict", "")]
-        arms.append(cells)
-    parts = [markdown_table(header, runs),
-             markdown_table(["arm", "seeds", "BPB", "sd"] + ["difference", "95 % interval", "verdict"] * many, arms)]
-    for row in rows:
-        parts += ["\n    ".join([f"{row['arm']} seed {run['seed']} {run['state']}, exit code {run['exit_code']}:", *run["tail"]])
-                  for run in row["runs"] if run["state"] == "failed"]
-    return "\n\n".join(parts)
+    compared = ["difference", "95 % interval", "verdict"] * many
+    return "\n\n".join([markdown_table(header, runs),
+                        markdown_table(["arm", "seeds", "BPB", "sd", *compared], arms), *failed])
 
 
 # --- Collecting ---
@@ -392,16 +395,19 @@ def target(folder: Path, script: Path) -> None:
 def collect_seeds(jobs: list[Job], folder: Path) -> None:
     """FOLDER/seed<N>/ of every good run, each whole or not at all."""
     for job in jobs:
-        if job.good:
-            place, partial = folder / f"seed{job.seed}", folder / f"seed{job.seed}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+        if not job.good:
+            continue
+        place = folder / f"seed{job.seed}"
+        with tempfile.TemporaryDirectory(prefix=".collect-", dir=folder) as temporary:
+            fresh = Path(temporary) / place.name
+            fresh.mkdir()
             for name in COLLECTED:
                 if (job.folder / name).exists():
-                    shutil.copy(job.folder / name, partial)
-            shutil.rmtree(place, ignore_errors=True)
-            partial.rename(place)
-            say(f"collected {place}")
+                    shutil.copy(job.folder / name, fresh)
+            if place.exists():
+                place.rename(Path(temporary) / "before")
+            fresh.rename(place)
+        say(f"collected {place}")
 
 
 # --- Command line ---
@@ -410,19 +416,19 @@ def collect_seeds(jobs: list[Job], folder: Path) -> None:
 def parser(text: str) -> argparse.ArgumentParser:
     """The options that run_seeds.py and sweep.py share."""
     found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("script", help="a script, its folder, a record's name, or . for the trunk")
-    found.add_argument("--seeds", default="42,314,999", help="with commas (default: %(default)s)")
-    found.add_argument("--like", metavar="RUN", help="settings of a run, from the metrics.json in this folder")
-    found.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of every run; repeatable")
-    found.add_argument("--jobs", type=int, default=0, help="runs at a time (default: one, or one a set of cores or GPUs)")
-    found.add_argument("--threads", type=int, help="OMP_NUM_THREADS of each run")
-    found.add_argument("--cores", default="", metavar="A;B", help="pin the runs at a time to these sets of cores: '0;1', '0-3;4-7'")
-    found.add_argument("--gpus", default="", metavar="A,B", help="share these GPUs out, CUDA_VISIBLE_DEVICES, --ranks of them a run")
-    found.add_argument("--ranks", type=int, default=1, help="processes of each run, by torchrun (default: %(default)s)")
-    found.add_argument("--runs", default="runs", metavar="FOLDER", help="where runs are kept (default: %(default)s)")
-    found.add_argument("--collect", type=Path, metavar="FOLDER", help="copy what good runs left to this folder")
-    found.add_argument("--dry-run", action="store_true", help="say what would be run, and end")
-    found.add_argument("--json", action="store_true", help="one JSON document instead of tables")
+    option = found.add_argument
+    option("script", help="a script, its folder, a record's name, or . for the trunk")
+    option("--seeds", default="42,314,999", help="with commas (default: %(default)s)")
+    option("--like", metavar="RUN", help="settings of a run, from the metrics.json in this folder")
+    option("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting; repeatable")
+    option("--jobs", type=int, help="runs at a time (default: as many as --cores or --gpus serve, or one)")
+    option("--threads", type=int, help="OMP_NUM_THREADS of each run")
+    option("--cores", default="", metavar="A;B", help="cores for each run at a time: '0;1', '0-3;4-7'")
+    option("--gpus", default="", metavar="A,B", help="GPUs, --ranks of them for each run at a time")
+    option("--ranks", type=int, default=1, help="processes of a run, by torchrun (default: %(default)s)")
+    option("--runs", default="runs", metavar="FOLDER", help="where runs are kept (default: %(default)s)")
+    option("--collect", type=Path, metavar="FOLDER", help="copy what good runs left to this folder")
+    option("--json", action="store_true", help="one JSON document instead of tables")
     return found
 
 
@@ -435,16 +441,16 @@ def settings_of(options: argparse.Namespace, known: set[str]) -> dict[str, str]:
     return found | known_only(assignments(options.set, "--set"), known, "--set")
 
 
-def carry_out(options: argparse.Namespace, arms: dict[str, dict[str, str]], base: str, script: Path, known: set[str],
-              collect: Callable[[list[Job], Path], None]) -> int:
+def carry_out(options: argparse.Namespace, script: Path, known: set[str], arms: dict[str, dict[str, str]],
+              base: str, collect: Callable[[list[Job], Path], None]) -> int:
     """Runs every arm for every seed, prints and collects what came out -> exit code.
 
     Raises:
         Misuse: an option that cannot be, two arms with equal settings.
     """
-    for name, value, least in (("--jobs", options.jobs, 0), ("--threads", options.threads or 1, 1), ("--ranks", options.ranks, 1)):
-        if value < least:
-            raise Misuse(f"{name} {value}: a whole number from {max(least, 1)}")
+    for name in ("jobs", "threads", "ranks"):
+        if (getattr(options, name) or 1) < 1:
+            raise Misuse(f"--{name} {getattr(options, name)}: a whole number from 1")
     places, seeds, same = slots(options), seed_list(options.seeds), {}
     for name, settings in arms.items():
         if (other := same.setdefault(json.dumps(settings, sort_keys=True), name)) != name:
@@ -455,30 +461,30 @@ def carry_out(options: argparse.Namespace, arms: dict[str, dict[str, str]], base
     if inherited := sorted(known & os.environ.keys() - {*OF_THE_PROCESS}):
         say(f"not passed on from the environment: {', '.join(inherited)}; --set gives settings")
     # All arms of a seed, then the next seed: a comparison has its first pairs early.
-    jobs = [Job(name, seed, settings, Path(options.runs) / run_id(script, runner.script_sha256, settings, seed))
-            for seed in seeds for name, settings in arms.items()]
+    jobs, digest = [], runner.script_sha256
+    for seed, (name, settings) in itertools.product(seeds, arms.items()):
+        jobs.append(Job(name, seed, settings, Path(options.runs) / run_id(script, digest, settings, seed)))
     for job in jobs:
-        if job.read(runner.script_sha256):
+        if job.read(digest):
             job.state = "over budget" if job.metrics.get("broken_budgets") else "kept"
             say(f"{job.state:6} {job}: {job.metrics['val_bpb']:.4f} BPB, {job.folder}")
-    if not options.dry_run:
-        runner.run(jobs)
-    rows = summarise(sorted(jobs, key=lambda job: list(arms).index(job.arm)), base)
-    print(json.dumps({"script": str(options.script), "script_sha256": runner.script_sha256, "base": base, "arms": rows}, indent=1)
-          if options.json else tables(rows, base))
-    if options.collect and not options.dry_run:
+    runner.run(jobs)
+    rows = summarise(jobs, arms, base)
+    document = {"script": str(options.script), "script_sha256": digest, "base": base, "arms": rows}
+    print(json.dumps(document, indent=1) if options.json else tables(rows, base))
+    if options.collect:
         collect(jobs, options.collect)
     if any(job.state == "stopped" for job in jobs):
         say("stopped; the same command goes on from here")
         return STOPPED
-    return FINDINGS if any(job.state in ("failed", "over budget") for job in jobs) else FINE
+    return FINE if all(job.good for job in jobs) else FINDINGS
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__).parse_args(argv)
     script = find_script(options.script)
     known = {*variables(script)}
-    return carry_out(options, {"seeds": settings_of(options, known)}, "seeds", script, known, collect_seeds)
+    return carry_out(options, script, known, {"seeds": settings_of(options, known)}, "seeds", collect_seeds)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """From an idea to a pull request: starts a record, fills in its numbers, checks it as a reviewer would, exports it.
 
     python scripts/submit.py new Name --parent .             records/<today>_Name/, a copy of the trunk
-    python scripts/submit.py fill records/DATE_Name          numbers and tables from seed*/metrics.json, symbols that no idea names yet
+    python scripts/submit.py fill records/DATE_Name          numbers and tables; lists symbols that no idea names
     python scripts/submit.py check records/DATE_Name --base main
     python scripts/submit.py export records/DATE_Name --upstream ../parameter-golf
 
-Between `new` and `fill`: change the script, and measure with scripts/run_seeds.py ... --collect records/DATE_Name. `check` reads the record's
-files alone, runs the script at a tiny size in a copy of its folder (`smoke`), and puts it through scripts/lineage.py and scripts/audit.py.
-submission.json is described key by key in scripts/submission.schema.json.
+Between `new` and `fill`: change the script, and measure with scripts/run_seeds.py ... --collect records/DATE_Name. `fill` reads
+seed*/metrics.json and keeps what is written by hand. `check` holds the record's files against each other, runs the script at a tiny size in a
+copy of its folder (`smoke`), and puts it through scripts/lineage.py and scripts/audit.py. `export` refuses what the quick part of `check`
+fails. submission.json is described key by key in scripts/submission.schema.json.
 
 Exit code 0; 1 where a finding is a FAIL; 2 misuse.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import datetime
 import hashlib
 import json
@@ -48,60 +50,17 @@ from family import (
     write_atomic,
 )
 
-SCHEMA = Path(__file__).with_name("submission.schema.json")
+SCHEMA, SKELETON = (Path(__file__).with_name(name) for name in ("submission.schema.json", "record_readme.md"))
 TODO = "TODO"  # what `new` and `fill` leave to be written by hand, and `check` refuses
 SLOW = ("smoke", "audit")
 FILES = ("README.md", "submission.json", "requirements.txt", "train_gpt.py")
 # A heading of each kind has to be there.
-SECTIONS = {"What changed": r"what (changed|it does differently)", "Command": "command", "Legality": "legality",
-            "Credits": "credits"}
+SECTIONS = {"What changed": "what (changed|it does differently)", "Command": "command",
+            "Legality": "legality", "Credits": "credits"}
 SMOKE_SECONDS = 300
 # The competition's limits, and what of submission.json is only of this repository.
 CONTEST = {"ARTIFACT_BUDGET_BYTES": 16_000_000, "MAX_WALLCLOCK_SECONDS": 600, "EVAL_BUDGET_SECONDS": 600}
 HOUSE_KEYS = ("parent", "changes", "frozen", "draft", "audit", "dataset")
-
-README = """# {name}: TODO what it is
-
-<!-- table: headline records/{folder} -->
-<!-- end -->
-
-TODO the idea in a paragraph, and why it should work.
-
-<!-- table: passes records/{folder} -->
-<!-- end -->
-
-## What changed against {parent}
-
-| lever | parent | here |
-|---|---|---|
-| TODO | | |
-
-TODO what did not work.
-
-## Command
-
-```
-TODO the exact command, with every setting
-```
-
-## Hardware and data
-
-TODO which machine, which text, how much of it was seen, and what was chosen on what.
-
-<!-- table: seeds records/{folder} -->
-<!-- end -->
-
-## Legality
-
-- Causal: TODO
-- Normalised: TODO
-- Scored before any update: TODO
-- One pass: TODO
-
-## Credits
-
-TODO by pull request or paper.
-"""
 
 
 def sha256(data: bytes) -> str:
@@ -154,13 +113,16 @@ class Record:
 
     @property
     def frozen(self) -> bool:
-        return self.submission.get("frozen") is True
+        with contextlib.suppress(Misuse):  # a file that cannot be read is a finding elsewhere
+            return self.submission.get("frozen") is True
+        return False
 
 
 # --- Numbers ---
 
 # Of each seed, from its metrics.json; val_loss is that of the headline.
 MEASURED = ("val_loss", "val_bpb", "bytes_total", "train_seconds", "eval_seconds")
+FINGERPRINT = ("name", "sha256", "train_tokens", "val_tokens")
 
 
 def headline(run: dict) -> dict:
@@ -169,7 +131,8 @@ def headline(run: dict) -> dict:
 
 def measured(runs: list[dict]) -> dict:
     """What submission.json says of runs, by seed; the first few in the order of the field's files."""
-    results = {str(run["seed"]): {key: run.get(key, headline(run)["val_loss"]) for key in MEASURED} for run in runs}
+    results = {str(run["seed"]): {key: run.get(key, headline(run)["val_loss"]) for key in MEASURED}
+               for run in runs}
     before = [run["evals"].get("final_ema") or run["evals"].get("final_raw") for run in runs]
     devices = ", ".join(sorted({run["device"] for run in runs}))
     ranks = max(run.get("world_size", 1) for run in runs)
@@ -183,14 +146,15 @@ def measured(runs: list[dict]) -> dict:
              "bytes_total": over("bytes_total", max), "bytes_code": max(run["bytes_code"] for run in runs),
              "seeds": [run["seed"] for run in runs], "seed_results": results,
              "hardware": f"{ranks} x {devices}" if ranks > 1 else devices,
-             "pytorch_version": ", ".join(sorted({run["torch"] for run in runs})), "evaluation": runs[0]["headline"],
-             "dataset": {key: runs[0]["dataset"][key] for key in ("name", "sha256", "train_tokens", "val_tokens")
-                         if key in runs[0]["dataset"]},
-             "artifact_bytes_max": over("bytes_total", max), "artifact_bytes_mean": over("bytes_total", statistics.mean),
+             "pytorch_version": ", ".join(sorted({run["torch"] for run in runs})),
+             "evaluation": runs[0]["headline"],
+             "dataset": {key: value for key, value in runs[0]["dataset"].items() if key in FINGERPRINT},
+             "artifact_bytes_max": over("bytes_total", max),
+             "artifact_bytes_mean": over("bytes_total", statistics.mean),
              "step_stop": max(run["steps"] for run in runs), "wallclock_seconds": over("train_seconds", max),
              "eval_time_seconds": over("eval_seconds", max)}
-    if all(before):
-        found |= {f"pre_quant_{key}": statistics.mean(entry[key] for entry in before) for key in ("val_loss", "val_bpb")}
+    for key in ("val_loss", "val_bpb") if all(before) else ():
+        found[f"pre_quant_{key}"] = statistics.mean(entry[key] for entry in before)
     return found
 
 
@@ -199,25 +163,24 @@ def unnamed(record: Record) -> list[str]:
     import lineage
     if record.frozen or record.submission.get("parent") is None:
         return []
-    parent = record.root / record.submission["parent"]
-    names = {name for idea, entry in record.submission.get("changes", {}).items() if idea != TODO
-             for name in entry["symbols"]}
-    changed = lineage.changed_symbols(parent / "train_gpt.py" if parent.is_dir() else parent, record.folder / "train_gpt.py")
-    return [name for name in changed if name not in names]
+    parent, ideas = record.root / record.submission["parent"], record.submission.get("changes", {})
+    parent = parent / "train_gpt.py" if parent.is_dir() else parent
+    named = {name for idea, entry in ideas.items() if idea != TODO for name in entry["symbols"]}
+    changed = lineage.changed_symbols(parent, record.folder / "train_gpt.py")
+    return [name for name in changed if name not in named]
 
 
 def fill(record: Record, force: bool = False) -> list[str]:
     """Writes README.md and submission.json -> names of those that changed. What is written by hand stays.
 
     Raises:
-        Misuse: frozen and not `force`, no seeds, or seeds that are none of one configuration; nothing is written.
+        Misuse: frozen and not `force`, no seeds, or seeds of several configurations; nothing is written.
     """
     if record.frozen and not force:
         raise Misuse(f"{record.folder}: frozen, its numbers stay; --force writes them all the same")
     if not record.runs:
-        raise Misuse(f"{record.folder}/seed*/metrics.json: no such file; scripts/run_seeds.py --collect puts them there")
-    mixed = [finding for finding in stats.check_group(record.group) if finding.level == "FAIL"]
-    if mixed:
+        raise Misuse(f"{record.folder}/seed*/metrics.json: no such file; scripts/run_seeds.py makes them")
+    if mixed := [found for found in stats.check_group(record.group) if found.level == "FAIL"]:
         raise Misuse(f"{record.folder}: no seeds of one configuration: {mixed[0].rule}: {mixed[0].text}")
     submission = {**record.submission, **measured(record.runs)}
     submission.pop("draft", None)
@@ -256,8 +219,9 @@ def files(record: Record) -> Iterable[Problem]:
 
 def schema(record: Record) -> Iterable[Problem]:
     import jsonschema
-    rules = jsonschema.Draft202012Validator(read_json(SCHEMA), format_checker=jsonschema.FormatChecker(["date"]))
-    for error in sorted(rules.iter_errors(record.submission), key=lambda error: list(map(str, error.absolute_path))):
+    dates = jsonschema.FormatChecker(["date"])
+    rules = jsonschema.Draft202012Validator(read_json(SCHEMA), format_checker=dates)
+    for error in rules.iter_errors(record.submission):
         place = ".".join(map(str, error.absolute_path))
         yield "submission.json", f"{f'{place}: ' if place else ''}{error.message}"
     if record.submission.get("draft"):
@@ -298,15 +262,15 @@ def typed(value: object) -> str:
 def told_command(record: Record) -> Iterable[Problem]:
     block = re.search(r"^## +Command.*?(?=^## |\Z)", record.readme, re.M | re.S | re.I)
     pairs = re.findall(r"(?<![\w=])([A-Z][A-Z0-9_]+)=(\S+)", block[0]) if block else []
-    every = [(run["settings"], run["seed"]) for run in record.runs]
     for name, value in pairs:
-        if every and name in every[0][0] and not any(typed(given[name]) == typed(value) for given, _ in every):
-            yield "README.md", f"the command says {name}={value}, the runs had {every[0][0][name]}"
+        had = [run["settings"][name] for run in record.runs if name in run["settings"]]
+        if had and typed(value) not in map(typed, had):
+            yield "README.md", f"the command says {name}={value}, the runs had {had[0]}"
 
 
 def seeds(record: Record) -> Iterable[Problem]:
     for finding in stats.check_group(record.group):
-        if finding.rule not in ("script", "budgets") or finding.level == "FAIL":  # these have rules of their own
+        if finding.level == "FAIL" or finding.rule not in ("script", "budgets"):  # `stale` and `time` tell of those
             yield "seed*/metrics.json", f"{finding.rule}: {finding.text}"
 
 
@@ -318,9 +282,9 @@ def stale(record: Record) -> Iterable[Problem]:
 def logs(record: Record) -> Iterable[Problem]:
     for run in record.group.runs:
         path = Path(run.where).with_name("log.txt")
-        where, text = f"{path.parent.name}/log.txt", path.read_text(errors="replace")
-        source, ruler, output = text.partition("=" * 100 + "\n")
-        if not ruler or sha256(source.encode()) != run.metrics["script_sha256"]:
+        where, ruler = f"{path.parent.name}/log.txt", b"=" * 100 + b"\n"
+        source, found, output = path.read_bytes().partition(ruler)
+        if not found or sha256(source) != run.metrics["script_sha256"]:
             yield where, "does not begin with the source that script_sha256 of its metrics names"
         try:
             told = stats.read_log(path)
@@ -330,12 +294,14 @@ def logs(record: Record) -> Iterable[Problem]:
         for key in ("settings", "dataset"):
             if told[key] != run.metrics[key]:
                 yield where, f"its {key} are not those of metrics.json"
+        output = output.decode(errors="replace")
         exact = {name: (loss, bpb) for name, loss, bpb in stats.EXACT.findall(output)}
         for name, entry in run.metrics["evals"].items():
             wanted = f"{entry['val_loss']:.8f}", f"{entry['val_bpb']:.8f}"
             if exact.get(name) != wanted:
                 yield where, f"{name}_exact is {exact.get(name, 'missing')}, metrics.json has {wanted}"
-        if (said := re.findall(r"^artifact:.* bytes:(\d+)", output, re.M)) and int(said[-1]) != run.metrics["bytes_model"]:
+        said = re.findall(r"^artifact:.* bytes:(\d+)", output, re.M)
+        if said and int(said[-1]) != run.metrics["bytes_model"]:
             yield where, f"its artifact has {said[-1]} bytes, metrics.json says {run.metrics['bytes_model']}"
 
 
@@ -346,44 +312,42 @@ def numbers(record: Record) -> Iterable[Problem]:
     found = measured(record.runs)
     for key in found.keys() & record.submission.keys():
         if record.submission[key] != found[key]:
-            yield "submission.json", f"{key} is {record.submission[key]}, the seeds' metrics give {found[key]}"
+            yield "submission.json", f"{key} is {record.submission[key]}, the metrics give {found[key]}"
 
 
 def size(record: Record) -> Iterable[Problem]:
     for run in record.runs:
         where, budget = f"seed{run['seed']}", run["settings"]["ARTIFACT_BUDGET_BYTES"]
-        if run["bytes_code"] != len(record.script):
-            yield where, f"counts {run['bytes_code']:,} bytes of code, train_gpt.py has {len(record.script):,}"
-        if run["bytes_code"] + run["bytes_model"] != run["bytes_total"]:
-            yield where, f"{run['bytes_code']:,} + {run['bytes_model']:,} bytes are not {run['bytes_total']:,}"
-        if 0 < budget < run["bytes_total"]:
-            yield where, f"{run['bytes_total']:,} bytes, ARTIFACT_BUDGET_BYTES allows {budget:,}"
+        code, model, total = (run[f"bytes_{part}"] for part in ("code", "model", "total"))
+        if code != len(record.script):
+            yield where, f"counts {code:,} bytes of code, train_gpt.py has {len(record.script):,}"
+        if code + model != total:
+            yield where, f"{code:,} + {model:,} bytes are not {total:,}"
+        if 0 < budget < total:
+            yield where, f"{total:,} bytes, ARTIFACT_BUDGET_BYTES allows {budget:,}"
 
 
 def clocks(record: Record) -> Iterable[Problem]:
     for run in record.runs:
-        for name, spent in (("MAX_WALLCLOCK_SECONDS", run["train_seconds"]), ("EVAL_BUDGET_SECONDS", run["eval_seconds"])):
-            if 0 < run["settings"][name] < spent:
-                yield f"seed{run['seed']}", f"{spent:.1f} s, {name} allows {run['settings'][name]:g}"
+        pairs = ("MAX_WALLCLOCK_SECONDS", "train_seconds"), ("EVAL_BUDGET_SECONDS", "eval_seconds")
+        for name, clock in pairs:
+            if 0 < run["settings"][name] < run[clock]:
+                yield f"seed{run['seed']}", f"{run[clock]:.1f} s, {name} allows {run['settings'][name]:g}"
         yield from ((f"seed{run['seed']}", line) for line in run.get("broken_budgets", []))
-
-
-def git(root: Path, *words: str) -> list[str]:
-    try:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, check=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise Misuse(f"git {' '.join(words)}: {getattr(error, 'stderr', '').strip() or error}") from None
-    return done.stdout.splitlines()
 
 
 def scope(record: Record, base: str) -> Iterable[Problem]:
     """Raises Misuse where git cannot compare with `base`."""
+    import lineage
+
+    def git(*words: str) -> list[str]:
+        return lineage.git(record.root, "-c", "core.quotepath=off", *words).splitlines()
+
     own = f"records/{record.folder.name}/"
-    changed = git(record.root, "-c", "core.quotepath=off", "diff", "--name-only", f"{base}...HEAD")
-    for path in changed:
+    for path in git("diff", "--name-only", f"{base}...HEAD"):
         if not path.startswith(own):
             yield path, f"is no part of this record: a pull request has {own} and nothing else"
-    for line in git(record.root, "-c", "core.quotepath=off", "status", "--porcelain", "--", own):
+    for line in git("status", "--porcelain", "--", own):
         yield line[3:], "is not committed: the pull request would be without it"
 
 
@@ -409,26 +373,28 @@ def smoke_settings(record: Record) -> dict[str, str]:
     found = run_settings(Path(record.group.runs[0].where).parent) if record.runs else {}
     off = {key for key, value in (known | found).items() if value.strip("'\"") in ("", "0", "False")}
     small = SMALL | {"ITERATIONS": 4, "WARMDOWN_ITERS": 2, "VOCAB_SIZE": 260, "TOKENIZER_PATH": ""}
-    return {**{key: value for key, value in found.items() if key not in OWN and (not known or key in known)},
-            **{key: str(value) for key, value in small.items() if (key in known or not known) and key not in off}}
+    chosen = found | {key: str(value) for key, value in small.items() if key not in off}
+    return {key: value for key, value in chosen.items() if key not in OWN and (not known or key in known)}
 
 
 def smoke(record: Record) -> Iterable[Problem]:
     """Runs the script in a copy of its folder, away from the repository, in a bare environment."""
     with tempfile.TemporaryDirectory(prefix="smoke-") as name:
         alone = Path(name) / "record"
-        shutil.copytree(record.folder, alone, ignore=shutil.ignore_patterns("seed*", "__pycache__", "ablations"))
+        shutil.copytree(record.folder, alone, ignore=shutil.ignore_patterns("seed*", "__pycache__"))
         bare = {key: os.environ[key] for key in ("PATH", "LANG", "LC_ALL") if key in os.environ}
         environment = {**bare, "HOME": name, "TMPDIR": name, "OMP_NUM_THREADS": "1", **smoke_settings(record),
                        "DATA_PATH": str(corpus(Path(name) / "text")), "RUNS_PATH": "runs", "RUN_ID": "smoke"}
         try:
-            done = subprocess.run([sys.executable, "train_gpt.py"], cwd=alone, env=environment, timeout=SMOKE_SECONDS,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+            done = subprocess.run([sys.executable, "train_gpt.py"], cwd=alone, env=environment, text=True,
+                                  errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  timeout=SMOKE_SECONDS)
         except subprocess.TimeoutExpired:
             return (yield "train_gpt.py", f"a run of four tiny steps took more than {SMOKE_SECONDS} s")
         if done.returncode:
-            last = [line for line in done.stdout.splitlines() if line.strip()][-3:]
-            return (yield "train_gpt.py", f"exit code {done.returncode} in a copy of its folder alone: {' / '.join(last)}")
+            last = " / ".join([line for line in done.stdout.splitlines() if line.strip()][-3:])
+            text = f"exit code {done.returncode} in a copy of its folder alone: {last}"
+            return (yield "train_gpt.py", text)
         path = alone / "runs" / "smoke" / "metrics.json"
         found = read_json(path) if path.exists() else {}
         if found.get("script_sha256") != record.sha256 or not math.isfinite(found.get("val_bpb", math.nan)):
@@ -437,7 +403,7 @@ def smoke(record: Record) -> Iterable[Problem]:
 
 # {rule: (check, what to say if it finds nothing)}
 RULES: dict[str, tuple[Callable[[Record], Iterable[Problem]], str]] = {
-    "files": (files, "README, submission.json, pinned requirements, a script that compiles, a log and metrics a seed"),
+    "files": (files, "all files, a log and metrics a seed, pinned requirements, a script that compiles"),
     "schema": (schema, "submission.json is as its schema says, and the folder is named for it"),
     "todo": (leftovers, "nothing is left to be written"),
     "readme": (readme, "README has its sections, the headline first, and the tables that the files give"),
@@ -452,7 +418,9 @@ RULES: dict[str, tuple[Callable[[Record], Iterable[Problem]], str]] = {
 
 
 def check(folder: Path | str, base: str | None = None, skip: Iterable[str] = ()) -> list[Finding]:
-    """Findings `submit/RULE` of a record, then those of lineage.py and audit.py. `base`: a branch that a pull request goes to.
+    """Findings `submit/RULE` of a record, and those of lineage.py and audit.py.
+
+    `base` is the branch that its pull request goes to, `skip` names of SLOW parts.
 
     Raises:
         Misuse: no record, an unknown part to skip, or no such branch.
@@ -461,34 +429,31 @@ def check(folder: Path | str, base: str | None = None, skip: Iterable[str] = ())
     if unknown := sorted({*skip} - {*SLOW}):
         raise Misuse(f"--skip {','.join(unknown)}: parts that can be left out are {', '.join(SLOW)}")
     record, found = Record(folder), []
+    place = str(record.folder.relative_to(record.root))
 
-    def judge(rule: str, problems: Iterable[Problem], good: str, level: str = "FAIL") -> None:
-        places = f"{record.folder.relative_to(record.root)}/"
+    def judge(rule: str, problems: Iterable[Problem], good: str) -> None:
+        level = "WARN" if rule == "stale" and record.frozen else "FAIL"
         try:
-            bad = [Finding(f"submit/{rule}", level, text, where.removeprefix(f"{record.root}/")) for where, text in problems]
+            bad = list(problems)
         except (Misuse, OSError, KeyError) as error:  # a file that is not there or not what it should be
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            bad = [Finding(f"submit/{rule}", level, f"cannot be judged: {reason}")]
-        found.extend(bad or [Finding(f"submit/{rule}", "PASS", good, places.rstrip("/"))])
+            bad = [(place, f"cannot be judged: {f'no {error}' if isinstance(error, KeyError) else error}")]
+        bad = [(text, where.removeprefix(f"{record.root}/")) for where, text in bad]
+        found.extend(Finding(f"submit/{rule}", level, *each) for each in bad)
+        if not bad:
+            found.append(Finding(f"submit/{rule}", "PASS", good, place))
 
     for rule, (look, good) in RULES.items():
-        try:
-            level = "WARN" if rule == "stale" and record.frozen else "FAIL"
-        except Misuse:
-            level = "FAIL"
-        judge(rule, look(record), good, level)
+        judge(rule, look(record), good)
     if base:
-        changed = list(scope(record, base))
-        judge("scope", changed, f"nothing but this record differs from {base}")
+        judge("scope", list(scope(record, base)), f"nothing but this record differs from {base}")
     found += lineage.check(record.folder, record.root)
-    for part in SLOW:
-        if part in skip:
-            found.append(Finding(f"submit/{part}", "WARN", "left out by --skip"))
-        elif part == "smoke":
-            judge("smoke", smoke(record), "runs in a copy of its folder alone")
-        else:
-            import audit
-            found += audit.check(record.folder)
+    for part in skip:
+        found.append(Finding(f"submit/{part}", "WARN", "left out by --skip", place))
+    if "smoke" not in skip:
+        judge("smoke", smoke(record), "runs in a copy of its folder alone")
+    if "audit" not in skip:
+        import audit
+        found += audit.check(record.folder)
     return found
 
 
@@ -525,26 +490,29 @@ def new(name: str, parent: str, date: str | None = None, root: Path = ROOT) -> P
         (place / "requirements.txt").write_bytes(needed.read_bytes())
         (place / "submission.json").write_bytes(as_json(about))
         title = "the trunk" if script == trunk else script.parent.name.split("_", 1)[-1]
-        (place / "README.md").write_text(README.format(name=name, folder=folder.name, parent=title))
+        skeleton = SKELETON.read_text().format(name=name, folder=folder.name, parent=title)
+        (place / "README.md").write_text(skeleton)
         place.rename(folder)
     return folder
 
 
 def track(runs: list[dict]) -> str:
     """The competition's track: its own hardware with its limits on, or the one for everything else."""
-    contest = all(run.get("world_size") == 8 and "H100" in run["device"]
-                  and all(0 < run["settings"].get(name, 0) <= limit for name, limit in CONTEST.items()) for run in runs)
-    return "10min_16mb" if contest else "non_record_16mb"
+    hardware = all(run.get("world_size") == 8 and "H100" in run["device"] for run in runs)
+    limits = all(0 < run["settings"].get(name, 0) <= most for run in runs for name, most in CONTEST.items())
+    return "10min_16mb" if hardware and limits else "non_record_16mb"
 
 
 def export(record: Record, upstream: Path, force: bool = False) -> Path:
-    """Lays a record out as the competition has it, whole or not at all -> the folder. Links of the README go along.
+    """Lays a record out as the competition has it, whole or not at all -> the folder.
+
+    Files of the record that its README links to go along.
 
     Raises:
         Misuse: no checkout of the competition's repository, or the folder exists and not `force`.
     """
     if not (upstream / "records").is_dir():
-        raise Misuse(f"--upstream {upstream}: no records/ there; a checkout of openai/parameter-golf is needed")
+        raise Misuse(f"--upstream {upstream}: has no records/: a checkout of openai/parameter-golf is needed")
     name = track(record.runs)
     folder = upstream / "records" / f"track_{name}" / record.folder.name
     if folder.exists() and not force:
@@ -560,7 +528,8 @@ def export(record: Record, upstream: Path, force: bool = False) -> Path:
             shutil.copy(record.folder / file, place)
         (place / "submission.json").write_bytes(as_json(about))
         for run in record.runs:
-            shutil.copy(record.folder / f"seed{run['seed']}" / "log.txt", place / f"train_seed{run['seed']}.log")
+            log = record.folder / f"seed{run['seed']}" / "log.txt"
+            shutil.copy(log, place / f"train_seed{run['seed']}.log")
         for link in re.findall(r"\]\(([^)#:]+)\)", record.readme):
             source, aim = (record.folder / link).resolve(), place / link
             if source.is_file() and source.is_relative_to(record.folder) and not aim.exists():
@@ -579,30 +548,33 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     part.add_argument("name", metavar="NAME")
     part.add_argument("--parent", required=True, help="a record, or . for the trunk")
     part.add_argument("--date", help="YYYY-MM-DD (default: today)")
-    part = commands.add_parser("fill", help="write numbers, tables and the list of changed symbols")
-    part.add_argument("record", metavar="RECORD")
-    part.add_argument("--force", action="store_true", help="a frozen record too")
-    part = commands.add_parser("check", help="what a reviewer would ask before merging")
-    part.add_argument("record", metavar="RECORD")
-    part.add_argument("--base", metavar="BRANCH", help="nothing but this record may differ from it")
-    part.add_argument("--skip", default="", metavar="PARTS", help=f"leave out slow parts: {', '.join(SLOW)}, with commas")
-    part.add_argument("--json", action="store_true", help="findings as one JSON document")
-    part = commands.add_parser("export", help="lay it out for the competition's repository")
-    part.add_argument("record", metavar="RECORD")
-    part.add_argument("--upstream", type=Path, required=True, metavar="DIR", help="a checkout of openai/parameter-golf")
-    part.add_argument("--force", action="store_true", help="replace the folder if it is there")
+    parts = {name: commands.add_parser(name, help=text) for name, text in (
+        ("fill", "write numbers, tables and the list of changed symbols"),
+        ("check", "what a reviewer would ask before merging"),
+        ("export", "lay it out for the competition's repository"))}
+    for part in parts.values():
+        part.add_argument("record", metavar="RECORD", help="a record's folder or name")
+    parts["fill"].add_argument("--force", action="store_true", help="a frozen record too")
+    parts["check"].add_argument("--base", metavar="BRANCH", help="nothing but this record may differ from it")
+    parts["check"].add_argument("--skip", default="", metavar="PARTS",
+                                help=f"slow parts to leave out: {','.join(SLOW)}")
+    parts["check"].add_argument("--json", action="store_true", help="findings as one JSON document")
+    parts["export"].add_argument("--upstream", type=Path, required=True, metavar="DIR",
+                                 help="a checkout of openai/parameter-golf")
+    parts["export"].add_argument("--force", action="store_true", help="replace the folder if it is there")
     options = parser.parse_args(argv)
     if options.command == "new":
         print(f"{new(options.name, options.parent, options.date, root)}: change train_gpt.py, then measure")
         return FINE
     if options.command == "check":
-        return report(check(options.record, options.base, [part for part in options.skip.split(",") if part]), options.json)
+        skip = [part for part in options.skip.split(",") if part]
+        return report(check(options.record, options.base, skip), options.json)
     record = Record(options.record)
     if options.command == "fill":
         changed = fill(record, options.force)
         print(f"written: {', '.join(changed)}" if changed else "nothing to write")
         if names := unnamed(record):
-            print(f"{len(names)} changed symbols are under the idea {TODO}: move each to an idea with a reason")
+            print(f"{len(names)} changed symbols are under {TODO}: move each to an idea with a reason")
         return FINE
     failed = [finding for finding in check(record.folder, skip=SLOW) if finding.level == "FAIL"]
     if failed:

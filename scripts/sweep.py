@@ -36,10 +36,11 @@ def grid(axes: list[str]) -> dict[str, dict[str, str]]:
     Raises:
         Misuse: an axis that is none, an empty or repeated value.
     """
-    values = {name: text.split(";" if ";" in text else ",") for name, text in assignments(axes, "--grid").items()}
-    for name, found in values.items():
+    values = {}
+    for name, text in assignments(axes, "--grid").items():
+        found = values[name] = text.split(";" if ";" in text else ",")
         if len({*found}) < len(found) or "" in found:
-            raise Misuse(f"--grid {name}={','.join(found)}: different values with commas are needed")
+            raise Misuse(f"--grid {name}={text}: different values with commas are needed")
     combinations = itertools.product(*([(name, value) for value in found] for name, found in values.items()))
     return {" ".join(f"{name}={value}" for name, value in pairs): dict(pairs) for pairs in combinations}
 
@@ -48,7 +49,8 @@ def as_settings(found: object, where: str) -> dict[str, str]:
     """A JSON object of plain values as texts that the environment can hold."""
     if not isinstance(found, dict) or not all(isinstance(value, (str, int, float)) for value in found.values()):
         raise Misuse(f"{where}: an object of variables with texts, numbers or true and false is needed")
-    return assignments([f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in found.items()], where)
+    pairs = [(key, int(value) if isinstance(value, bool) else value) for key, value in found.items()]
+    return assignments([f"{key}={value}" for key, value in pairs], where)
 
 
 def listed(path: str) -> tuple[dict[str, str], dict[str, dict[str, str]], dict[str, str]]:
@@ -58,38 +60,37 @@ def listed(path: str) -> tuple[dict[str, str], dict[str, dict[str, str]], dict[s
         Misuse: the file is not as the docstring says.
     """
     found = read_json(path)
-    if not isinstance(found, dict) or not found.get("arms") or found.keys() - {"base", "arms", "labels"}:
-        raise Misuse(f'{path}: {{"base": settings, "arms": {{name: settings}}, "labels": texts}} is needed, with an arm')
-    if not isinstance(found["arms"], dict) or "base" in found["arms"]:
-        raise Misuse(f"{path}: `arms` is an object of arms other than `base`")
-    labels = found.get("labels", {})
-    if not isinstance(labels, dict) or labels.keys() - found["arms"].keys() - {"base"}:
-        raise Misuse(f"{path}: `labels` names an arm that is not there, or is no object")
-    arms = {name: as_settings(settings, f"{path}: arm {name}") for name, settings in found["arms"].items()}
+    if not isinstance(found, dict) or found.keys() - {"base", "arms", "labels"}:
+        raise Misuse(f"{path}: an object with `base`, `arms` and `labels` is needed")
+    arms, labels = found.get("arms"), found.get("labels", {})
+    if not arms or not isinstance(arms, dict) or "base" in arms:
+        raise Misuse(f"{path}: `arms` is needed, an object of one arm or more that are not `base`")
+    if not isinstance(labels, dict) or labels.keys() - arms.keys() - {"base"}:
+        raise Misuse(f"{path}: `labels` is an object, and names arms that are there")
+    arms = {name: as_settings(settings, f"{path}: arm {name}") for name, settings in arms.items()}
     return as_settings(found.get("base", {}), f"{path}: base"), {"base": {}, **arms}, labels
 
 
-def collect_arms(jobs: list[Job], folder: Path, base: str, own: dict[str, dict[str, str]], labels: dict[str, str]) -> None:
-    """FOLDER/ablations/<arm>/seed<N>.json of the good runs, and arms.json; labels that are there stay.
+def collect_arms(jobs: list[Job], folder: Path, names: dict[str, str], labels: dict[str, str]) -> None:
+    """FOLDER/ablations/<name>/seed<N>.json of the good runs, and arms.json, where a label that is there stays.
 
     Raises:
         Misuse: arms there were measured against another base; nothing is written.
     """
-    place, good = folder / "ablations", [job for job in jobs if job.good]
-    index = place / "arms.json"
+    place = folder / "ablations"
+    index, good = place / "arms.json", [job for job in jobs if job.good]
     notes = read_json(index) if index.exists() else {}
-    for job in good:
+    for job in good if notes.keys() - {"base"} else ():
         old = place / "base" / f"seed{job.seed}.json"
-        if job.arm != base or not old.exists() or not notes.keys() - {"base"}:
+        if names[job.arm] != "base" or not old.exists():
             continue
         if read_run(old).identity() != read_run(job.folder / "metrics.json").identity():
-            raise Misuse(f"{old}: the base of other arms, of another script, data or settings; move {place} away first")
+            raise Misuse(f"{old}: the base of other arms, of another script, data or setting; move {place} away")
     for job in good:
-        name = "base" if job.arm == base else re.sub(r"[^\w.=+-]+", "-", job.arm)
+        name = names[job.arm]
         (place / name).mkdir(parents=True, exist_ok=True)
         write_atomic(place / name / f"seed{job.seed}.json", (job.folder / "metrics.json").read_bytes())
-        pairs = " ".join(f"{key}={value}" for key, value in own[job.arm].items())
-        notes[name] = labels.get(job.arm) or notes.get(name) or (f"`{pairs}`" if pairs else "as every arm")
+        notes.setdefault(name, labels[job.arm])
     if good:
         write_atomic(index, f"{json.dumps(notes, indent=1, ensure_ascii=False)}\n".encode())
         say(f"collected {place}: {', '.join(notes)}")
@@ -97,7 +98,7 @@ def collect_arms(jobs: list[Job], folder: Path, base: str, own: dict[str, dict[s
 
 def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
-    options.add_argument("--grid", action="append", default=[], metavar="NAME=V1,V2", help="an axis of a grid; repeatable")
+    options.add_argument("--grid", action="append", default=[], metavar="NAME=V1,V2", help="an axis; repeatable")
     options.add_argument("--arms", metavar="FILE", help="JSON file of arms")
     options.add_argument("--base", metavar="ARM", help="compare with this arm (default: the first)")
     options = options.parse_args(argv)
@@ -110,9 +111,15 @@ def main(argv: list[str] | None = None) -> int:
     if base not in own:
         raise Misuse(f"--base {base}: the arms are {', '.join(own)}")
     everywhere = settings_of(options, known)
-    arms = {name: known_only(everywhere | shared | settings, known, f"arm {name}") for name, settings in own.items()}
-    return carry_out(options, arms, base, script, known,
-                     lambda jobs, folder: collect_arms(jobs, folder, base, own, labels))
+    arms = {name: known_only(everywhere | shared | mine, known, f"arm {name}") for name, mine in own.items()}
+    names = {name: "base" if name == base else re.sub(r"[^\w.=+-]+", "-", name) for name in own}
+    if len({*names.values()}) < len(names):
+        raise Misuse(f"arms {', '.join(own)} against {base}: folders of one name, {', '.join(names.values())}")
+    for name, mine in own.items():
+        pairs = " ".join(f"{key}={value}" for key, value in mine.items())
+        labels.setdefault(name, f"`{pairs}`" if pairs else "what all arms share")
+    return carry_out(options, script, known, arms, base,
+                     lambda jobs, folder: collect_arms(jobs, folder, names, labels))
 
 
 if __name__ == "__main__":

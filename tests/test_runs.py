@@ -198,7 +198,7 @@ def test_settings_of_an_earlier_run(go, place):
 def test_a_status_line_counts_steps(go, place, monkeypatch):
     monkeypatch.setattr(run_seeds, "STATUS_SECONDS", 0.1)
     _, _, err = go(run_seeds, "--seeds", "1", "--set", "SLEEP=0.8")
-    assert "0 of 1 runs through; seeds seed 1 step 3" in err
+    assert "0 of 1 runs through; seeds seed 1 step 3 of ?" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -306,7 +306,7 @@ MISUSES = [
     (run_seeds, ["A", "--threads", "-2"], "--threads -2"),
     (run_seeds, ["A", "--cores", "0-"], "--cores 0-"),
     (run_seeds, ["A", "--cores", "0;0"], "each run gets its own"),
-    (run_seeds, ["A", "--cores", "99999"], "no core 99999"),
+    (run_seeds, ["A", "--cores", "99999"], "this process has"),
     (run_seeds, ["A", "--gpus", "0,0"], "each run gets its own"),
     (run_seeds, ["A", "--gpus", "0,1,2", "--ranks", "2"], "cannot be shared out"),
     (run_seeds, ["A", "--gpus", "0,1", "--jobs", "3"], "not the same number"),
@@ -318,7 +318,9 @@ MISUSES = [
     (sweep, ["A", "--grid", "LR=1,1"], "different values"),
     (sweep, ["A", "--grid", "LRR=1,2"], "no variable LRR"),
     (sweep, ["A", "--grid", "LR=1,2", "--base", "LR=3"], "the arms are LR=1, LR=2"),
-    (sweep, ["A", "--arms", "no_arms.json"], "is needed, with an arm"),
+    (sweep, ["A", "--arms", "no_arms.json"], "`arms` is needed"),
+    (sweep, ["A", "--arms", "labels.json"], "`labels` is an object, and names arms"),
+    (sweep, ["A", "--arms", "more.json", "--base", "a"], "folders of one name"),
     (sweep, ["A", "--arms", "bad_arm.json"], "arm a: an object"),
     (sweep, ["A", "--arms", "twins.json"], "arms base and a have the same settings"),
 ]
@@ -330,6 +332,8 @@ def test_misuse_names_what_is_wrong_and_runs_nothing(place, tool, arguments, wor
         (place / name).mkdir()
     (place / "frozen" / "submission.json").write_text('{"frozen": true}')
     (place / "other" / "train_gpt.py").write_text("")
+    (place / "labels.json").write_text('{"arms": {"a": {}}, "labels": {"b": "text"}}')
+    (place / "more.json").write_text('{"arms": {"a": {"LR": 1}}}')
     (place / "no_arms.json").write_text('{"base": {}}')
     (place / "bad_arm.json").write_text('{"arms": {"a": {"LR": [1]}}}')
     (place / "twins.json").write_text('{"base": {"LR": 1}, "arms": {"a": {"LR": "1"}}}')
