@@ -45,6 +45,12 @@ def seed_runs(folder: Path) -> list[dict]:
     return [read_json(path) for path in paths]
 
 
+def is_draft(folder: Path) -> bool:
+    """Whether a record has been started and not measured: its tables say so."""
+    path = folder / "submission.json"
+    return path.is_file() and bool(read_json(path).get("draft")) and not list(folder.glob("seed*/metrics.json"))
+
+
 def marked(text: str, folder: Path, runs: list[dict]) -> str:
     """A table, and below it the mark of a record whose runs are not those of its script."""
     mark = stale_mark(folder, runs)
@@ -234,6 +240,8 @@ def rewrite(path: Path, root: Path = ROOT) -> str:
         start, kind, folder, argument, end = match.groups()
         if kind not in KINDS:
             raise Misuse(f"{path}: table kind {kind} is not one of {', '.join(KINDS)}")
+        if is_draft(root / folder):
+            return f"{start}Not measured yet.\n{end}"
         try:
             return f"{start}{KINDS[kind](root / folder, argument)}\n{end}"
         except KeyError as error:

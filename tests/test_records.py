@@ -5,9 +5,10 @@ import statistics
 
 import pytest
 import stats
-from conftest import ROOT
+from family import records
+from tables import is_draft
 
-RECORDS = sorted(path.parent for path in (ROOT / "records").glob("*/train_gpt.py"))
+RECORDS = [folder for folder in records() if not is_draft(folder)]
 
 
 def test_there_is_a_record():

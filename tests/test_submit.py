@@ -47,6 +47,7 @@ def made(tmp_path_factory, corpus) -> Path:
     assert submit.main(["new", "Probe", "--parent", ".", "--date", "2026-01-02"], root) == 0
     folder = root / "records" / NAME
     states = {"new": {path.name: path.read_text() for path in folder.iterdir()}}
+    states["draft"] = [[each.rule, each.level, each.text] for each in submit.check(folder, skip=submit.SLOW)]
     script = folder / "train_gpt.py"
     text, count = re.subn(r"(train_log_every = Var\()200,", r"\g<1>201,", script.read_text())
     assert count == 1
@@ -108,6 +109,9 @@ def test_a_new_record_is_its_parents_script_and_a_draft(made):
     assert rules.is_valid(json.loads(files["submission.json"]))
     assert json.loads(files["submission.json"])["draft"] is True
     assert not [*(made / "records").glob(".*")]
+    failed = {rule: text for rule, level, text in json.loads((made / "states.json").read_text())["draft"] if level == "FAIL"}
+    assert "nothing is measured yet" in failed["submit/seeds"] and {"submit/schema", "submit/todo"} <= {*failed}
+    assert "Not measured yet." in files["README.md"]
 
 
 def test_fill_writes_numbers_tables_and_symbols_without_an_idea(made):
