@@ -4,7 +4,7 @@
     python scripts/codec.py decompress RECORD ARTIFACT FILE.golf [-o OUT]
     python scripts/codec.py prove      RECORD ARTIFACT FILE [--bytes N] [--set NAME=VALUE ...]
 
-RECORD is a record's folder or a script (`.` is the trunk). Its `stream` gives the distribution of each next
+RECORD is a record's folder or name, or a script (`.` is the trunk). Its `stream` gives the distribution of each next
 id, a range coder (Martin 1979, as in constriction) spends -log2 p bits on the id, and a decoder that has
 nothing but the script and the artifact follows. `--set` changes a setting of the evaluation, such as
 EVAL_STRIDE=64; it travels in the coded file.
@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from family import load_script
+from family import Misuse, find_script, load_script
 
 try:
     from tqdm import tqdm
@@ -316,8 +316,10 @@ class Record:
     """
 
     def __init__(self, options: argparse.Namespace, settings: dict[str, str], device: str, threads: int):
-        path = Path(options.record)
-        self.script = path / "train_gpt.py" if path.is_dir() else path
+        try:
+            self.script = find_script(options.record)
+        except Misuse as error:
+            raise CodecError(f"RECORD {error}") from None
         self.artifact, self.tokenizer_path = options.artifact, options.tokenizer
         self.settings, self.device, self.threads = settings, device, threads
         self.script_digest = digest(read(self.script, "RECORD"))

@@ -95,11 +95,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def load_script(path: Path | str = TRUNK):
-    """A script of this repository, or that of a record's folder, as a module: importing one starts no work."""
-    path = Path(path)
-    path = path / "train_gpt.py" if path.is_dir() else path
-    if not path.is_file():
-        raise Misuse(f"{path}: no such script")
+    """A script as a module, named as in `find_script`: importing one starts no work."""
+    path = find_script(path)
     name = f"script_{path.resolve().parent.name}_{path.stem}".replace("-", "_")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
