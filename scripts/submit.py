@@ -340,16 +340,21 @@ def clocks(record: Record) -> Iterable[Problem]:
 
 
 def scope(record: Record, base: str) -> Iterable[Problem]:
-    """Raises Misuse where git cannot compare with `base`."""
+    """Raises Misuse where git cannot compare with `base`. What leaderboard.py writes may change along."""
     import lineage
+    from leaderboard import BLOCK
 
     def git(*words: str) -> list[str]:
         return lineage.git(record.root, "-c", "core.quotepath=off", *words).splitlines()
 
-    own = f"records/{record.folder.name}/"
+    def written_by_hand(revision: str) -> str:
+        return BLOCK.sub("", "\n".join(git("show", f"{revision}:README.md")))
+
+    own, start = f"records/{record.folder.name}/", " ".join(git("merge-base", base, "HEAD"))
     for path in git("diff", "--name-only", f"{base}...HEAD"):
-        if not path.startswith(own):
-            yield path, f"is no part of this record: a pull request has {own} and nothing else"
+        table = path == "README.md" and written_by_hand(start) == written_by_hand("HEAD")
+        if not (path.startswith((own, "records/leaderboard/")) or table):
+            yield path, f"is no part of this record: a pull request has {own} and the leaderboard, nothing else"
     for line in git("status", "--porcelain", "--", own):
         yield line[3:], "is not committed: the pull request would be without it"
 

@@ -40,6 +40,7 @@ def made(tmp_path_factory, corpus) -> Path:
     shutil.copy(ROOT / "train_gpt.py", root)
     shutil.copy(ROOT / "requirements.txt", root)
     (root / ".gitignore").write_text("runs/\n__pycache__/\nstates.json\n")
+    (root / "README.md").write_text("# Title\n\n<!-- leaderboard -->\n<!-- end -->\n")
     git(root, "init", "-b", "main")
     git(root, "add", ".")
     git(root, "commit", "-m", "trunk")
@@ -331,6 +332,20 @@ def test_a_pull_request_has_one_record_and_nothing_else(copy):
     assert any("notes.txt: is not committed" in text for text in found)
     with pytest.raises(Misuse, match="nowhere"):
         submit.check(copy, "nowhere", submit.SLOW)
+
+
+def test_a_pull_request_may_bring_the_leaderboard_and_no_other_word(copy):
+    root = copy.parent.parent
+    (root / "records" / "leaderboard").mkdir()
+    (root / "records" / "leaderboard" / "bytes.png").write_bytes(b"a plot")
+    readme = root / "README.md"
+    readme.write_text(readme.read_text().replace("-->\n<", "-->\na table\n<"))
+    git(root, "add", ".")
+    git(root, "commit", "-m", "leaderboard")
+    assert failures(copy, "main") == []
+    readme.write_text(readme.read_text() + "a word\n")
+    git(root, "commit", "-am", "more")
+    assert ["README.md: is no part" in str(each) for each in failures(copy, "main")] == [True]
 
 
 def test_a_script_that_needs_the_repository_does_not_pass_the_smoke_test(copy):
