@@ -26,6 +26,7 @@ and the probe that decided, with the counter-example.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import io
@@ -73,6 +74,7 @@ OF_THE_RUN = {
 VOCAB, BOS = 260, 1
 SAME = 2e-5  # nats; equal shapes give equal sums on a CPU, and other shapes are off by a few 1e-6
 CLOSE = 2e-4  # nats; where windows are batched otherwise
+FOLLOWS = 0.01  # nats; a stream against a batch, learning on the way
 GIB = 1 << 30
 
 
@@ -83,11 +85,12 @@ GIB = 1 << 30
 
 def offline() -> list[str]:
     """What to put before a command so that it has no network; empty where this system has nothing for it."""
-    for prefix in (
+    for prefix in (  # the first one takes what the script has started with it
+        ["unshare", "-rnpf", "--kill-child", "--"],
         ["unshare", "-rn", "--"],
         ["sandbox-exec", "-p", "(version 1)(allow default)(deny network*)"],
     ):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             if subprocess.run([*prefix, "true"], capture_output=True, timeout=20).returncode == 0:
                 return prefix
     return []
@@ -107,7 +110,8 @@ def limits(memory: int, seconds: int) -> Callable[[], None] | None:
         for name, value in wanted.items():
             with contextlib.suppress(ValueError, OSError):
                 hard = resource.getrlimit(getattr(resource, name))[1]
-                resource.setrlimit(getattr(resource, name), (value if hard < 0 else min(value, hard), hard))
+                top = value if hard < 0 else min(value, hard)
+                resource.setrlimit(getattr(resource, name), (top, top))
 
     return limit
 
@@ -127,9 +131,11 @@ class Worker:
     def __init__(self, trial: Trial, artifact: str, name: str):
         self.errors = open(trial.folder / f"{name}.err", "w")  # noqa: SIM115 (closed with the process)
         self.process = subprocess.Popen(
-            trial.call("serve", str(trial.script), artifact, str(trial.adapter or "")),
-            cwd=trial.folder,
-            env=trial.environment(AUDIT_WATCH=str(trial.folder / f"{name}.watch")),
+            trial.call(
+                "serve", "train_gpt.py", trial.place(name, artifact), "adapter.py" if trial.adapter else ""
+            ),
+            cwd=trial.folder / name,
+            env=trial.environment(name),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -137,9 +143,12 @@ class Worker:
             start_new_session=True,
             preexec_fn=trial.limit,
         )
-        self.timer = threading.Timer(trial.seconds, self.kill)
-        self.timer.start()
-        self.can_stream = self._answer()["stream"]
+        self.seconds, self.late = trial.seconds, False
+        try:
+            self.can_stream = self._answer()["stream"]
+        except Refused:
+            self.close()
+            raise
 
     def ask(self, **question) -> dict:
         with contextlib.suppress(BrokenPipeError):
@@ -148,12 +157,17 @@ class Worker:
         return self._answer()
 
     def _answer(self) -> dict:
+        timer = threading.Timer(self.seconds, self._give_up)
+        timer.daemon = True
+        timer.start()
         line = self.process.stdout.readline()
-        found = (
-            json.loads(line)
-            if line
-            else {"error": f"it ended without an answer, exit code {self.process.wait()}"}
-        )
+        timer.cancel()
+        if line:
+            found = json.loads(line)
+        elif self.late:
+            found = {"error": f"an answer took more than {self.seconds} s"}
+        else:
+            found = {"error": f"it ended without an answer, exit code {self.process.wait()}"}
         if "error" in found:
             raise Refused(found["error"])
         return found
@@ -173,14 +187,17 @@ class Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
+    def _give_up(self) -> None:
+        self.late = True
+        self.kill()
+
     def close(self) -> None:
-        self.timer.cancel()
-        self.process.stdin.close()
-        try:
+        with contextlib.suppress(OSError):  # what it was asked last may lie unread
+            self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            self.process.wait()
+        self.kill()  # what it started, too
+        self.process.wait()
         self.process.stdout.close()
         self.errors.close()
 
@@ -191,6 +208,12 @@ def text_of(noise: bool = False) -> tuple[list[str], list[str]]:
     train = [path.read_text("utf-8", "replace") for path in sorted((stdlib / "email").glob("*.py"))]
     source = (stdlib / "textwrap.py").read_text("utf-8").encode("ascii", "replace").decode()
     val = [source[i : i + 420 + 40 * k] for k, i in enumerate(range(0, 4200, 700))]
+    val = [
+        text[:200] + "na\u00efve \u2014 \u6f22\u5b57 \U0001f642" + text[200:] for text in val
+    ]  # not one byte a character
+    train.append(
+        "na\u00efve d\u00e9j\u00e0 vu \u2014 \u6f22\u5b57. " * 400
+    )  # so that a tokenizer has pieces of them
     if noise:
         generator = np.random.default_rng(0)
         val = ["".join(map(chr, generator.integers(33, 127, len(text)))) for text in val]
@@ -221,21 +244,32 @@ class Trial:
         self.claims = (
             read_json(record / "submission.json") if record and (record / "submission.json").exists() else {}
         )
-        self.rng = np.random.default_rng(1)
+        self.rng, self.processes = np.random.default_rng(1), 0
         self.workers: dict[str, Worker] = {}
         self.settings: dict[str, str] = {}
 
     def call(self, *arguments: str) -> list[str]:
+        self.processes += 1
         return [*self.network, sys.executable, "-I", "audit_worker.py", *arguments]
 
-    def environment(self, **more: str) -> dict[str, str]:
+    def place(self, name: str, artifact: str = "") -> str:
+        """Makes an empty folder for a process, with the script and the artifact alone; the artifact's name in it."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / name).mkdir()
+        for path in (self.script, self.adapter, Path(__file__).with_name("audit_worker.py")):
+            if path:
+                shutil.copy(path, self.folder / name)
+        return str(shutil.copy(artifact, self.folder / name / "artifact.bin")) if artifact else ""
+
+    def environment(self, name: str, **more: str) -> dict[str, str]:
         bare = {
             name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "SYSTEMROOT") if name in os.environ
         }
         return {
             **bare,
-            "HOME": str(self.folder),
-            "TMPDIR": str(self.folder),
+            "HOME": str(self.folder / name),
+            "TMPDIR": str(self.folder / name),
+            "AUDIT_WATCH": str(self.folder / f"{name}.watch"),
             "OMP_NUM_THREADS": "1",
             **self.settings,
             **more,
@@ -243,33 +277,50 @@ class Trial:
 
     def run(self, name: str, **settings: str) -> tuple[str, dict]:
         """The script as a program -> (its output, metrics.json or {}). Raises Refused where it fails."""
-        env = self.environment(
-            AUDIT_WATCH=str(self.folder / f"{name}.watch"),
-            RUNS_PATH=str(self.folder / "runs"),
-            RUN_ID=name,
-            **settings,
-        )
-        process = subprocess.Popen(
-            self.call("main", str(self.script), *(["--help"] if name == "help" else [])),
-            cwd=self.folder,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            preexec_fn=self.limit,
-        )
+        if not (artifact := settings.pop("ARTIFACT", "")):
+            self.place(name)
+        else:
+            settings["ARTIFACT"] = self.place(name, artifact)
+        env = self.environment(name, RUNS_PATH=str(self.folder / name / "runs"), RUN_ID=name, **settings)
+        said = self.folder / f"{name}.out"
+        with open(said, "wb") as file:  # a pipe would wait for whatever the script has started
+            process = subprocess.Popen(
+                self.call("main", "train_gpt.py", *(["--help"] if name == "help" else [])),
+                cwd=self.folder / name,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=self.limit,
+            )
         try:
-            output, _ = process.communicate(timeout=self.seconds)
+            process.wait(self.seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
             raise Refused(f"the run {name} took more than {self.seconds} s") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output = said.read_text("utf-8", "replace")
         if process.returncode:
             last = [line for line in output.strip().splitlines() if line.strip()][-1:] or ["no output"]
             raise Refused(f"the run {name} ended with exit code {process.returncode}: {last[0][:300]}")
-        path = self.folder / "runs" / name / "metrics.json"
-        return output, json.loads(path.read_text()) if path.exists() else {}
+        path = self.folder / name / "runs" / name / "metrics.json"
+        try:
+            metrics = json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise Refused(f"the run {name} wrote a metrics.json that is not JSON: {error}") from None
+        if not isinstance(metrics, dict):
+            raise Refused(f"the run {name} wrote a metrics.json that is no object")
+        return output, metrics
+
+    def made(self, name: str, metrics: dict) -> Path:
+        """The artifact of a run."""
+        path = self.folder / name / str(metrics.get("artifact") or "artifact.bin")
+        if not path.is_file():
+            raise Refused(f"the run {name} left no artifact at {path.name}")
+        return path
 
     # What the script knows, and what it is given
 
@@ -310,7 +361,7 @@ class Trial:
         else:
             self.vocab = VOCAB
         for name, value in SMALL.items():  # nothing starts with them where an artifact is given
-            if (self.given_artifact or name in self.settable) and found.get(name) not in ("0", ""):
+            if (self.given_artifact or name in self.settable) and found.get(name) not in ("0", "0.0", ""):
                 found[name] = str(value)
         given = {**{k: str(v) for k, v in self.claims.get("audit", {}).items()}, **self.given}
         self.vocab = int(given.get("VOCAB_SIZE", self.vocab))
@@ -375,8 +426,9 @@ class Trial:
     def artifact(self) -> str:
         if self.adapter or self.given_artifact:
             return self.given_artifact
-        path = Path(self.trained.get("artifact") or "artifact.bin")
-        return str(path if path.is_absolute() else self.folder / path)
+        kept = shutil.copy(self.made("text", self.trained), self.folder / "artifact.bin")
+        shutil.rmtree(self.folder / "text")  # from here on the artifact has to be enough
+        return str(kept)
 
     def worker(self, name: str = "asked") -> Worker:
         if name not in self.workers:
@@ -389,6 +441,8 @@ class Trial:
         if self.adapter:
             example = self.of_adapter("EXAMPLE")
             if example is not None:
+                if len(example) < 400:
+                    raise Misuse(f"{self.adapter.name}: EXAMPLE has {len(example)} ids, 400 are needed")
                 return np.array(example, np.int64)
             self.vocab = self.of_adapter("VOCAB_SIZE") or VOCAB
             if self.vocab != VOCAB:
@@ -400,9 +454,16 @@ class Trial:
         return shard_ids(path.read_bytes())
 
     def of_adapter(self, name: str):
-        """A literal that the adapter sets, read without running it."""
-        found = re.search(rf"^{name}\s*=\s*(.+)$", self.adapter.read_text(), re.M) if self.adapter else None
-        return json.loads(found[1].replace("True", "true").replace("False", "false")) if found else None
+        """A literal that the adapter sets, read without running it; None where it does not."""
+        if not self.adapter:
+            return None
+        try:
+            for node in ast.parse(self.adapter.read_text()).body:
+                if isinstance(node, ast.Assign) and name in map(ast.unparse, node.targets):
+                    return ast.literal_eval(node.value)
+        except (SyntaxError, ValueError) as error:
+            raise Misuse(f"{self.adapter.name}: {name} is no literal: {error}") from None
+        return None
 
     @cached_property
     def bos(self) -> int:
@@ -478,31 +539,37 @@ def future(trial: Trial) -> list[Finding]:
     ids, (nats, vectors), places = trial.ids, trial.base, trial.borders(10)
     for t in places:
         changed = ids.copy()
-        changed[t + 2 :] = trial.others(len(ids) - t - 2)
+        changed[t + 1 :] = trial.others(len(ids) - t - 1)  # the target itself, too
         other, seen = trial.worker().score(changed, [t])
-        if found := moved(other[: t + 1], nats[: t + 1], SAME):
+        if found := moved(other[:t], nats[:t], SAME):
             return [
                 fail(
-                    "C1/P1", f"ids after target {t} replaced: target {found[0]} moves by {found[1]:.2g} nats"
+                    "C1/P1",
+                    f"ids from target {t} on replaced: target {found[0]} moves by {found[1]:.2g} nats",
                 )
             ]
         if found := moved(seen[t], vectors[t], SAME):
-            return [fail("C1/P1", f"ids after target {t} replaced: its distribution moves by {found[1]:.2g}")]
+            return [
+                fail("C1/P1", f"ids from target {t} on replaced: its distribution moves by {found[1]:.2g}")
+            ]
     return [
         well(
-            "C1/P1", f"ids after {len(places)} targets replaced, at borders of windows, chunks and documents"
+            "C1/P1",
+            f"ids from {len(places)} targets on replaced, at borders of windows, chunks and documents",
         )
     ]
 
 
 def poison(trial: Trial) -> list[Finding]:
     """C2/P2 and C3/P5: the distribution at a target knows nothing of it, and its score is read from that distribution."""
-    ids, vectors, pairs, count = trial.ids[:320], trial.base[1], 0, 20
+    ids, vectors, pairs, count = trial.ids[:320], trial.base[1], 0, 5
     base = trial.worker().score(ids)[0]
-    places = [t for t in trial.borders(8) if t < len(ids) - 2][:3]
+    rest = trial.rng.permutation(np.arange(2, len(ids) - 3))[:9]
+    places = list(dict.fromkeys([*(t for t in trial.borders(5) if t < len(ids) - 2), *map(int, rest)]))[:12]
+    plain = np.setdiff1d(trial.stream, [trial.bos])
     out: dict[str, Finding] = {}
     for t in places:
-        for value in [trial.bos, *trial.others(count - 1)]:
+        for value in [trial.bos, *trial.rng.permutation(plain[plain != ids[t + 1]])[: count - 1]]:
             changed = ids.copy()
             changed[t + 1] = value
             other, seen = trial.worker().score(changed, [t])
@@ -538,8 +605,16 @@ def poison(trial: Trial) -> list[Finding]:
 
 def normal(trial: Trial) -> list[Finding]:
     """C2/P3: a distribution over all ids at every target, of sum 1, and the score is the target's own."""
-    ids, (nats, vectors) = trial.ids, trial.base
-    places, worst = range(len(ids) - 1), 0.0
+    ids, worst = trial.stream, 0.0
+    nats, vectors = trial.worker().score(ids, range(0, len(ids) - 1, 3))
+    places = sorted(vectors)
+    bare = trial.worker().score(ids)[0]
+    if found := moved(bare, nats, SAME):
+        return [
+            fail(
+                "C2/P3", f"target {found[0]} moves by {found[1]:.2g} nats where no distribution is asked for"
+            )
+        ]
     for t in places:
         p = np.exp(vectors[t])
         if not np.isfinite(p).all() or len(p) != trial.size:
@@ -583,7 +658,7 @@ def coverage(trial: Trial) -> list[Finding]:
         out.append(fail("C4/P6", f"target {int(np.flatnonzero(~np.isfinite(nats))[0])} has no finite score"))
     if entry["targets"] != len(nats):
         out.append(fail("C4/P6", f"the stream has {len(nats)} targets, the run reports {entry['targets']}"))
-    if abs(entry["val_loss"] - nats.mean()) > CLOSE:
+    if not abs(entry["val_loss"] - nats.mean()) <= CLOSE:
         out.append(
             fail(
                 "C4/P6",
@@ -594,10 +669,13 @@ def coverage(trial: Trial) -> list[Finding]:
     if entry["bytes"] != size:
         out.append(fail("M2", f"the text has {size} bytes, the run divides by {entry['bytes']}"))
     bpb = nats.sum() / np.log(2) / size
-    if abs(entry["val_bpb"] - bpb) > CLOSE or metrics["val_bpb"] != entry["val_bpb"]:
+    if not abs(entry["val_bpb"] - bpb) <= CLOSE or metrics["val_bpb"] != entry["val_bpb"]:
         out.append(
             fail("M4", f"all nats over all bytes are {bpb:.6f} BPB, the run reports {metrics['val_bpb']:.6f}")
         )
+    model = Path(trial.artifact).stat().st_size
+    if metrics.get("bytes_model") != model:
+        out.append(fail("B1", f"the artifact has {model} bytes, the run counts {metrics.get('bytes_model')}"))
     return out or [
         well("C4/P6", f"the reported loss is the mean of {len(nats)} targets, once each"),
         well("M2", f"the bytes that divide are the text's {size}"),
@@ -615,14 +693,14 @@ def decode(trial: Trial, size: int = 2000) -> list[Finding]:
     one, other = trial.worker("encoder"), trial.worker("decoder")
     if not one.can_stream:
         return [unjudged("C1/P7", "the adapter has no stream")]
-    encoder, nats = coder.queue.RangeEncoder(), 0.0
+    encoder, nats = coder.queue.RangeEncoder(), []
     for worker in (one, other):
         worker.ask(op="stream")
         worker.ask(op="push", id=int(ids[0]))
     for value in ids[1:]:
         logprobs = np.array(one.ask(op="logprobs")["logprobs"])
         encoder.encode(int(value), categorical(coder.model, logprobs))
-        nats -= logprobs[value]
+        nats.append(-logprobs[value])
         one.ask(op="push", id=int(value))
     code = encoder.get_compressed()
     decoder = coder.queue.RangeDecoder(code)
@@ -631,9 +709,18 @@ def decode(trial: Trial, size: int = 2000) -> list[Finding]:
         if found != value:
             return [fail("C1/P7", f"target {t} decodes to id {found}, it was {value}")]
         other.ask(op="push", id=found)
-    said = trial.worker().score(ids)[0].sum() / np.log(2) / 8
-    text = f"{len(ids) - 1} ids in {4 * len(code)} bytes, -log2 p of the stream {nats / np.log(2) / 8:.1f}, of score {said:.1f}"
-    good = all(abs(4 * len(code) - value) <= 0.002 * value + 64 for value in (nats / np.log(2) / 8, said))
+    scored = trial.worker().score(ids)[0]
+    if found := moved(scored, np.array(nats), FOLLOWS):
+        return [
+            fail(
+                "C1/P7",
+                f"target {found[0]} is scored {scored[found[0]]:.4f} nats, the stream that a decoder can follow "
+                f"says {nats[found[0]]:.4f}",
+            )
+        ]
+    streamed, said = (float(np.sum(each)) / np.log(2) / 8 for each in (nats, scored))
+    text = f"{len(ids) - 1} ids in {4 * len(code)} bytes, -log2 p of the stream {streamed:.1f}, of score {said:.1f}"
+    good = all(abs(4 * len(code) - value) <= 0.002 * value + 64 for value in (streamed, said))
     return [Finding("C1/P7", "PASS" if good else "FAIL", text)]
 
 
@@ -683,8 +770,8 @@ def validation(trial: Trial) -> list[Finding]:
     if trial.adapter or trial.given_artifact:
         return [unjudged("D1/P9", "nothing is trained here")]
     mine = Path(trial.artifact).read_bytes()
-    other = Path(trial.run("noise", DATA_PATH=str(trial.data("noise")))[1]["artifact"])
-    other = (other if other.is_absolute() else trial.folder / other).read_bytes()
+    other = trial.made("noise", trial.run("noise", DATA_PATH=str(trial.data("noise")))[1]).read_bytes()
+    shutil.rmtree(trial.folder / "noise")
     hashes = [hashlib.sha256(blob).hexdigest()[:12] for blob in (mine, other)]
     if mine != other:
         return [
@@ -697,11 +784,11 @@ def reload(trial: Trial) -> list[Finding]:
     """D2: a fresh process scores the artifact to the same number where no training data are left."""
     if trial.adapter or trial.given_artifact:
         return [unjudged("D2", "nothing is trained here")]
-    said = trial.trained["val_bpb"]
-    again = trial.run("alone", DATA_PATH=str(trial.data("alone")), EVAL_ONLY="1", ARTIFACT=trial.artifact)[1][
-        "val_bpb"
-    ]
-    if abs(again - said) > 1e-6:
+    said, alone = trial.trained["val_bpb"], trial.data("alone")
+    for path in [*trial.folder.glob("*-train.jsonl"), *trial.folder.glob("data/*/*_train_*")]:
+        path.unlink()
+    again = trial.run("alone", DATA_PATH=str(alone), EVAL_ONLY="1", ARTIFACT=trial.artifact)[1]["val_bpb"]
+    if not abs(again - said) <= 1e-6:
         return [fail("D2", f"scored alone the artifact reaches {again:.6f} BPB, the run reported {said:.6f}")]
     return [well("D2", f"{again:.6f} BPB again, from the artifact alone, training shards removed")]
 
@@ -718,6 +805,9 @@ def watched(trial: Trial) -> list[Finding]:
         for name in names  # a line that reads all there is looks for nothing
         if name not in known and "AUDIT_WATCH" not in names
     }
+    if (missing := trial.processes - len(notes)) > 0:
+        why = f"{missing} of {trial.processes} processes left no notes: os._exit, or killed"
+        out.append(unjudged("B1/network", why))
     level = "WARN" if trial.adapter else "FAIL"
     out += [
         Finding(
@@ -767,7 +857,7 @@ def behave(trial: Trial, only: list[str]) -> list[Finding]:
             probe, rule = PROBES[name]
             try:
                 found += probe(trial)
-            except (Refused, OSError, KeyError, ValueError) as error:
+            except (Refused, OSError, LookupError, TypeError, AttributeError, ValueError) as error:
                 found.append(fail(rule, f"the probe `{name}` broke off: {error}"))
                 trial.close()
     finally:
@@ -798,7 +888,7 @@ def check(
     chosen = sorted(chosen, key=[*PROBES, "files", "hints"].index)
     found: list[Finding] = []
     if probes := [name for name in chosen if name in PROBES]:
-        with tempfile.TemporaryDirectory(prefix="audit-") as name:
+        with tempfile.TemporaryDirectory(prefix="audit-", ignore_cleanup_errors=True) as name:
             trial = Trial(script, Path(name).resolve(), settings, adapter, artifact, seconds, record=folder)
             found += behave(trial, probes)
             if not trial.network:
@@ -811,7 +901,11 @@ def check(
                     )
                 )
     if folder and (only is None or "files" in only):
-        found += forensics(folder)
+        try:
+            found += forensics(folder)
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, OSError) as error:
+            what = f"its files cannot be judged: {type(error).__name__}: {error}"
+            found.append(Finding("files", "FAIL", what, folder.name))
     if only is None or "hints" in only:
         found += hints(script)
     return found

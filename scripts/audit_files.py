@@ -101,7 +101,7 @@ def hints(script: Path) -> list[Finding]:
     try:
         source, wrapped = unpacked(script.read_text(encoding="utf-8"))
         tree = ast.parse(source)
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+    except (OSError, SyntaxError, ValueError, RecursionError) as error:
         return [Finding("static", "FAIL", f"cannot be read as Python: {error}", script.name)]
     out: dict[tuple[str, int], Finding] = {}
 
@@ -223,7 +223,7 @@ def _function(node: ast.FunctionDef, hint) -> None:
             text = ast.unparse(call) if isinstance(call, ast.Call) else ""
             if re.match(
                 r"(open|np\.(memmap|fromfile)|load_data_shard|load_validation_tokens|glob\.glob)\(", text
-            ) and re.search("val", text):
+            ) and re.search(r"(?<![a-z])val(?![a-z]*ue)|valid", text):
                 hint("2", call, f"{node.name} opens validation files: {text[:60]}")
     if re.search("eval|score", node.name):
         for loop in ast.walk(node):
@@ -266,12 +266,14 @@ def forensics(folder: Path) -> list[Finding]:
 
     def say(rule: str, bad: list[str], good: str, level: str = "FAIL") -> None:
         found.extend(Finding(rule, level, text, folder.name) for text in bad)
-        if not bad:
+        if not (runs or bad):
+            found.append(Finding(rule, "WARN", "not judged: no seed*/metrics.json", folder.name))
+        elif not bad:
             found.append(Finding(rule, "PASS", good, folder.name))
 
     say(
         "B1",
-        _bytes(submission, runs, len(script)),
+        _bytes(submission, runs, [text for name, text in logs.items() if name not in runs], len(script)),
         f"code {len(script):,} bytes and the largest model within {CAP:,}",
     )
     say(
@@ -289,14 +291,21 @@ def forensics(folder: Path) -> list[Finding]:
     return found
 
 
-def _bytes(submission: dict, runs: dict, code: int) -> list[str]:
+def _bytes(submission: dict, runs: dict, logs: list[str], code: int) -> list[str]:
     out = []
     for name, run in runs.items():
         if run["bytes_total"] != run["bytes_code"] + run["bytes_model"]:
             out.append(
                 f"{name}: {run['bytes_code']:,} + {run['bytes_model']:,} bytes are not the {run['bytes_total']:,} claimed"
             )
-    total = max([submission.get("bytes_total", 0), *(run["bytes_model"] + code for run in runs.values())])
+    sizes = [
+        int(m)
+        for text in logs
+        for m in re.findall(r"^(?:Total submission size|bytes_total)\D*?[^\n]*?(\d{6,})", text, re.M)
+    ]
+    total = max(
+        [submission.get("bytes_total", 0), *sizes, *(run["bytes_model"] + code for run in runs.values())]
+    )
     return out + [f"{total:,} bytes, {CAP:,} are allowed"] * (total > CAP)
 
 
@@ -311,10 +320,15 @@ def _budgets(submission: dict, runs: dict, logs: dict, say) -> None:
         else f"; measured on {submission.get('hardware', 'unnamed hardware')}, not the contest's"
     )
     trained = {name: run["train_seconds"] for name, run in runs.items()}
-    scored = {name: run["eval_seconds"] for name, run in runs.items()}
+    scored = {
+        name: max(run["eval_seconds"], run.get("clocks", {}).get("evaluation", 0))
+        for name, run in runs.items()
+    }
     for name, text in logs.items():
-        if name not in trained and (times := re.findall(r"train_time:(\d+)ms", text)):
-            trained[name] = int(times[-1]) / 1000
+        if times := re.findall(r"train_time:(\d+)ms", text):
+            trained[name] = max(trained.get(name, 0), int(times[-1]) / 1000)
+        if name not in runs and (times := re.findall(r"eval_time:(\d+)ms", text)):
+            scored[name] = max(map(int, times)) / 1000
     say(
         "B3",
         [
@@ -344,7 +358,12 @@ def _budgets(submission: dict, runs: dict, logs: dict, say) -> None:
         + (f" at most, {max(scored.values()):.0f}" if scored else ", no time recorded"),
         level,
     )
-    broken = [f"{name}: {line}" for name, run in runs.items() for line in run.get("broken_budgets", [])]
+    broken = [
+        f"{name}: its log ends in a traceback"
+        for name, text in logs.items()
+        if name not in runs and "Traceback (most recent call last)" in text
+    ]
+    broken += [f"{name}: {line}" for name, run in runs.items() for line in run.get("broken_budgets", [])]
     say("B3/own", broken, "no run says that it broke a budget")
 
 
@@ -389,7 +408,8 @@ def _seeds(submission: dict, runs: dict, logs: dict, sha: str, frozen: str, say)
     seeds = sorted({run["seed"] for run in runs.values()}) or sorted(set(submission.get("seeds", [])))
     say(
         "S5",
-        [f"{len(seeds)} distinct seeds: {seeds}, at least 3 are asked for"] if len(seeds) < 3 else [],
+        [f"{len(seeds)} distinct seeds: {seeds}, at least 3 are asked for"] * (len(seeds) < 3)
+        + [f"{len(logs)} logs for {len(seeds)} seeds"] * (not runs and len(logs) < len(seeds)),
         f"seeds {seeds}",
     )
     say(
@@ -423,24 +443,38 @@ def _numbers(submission: dict, runs: dict, logs: dict, say) -> None:
                 f"{entry['val_loss']:.8f} and {entry['val_bpb']:.8f}"
             )
         implied, data = nats * entry["targets"] / entry["val_bpb"], run.get("dataset", {})
-        if abs(implied / entry["bytes"] - 1) > 2e-4:
+        if not abs(implied / entry["bytes"] - 1) <= 2e-4:
             denominator.append(
                 f"{name}: loss and BPB imply {implied:,.0f} bytes, {entry['bytes']:,} are claimed"
             )
+        size = data.get("bytes", {}).get("val")  # of the original text; a tokenizer may normalise
+        if size and entry["bytes"] > size * (1 + 2e-4):
+            denominator.append(f"{name}: {entry['bytes']:,} bytes divide, the validation text has {size:,}")
         if (tokens := data.get("val_tokens")) and entry["targets"] != tokens - 1:
             split.append(f"{name}: {entry['targets']:,} targets of a validation stream of {tokens:,} ids")
     for name, text in logs.items():
         if name in runs:
             continue
         lines = {m[1]: (float(m[3]), float(m[4])) for m in LINE.finditer(text) if m[2]}
-        targets = re.findall(r"(?:targets|val_tokens|tokens):\s*(\d+)", text)
+        targets = re.findall(
+            r"\b(?:targets|val_tokens):\s*(\d+)|^val_loader:.*?\btokens:\s*(\d+)", text, re.M
+        )
         for label, (loss, bpb) in lines.items():
             if targets:
-                implied = loss / math.log(2) * int(targets[-1]) / bpb
+                implied = loss / math.log(2) * int(targets[-1][0] or targets[-1][1]) / bpb
                 if min(abs(implied / known - 1) for known in FIELD_BYTES) > 2e-4:
                     denominator.append(
                         f"{name}: {label} implies {implied:,.0f} bytes; the full split has {FIELD_BYTES[0]:,}"
                     )
+    theirs = [
+        list(LINE.finditer(text))[-1] for name, text in logs.items() if name not in runs and LINE.search(text)
+    ]
+    if theirs and not runs:
+        mean, said = sum(float(m[4]) for m in theirs) / len(theirs), submission.get("val_bpb", math.nan)
+        if not abs(mean - said) <= 2e-4:
+            wrong.append(
+                f"submission.json says val_bpb {said}, the last lines of its logs have the mean {mean:.6f}"
+            )
     means = {
         key: [
             run["val_bpb"] if key == "val_bpb" else run["evals"][run["headline"]]["val_loss"]

@@ -4,9 +4,9 @@
     python -I audit_worker.py serve SCRIPT ARTIFACT [ADAPTER]    JSON lines in, JSON lines out
 
 It is copied into the folder of the trial and needs the standard library and numpy alone. What it watches goes to
-the file that AUDIT_WATCH names: variables of the environment that the script's own lines read, files opened below
-the current folder, connections tried (and refused), processes started. A script that means to deceive can get
-round all of this, since it runs in the same interpreter.
+the file that AUDIT_WATCH names when the process ends: variables of the environment that the script's own lines
+read, connections tried (and refused), processes started. A script that means to deceive can get round all of
+this, since it runs in the same interpreter.
 
 Questions: {"op": "score", "ids", "positions"} -> {"nats", "vectors": {t: log-probabilities}}; {"op": "stream"} starts
 a fresh stream, {"op": "logprobs"} and {"op": "push", "id"} drive it. An answer {"error": text} ends the session.
@@ -20,7 +20,7 @@ import runpy
 import sys
 import traceback
 
-SEEN = {"environment": {}, "opened": [], "network": [], "processes": []}
+SEEN = {"environment": {}, "network": [], "processes": []}
 
 
 def line_of(script: str) -> str:
@@ -33,6 +33,8 @@ def line_of(script: str) -> str:
         "<frozen _collections_abc>",
         os.path.basename(__file__),
     ):
+        frame = frame.f_back
+    while frame and frame.f_code.co_filename == "<string>":  # exec in the script
         frame = frame.f_back
     if frame and os.path.abspath(frame.f_code.co_filename) == script:
         return f"{os.path.basename(script)}:{frame.f_lineno}"
@@ -53,21 +55,15 @@ def watch(script: str) -> None:
                 SEEN["environment"].setdefault(where, []).append(str(name))
             return super().__contains__(name)
 
-    folder = os.getcwd() + os.sep
-
     def hook(event: str, arguments: tuple) -> None:
-        if event == "open" and isinstance(arguments[0], str):
-            path = os.path.abspath(arguments[0])
-            if path.startswith(folder) and path not in SEEN["opened"]:
-                SEEN["opened"].append(path)
-        elif event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
             address = arguments[1] if event == "socket.connect" else arguments[0]
             if event == "socket.connect" and not isinstance(address, tuple):
                 return  # a Unix socket
             SEEN["network"].append(f"{event} {address}")
             raise PermissionError(f"no network in an audit: {event} {address}")
-        elif event == "subprocess.Popen":
-            SEEN["processes"].append(str(arguments[0]))
+        elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+            SEEN["processes"].append(os.fsdecode(arguments[0]) if arguments[0] else event)
 
     os.environ.__class__ = Watched
     sys.addaudithook(hook)

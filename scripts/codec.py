@@ -387,7 +387,10 @@ class Record:
 
     def score(self, ids: np.ndarray) -> np.ndarray:
         """Nats of each target ids[1:] by the routine behind the headline, float64."""
-        return np.asarray(self.module.score(self.model(), ids)[0] if len(ids) > 1 else [], np.float64)
+        model = self.model()
+        if hasattr(args := model.args, "eval_batch_tokens"):  # memory, not score: a short text pads a batch
+            args.eval_batch_tokens = min(args.eval_batch_tokens, 32 * args.eval_seq_len)
+        return np.asarray(self.module.score(model, ids)[0] if len(ids) > 1 else [], np.float64)
 
     def target_bytes(self, ids: np.ndarray) -> np.ndarray:
         """Bytes that each target ids[1:] stands for; special ids stand for none."""

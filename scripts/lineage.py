@@ -16,6 +16,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -150,6 +151,8 @@ def read_submission(folder: Path, root: Path) -> tuple[dict, dict[str, str], Pat
     """
     path, names = folder / "submission.json", {}
     submission = read_json(path)
+    if not isinstance(submission, dict) or not isinstance(submission.get("changes", {}), dict):
+        raise Misuse(f"{path}: an object with an object `changes` is needed")
     for idea, entry in submission.get("changes", {}).items():
         symbols = entry.get("symbols") if isinstance(entry, dict) and entry.get("reason") else None
         if not isinstance(symbols, list) or not all(isinstance(name, str) for name in symbols):
@@ -157,9 +160,11 @@ def read_submission(folder: Path, root: Path) -> tuple[dict, dict[str, str], Pat
         names |= dict.fromkeys(symbols, idea)
     if (name := submission.get("parent")) is None:
         return submission, names, None
+    if not isinstance(name, str) or not re.fullmatch(r"train_gpt\.py|records/[^/]+(/train_gpt\.py)?", name):
+        raise Misuse(f"{path}: parent {name!r}: null, train_gpt.py or records/NAME")
     parent = root / name / "train_gpt.py" if (root / name).is_dir() else root / name
-    if not parent.is_file():
-        raise Misuse(f"{path}: parent {name!r} is no script: null, train_gpt.py or records/NAME")
+    if not parent.is_file() or parent.resolve().parent == folder.resolve():
+        raise Misuse(f"{path}: parent {name!r} is no script of another folder")
     return submission, names, parent
 
 

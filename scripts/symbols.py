@@ -11,8 +11,10 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
+import io
 import re
 import symtable
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,8 +124,11 @@ class Script:
     def read(cls, path: Path) -> Script:
         """Raises Misuse for a file that is missing, not UTF-8 or no Python."""
         try:
-            return cls(path.read_bytes().decode(), path)
-        except (OSError, UnicodeDecodeError) as error:
+            data = path.read_bytes()
+            if (encoding := tokenize.detect_encoding(io.BytesIO(data).readline)[0]) not in ("utf-8", "utf-8-sig"):
+                raise Misuse(f"{path}: its source says coding {encoding}: another text to Python than to a reader")
+            return cls(data.decode(), path)
+        except (OSError, UnicodeDecodeError, SyntaxError) as error:
             raise Misuse(f"{path}: {error}") from None
 
     def _statements(self) -> Iterator[tuple[Symbol, int]]:

@@ -89,6 +89,33 @@ MUTANTS = {
     "a download while scoring": (
         "watched", "B1/network", [(OPENED, "    import socket\n    try:\n        socket.create_connection(('192.0.2.1', 80), 1)\n"
                                    "    except OSError:\n        pass\n" + OPENED)], {}),
+    "a gate on the target, in the batch alone": (
+        "decode", "C1/P7", [(SCORED, SCORED + "        at = np.arange(first, stop)\n        gate = np.isin(ids[at], [14, 105, 119, 36]) & (at > 140)\n"
+                             "        logprobs[gate, ids[at + 1][gate]] += 0.18\n"
+                             "        logprobs -= np.log(np.exp(logprobs).sum(1, keepdims=True))\n")], {}),
+    "two passes, late in the text": (
+        "normal", "C2/P3", [("    return nats, vectors\n", "    again = -logprobs_of(model, ids, 0, len(nats))[np.arange(len(nats)), ids[1:]]\n"
+                             "    nats[2100:] = np.minimum(nats, again)[2100:]\n    return nats, vectors\n")], {}),
+    "weights beside the artifact": (
+        "coverage", "C4/P6", [("            np.save(file, train(args))\n", "            np.save(file, np.zeros((2, 1, 1), np.int8))\n"
+                               "        np.save(artifact.with_name('cache.npy'), train(args))\n"),
+                              ("        return Model(np.load(file, allow_pickle=False), **header)",
+                               "        return Model(np.load(Path(artifact_path).with_name('cache.npy')), **header)")], {}),
+    "validation text kept from one run for the next": (
+        "validation", "D1/P9", [('    ids = shards(args, "train")\n', "    if Path('tokens.npy').exists():\n        ids = np.load('tokens.npy')\n"
+                                 "    else:\n        ids = np.append(shards(args, 'train'), shards(args, 'val'))\n"
+                                 "        np.save('tokens.npy', ids)\n")], {}),
+    "training text by another path": (
+        "reload", "D2", [('    ids, sizes = shards(args, "val"), byte_sizes(args)\n', '    ids, sizes = shards(args, "val"), byte_sizes(args)\n'
+                          "    assert [*Path(args.data_path).parent.glob('*/*_train_*.bin')]\n")], {}),
+    "a score that is no number": (
+        "reload", "D2", [('    return {"val_loss"', "    nats = nats * (float('nan') if args.eval_only else 1)\n" + '    return {"val_loss"')], {}),
+    "a smaller artifact on paper": ("coverage", "B1", [("artifact.stat().st_size", "artifact.stat().st_size // 10")], {}),
+    "characters counted for bytes": (
+        "coverage", "M2", [("len(piece.encode())", "len(piece)")], {"VOCAB_SIZE": "8192"}),
+    "a hidden switch behind exec": (
+        "watched", "B3/environment", [("    args = Hyperparameters(os.environ)\n", "    args = Hyperparameters(os.environ)\n"
+                                       "    exec('args.seed += int(os.environ.get(\"FORCE_STOP_STEP\", 0))')\n")], {}),
     "a stream that is another model": (
         "decode", "C1/P7", [("        return logprobs_of(self.model, np.array(self.ids), t, t + 1)[0]",
                              "        return np.full(260, -np.log(260.0))")], {}),
@@ -100,7 +127,7 @@ def test_mutant_is_caught_by_its_probe(tmp_path, name):
     probe, rule, changes, settings = MUTANTS[name]
     findings = audit.check(planted(tmp_path, TOY, *changes), [probe], settings)
     assert rule in failed(findings), "\n".join(map(str, findings))
-    assert not any("broke off" in finding.text for finding in findings) or probe == "reload", findings
+    assert not any("broke off" in finding.text for finding in findings) or probe in ("reload", "coverage"), findings
 
 
 @pytest.mark.parametrize("settings", [{}, {"DOC_MASK": "1", "TTT": "0"}, {"VOCAB_SIZE": "8192"}], ids=str)
@@ -131,7 +158,7 @@ def test_strangers_code_stays_in_its_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("A_SECRET", "1")
     nosy = planted(tmp_path, TOY, ("    args = Hyperparameters(os.environ)\n",
                                    "    args = Hyperparameters(os.environ)\n    assert 'A_SECRET' not in os.environ and 'HOME' in os.environ\n"
-                                   "    assert sorted(os.listdir('.'))[:2] == ['audit_worker.py', 'data'], os.listdir('.')\n"
+                                   "    assert sorted(os.listdir('.'))[:2] == ['audit_worker.py', 'train_gpt.py'], os.listdir('.')\n"
                                    "    assert os.getcwd() == os.environ['HOME']\n"))
     assert not failed(audit.check(nosy, ["normal"]))
     if sys.platform == "linux":
@@ -270,6 +297,8 @@ TAMPERED = [
     ("S4", lambda folder: (folder / "seed42/log.txt").write_text((folder / "seed42/log.txt").read_text().replace("_exact val_loss:1.33", "_exact val_loss:1.23"))),
     ("S5", lambda folder: shutil.rmtree(folder / "seed999")),
     ("M1", edit("seed42/metrics.json", lambda d: d["evals"][d["headline"]].update(bytes=600_000))),
+    ("M1", edit("seed42/metrics.json", lambda d: [entry.update(bytes=int(entry["bytes"] * 1.167), val_bpb=entry["val_bpb"] / 1.167)
+                                                  for entry in d["evals"].values()])),
     ("D3", edit("seed42/metrics.json", lambda d: d["evals"][d["headline"]].update(targets=100_000))),
 ]
 
