@@ -493,6 +493,8 @@ def carry(parent: Script, past: list[Script], child: Script, declared: Iterable[
             note("carried", key, "the parent's new text")
         elif any(member.owner == key and member.key in own for member in child.symbols):
             note("conflict", key, "gone from the parent, but the record adds to it; left alone", "FAIL")
+        elif any(name in parent.by_name and parent.by_name[name].key in own for name in symbol.names):
+            note("conflict", key, "the parent has it together with a symbol of the record; left alone", "FAIL")
         else:
             del result[key]
             note("removed", key, "gone from the parent")

@@ -5,6 +5,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import lineage
 import pytest
@@ -775,3 +776,29 @@ def test_a_drift_in_a_real_record_is_seen(tmp_path):
         submission = json.loads((find_script("BytePPM").parent / "submission.json").read_text())
         (tmp_path / "submission.json").write_text(json.dumps(submission))
         assert [rule for rule, _ in failures(lineage.check(path))] == ["symbols"]
+
+
+def test_a_name_that_the_parent_joins_with_a_declared_one_is_no_deletion():
+    def script(text):
+        return Script(text, Path("records/x/train_gpt.py"))
+    past, child = script("A = 1\nB = 2\n"), script("A = 1\nB = 3\n")
+    result, done = lineage.carry(script("A, B = 1, 2\n"), [past], child, ["B"], lambda symbol: True)
+    assert result.source == child.source and [finding.level for finding in done] == ["FAIL"]
+
+
+@pytest.mark.parametrize("values", [{"parent": "records/Child"}, {"parent": "records/Child/other.py"}, {"parent": 5},
+                                    {"changes": []}], ids=str)
+def test_a_parent_of_ones_own_choosing_is_refused(family, values):
+    folder = family.root / "records" / "Child"
+    folder.mkdir(parents=True)
+    for name in ("train_gpt.py", "other.py"):
+        (folder / name).write_text(family.trunk.read_text())
+    (folder / "submission.json").write_text(json.dumps({"parent": "train_gpt.py", "changes": {}} | values))
+    assert ("readable" in dict(family.fails("Child"))), family.fails("Child")
+
+
+def test_a_source_in_another_coding_is_refused(tmp_path):
+    path = tmp_path / "train_gpt.py"
+    path.write_bytes(b"# -*- coding: unicode_escape -*-\nA = 1\n")
+    with pytest.raises(Misuse, match="coding unicode"):
+        Script.read(path)
