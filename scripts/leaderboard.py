@@ -148,7 +148,10 @@ def read_record(folder: Path) -> Record:
         record.unranked = "no seed*/metrics.json" if path.exists() else "no submission.json"
         record.findings.append(Finding("files", "WARN", record.unranked, record.name))
         return record
-    runs = sorted((stats.read_run(file) for file in files), key=lambda run: run.seed)
+    runs = [stats.read_run(file) for file in files]
+    if strange := [run.where for run in runs if run.seed is None]:
+        raise Misuse(f"{strange[0]}: seed is missing: a whole number is needed")
+    runs.sort(key=lambda run: run.seed)
     record.group = stats.Group(record.name, runs)
     record.findings = stats.check_group(record.group)
     if failed := [found.rule for found in record.findings if found.level == "FAIL"]:
@@ -158,6 +161,13 @@ def read_record(folder: Path) -> Record:
         _ = record.setting, record.bytes_total, record.hardware, runs[0].metrics["params"]
     except KeyError as error:
         raise Misuse(f"{folder}/seed*/metrics.json: no {error}") from None
+    most = record.setting.budget
+    over = [f"{run.where}: {run.metrics['bytes_total']:,} bytes, the budget is {most:,}"
+            for run in runs if 0 < most < run.metrics["bytes_total"]]
+    broken = [f"{run.where}: {line}" for run in runs for line in run.metrics.get("broken_budgets", [])]
+    if over or broken:
+        record.unranked = "a budget is broken"
+        record.findings += [Finding("budgets", "FAIL", text, record.name) for text in over + broken]
     told = record.submission.get("val_bpb")
     if not isinstance(told, float) or not math.isclose(told, record.group.mean, abs_tol=1e-9):
         text = f"val_bpb is {told}, the mean of the seeds {record.group.mean:.8f}"
@@ -408,10 +418,25 @@ def draw_classes(row, group: dict) -> None:
 # --- Command ---
 
 
-def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where something would")
-    options = parser.parse_args(argv)
+DISAGREES = "does not agree with the records: python scripts/leaderboard.py writes it"
+
+
+@dataclass(frozen=True)
+class Board:
+    """What the leaderboard is to be, and which of its files are not yet."""
+
+    records: list[Record]
+    plots: dict[str, dict]
+    text: str  # of README.md
+    changed: list[Path]
+
+
+def read(root: Path = ROOT) -> Board:
+    """The leaderboard of the records below `root`.
+
+    Raises:
+        Misuse: a file is not what it should be, or README.md has no place for the table.
+    """
     found = [read_record(folder) for folder in records(root)]
     plots = plot_data(found)
     readme = root / "README.md"
@@ -419,28 +444,40 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     if (count := len(BLOCK.findall(text))) != 1:
         raise Misuse(f"{readme}: {count} times `<!-- leaderboard -->` ... `<!-- end -->`; once is needed")
     new = BLOCK.sub(lambda match: f"{match[1]}{block(found, plots)}\n{match[2]}", text)
-    findings = [finding for record in found for finding in record.findings]
     changed = [] if new == text else [readme]
     paths = {name: root / PLOTS / f"{name}.png" for name in CAPTIONS}
     changed += [paths[name] for name, data in plots.items() if stored_digest(paths[name]) != digest(data)]
     changed += [path for name, path in paths.items() if name not in plots and path.exists()]
-    if options.check:
-        level, words = "FAIL", "does not agree with the records: python scripts/leaderboard.py writes it"
-    else:
-        level, words = "PASS", "written"
-        for name, data in plots.items():
-            if paths[name] in changed:
-                paths[name].parent.mkdir(exist_ok=True)
-                write_atomic(paths[name], draw(name, data))
-        for name in paths.keys() - plots.keys():
-            paths[name].unlink(missing_ok=True)
-        if readme in changed:
-            write_atomic(readme, new.encode())
-    findings += [Finding("leaderboard", level, words, str(path.relative_to(root))) for path in changed]
-    if not changed:
-        words = f"{len(found)} records, README.md and {len(plots)} plots agree"
+    return Board(found, plots, new, changed)
+
+
+def write(board: Board) -> None:
+    """Writes the files that are not what they are to be; OSError where one cannot be written."""
+    for path in board.changed:
+        if path.suffix == ".md":
+            write_atomic(path, board.text.encode())
+        elif path.stem in board.plots:
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, draw(path.stem, board.plots[path.stem]))
+        else:
+            path.unlink()
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where something would")
+    parser.add_argument("--json", action="store_true", help="findings as one JSON document")
+    options = parser.parse_args(argv)
+    board = read(root)
+    findings = [finding for record in board.records for finding in record.findings]
+    level, words = ("FAIL", DISAGREES) if options.check else ("PASS", "written")
+    if not options.check:
+        write(board)
+    findings += [Finding("leaderboard", level, words, str(path.relative_to(root))) for path in board.changed]
+    if not board.changed:
+        words = f"{len(board.records)} records, README.md and {len(board.plots)} plots agree"
         findings.append(Finding("leaderboard", "PASS", words))
-    return report(findings, False)
+    return report(findings, options.json)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
     python scripts/submit.py export records/DATE_Name --upstream ../parameter-golf
 
 Between `new` and `fill`: change the script, and measure with scripts/run_seeds.py ... --collect records/DATE_Name. `fill` reads
-seed*/metrics.json and keeps what is written by hand. `check` holds the record's files against each other, runs the script at a tiny size in a
-copy of its folder (`smoke`), and puts it through scripts/lineage.py and scripts/audit.py. `export` refuses what the quick part of `check`
+seed*/metrics.json and keeps what is written by hand. `check` holds the record's files against each other, runs the script at a tiny size,
+alone in a folder of its own (`smoke`), and puts it through scripts/lineage.py and scripts/audit.py. `export` refuses what the quick part of `check`
 fails. submission.json is described key by key in scripts/submission.schema.json.
 
 Exit code 0; 1 where a finding is a FAIL; 2 misuse.
@@ -58,6 +58,7 @@ FILES = ("README.md", "submission.json", "requirements.txt", "train_gpt.py")
 SECTIONS = {"What changed": "what (changed|it does differently)", "Command": "command",
             "Legality": "legality", "Credits": "credits"}
 SMOKE_SECONDS = 300
+OF_THE_MACHINE = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")  # variables that a command may have beside the script's
 # The competition's limits, and what of submission.json is only of this repository.
 CONTEST = {"ARTIFACT_BUDGET_BYTES": 16_000_000, "MAX_WALLCLOCK_SECONDS": 600, "EVAL_BUDGET_SECONDS": 600}
 HOUSE_KEYS = ("parent", "changes", "frozen", "draft", "audit", "dataset")
@@ -99,8 +100,11 @@ class Record:
 
     @cached_property
     def group(self) -> stats.Group:
-        paths = self.folder.glob("seed*/metrics.json")
-        runs = sorted((stats.read_run(path) for path in paths), key=lambda run: run.seed)
+        runs = [stats.read_run(path) for path in self.folder.glob("seed*/metrics.json")]
+        for run in runs:
+            if not isinstance(run.seed, int):
+                raise Misuse(f"{run.where}: seed is {run.seed}: a whole number is needed")
+        runs.sort(key=lambda run: run.seed)
         for run in runs:
             needed = {*MEASURED, "script_sha256", "settings", "dataset", "device", "torch", "steps"}
             if missing := sorted(needed - {*run.metrics, "val_loss"}):
@@ -158,12 +162,33 @@ def measured(runs: list[dict]) -> dict:
     return found
 
 
+def ideas_of(record: Record) -> dict:
+    """`changes` of submission.json.
+
+    Raises:
+        Misuse: it is not {idea: {"reason": ..., "symbols": [...]}}.
+    """
+    ideas = record.submission.get("changes", {})
+    if not isinstance(ideas, dict) or not all(
+            isinstance(entry, dict) and isinstance(entry.get("symbols"), list) for entry in ideas.values()):
+        text = 'an object {idea: {"reason": ..., "symbols": [...]}} is needed'
+        raise Misuse(f"{record.folder / 'submission.json'}: changes: {text}")
+    return ideas
+
+
 def unnamed(record: Record) -> list[str]:
-    """Symbols that differ from the parent's and that no idea names."""
+    """Symbols that differ from the parent's and that no idea names.
+
+    Raises:
+        Misuse: parent or changes of submission.json are not what they should be.
+    """
     import lineage
-    if record.frozen or record.submission.get("parent") is None:
+    about, where = record.submission, record.folder / "submission.json"
+    if record.frozen or about.get("parent") is None:
         return []
-    parent, ideas = record.root / record.submission["parent"], record.submission.get("changes", {})
+    if not isinstance(about["parent"], str):
+        raise Misuse(f"{where}: parent is {about['parent']}: a path is needed")
+    parent, ideas = record.root / about["parent"], ideas_of(record)
     parent = parent / "train_gpt.py" if parent.is_dir() else parent
     named = {name for idea, entry in ideas.items() if idea != TODO for name in entry["symbols"]}
     changed = lineage.changed_symbols(parent, record.folder / "train_gpt.py")
@@ -184,7 +209,7 @@ def fill(record: Record, force: bool = False) -> list[str]:
         raise Misuse(f"{record.folder}: no seeds of one configuration: {mixed[0].rule}: {mixed[0].text}")
     submission = {**record.submission, **measured(record.runs)}
     submission.pop("draft", None)
-    changes = dict(submission.get("changes", {}))
+    changes = dict(ideas_of(record))
     waiting = changes.pop(TODO, {"reason": ""})
     if names := unnamed(record):
         changes[TODO] = {**waiting, "symbols": names}
@@ -202,9 +227,20 @@ def fill(record: Record, force: bool = False) -> list[str]:
 Problem = tuple[str, str]
 
 
+def seed_folders(record: Record) -> list[Path]:
+    return sorted(path for path in record.folder.glob("seed*") if path.is_dir())
+
+
+def files_passed(record: Record) -> str:
+    measured_by = "a log and metrics a seed, " if seed_folders(record) else ""
+    return f"all files, {measured_by}pinned requirements, a script that compiles"
+
+
 def files(record: Record) -> Iterable[Problem]:
     yield from ((name, "is missing") for name in FILES if not (record.folder / name).is_file())
-    for seed in sorted(record.folder.glob("seed*/")):
+    for seed in seed_folders(record):
+        if not re.fullmatch(r"seed\d+", seed.name):
+            yield seed.name, "is no folder of a seed: seed<N> is needed"
         yield from ((f"{seed.name}/{name}", "is missing") for name in ("log.txt", "metrics.json")
                     if not (seed / name).is_file())
     path = record.folder / "requirements.txt"
@@ -260,12 +296,30 @@ def typed(value: object) -> str:
 
 
 def told_command(record: Record) -> Iterable[Problem]:
+    from run_seeds import OWN, variables
     block = re.search(r"^## +Command.*?(?=^## |\Z)", record.readme, re.M | re.S | re.I)
-    pairs = re.findall(r"(?<![\w=])([A-Z][A-Z0-9_]+)=(\S+)", block[0]) if block else []
+    pairs = re.findall(r"""(?<!\w)([A-Z][A-Z0-9_]+)=("[^"]*"|'[^']*'|\S+)""", block[0]) if block else []
+    known, told = variables(record.folder / "train_gpt.py"), set()
+    # What a script puts itself where a setting was left open: `self.name = self.name or ...`.
+    resolves = {name for _, name in re.findall(r"\b(self|args)\.(\w+) = .*\b\1\.\2\b", record.script.decode())}
     for name, value in pairs:
         had = [run["settings"][name] for run in record.runs if name in run["settings"]]
+        value = value.strip("'\"`").rstrip(",;:)`'\"")
+        told.add(name)
         if had and typed(value) not in map(typed, had):
             yield "README.md", f"the command says {name}={value}, the runs had {had[0]}"
+        if known and not had and name not in {*known, *OWN, *OF_THE_MACHINE}:
+            yield "README.md", f"the command says {name}={value}, the script has no such variable"
+    for name, value in record.runs[0]["settings"].items() if record.runs else ():
+        if name in told or name in stats.OF_THE_RUN or name.endswith(("_EVERY", *stats.PATHS)):
+            continue  # which run it was, where its files lay, how often it wrote a line
+        try:
+            default = ast.literal_eval(known[name])
+        except (KeyError, ValueError, SyntaxError):
+            continue  # the source does not show it
+        resolved = default in ("", "auto", 0) and name.lower() in resolves
+        if typed(value) != typed(default) and not resolved:
+            yield "README.md", f"the command has no {name}, the runs had {value}, the script's default is {default}"
 
 
 def seeds(record: Record) -> Iterable[Problem]:
@@ -275,6 +329,13 @@ def seeds(record: Record) -> Iterable[Problem]:
     for finding in stats.check_group(record.group):
         if finding.level == "FAIL" or finding.rule not in ("script", "budgets"):  # `stale` and `time` tell of those
             yield "seed*/metrics.json", f"{finding.rule}: {finding.text}"
+    losses: dict[float, int] = {}
+    for run in record.group.runs:
+        if (told := run.metrics["settings"].get("SEED")) != run.seed:
+            yield f"seed{run.seed}/metrics.json", f"its settings have SEED={told}"
+        # Two seeds never agree to all digits: one of them is a copy.
+        if (other := losses.setdefault(headline(run.metrics)["val_loss"], run.seed)) != run.seed:
+            yield f"seed{run.seed}/metrics.json", f"has the val_loss of seed {other} to all digits"
 
 
 def stale(record: Record) -> Iterable[Problem]:
@@ -298,6 +359,10 @@ def logs(record: Record) -> Iterable[Problem]:
             if told[key] != run.metrics[key]:
                 yield where, f"its {key} are not those of metrics.json"
         output = output.decode(errors="replace")
+        ending = dict(re.findall(r"^(\w+): (.*)$", output, re.M))
+        for key, value in run.metrics.items():
+            if not isinstance(value, (dict, list)) and ending.get(key) != str(value):
+                yield where, f"{key} is {ending.get(key, 'missing')}, metrics.json has {value}"
         exact = {name: (loss, bpb) for name, loss, bpb in stats.EXACT.findall(output)}
         for name, entry in run.metrics["evals"].items():
             wanted = f"{entry['val_loss']:.8f}", f"{entry['val_bpb']:.8f}"
@@ -313,9 +378,9 @@ def numbers(record: Record) -> Iterable[Problem]:
         if run.metrics["val_bpb"] != headline(run.metrics)["val_bpb"]:
             yield run.where, "val_bpb is not that of its headline"
     found = measured(record.runs)
-    for key in found.keys() & record.submission.keys():
-        if record.submission[key] != found[key]:
-            yield "submission.json", f"{key} is {record.submission[key]}, the metrics give {found[key]}"
+    for key, value in found.items():
+        if key in record.submission and record.submission[key] != value:
+            yield "submission.json", f"{key} is {record.submission[key]}, the metrics give {value}"
 
 
 def size(record: Record) -> Iterable[Problem]:
@@ -328,6 +393,15 @@ def size(record: Record) -> Iterable[Problem]:
             yield where, f"{code:,} + {model:,} bytes are not {total:,}"
         if 0 < budget < total:
             yield where, f"{total:,} bytes, ARTIFACT_BUDGET_BYTES allows {budget:,}"
+        if total > (most := CONTEST["ARTIFACT_BUDGET_BYTES"]):
+            yield where, f"{total:,} bytes, no record may have more than {most:,}"
+
+
+def size_passed(record: Record) -> str:
+    budgets = [run["settings"]["ARTIFACT_BUDGET_BYTES"] for run in record.runs]
+    limit = "within the budget" if all(budgets) else (
+        f"ARTIFACT_BUDGET_BYTES=0 switched the budget off, {CONTEST['ARTIFACT_BUDGET_BYTES']:,} are kept")
+    return f"code and model are counted as they are, {limit}"
 
 
 def clocks(record: Record) -> Iterable[Problem]:
@@ -339,24 +413,38 @@ def clocks(record: Record) -> Iterable[Problem]:
         yield from ((f"seed{run['seed']}", line) for line in run.get("broken_budgets", []))
 
 
-def scope(record: Record, base: str) -> Iterable[Problem]:
-    """Raises Misuse where git cannot compare with `base`. What leaderboard.py writes may change along."""
+def scope(record: Record, base: str, start: str) -> Iterable[Problem]:
+    """What a pull request changes since it left `base` at commit `start`. What leaderboard.py writes may change along."""
+    import leaderboard
     import lineage
-    from leaderboard import BLOCK
 
     def git(*words: str) -> list[str]:
         return lineage.git(record.root, "-c", "core.quotepath=off", *words).splitlines()
 
     def written_by_hand(revision: str) -> str:
-        return BLOCK.sub("", "\n".join(git("show", f"{revision}:README.md")))
+        return leaderboard.BLOCK.sub("", "\n".join(git("show", f"{revision}:README.md")))
 
-    own, start = f"records/{record.folder.name}/", " ".join(git("merge-base", base, "HEAD"))
-    for path in git("diff", "--name-only", f"{base}...HEAD"):
-        table = path == "README.md" and written_by_hand(start) == written_by_hand("HEAD")
-        if not (path.startswith((own, "records/leaderboard/")) or table):
+    own, generated = f"records/{record.folder.name}/", []
+    plots = {f"{leaderboard.PLOTS.as_posix()}/{name}.png" for name in leaderboard.CAPTIONS}
+    # A file that is renamed away is gone from its old place: both are told.
+    changed = git("diff", "--name-only", "--no-renames", f"{start}..HEAD")
+    if not any(path.startswith(own) for path in changed):
+        yield own, f"nothing of it differs from {base}: is HEAD the pull request's branch?"
+    for path in changed:
+        if path in plots or path == "README.md" and written_by_hand(start) == written_by_hand("HEAD"):
+            generated.append(path)
+        elif not path.startswith(own):
             yield path, f"is no part of this record: a pull request has {own} and the leaderboard, nothing else"
-    for line in git("status", "--porcelain", "--", own):
-        yield line[3:], "is not committed: the pull request would be without it"
+    for path in leaderboard.read(record.root).changed if generated else ():
+        yield str(path.relative_to(record.root)), leaderboard.DISAGREES
+    for line in git("status", "--porcelain", "--ignored", "--", own, *generated):
+        if "__pycache__" not in line:
+            yield line[3:], "is not committed: the pull request would be without it"
+    if not git("ls-tree", "--name-only", start, f"{own}submission.json"):  # either would switch lineage.py off
+        if record.submission.get("frozen"):
+            yield "submission.json", "frozen: a new record is not, until its parent moves on"
+        if record.submission.get("parent") is None:
+            yield "submission.json", "parent is null: a new record has one"
 
 
 def corpus(folder: Path) -> Path:
@@ -386,10 +474,11 @@ def smoke_settings(record: Record) -> dict[str, str]:
 
 
 def smoke(record: Record) -> Iterable[Problem]:
-    """Runs the script in a copy of its folder, away from the repository, in a bare environment."""
+    """Runs the script alone in a folder, away from the repository, in a bare environment: what it needs, it counts."""
     with tempfile.TemporaryDirectory(prefix="smoke-") as name:
         alone = Path(name) / "record"
-        shutil.copytree(record.folder, alone, ignore=shutil.ignore_patterns("seed*", "__pycache__"))
+        alone.mkdir()
+        (alone / "train_gpt.py").write_bytes(record.script)
         bare = {key: os.environ[key] for key in ("PATH", "LANG", "LC_ALL") if key in os.environ}
         environment = {**bare, "HOME": name, "TMPDIR": name, "OMP_NUM_THREADS": "1", **smoke_settings(record),
                        "DATA_PATH": str(corpus(Path(name) / "text")), "RUNS_PATH": "runs", "RUN_ID": "smoke"}
@@ -401,7 +490,7 @@ def smoke(record: Record) -> Iterable[Problem]:
             return (yield "train_gpt.py", f"a run of four tiny steps took more than {SMOKE_SECONDS} s")
         if done.returncode:
             last = " / ".join([line for line in done.stdout.splitlines() if line.strip()][-3:])
-            text = f"exit code {done.returncode} in a copy of its folder alone: {last}"
+            text = f"exit code {done.returncode} in a folder of its own: {last}"
             return (yield "train_gpt.py", text)
         path = alone / "runs" / "smoke" / "metrics.json"
         found = read_json(path) if path.exists() else {}
@@ -410,8 +499,8 @@ def smoke(record: Record) -> Iterable[Problem]:
 
 
 # {rule: (check, what to say if it finds nothing)}
-RULES: dict[str, tuple[Callable[[Record], Iterable[Problem]], str]] = {
-    "files": (files, "all files, a log and metrics a seed, pinned requirements, a script that compiles"),
+RULES: dict[str, tuple[Callable[[Record], Iterable[Problem]], str | Callable[[Record], str]]] = {
+    "files": (files, files_passed),
     "schema": (schema, "submission.json is as its schema says, and the folder is named for it"),
     "todo": (leftovers, "nothing is left to be written"),
     "readme": (readme, "README has its sections, the headline first, and the tables that the files give"),
@@ -420,10 +509,17 @@ RULES: dict[str, tuple[Callable[[Record], Iterable[Problem]], str]] = {
     "stale": (stale, "the numbers are those of this script"),
     "log": (logs, "logs begin with their script and end with the numbers of metrics.json, to all digits"),
     "numbers": (numbers, "submission.json has the numbers of its seeds"),
-    "size": (size, "code and model are counted as they are, within the budget"),
+    "size": (size, size_passed),
     "time": (clocks, "training and scoring are within the budgets that were on"),
 }
+# What a file raises that is not there or not what it should be.
+UNFIT = (Misuse, OSError, KeyError, ValueError, TypeError, AttributeError, ArithmeticError)
 OF_RUNS = ("command", "stale", "log", "numbers", "size", "time")  # `seeds` says where there is none
+
+
+def unfit(error: Exception) -> str:
+    name = "" if isinstance(error, (Misuse, OSError)) else f"{type(error).__name__}: "
+    return f"cannot be judged: {f'no {error}' if isinstance(error, KeyError) else f'{name}{error}'}"
 
 
 def check(folder: Path | str, base: str | None = None, skip: Iterable[str] = ()) -> list[Finding]:
@@ -438,14 +534,16 @@ def check(folder: Path | str, base: str | None = None, skip: Iterable[str] = ())
     if unknown := sorted({*skip} - {*SLOW}):
         raise Misuse(f"--skip {','.join(unknown)}: parts that can be left out are {', '.join(SLOW)}")
     record, found = Record(folder), []
+    start = lineage.git(record.root, "merge-base", base, "HEAD").strip() if base else ""
     place = str(record.folder.relative_to(record.root))
 
-    def judge(rule: str, problems: Iterable[Problem], good: str) -> None:
+    def judge(rule: str, problems: Iterable[Problem], good: str | Callable[[Record], str]) -> None:
         level = "WARN" if rule == "stale" and record.frozen else "FAIL"
         try:
             bad = list(problems)
-        except (Misuse, OSError, KeyError) as error:  # a file that is not there or not what it should be
-            bad = [(place, f"cannot be judged: {f'no {error}' if isinstance(error, KeyError) else error}")]
+            good = good if bad or isinstance(good, str) else good(record)
+        except UNFIT as error:
+            bad = [(place, unfit(error))]
         bad = [(text, where.removeprefix(f"{record.root}/")) for where, text in bad]
         found.extend(Finding(f"submit/{rule}", level, *each) for each in bad)
         if not bad:
@@ -455,13 +553,16 @@ def check(folder: Path | str, base: str | None = None, skip: Iterable[str] = ())
     for rule, (look, good) in RULES.items():
         if measured_at_all or rule not in OF_RUNS:
             judge(rule, look(record), good)
-    if base:
-        judge("scope", list(scope(record, base)), f"nothing but this record differs from {base}")
-    found += lineage.check(record.folder, record.root)
+    if start:
+        judge("scope", scope(record, base, start), f"nothing but this record differs from {base}")
+    try:
+        found += lineage.check(record.folder, record.root)
+    except UNFIT as error:
+        found.append(Finding("submit/lineage", "FAIL", unfit(error), place))
     for part in skip:
         found.append(Finding(f"submit/{part}", "WARN", "left out by --skip", place))
     if "smoke" not in skip:
-        judge("smoke", smoke(record), "runs in a copy of its folder alone")
+        judge("smoke", smoke(record), "runs alone in a folder of its own")
     if "audit" not in skip:
         import audit
         found += audit.check(record.folder)
@@ -563,19 +664,21 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         ("fill", "write numbers, tables and the list of changed symbols"),
         ("check", "what a reviewer would ask before merging"),
         ("export", "lay it out for the competition's repository"))}
+    for name in commands.choices:
+        commands.choices[name].add_argument("--json", action="store_true", help="one JSON document instead of lines")
     for part in parts.values():
         part.add_argument("record", metavar="RECORD", help="a record's folder or name")
     parts["fill"].add_argument("--force", action="store_true", help="a frozen record too")
     parts["check"].add_argument("--base", metavar="BRANCH", help="nothing but this record may differ from it")
     parts["check"].add_argument("--skip", default="", metavar="PARTS",
                                 help=f"slow parts to leave out: {','.join(SLOW)}")
-    parts["check"].add_argument("--json", action="store_true", help="findings as one JSON document")
     parts["export"].add_argument("--upstream", type=Path, required=True, metavar="DIR",
                                  help="a checkout of openai/parameter-golf")
     parts["export"].add_argument("--force", action="store_true", help="replace the folder if it is there")
     options = parser.parse_args(argv)
     if options.command == "new":
-        print(f"{new(options.name, options.parent, options.date, root)}: change train_gpt.py, then measure")
+        folder = new(options.name, options.parent, options.date, root)
+        print(json.dumps({"folder": str(folder)}) if options.json else f"{folder}: change train_gpt.py, then measure")
         return FINE
     if options.command == "check":
         skip = [part for part in options.skip.split(",") if part]
@@ -583,16 +686,20 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     record = Record(options.record)
     if options.command == "fill":
         changed = fill(record, options.force)
+        if options.json:
+            print(json.dumps({"written": changed, "unnamed": unnamed(record)}, indent=1))
+            return FINE
         print(f"written: {', '.join(changed)}" if changed else "nothing to write")
         if names := unnamed(record):
             print(f"{len(names)} changed symbols are under {TODO}: move each to an idea with a reason")
         return FINE
     failed = [finding for finding in check(record.folder, skip=SLOW) if finding.level == "FAIL"]
     if failed:
-        report(failed, False)
+        report(failed, options.json)
         print(f"not exported: {len(failed)} findings", file=sys.stderr)
         return FINDINGS
-    print(export(record, options.upstream, options.force))
+    folder = export(record, options.upstream, options.force)
+    print(json.dumps({"folder": str(folder)}) if options.json else folder)
     return FINE
 
 

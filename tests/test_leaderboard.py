@@ -113,7 +113,7 @@ def test_records_are_ranked_by_score_and_held_against_parent_or_the_best_before(
 
 @pytest.mark.parametrize("changes", [
     {"run": {"dataset": {"name": "books", "sha256": "cd" * 32}}}, {"count": 500},
-    {"settings": {"ARTIFACT_BUDGET_BYTES": 1}}, {"settings": {"MAX_WALLCLOCK_SECONDS": 60.0}},
+    {"settings": {"ARTIFACT_BUDGET_BYTES": 2_000_000}}, {"settings": {"MAX_WALLCLOCK_SECONDS": 60.0}},
     {"settings": {"MAX_WALLCLOCK_SECONDS": 0.0}},
 ])
 def test_other_data_or_budgets_are_never_ranked_together(add, tree, changes):
@@ -175,6 +175,19 @@ def test_seeds_of_two_configurations_are_not_ranked(add, tree, capsys):
     assert run(tree) == 1 and table(tree) == []
     assert "ITERATIONS 9 against 8" in capsys.readouterr().out
     assert "Not ranked: One (its runs differ in settings)." in (tree / "README.md").read_text()
+
+
+@pytest.mark.parametrize("changes", [
+    {"run": {"broken_budgets": ["EVAL_BUDGET_SECONDS=1 is broken: 2"]}},
+    {"settings": {"ARTIFACT_BUDGET_BYTES": 1_000_000}},
+])
+def test_a_broken_budget_is_not_ranked(add, tree, capsys, changes):
+    add("2026-01-01_One", 1.9)
+    add("2026-01-02_Over", 1.8, **changes)
+    assert run(tree, "--json") == 1 and titles(tree) == ["One"]
+    assert "Not ranked: Over (a budget is broken)." in (tree / "README.md").read_text()
+    failed = [each for each in json.loads(capsys.readouterr().out) if each["level"] == "FAIL"]
+    assert {each["rule"] for each in failed} == {"budgets"}
 
 
 def test_a_submission_that_says_another_score_is_found(add, tree, capsys):

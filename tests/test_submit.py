@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jsonschema
+import leaderboard
 import lineage
 import pytest
 import run_seeds
@@ -258,6 +259,12 @@ def twice_the_same(folder: Path) -> None:
     shutil.copytree(folder / "seed2", folder / "seed3")
 
 
+def copied(folder: Path) -> None:
+    """Seed 3 with the result of seed 2."""
+    found = json.loads((folder / "seed2" / "metrics.json").read_text())
+    edit(folder / "seed3" / "metrics.json", evals=found["evals"])
+
+
 CHANGES = {  # what is done to the record, the rule that has to fail, words of its finding
     "number": (replace("submission.json", r'^( "val_bpb": )', r"\g<1>9"), "numbers", "val_bpb is 9"),
     "seed's number": (replace("submission.json", r'("train_seconds": )', r"\g<1>9", 1),
@@ -301,6 +308,23 @@ CHANGES = {  # what is done to the record, the rule that has to fail, words of i
     "name": (replace("submission.json", r'"name": "Probe"', '"name": "Other"'), "schema", "the folder is"),
     "draft": (lambda folder: edit(folder / "submission.json", draft=True), "schema", "draft"),
     "no JSON": (lambda folder: (folder / "submission.json").write_text("{"), "schema", "not JSON"),
+    "log's ending": (replace("seed2/log.txt", r"^(train_seconds: )", r"\g<1>9"), "log", "train_seconds is 9"),
+    "a clock of metrics": (metrics(2, eval_seconds=0.5), "log", "metrics.json has 0.5"),
+    "seed of the settings": (both(2, "SEED", 7), "seeds", "its settings have SEED=7"),
+    "a seed copied": (copied, "seeds", "has the val_loss of seed 2"),
+    "command with --set": (replace("README.md", r"\bITERATIONS=6", "--set='ITERATIONS=7'"),
+        "command", "the runs had 6"),
+    "untold setting": (replace("README.md", r"\bBIGRAM_VOCAB_SIZE=\d+", ""),
+        "command", "has no BIGRAM_VOCAB_SIZE, the runs had 256"),
+    "unknown setting": (replace("README.md", r"\bITERATIONS=6", r"\g<0> ITERATION=6"),
+        "command", "the script has no such variable"),
+    "a folder of no seed": (lambda folder: (folder / "seed_4").mkdir(), "files", "seed<N> is needed"),
+    "the contest's bytes": (metrics(2, bytes_total=16_000_001), "size", "no record may have more"),
+    "metrics of a list": (lambda folder: (folder / "seed2" / "metrics.json").write_text("[]"),
+        "seeds", "not a run's metrics.json"),
+    "seed null": (replace("seed2/metrics.json", r'^ "seed": 2', ' "seed": null'), "seeds", "seed is None"),
+    "README's bytes": (lambda folder: (folder / "README.md").write_bytes(b"\xff"), "readme", "cannot be judged"),
+    "a budget of letters": (budget(ARTIFACT_BUDGET_BYTES="x"), "size", "cannot be judged"),
     "no metrics": (lambda folder: edit(folder / "seed1" / "metrics.json", settings=None),
         "seeds", "no settings"),
 }
@@ -311,6 +335,29 @@ def test_check_catches(copy, change, rule, words):
     change(copy)
     found = [each for each in failures(copy) if each.rule == f"submit/{rule}"]
     assert any(words in each.text for each in found), [str(each) for each in failures(copy)]
+
+
+def test_check_judges_a_submission_that_is_nonsense(copy, monkeypatch):
+    monkeypatch.undo()  # lineage.py too
+    for change in ({"changes": []}, {"parent": 3}, {"changes": {"a": 1}}):
+        before = (copy / "submission.json").read_bytes()
+        edit(copy / "submission.json", **change)
+        assert {"submit/schema"} <= {each.rule for each in failures(copy)}
+        with pytest.raises(Misuse, match="submission.json: (changes|parent)"):
+            submit.fill(submit.Record(copy))
+        (copy / "submission.json").write_bytes(before)
+
+
+def test_what_passes_says_what_was_looked_at(copy):
+    def passed() -> dict[str, str]:
+        return {each.rule: each.text for each in submit.check(copy, skip=submit.SLOW) if each.level == "PASS"}
+
+    assert passed()["submit/size"].endswith("within the budget") and "a log" in passed()["submit/files"]
+    budget(ARTIFACT_BUDGET_BYTES=0)(copy)
+    assert "switched the budget off" in passed()["submit/size"]
+    for seed in SEEDS:
+        shutil.rmtree(copy / f"seed{seed}")
+    assert "a log" not in passed()["submit/files"]
 
 
 def test_a_stale_record_that_is_frozen_is_a_warning(copy):
@@ -336,23 +383,45 @@ def test_a_pull_request_has_one_record_and_nothing_else(copy):
 
 def test_a_pull_request_may_bring_the_leaderboard_and_no_other_word(copy):
     root = copy.parent.parent
-    (root / "records" / "leaderboard").mkdir()
-    (root / "records" / "leaderboard" / "bytes.png").write_bytes(b"a plot")
-    readme = root / "README.md"
-    readme.write_text(readme.read_text().replace("-->\n<", "-->\na table\n<"))
+    assert leaderboard.main([], root) == 0
     git(root, "add", ".")
     git(root, "commit", "-m", "leaderboard")
     assert failures(copy, "main") == []
-    readme.write_text(readme.read_text() + "a word\n")
+    readme = root / "README.md"
+    written = readme.read_text()
+    readme.write_text(re.sub(r"\*\*\d\.", "**0.", written))
+    git(root, "commit", "-am", "a number by hand")
+    assert ["README.md: does not agree" in str(each) for each in failures(copy, "main")] == [True]
+    readme.write_text(written + "a word\n")
+    (root / "records" / "leaderboard" / "notes.txt").write_text("")
+    git(root, "add", ".")
+    git(root, "commit", "-m", "more")
+    found = [str(each) for each in failures(copy, "main")]
+    assert ["README.md: is no part" in text or "notes.txt: is no part" in text for text in found] == [True, True]
+
+
+def test_a_pull_request_moves_nothing_hides_nothing_and_starts_with_lineage_on(copy):
+    root = copy.parent.parent
+    git(root, "mv", "requirements.txt", f"records/{NAME}/moved.txt")
+    (copy / "kept.tmp").write_text("")
+    (root / ".git" / "info" / "exclude").write_text("*.tmp\n")
+    edit(copy / "submission.json", frozen=True)
     git(root, "commit", "-am", "more")
-    assert ["README.md: is no part" in str(each) for each in failures(copy, "main")] == [True]
+    found = [str(each) for each in failures(copy, "main") if each.rule == "submit/scope"]
+    for words in (" requirements.txt: is no part", "kept.tmp: is not committed", "frozen: a new record is not"):
+        assert any(words in text for text in found), found
+    git(root, "stash", "--include-untracked")
+    git(root, "checkout", "main")
+    git(root, "checkout", "idea", "--", "records")
+    git(root, "reset")
+    assert any("is HEAD the pull request's branch?" in each.text for each in failures(copy, "main"))
 
 
 def test_a_script_that_needs_the_repository_does_not_pass_the_smoke_test(copy):
-    (copy.parent.parent / "helper.py").write_text("")
+    (copy / "helper.py").write_text("")  # beside it, and not counted
     replace("train_gpt.py", r"^import torch$", "import helper\nimport torch", 1)(copy)
     (where, text), = submit.smoke(submit.Record(copy))
-    assert where == "train_gpt.py" and "exit code 1 in a copy of its folder alone" in text
+    assert where == "train_gpt.py" and "exit code 1 in a folder of its own" in text
     assert "helper" in text
 
 
@@ -435,6 +504,8 @@ def test_the_command_ends_with_0_1_or_2_and_prints_json(copy):
         done = subprocess.run(call, capture_output=True, text=True, timeout=60)
         return done.returncode, done.stdout + done.stderr
 
+    code, text = end("fill", copy, "--json")
+    assert code == 0 and json.loads(text) == {"written": [], "unnamed": []}
     code, text = end("check", copy, "--skip", "audit,smoke", "--json")
     assert code == 0 and {"submit/log", "lineage/symbols"} <= {found["rule"] for found in json.loads(text)}
     two_seeds(copy)
