@@ -368,6 +368,8 @@ def read_log(path: Path) -> dict:
     if listed and not settings:
         settings = dict(re.findall(r"(\w+): (.*)", listed[1]))
     seed = settings.get("SEED", settings.get("seed", last(r"\bseed: ?(\d+)")))
+    if seed is not None and not re.fullmatch(r"\d+", str(seed)):
+        raise Misuse(f"{path}: seed is {seed!r}: a whole number is needed")
     printed = hashlib.sha256(f"{source}\n".encode()).hexdigest() if source else None
     return {"headline": last(r"^headline: (\S+)") or exact[-1][0], "evals": evals, "settings": settings,
             "dataset": dataset, "seed": seed_in(path) if seed is None else int(seed),
@@ -384,6 +386,16 @@ def read_run(path: Path, evaluation: str | None = None) -> Run:
     for key in ("headline", "evals", "seed"):
         if not isinstance(metrics, dict) or key not in metrics:
             raise Misuse(f"{path}: no `{key}`: not a run's metrics.json")
+    evals, seed = metrics["evals"], metrics["seed"]
+    if not isinstance(evals, dict) or not all(isinstance(entry, dict) for entry in evals.values()):
+        raise Misuse(f"{path}: evals: an object of objects is needed")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise Misuse(f"{path}: seed is {seed!r}: a whole number is needed")
+    for key in ("settings", "dataset"):
+        if not isinstance(metrics.get(key, {}), dict):
+            raise Misuse(f"{path}: {key}: an object is needed")
+    if not isinstance(metrics.get("dataset", {}).get("bytes", {}), dict):
+        raise Misuse(f"{path}: dataset.bytes: an object is needed")
     name = evaluation or metrics["headline"]
     if name not in metrics["evals"]:
         raise Misuse(f"{path}: no evaluation {name}: there are {', '.join(metrics['evals'])}")
@@ -479,11 +491,18 @@ def check_group(group: Group) -> list[Finding]:
 def check_pair(group: Group, base: Group) -> list[Finding]:
     """What keeps two groups from being compared (FAIL), and what a reader has to know (WARN)."""
     mine, theirs = (arm.runs[0].identity()["data"] for arm in (group, base))
+    # Two texts that VAL_BYTES cuts to one size have the same count of bytes, and are told apart by what they were.
+    whole, other = ({"bytes": entry.get("bytes", {}).get("val"), "documents": entry.get("val_documents")}
+                    for entry in (arm.runs[0].metrics.get("dataset", {}) for arm in (group, base)))
+    for key, value in whole.items():
+        if None not in (value, other[key]) and value != other[key]:
+            text = f"its validation text has {value} {key}, the base's {other[key]}: not the same text"
+            return [Finding("data", "FAIL", text, group.name)]
     if "bytes" in mine and "bytes" in theirs and mine["bytes"] != theirs["bytes"]:
         text = f"scored on {mine['bytes']} bytes, the base on {theirs['bytes']}: not the same validation text"
         return [Finding("data", "FAIL", text, group.name)]
     if "sha256" in mine and "sha256" in theirs and mine["sha256"] != theirs["sha256"]:
-        text = f"data {mine['sha256'][:8]}, the base {theirs['sha256'][:8]}: other training text or tokenizer"
+        text = f"data {mine['sha256'][:8]}, the base {theirs['sha256'][:8]}: other training or validation text, or tokenizer"
         return [Finding("data", "WARN", text, group.name)]
     return []
 

@@ -75,7 +75,7 @@ def collect_arms(jobs: list[Job], folder: Path, names: dict[str, str], labels: d
     """FOLDER/ablations/<name>/seed<N>.json of the good runs, and arms.json, where a label that is there stays.
 
     Raises:
-        Misuse: arms there were measured against another base; nothing is written.
+        Misuse: arms there were measured against another base, or are of other settings; nothing is written.
     """
     place = folder / "ablations"
     index, good = place / "arms.json", [job for job in jobs if job.good]
@@ -86,6 +86,12 @@ def collect_arms(jobs: list[Job], folder: Path, names: dict[str, str], labels: d
             continue
         if read_run(old).identity() != read_run(job.folder / "metrics.json").identity():
             raise Misuse(f"{old}: the base of other arms, of another script, data or setting; move {place} away")
+    # Seeds of an earlier sweep stay beside the fresh ones, under the label of then: they have to be of one configuration.
+    for job in good:
+        fresh = read_run(job.folder / "metrics.json").identity()
+        for old in sorted((place / names[job.arm]).glob("seed*.json")):
+            if read_run(old).identity() != fresh:
+                raise Misuse(f"{old}: not of the script, data and settings of arm {job.arm}; move {old.parent} away")
     for job in good:
         name = names[job.arm]
         (place / name).mkdir(parents=True, exist_ok=True)

@@ -17,11 +17,13 @@ written by scripts/leaderboard.py.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import statistics
 from pathlib import Path
 
+import stats
 from bench import report
 from family import FINDINGS, FINE, ROOT, Misuse, command, markdown_table, read_json, write_atomic
 from stats import spread, stale_mark, verdict
@@ -37,12 +39,23 @@ def seed_runs(folder: Path) -> list[dict]:
     """The metrics of a record's seeds, by seed.
 
     Raises:
-        Misuse: there is none.
+        Misuse: there is none, or a folder is not named for its seed.
     """
-    paths = sorted(folder.glob("seed*/metrics.json"), key=lambda path: int(path.parent.name[4:]))
+    paths = list(folder.glob("seed*/metrics.json"))
     if not paths:
         raise Misuse(f"{folder}/seed*/metrics.json: no such file")
-    return [read_json(path) for path in paths]
+    return [read_json(path) for path in sorted(paths, key=lambda path: seed_of(path.parent))]
+
+
+def seed_of(path: Path) -> int:
+    """The seed that a folder or a file `seed<N>.json` is named for.
+
+    Raises:
+        Misuse: it is not.
+    """
+    if not re.fullmatch(r"seed\d+", path.stem):
+        raise Misuse(f"{path}: seed<N> is needed")
+    return int(path.stem[4:])
 
 
 def is_draft(folder: Path) -> bool:
@@ -68,9 +81,31 @@ def sentence(folder: Path, _) -> str:
         folder, runs)
 
 
+def headline_entry(run: dict) -> dict:
+    return run["evals"][run["headline"]]
+
+
+def evaluations(runs: list[dict]) -> dict[str, str]:
+    """{evaluation without the width of the artifact's weights: its name} of those that all runs have."""
+    return {re.sub(r"^final_int\d+", "final_int", name): name for name in runs[0]["evals"]
+            if all(name in run["evals"] for run in runs)}
+
+
+def width(name: str) -> str:
+    """Bits of `final_int6_...`, as text; empty for another pass."""
+    found = re.match(r"final_int(\d+)", name)
+    return found[1] if found else ""
+
+
+# Columns of the table `seeds`.
+COLUMNS = {"final_raw": "raw", "final_ema": "EMA", "final_int_roundtrip": "int{}", "final_int_sliding": "int{} sliding"}
+
+
 def seeds(folder: Path, _) -> str:
     runs = seed_runs(folder)
-    names = ["final_raw", "final_ema", "final_int6_roundtrip", "final_int6_sliding"]
+    known = evaluations(runs)
+    shown = [name for name in COLUMNS if name in known] or [*known][:1]
+    names = [known[name] for name in shown]
     rows = [
         [
             run["seed"],
@@ -91,37 +126,37 @@ def seeds(folder: Path, _) -> str:
         f"`{first['dataset']['name']}`: {first['evals'][names[0]]['bytes']:,} validation bytes in "
         f"{first['evals'][names[0]]['targets']:,} targets."
     )
-    header = ["seed", "raw", "EMA", "int6", "int6 sliding", "model bytes", "code bytes", "total bytes"]
+    columns = [COLUMNS.get(key, name).format(width(name)) for key, name in zip(shown, names)]
+    header = ["seed", *columns, "model bytes", "code bytes", "total bytes"]
     return marked(markdown_table([*header, "ms a step", "scoring s"], rows) + f"\n\n{note}", folder, runs)
 
 
-# Each scoring pass, what it is called, and the pass that it is to be compared with.
+# Each scoring pass, what it is called, and the pass that it is to be compared with; the width of `final_int6_` stands for {}.
 PASSES = {
     "final_raw": ("raw weights", None), "final_ema": ("averaged weights (EMA)", "final_raw"),
-    "final_int6_roundtrip": ("int6", "final_ema"), "final_int6_sliding": ("int6 sliding", "final_int6_roundtrip"),
-    "final_int6_ttt": ("+ TTT", "final_int6_sliding"), "final_int6_sliding_mix": ("+ mixture", "final_int6_sliding"),
-    "final_int6_ttt_mix": ("+ TTT and mixture", "final_int6_sliding_mix"),
+    "final_int_roundtrip": ("int{}", "final_ema"), "final_int_sliding": ("int{} sliding", "final_int_roundtrip"),
+    "final_int_ttt": ("+ TTT", "final_int_sliding"), "final_int_sliding_mix": ("+ mixture", "final_int_sliding"),
+    "final_int_ttt_mix": ("+ TTT and mixture", "final_int_sliding_mix"),
 }
 
 
 def passes(folder: Path, _) -> str:
     runs = seed_runs(folder)
-    rows = []
-    for name, (label, before) in PASSES.items():
-        if name not in runs[0]["evals"]:
-            continue
+    rows, known = [], evaluations(runs)
+    for key in (*(key for key in PASSES if key in known), *(key for key in known if key not in PASSES)):
+        name, (label, before) = known[key], PASSES.get(key, (known[key].removeprefix("final_"), None))
         scores = [run["evals"][name]["val_bpb"] for run in runs]
-        row = [label, *(f"{score:.4f}" for score in scores), f"{statistics.mean(scores):.4f}",
+        row = [label.format(width(name)), *(f"{score:.4f}" for score in scores), f"{statistics.mean(scores):.4f}",
                f"{statistics.mean(run['evals'][name]['seconds'] for run in runs):.0f}"]
-        if before:
-            mean, half, word = verdict([run["evals"][name]["val_bpb"] - run["evals"][before]["val_bpb"]
+        if before in known:
+            mean, half, word = verdict([run["evals"][name]["val_bpb"] - run["evals"][known[before]]["val_bpb"]
                                         for run in runs])
-            row += [PASSES[before][0], f"{mean:+.4f}", f"{mean - half:+.4f} to {mean + half:+.4f}", word]
+            row += [PASSES[before][0].format(width(known[before])), f"{mean:+.4f}", f"{mean - half:+.4f} to {mean + half:+.4f}", word]
         rows.append(row + [""] * (len(runs) + 7 - len(row)))
     header = ["pass", *(f"seed {run['seed']}" for run in runs), "mean", "seconds", "against", "difference",
               "95 % interval", "verdict"]
     first = runs[0]
-    note = (f"BPB on {first['evals']['final_raw']['bytes']:,} bytes; {first['steps']} steps, {first['device']}, torch "
+    note = (f"BPB on {headline_entry(first)['bytes']:,} bytes; {first['steps']} steps, {first['device']}, torch "
             f"{first['torch']}, data `{first['dataset']['name']}`.")
     return marked(f"{markdown_table(header, rows)}\n\n{note}", folder, runs)
 
@@ -144,13 +179,20 @@ def plain_rows(folder: Path, argument: str) -> str:
 
 def ablation(folder: Path, _) -> str:
     arms = {
-        path.parent.name: {int(file.stem[4:]): read_json(file) for file in path.parent.glob("seed*.json")}
-        for path in sorted((folder / "ablations").glob("*/seed*.json"))
+        path.name: {seed_of(file): read_json(file) for file in path.glob("seed*.json")}
+        for path in sorted({file.parent for file in (folder / "ablations").glob("*/seed*.json")})
     }
     notes = read_json(folder / "ablations" / "arms.json")
     if set(arms) != set(notes) or "base" not in arms:
         raise Misuse(f"{folder}/ablations: arms.json names {', '.join(notes)}, the folders are {', '.join(arms)}; "
                      "base is one of both")
+    groups = {name: stats.Group(name, [stats.read_run(folder / "ablations" / name / f"seed{seed}.json")
+                                       for seed in sorted(runs)]) for name, runs in arms.items()}
+    for name, group in groups.items():
+        against = stats.check_pair(group, groups["base"]) if name != "base" else []
+        for finding in stats.check_group(group) + against:
+            if finding.level == "FAIL":
+                raise Misuse(f"{folder}/ablations/{name}: {finding.rule}: {finding.text}")
     base = arms.pop("base")
     rows = [
         [
@@ -257,6 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit with 1 where something would change"
     )
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of lines")
     options = parser.parse_args(argv)
     stale = []
     for path in [ROOT / "README.md", *sorted((ROOT / "records").glob("*/README.md"))]:
@@ -265,10 +308,11 @@ def main(argv: list[str] | None = None) -> int:
             stale.append(path.relative_to(ROOT))
             if not options.check:
                 write_atomic(path, new.encode())
-    print(
-        "\n".join(f"{'stale' if options.check else 'rewritten'}: {path}" for path in stale)
-        or "all tables agree"
-    )
+    word = "stale" if options.check else "rewritten"
+    if options.json:
+        print(json.dumps({word: [path.as_posix() for path in stale]}))
+    else:
+        print("\n".join(f"{word}: {path}" for path in stale) or "all tables agree")
     return FINDINGS if stale and options.check else FINE
 
 

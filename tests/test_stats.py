@@ -315,6 +315,10 @@ def test_what_may_not_be_compared_between_groups(arm, capsys):
     short = arm("short", {1: 1.9, 2: 1.9, 3: 1.9}, evals={"final_int6_sliding": entry})
     code, found = tool(capsys, "--base", base, short)
     assert code == 1 and "scored on 500 bytes, the base on 1000" in found["findings"][0]["text"]
+    other = {"sha256": "cd" * 32, "bytes": {"val": 900}, "val_documents": 7}
+    cut = [arm(f"cut{i}", {1: 1.9, 2: 1.91, 3: 1.92}, dataset={**other, "val_documents": i}) for i in (7, 8)]
+    code, found = tool(capsys, "--base", *cut)  # VAL_BYTES made the counts of bytes equal
+    assert code == 1 and "has 8 documents, the base's 7: not the same text" in found["findings"][0]["text"]
     tokens = {**entry, "targets": 300, "bytes": 1000}
     pieces = arm("sp", {1: 1.9, 2: 1.9, 3: 1.9}, evals={"final_int6_sliding": tokens})
     code, found = tool(capsys, "--base", base, pieces)
@@ -343,6 +347,10 @@ def test_few_seeds_doubled_seeds_and_stale_records_are_said(arm, capsys):
     (["--base", "{tmp}"], "none of metrics.json"),
     (["--base", "{tmp}/a.json"], "a.json: not JSON"),
     (["--base", "{tmp}/b.json"], "b.json: no `headline`"),
+    (["--base", "{tmp}/d.json"], "d.json: evals: an object"),
+    (["--base", "{tmp}/e.json"], "e.json: evals: an object"),
+    (["--base", "{tmp}/f.json"], "f.json: seed is '1': a whole number"),
+    (["--base", "{tmp}/g.log"], "g.log: seed is 'abc': a whole number"),
     (["--base", "{tmp}/c.log"], "c.log: no line `final_"),
     (["--base", "Baseline", "--eval", "final_x"], "no evaluation final_x: there are final_raw"),
     (["--base", "1.9", "--tokens-per-byte", "0"], "--tokens-per-byte 0.0"),
@@ -352,6 +360,9 @@ def test_misuse_is_one_line(tmp_path, arguments, words):
     (tmp_path / "a.json").write_text("{")
     (tmp_path / "b.json").write_text('{"val_bpb": 1.9}')
     (tmp_path / "c.log").write_text("Traceback (most recent call last):\n")
+    for name, change in (("d", {"evals": []}), ("e", {"evals": None}), ("f", {"seed": "1"})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**metrics(1, 1.9), **change}))
+    (tmp_path / "g.log").write_text('settings {"SEED": "abc"}\nfinal_x_exact val_loss:1.3 val_bpb:1.9\n')
     call = [text.replace("{tmp}", str(tmp_path)) for text in arguments]
     if words.startswith("none of"):
         (tmp_path / "empty").mkdir()

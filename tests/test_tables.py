@@ -83,5 +83,18 @@ def test_missing_files_numbers_and_kinds_are_named(record, tmp_path):
         tables.rewrite(readme(tmp_path, "ablation"), tmp_path)
 
 
+def test_tables_take_the_evaluations_that_the_runs_have(record, tmp_path):
+    """An artifact of five bits, no average of weights, and a pass of its own."""
+    for path in record().glob("seed*/metrics.json"):
+        run = json.loads(path.read_text().replace("_int6_", "_int5_"))
+        run["evals"]["final_int5_own"] = run["evals"].pop("final_ema")
+        path.write_text(json.dumps(run))
+    text = tables.rewrite(readme(tmp_path, "seeds", "passes"), tmp_path)
+    assert "| seed | raw | int5 | int5 sliding | model bytes |" in text
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    rows = {row[0]: row for row in rows}
+    assert rows["int5"][6] == "" and rows["int5 sliding"][6] == "int5" and rows["int5_own"][4] == "1.9020"
+
+
 def test_verdicts_are_those_of_the_statistics():
     assert tables.verdict is stats.verdict
