@@ -6,7 +6,7 @@
 
 The settings are those of `--like` (a run's folder with its metrics.json) and `--set`; a variable of the script that stands in the
 environment is not passed on, so that a run is what the command line says. A run's folder is named for the script's hash, the settings, the
-data's manifest and the seed: the same command again skips what is finished, and starts what is not, from the script's own checkpoint
+data, the seed and `--ranks` above 1: the same command again skips what is finished, and starts what is not, from the script's own checkpoint
 (`RESUME=auto`) where there is one. Whatever a run prints is in `console.txt` of its folder. A run that fails is named at the end with
 its last lines; the others go on. Ctrl-C stops the runs with the signal on which scripts write a checkpoint; a second one kills them.
 
@@ -95,12 +95,24 @@ class Job:
         return self.state in ("done", "kept")
 
     def read(self, script_sha256: str) -> bool:
-        """Takes the metrics of a finished run of this script; False where there are none."""
-        path = self.folder / "metrics.json"
-        found = read_json(path) if path.exists() else {}
-        if found.get("script_sha256") != script_sha256 or found.get("seed") != self.seed:
+        """Takes the metrics of a finished run of this script; False where there are none, or none with a finite score."""
+        path, found = self.folder / "metrics.json", {}
+        with contextlib.suppress(Misuse):  # what cannot be read is no result
+            found = read_json(path) if path.exists() else {}
+        if not isinstance(found, dict) or found.get("script_sha256") != script_sha256 or found.get("seed") != self.seed:
+            return False
+        bpb = found.get("val_bpb")
+        if not isinstance(bpb, (int, float)) or not math.isfinite(bpb):
             return False
         self.metrics = found
+        return True
+
+    def keep(self, script_sha256: str) -> bool:
+        """Whether the run is finished already; says so."""
+        if not self.read(script_sha256):
+            return False
+        self.state = "over budget" if self.metrics.get("broken_budgets") else "kept"
+        say(f"{self.state:6} {self}: {self.metrics['val_bpb']:.4f} BPB, {self.folder}")
         return True
 
     def step(self) -> int:
@@ -160,6 +172,10 @@ class Runner:
                     if status != before:
                         say(status)
                 time.sleep(0.1)
+        except BaseException:  # nobody would be left to look after what still runs
+            for _, process, _, _ in running.values():
+                process.send_signal(signal.SIGINT)
+            raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -170,7 +186,7 @@ class Runner:
         self.signals += 1
 
     def start(self, job: Job, slot: Slot) -> subprocess.Popen | None:
-        """The process of a job, or None where it cannot start."""
+        """The process of a job, or None where it cannot start or need not."""
         job.folder.mkdir(parents=True, exist_ok=True)
         call = [sys.executable, str(self.script)]
         if self.ranks > 1:
@@ -182,6 +198,8 @@ class Runner:
                 fcntl.flock(console, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return self.refuse(job, f"{job.folder}: another process is at this run")
+            if job.keep(self.script_sha256):  # another process has finished it since this one looked
+                return None
             if sha256(self.script) != self.script_sha256:
                 return self.refuse(job, f"{self.script}: changed since the first run was started")
             resumes = (job.folder / "last.safetensors").exists()
@@ -224,6 +242,8 @@ class Runner:
         job.state = "stopped" if self.signals else "failed"
         console = (job.folder / "console.txt").read_text(errors="replace")
         job.tail = [line for line in console.splitlines()[1:] if line.strip()][-TAIL_LINES:]
+        if code == 0:
+            job.tail.append("left no metrics.json of this script and seed with a finite val_bpb")
         say(f"{job.state:6} {job}: exit code {code} after {seconds:.0f} s")
 
     @staticmethod
@@ -287,7 +307,10 @@ def core_set(text: str) -> tuple[int, ...]:
         span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if not span:
             raise Misuse(f"--cores {text}: numbers and ranges with commas, one set a run with ; between them")
-        found += range(int(span[1]), int(span[2] or span[1]) + 1)
+        numbers = range(int(span[1]), int(span[2] or span[1]) + 1)
+        if not numbers:
+            raise Misuse(f"--cores {text}: {part.strip()} is an empty range")
+        found += numbers
     return tuple(found)
 
 
@@ -318,11 +341,20 @@ def slots(options: argparse.Namespace) -> list[Slot]:
     return [Slot(*pair) for pair in zip(cores or [()] * count, groups or [""] * count)]
 
 
-def run_id(script: Path, digest: str, settings: dict[str, str], seed: int) -> str:
-    """A name that says what is run: script, settings, the data's manifest and seed."""
-    manifest = Path(settings.get("DATA_PATH", "")) / "manifest.json"
-    data = sha256(manifest) if "DATA_PATH" in settings and manifest.is_file() else ""
-    key = hashlib.sha256(json.dumps([digest, sorted(settings.items()), data, seed]).encode()).hexdigest()[:8]
+def fingerprint(folder: str) -> str | list:
+    """What tells a folder's data from other data: the hash of its manifest, else names, sizes and times of its shards."""
+    manifest = Path(folder) / "manifest.json"
+    if not folder or manifest.is_file():
+        return sha256(manifest) if folder else ""
+    shards = [(path.name, path.stat()) for path in sorted(Path(folder).glob("*.bin"))]
+    return [[name, found.st_size, found.st_mtime_ns] for name, found in shards] or ""
+
+
+def run_id(script: Path, digest: str, settings: dict[str, str], seed: int, ranks: int = 1, data_path: str = "") -> str:
+    """A name that says what is run: script, settings, the data behind them, seed and ranks; `data_path` is the script's default."""
+    told = [digest, sorted(settings.items()), fingerprint(settings.get("DATA_PATH", data_path)), seed]
+    told += [ranks] if ranks > 1 else []  # runs of one process keep the names that they had
+    key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]
     title = "trunk" if script == TRUNK else script.parent.name.split("_", 1)[-1]
     return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', title)}-seed{seed}-{key}"
 
@@ -433,8 +465,17 @@ def parser(text: str) -> argparse.ArgumentParser:
 
 
 def settings_of(options: argparse.Namespace, known: set[str]) -> dict[str, str]:
-    """What every run gets: of `--like` what this script knows, then `--set`."""
-    found = run_settings(options.like) if options.like else {}
+    """What every run gets: of `--like` what this script knows, then `--set`.
+
+    Raises:
+        Misuse: `--like` is no run, or `--set` no setting.
+    """
+    found, path = {}, Path(options.like or "", "metrics.json")
+    if options.like:
+        told = read_json(path) if path.exists() else {"settings": {}}  # `run_settings` says what is missing
+        if not isinstance(told, dict) or not isinstance(told.get("settings"), dict):
+            raise Misuse(f"--like {options.like}: {path} has no object `settings`")
+        found = run_settings(options.like)
     if strange := sorted(found.keys() - known if known else ()):
         say(f"--like {options.like}: left out, the script has no {', '.join(strange)}")
     found = {key: value for key, value in found.items() if key not in OWN and key not in strange}
@@ -449,8 +490,8 @@ def carry_out(options: argparse.Namespace, script: Path, known: set[str], arms: 
         Misuse: an option that cannot be, two arms with equal settings.
     """
     for name in ("jobs", "threads", "ranks"):
-        if (getattr(options, name) or 1) < 1:
-            raise Misuse(f"--{name} {getattr(options, name)}: a whole number from 1")
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise Misuse(f"--{name} {value}: a whole number from 1")
     places, seeds, same = slots(options), seed_list(options.seeds), {}
     for name, settings in arms.items():
         if (other := same.setdefault(json.dumps(settings, sort_keys=True), name)) != name:
@@ -461,13 +502,12 @@ def carry_out(options: argparse.Namespace, script: Path, known: set[str], arms: 
     if inherited := sorted(known & os.environ.keys() - {*OF_THE_PROCESS}):
         say(f"not passed on from the environment: {', '.join(inherited)}; --set gives settings")
     # All arms of a seed, then the next seed: a comparison has its first pairs early.
-    jobs, digest = [], runner.script_sha256
+    jobs, digest, data_path = [], runner.script_sha256, variables(script).get("DATA_PATH", "").strip("'\"")
     for seed, (name, settings) in itertools.product(seeds, arms.items()):
-        jobs.append(Job(name, seed, settings, Path(options.runs) / run_id(script, digest, settings, seed)))
+        folder = run_id(script, digest, settings, seed, options.ranks, data_path)
+        jobs.append(Job(name, seed, settings, Path(options.runs) / folder))
     for job in jobs:
-        if job.read(digest):
-            job.state = "over budget" if job.metrics.get("broken_budgets") else "kept"
-            say(f"{job.state:6} {job}: {job.metrics['val_bpb']:.4f} BPB, {job.folder}")
+        job.keep(digest)
     runner.run(jobs)
     rows = summarise(jobs, arms, base)
     document = {"script": str(options.script), "script_sha256": digest, "base": base, "arms": rows}

@@ -135,6 +135,63 @@ def test_a_failure_is_recorded_and_the_rest_go_on(go, place):
     assert console.startswith("$ MODE=fail SEED=2 ") and console.endswith("the reason\n")
 
 
+@pytest.mark.parametrize("change", ["bpb = float('nan')", "bpb = None"])
+def test_a_run_without_a_finite_score_has_failed(go, place, change):
+    script = FAKE.replace("entry = {", f"if seed == 2:\n    {change}\nentry = {{", 1)
+    (place / "A" / "train_gpt.py").write_text(script)
+    for _ in range(2):  # just run, and found again
+        code, arms, _ = go(run_seeds, "--seeds", "1,2,3")
+        assert code == 1 and states(arms["seeds"])[1] == "failed" and arms["seeds"]["mean"] == pytest.approx(1.002)
+        assert "finite val_bpb" in arms["seeds"]["runs"][1]["tail"][-1]
+
+
+def test_an_unreadable_result_is_none(go, place):
+    _, arms, _ = go(run_seeds, "--seeds", "1")
+    for text in ("{", "[]"):
+        (place / arms["seeds"]["runs"][0]["folder"] / "metrics.json").write_text(text)
+        assert states(go(run_seeds, "--seeds", "1")[1]["seeds"]) == ["done"]
+
+
+def test_a_run_that_was_finished_meanwhile_is_kept(go, place, monkeypatch):
+    go(run_seeds, "--seeds", "1")
+    read, looked = run_seeds.Job.read, []
+    # The first look was before the other process had finished it.
+    monkeypatch.setattr(run_seeds.Job, "read", lambda job, sha256: bool(looked or looked.append(1)) and read(job, sha256))
+    code, arms, err = go(run_seeds, "--seeds", "1")
+    assert code == 0 and states(arms["seeds"]) == ["kept"] and "start " not in err
+
+
+def test_an_error_of_the_tool_stops_what_runs(go, place, monkeypatch):
+    def broken(*_):
+        deadline = time.time() + 20
+        while not any("waiting" in path.read_text() for path in place.glob("runs/*/console.txt")):
+            assert time.time() < deadline
+            time.sleep(0.02)
+        raise OSError("no more")
+
+    monkeypatch.setattr(run_seeds, "STATUS_SECONDS", 0.0)
+    monkeypatch.setattr(run_seeds.Runner, "status", broken)
+    with pytest.raises(OSError, match="no more"):
+        go(run_seeds, "--seeds", "1", "--set", "MODE=wait")
+    deadline = time.time() + 20
+    while not [*place.glob("runs/*/last.safetensors")]:
+        assert time.time() < deadline
+        time.sleep(0.02)
+
+
+def test_a_runs_name_tells_data_and_ranks_apart(place):
+    def name(ranks: int = 1, **settings) -> str:
+        return run_seeds.run_id(place / "A" / "train_gpt.py", "d", settings, 1, ranks, "shards")
+
+    found = {name(), name(ranks=2)}
+    (place / "shards").mkdir()
+    for content in (b"1", b"22"):
+        (place / "shards" / "a_train_0.bin").write_bytes(content)
+        found |= {name(), name(DATA_PATH="shards")}
+    (place / "shards" / "manifest.json").write_text("{}")
+    assert len(found | {name()}) == 7
+
+
 def test_a_broken_budget_is_no_result(go, place):
     for _ in range(2):  # just run, and found again
         code, arms, _ = go(run_seeds, "--seeds", "1", "--set", "MODE=over", "--collect", "A")
@@ -292,10 +349,17 @@ def test_listed_arms_pair_the_seeds_that_both_have_and_make_a_table(go, place):
     listed = arms_file(place, base={"LR": 2}, arms={"more": {"LR": 2.25}, "less": {"LR": 1}})
     go(sweep, "--arms", listed, "--seeds", "1,2,3", "--collect", "A")
     assert json.loads((folder / "arms.json").read_text()) == notes | {"less": "`LR=1`"}
+    listed = arms_file(place, base={"LR": 2}, arms={"more": {"LR": 4}})  # a name that is taken
+    with pytest.raises(Misuse, match="seed1.json: not of the script, data and settings of arm more; move"):
+        go(sweep, "--arms", listed, "--seeds", "1", "--collect", "A")
     listed = arms_file(place, base={"LR": 3}, arms={"more": {"LR": 4}})
     with pytest.raises(Misuse, match="the base of other arms"):
         go(sweep, "--arms", listed, "--seeds", "1", "--collect", "A")
     assert json.loads((folder / "base" / "seed1.json").read_text())["val_bpb"] == pytest.approx(2.001)
+    mixed = folder / "more" / "seed3.json"
+    mixed.write_text(mixed.read_text().replace('"LR": 2.25', '"LR": 4'))
+    with pytest.raises(Misuse, match="ablations/more: settings: LR 2.25 against 4"):
+        tables.ablation(place / "A", None)
 
 
 def test_seeds_are_collected_whole(go, place):
@@ -329,6 +393,12 @@ MISUSES = [
     (run_seeds, ["A", "--jobs", "-1"], "--jobs -1"),
     (run_seeds, ["A", "--threads", "-2"], "--threads -2"),
     (run_seeds, ["A", "--cores", "0-"], "--cores 0-"),
+    (run_seeds, ["A", "--ranks", "0"], "--ranks 0"),
+    (run_seeds, ["A", "--jobs", "0"], "--jobs 0"),
+    (run_seeds, ["A", "--threads", "0"], "--threads 0"),
+    (run_seeds, ["A", "--cores", "1-0"], "an empty range"),
+    (run_seeds, ["A", "--like", "torn"], "not JSON"),
+    (run_seeds, ["A", "--like", "bare"], "no object `settings`"),
     (run_seeds, ["A", "--cores", "0;0"], "each run gets its own"),
     (run_seeds, ["A", "--cores", "99999"], "this process has"),
     (run_seeds, ["A", "--gpus", "0,0"], "each run gets its own"),
@@ -352,8 +422,10 @@ MISUSES = [
 
 @pytest.mark.parametrize("tool, arguments, words", MISUSES, ids=[" ".join(each[1]) for each in MISUSES])
 def test_misuse_names_what_is_wrong_and_runs_nothing(place, tool, arguments, words):
-    for name in ("frozen", "other"):
+    for name in ("frozen", "other", "torn", "bare"):
         (place / name).mkdir()
+    (place / "torn" / "metrics.json").write_text("{")
+    (place / "bare" / "metrics.json").write_text("[]")
     (place / "frozen" / "submission.json").write_text('{"frozen": true}')
     (place / "other" / "train_gpt.py").write_text("")
     (place / "labels.json").write_text('{"arms": {"a": {}}, "labels": {"b": "text"}}')
