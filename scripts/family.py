@@ -22,7 +22,7 @@ class Misuse(Exception):
 
 
 def command(main: Callable[[], int]) -> None:
-    """Ends the process with the exit code of `main`; a `Misuse` or OSError is one line on stderr, exit code 2."""
+    """Ends the process with the exit code of `main`; `Misuse` and OSError are one line on stderr, exit code 2."""
     try:
         sys.exit(main())
     except Misuse as error:
@@ -32,7 +32,8 @@ def command(main: Callable[[], int]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FINE)
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"error: {reason}", file=sys.stderr)
         sys.exit(MISUSE)
 
 

@@ -13,8 +13,8 @@ A plot carries the sha256 of its numbers; that is what --check compares, so anot
 changed is left alone: delete it to have it drawn again. The tool has its own markers, beside those of scripts/tables.py, because a
 table of records reads all of them where a table there reads one folder, and because --check then needs nothing but Python.
 
-Exit code 1 too: a record whose seeds are no seeds of one configuration (it is listed, not ranked), whose submission.json says another
-score, or which is frozen and stale. 2: a file is not what it should be.
+Exit code 1 too: a record whose seeds are no seeds of one configuration or that broke a budget (it is listed, not
+ranked), whose submission.json says another score, or which is frozen and stale. 2: a file is not what it should be.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 
 The settings are those of `--like` (a run's folder with its metrics.json) and `--set`; a variable of the script that stands in the
 environment is not passed on, so that a run is what the command line says. A run's folder is named for the script's hash, the settings, the
-data, the seed and `--ranks` above 1: the same command again skips what is finished, and starts what is not, from the script's own checkpoint
-(`RESUME=auto`) where there is one. Whatever a run prints is in `console.txt` of its folder. A run that fails is named at the end with
+data, the seed and `--ranks` above 1: the same command again skips what is finished, and starts what is not, from the
+script's own checkpoint (`RESUME=auto`) where there is one. Whatever a run prints is in `console.txt` of its folder. A run that fails is named at the end with
 its last lines; the others go on. Ctrl-C stops the runs with the signal on which scripts write a checkpoint; a second one kills them.
 
 `--collect FOLDER` copies metrics.json, metrics.jsonl and log.txt of every good run to FOLDER/seed<N>/.
@@ -95,14 +95,14 @@ class Job:
         return self.state in ("done", "kept")
 
     def read(self, script_sha256: str) -> bool:
-        """Takes the metrics of a finished run of this script; False where there are none, or none with a finite score."""
+        """Takes the metrics of a finished run of this script; False where there are none with a finite score."""
         path, found = self.folder / "metrics.json", {}
         with contextlib.suppress(Misuse):  # what cannot be read is no result
             found = read_json(path) if path.exists() else {}
-        if not isinstance(found, dict) or found.get("script_sha256") != script_sha256 or found.get("seed") != self.seed:
+        if not isinstance(found, dict):
             return False
-        bpb = found.get("val_bpb")
-        if not isinstance(bpb, (int, float)) or not math.isfinite(bpb):
+        bpb, mine = found.get("val_bpb"), (found.get("script_sha256"), found.get("seed"))
+        if mine != (script_sha256, self.seed) or not isinstance(bpb, (int, float)) or not math.isfinite(bpb):
             return False
         self.metrics = found
         return True
@@ -342,7 +342,7 @@ def slots(options: argparse.Namespace) -> list[Slot]:
 
 
 def fingerprint(folder: str) -> str | list:
-    """What tells a folder's data from other data: the hash of its manifest, else names, sizes and times of its shards."""
+    """What tells data from other data: the hash of the manifest, else names, sizes and times of the shards."""
     manifest = Path(folder) / "manifest.json"
     if not folder or manifest.is_file():
         return sha256(manifest) if folder else ""
@@ -350,8 +350,9 @@ def fingerprint(folder: str) -> str | list:
     return [[name, found.st_size, found.st_mtime_ns] for name, found in shards] or ""
 
 
-def run_id(script: Path, digest: str, settings: dict[str, str], seed: int, ranks: int = 1, data_path: str = "") -> str:
-    """A name that says what is run: script, settings, the data behind them, seed and ranks; `data_path` is the script's default."""
+def run_id(script: Path, digest: str, settings: dict[str, str], seed: int, ranks: int = 1,
+           data_path: str = "") -> str:
+    """A name that says what is run: script, settings, data, seed and ranks; `data_path` is the script's default."""
     told = [digest, sorted(settings.items()), fingerprint(settings.get("DATA_PATH", data_path)), seed]
     told += [ranks] if ranks > 1 else []  # runs of one process keep the names that they had
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]

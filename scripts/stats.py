@@ -491,7 +491,7 @@ def check_group(group: Group) -> list[Finding]:
 def check_pair(group: Group, base: Group) -> list[Finding]:
     """What keeps two groups from being compared (FAIL), and what a reader has to know (WARN)."""
     mine, theirs = (arm.runs[0].identity()["data"] for arm in (group, base))
-    # Two texts that VAL_BYTES cuts to one size have the same count of bytes, and are told apart by what they were.
+    # Two texts that VAL_BYTES cuts to one size are told apart by what they were before.
     whole, other = ({"bytes": entry.get("bytes", {}).get("val"), "documents": entry.get("val_documents")}
                     for entry in (arm.runs[0].metrics.get("dataset", {}) for arm in (group, base)))
     for key, value in whole.items():
@@ -502,7 +502,8 @@ def check_pair(group: Group, base: Group) -> list[Finding]:
         text = f"scored on {mine['bytes']} bytes, the base on {theirs['bytes']}: not the same validation text"
         return [Finding("data", "FAIL", text, group.name)]
     if "sha256" in mine and "sha256" in theirs and mine["sha256"] != theirs["sha256"]:
-        text = f"data {mine['sha256'][:8]}, the base {theirs['sha256'][:8]}: other training or validation text, or tokenizer"
+        text = (f"data {mine['sha256'][:8]}, the base {theirs['sha256'][:8]}: other training or validation text, "
+                "or tokenizer")
         return [Finding("data", "WARN", text, group.name)]
     return []
 

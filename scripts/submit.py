@@ -6,9 +6,9 @@
     python scripts/submit.py export records/DATE_Name --upstream ../parameter-golf
 
 Between `new` and `fill`: change the script, and measure with scripts/run_seeds.py ... --collect records/DATE_Name. `fill` reads
-seed*/metrics.json and keeps what is written by hand. `check` holds the record's files against each other, runs the script at a tiny size,
-alone in a folder of its own (`smoke`), and puts it through scripts/lineage.py and scripts/audit.py. `export` refuses what the quick part of `check`
-fails. submission.json is described key by key in scripts/submission.schema.json.
+seed*/metrics.json and keeps what is written by hand. `check` holds the record's files against each other, runs the
+script at a tiny size, alone in a folder of its own (`smoke`), and puts it through scripts/lineage.py and
+scripts/audit.py. `export` refuses what the quick part of `check` fails. submission.json is described key by key in scripts/submission.schema.json.
 
 Exit code 0; 1 where a finding is a FAIL; 2 misuse.
 """
@@ -58,7 +58,8 @@ FILES = ("README.md", "submission.json", "requirements.txt", "train_gpt.py")
 SECTIONS = {"What changed": "what (changed|it does differently)", "Command": "command",
             "Legality": "legality", "Credits": "credits"}
 SMOKE_SECONDS = 300
-OF_THE_MACHINE = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")  # variables that a command may have beside the script's
+# Variables that a command may have beside the script's.
+OF_THE_MACHINE = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 # The competition's limits, and what of submission.json is only of this repository.
 CONTEST = {"ARTIFACT_BUDGET_BYTES": 16_000_000, "MAX_WALLCLOCK_SECONDS": 600, "EVAL_BUDGET_SECONDS": 600}
 HOUSE_KEYS = ("parent", "changes", "frozen", "draft", "audit", "dataset")
@@ -301,7 +302,8 @@ def told_command(record: Record) -> Iterable[Problem]:
     pairs = re.findall(r"""(?<!\w)([A-Z][A-Z0-9_]+)=("[^"]*"|'[^']*'|\S+)""", block[0]) if block else []
     known, told = variables(record.folder / "train_gpt.py"), set()
     # What a script puts itself where a setting was left open: `self.name = self.name or ...`.
-    resolves = {name for _, name in re.findall(r"\b(self|args)\.(\w+) = .*\b\1\.\2\b", record.script.decode())}
+    itself = re.findall(r"\b(self|args)\.(\w+) = .*\b\1\.\2\b", record.script.decode())
+    resolves = {name for _, name in itself}
     for name, value in pairs:
         had = [run["settings"][name] for run in record.runs if name in run["settings"]]
         value = value.strip("'\"`").rstrip(",;:)`'\"")
@@ -319,7 +321,7 @@ def told_command(record: Record) -> Iterable[Problem]:
             continue  # the source does not show it
         resolved = default in ("", "auto", 0) and name.lower() in resolves
         if typed(value) != typed(default) and not resolved:
-            yield "README.md", f"the command has no {name}, the runs had {value}, the script's default is {default}"
+            yield "README.md", f"the command has no {name}, the runs had {value}, the default is {default}"
 
 
 def seeds(record: Record) -> Iterable[Problem]:
@@ -414,7 +416,7 @@ def clocks(record: Record) -> Iterable[Problem]:
 
 
 def scope(record: Record, base: str, start: str) -> Iterable[Problem]:
-    """What a pull request changes since it left `base` at commit `start`. What leaderboard.py writes may change along."""
+    """What changed since `base` was left at commit `start`; what leaderboard.py writes may change along."""
     import leaderboard
     import lineage
 
@@ -440,7 +442,8 @@ def scope(record: Record, base: str, start: str) -> Iterable[Problem]:
     for line in git("status", "--porcelain", "--ignored", "--", own, *generated):
         if "__pycache__" not in line:
             yield line[3:], "is not committed: the pull request would be without it"
-    if not git("ls-tree", "--name-only", start, f"{own}submission.json"):  # either would switch lineage.py off
+    # Of a new record either would switch lineage.py off.
+    if not git("ls-tree", "--name-only", start, f"{own}submission.json"):
         if record.submission.get("frozen"):
             yield "submission.json", "frozen: a new record is not, until its parent moves on"
         if record.submission.get("parent") is None:
@@ -474,7 +477,7 @@ def smoke_settings(record: Record) -> dict[str, str]:
 
 
 def smoke(record: Record) -> Iterable[Problem]:
-    """Runs the script alone in a folder, away from the repository, in a bare environment: what it needs, it counts."""
+    """Runs the script alone in a folder, in a bare environment: bytes beside it are not counted, nor needed."""
     with tempfile.TemporaryDirectory(prefix="smoke-") as name:
         alone = Path(name) / "record"
         alone.mkdir()
@@ -664,8 +667,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         ("fill", "write numbers, tables and the list of changed symbols"),
         ("check", "what a reviewer would ask before merging"),
         ("export", "lay it out for the competition's repository"))}
-    for name in commands.choices:
-        commands.choices[name].add_argument("--json", action="store_true", help="one JSON document instead of lines")
+    for part in commands.choices.values():
+        part.add_argument("--json", action="store_true", help="one JSON document instead of lines")
     for part in parts.values():
         part.add_argument("record", metavar="RECORD", help="a record's folder or name")
     parts["fill"].add_argument("--force", action="store_true", help="a frozen record too")
@@ -678,7 +681,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     options = parser.parse_args(argv)
     if options.command == "new":
         folder = new(options.name, options.parent, options.date, root)
-        print(json.dumps({"folder": str(folder)}) if options.json else f"{folder}: change train_gpt.py, then measure")
+        text = f"{folder}: change train_gpt.py, then measure"
+        print(json.dumps({"folder": str(folder)}) if options.json else text)
         return FINE
     if options.command == "check":
         skip = [part for part in options.skip.split(",") if part]

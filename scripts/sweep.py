@@ -86,12 +86,13 @@ def collect_arms(jobs: list[Job], folder: Path, names: dict[str, str], labels: d
             continue
         if read_run(old).identity() != read_run(job.folder / "metrics.json").identity():
             raise Misuse(f"{old}: the base of other arms, of another script, data or setting; move {place} away")
-    # Seeds of an earlier sweep stay beside the fresh ones, under the label of then: they have to be of one configuration.
+    # Seeds of an earlier sweep stay beside the fresh ones, under the label of then.
     for job in good:
         fresh = read_run(job.folder / "metrics.json").identity()
         for old in sorted((place / names[job.arm]).glob("seed*.json")):
             if read_run(old).identity() != fresh:
-                raise Misuse(f"{old}: not of the script, data and settings of arm {job.arm}; move {old.parent} away")
+                text = f"not of the script, data and settings of arm {job.arm}; move {old.parent} away"
+                raise Misuse(f"{old}: {text}")
     for job in good:
         name = names[job.arm]
         (place / name).mkdir(parents=True, exist_ok=True)

@@ -98,7 +98,8 @@ def width(name: str) -> str:
 
 
 # Columns of the table `seeds`.
-COLUMNS = {"final_raw": "raw", "final_ema": "EMA", "final_int_roundtrip": "int{}", "final_int_sliding": "int{} sliding"}
+COLUMNS = {"final_raw": "raw", "final_ema": "EMA", "final_int_roundtrip": "int{}",
+           "final_int_sliding": "int{} sliding"}
 
 
 def seeds(folder: Path, _) -> str:
@@ -131,7 +132,7 @@ def seeds(folder: Path, _) -> str:
     return marked(markdown_table([*header, "ms a step", "scoring s"], rows) + f"\n\n{note}", folder, runs)
 
 
-# Each scoring pass, what it is called, and the pass that it is to be compared with; the width of `final_int6_` stands for {}.
+# Each scoring pass, what it is called, and the pass that it is to be compared with. {} is the 6 of `final_int6_...`.
 PASSES = {
     "final_raw": ("raw weights", None), "final_ema": ("averaged weights (EMA)", "final_raw"),
     "final_int_roundtrip": ("int{}", "final_ema"), "final_int_sliding": ("int{} sliding", "final_int_roundtrip"),
@@ -151,7 +152,8 @@ def passes(folder: Path, _) -> str:
         if before in known:
             mean, half, word = verdict([run["evals"][name]["val_bpb"] - run["evals"][known[before]]["val_bpb"]
                                         for run in runs])
-            row += [PASSES[before][0].format(width(known[before])), f"{mean:+.4f}", f"{mean - half:+.4f} to {mean + half:+.4f}", word]
+            row += [PASSES[before][0].format(width(known[before])), f"{mean:+.4f}",
+                    f"{mean - half:+.4f} to {mean + half:+.4f}", word]
         rows.append(row + [""] * (len(runs) + 7 - len(row)))
     header = ["pass", *(f"seed {run['seed']}" for run in runs), "mean", "seconds", "against", "difference",
               "95 % interval", "verdict"]

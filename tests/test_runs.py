@@ -156,7 +156,8 @@ def test_a_run_that_was_finished_meanwhile_is_kept(go, place, monkeypatch):
     go(run_seeds, "--seeds", "1")
     read, looked = run_seeds.Job.read, []
     # The first look was before the other process had finished it.
-    monkeypatch.setattr(run_seeds.Job, "read", lambda job, sha256: bool(looked or looked.append(1)) and read(job, sha256))
+    monkeypatch.setattr(run_seeds.Job, "read",
+                        lambda job, sha256: bool(looked or looked.append(1)) and read(job, sha256))
     code, arms, err = go(run_seeds, "--seeds", "1")
     assert code == 0 and states(arms["seeds"]) == ["kept"] and "start " not in err
 
@@ -448,3 +449,6 @@ def test_exit_codes_of_the_commands(place, tool):
     assert end("--help")[0] == 0
     code, text = end("B", *["--grid", "LR=1,2"] * (tool == "sweep"))
     assert code == 2 and text.startswith("error: B: ")
+    if tool == "run_seeds":  # what the system refuses is a line too
+        code, text = end("A", "--runs", "A/train_gpt.py")
+        assert code == 2 and "error: A/train_gpt.py/" in text and "Traceback" not in text
