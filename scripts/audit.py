@@ -19,6 +19,9 @@ and file sizes, a bare environment, and no network where the system allows (Linu
 Python's own sockets are refused). NOT protected: it runs as you, so it can read and write whatever you can, and a
 script that looks for an audit can behave while it lasts. Use a container for code that you do not trust.
 
+NOT judged: where calibration data come from beyond D1/P9 (B5), what a warm-up leaves behind (B7), brute force over
+seeds (B8), a sidecar's bytes (M3), copies of single windows of validation text in training shards (D4).
+
 Exit codes: 0 no FAIL, 1 a FAIL, 2 misuse. PASS, WARN and FAIL carry a rule of the competition (C1-C4, B, D, M, S)
 and the probe that decided, with the counter-example.
 """
