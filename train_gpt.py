@@ -336,7 +336,7 @@ class Hyperparameters:
              "together more than the whole run"),
             (self.rank >= self.world_size, "rank", "world_size", "a rank is below the number of processes"),
             (self.qat_start < 1 and self.quant_clip != "std", "qat_start", "quant_clip", "trains with std"),
-            (calibrates and not self.warmup_steps, "warmup_steps", "quant_round", "warm-up times that work"),
+            (calibrates and not self.warmup_steps, "warmup_steps", "quant_round", "calibration is untimed"),
             (self.eval_only and not self.artifact, "eval_only", "artifact", "which artifact?"),
         ]
         for bad, *names, why in problems:

@@ -50,7 +50,7 @@ from pathlib import Path
 import numpy as np
 from audit_files import forensics, hints
 from codec import CodecError, categorical, constriction_stream, shard_ids
-from family import OF_THE_PROCESS, ROOT, Finding, Misuse, command, find_script, load_script, read_json, report
+from family import OF_THE_RUN, ROOT, Finding, Misuse, command, find_script, load_script, read_json, report
 
 # Tiny sizes, given to a script that knows the variable. What the record's runs had at 0 stays switched off.
 # fmt: off
@@ -65,15 +65,7 @@ SMALL = {
     "DTYPE": "fp32", "DEVICE": "cpu", "COMPILE": 0, "SEED": 7,
 }
 # fmt: on
-OF_THE_RUN = {
-    *OF_THE_PROCESS,
-    "DATA_PATH",
-    "TOKENIZER_PATH",
-    "RUNS_PATH",
-    "RUN_ID",
-    "ATTENTION",
-    "VOCAB_SIZE",
-}
+NOT_TINY = ("ATTENTION", "VOCAB_SIZE")  # chosen here
 VOCAB, BOS = 260, 1
 SAME = 2e-5  # nats; equal shapes give equal sums on a CPU, and other shapes are off by a few 1e-6
 CLOSE = 2e-4  # nats; where windows are batched otherwise
@@ -358,7 +350,7 @@ class Trial:
             found = {
                 name: str(int(value) if isinstance(value, bool) else value)
                 for name, value in measured.items()
-                if name in self.settable and name not in OF_THE_RUN
+                if name in self.settable and name not in {*OF_THE_RUN, *NOT_TINY}
             }
             self.vocab = int(measured.get("VOCAB_SIZE", VOCAB))
         else:

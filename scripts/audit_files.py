@@ -15,7 +15,7 @@ import re
 import zlib
 from pathlib import Path
 
-from family import Finding, read_json
+from family import OF_THE_RUN, Finding, read_json
 
 CAP = 16_000_000  # decimal bytes, code and model
 FIELD_BYTES = (
@@ -310,15 +310,19 @@ def _bytes(submission: dict, runs: dict, logs: list[str], code: int) -> list[str
 
 
 def _budgets(submission: dict, runs: dict, logs: dict, say) -> None:
-    contest = "h100" in str(submission.get("hardware", "")).lower() and "8" in str(
-        submission.get("hardware", "")
-    )
-    level = "FAIL" if contest else "WARN"
-    why = (
-        ""
-        if contest
-        else f"; measured on {submission.get('hardware', 'unnamed hardware')}, not the contest's"
-    )
+    hardware = str(submission.get("hardware", "unnamed hardware"))
+    contest = re.search(r"\b8\s*x\s*(NVIDIA\s+)?H100", hardware, re.I)
+    level, why = ("FAIL", "") if contest else ("WARN", f"; measured on {hardware}, not the contest's")
+
+    def within(rule: str, what: str, seconds: dict[str, float]) -> None:
+        bad = [
+            f"{name}: {value:.1f} s of {what}, 600 are allowed{why}"
+            for name, value in seconds.items()
+            if value >= 600
+        ]
+        most = f" at most, {max(seconds.values()):.0f}" if seconds else ", no time recorded"
+        say(rule, bad, f"{what} within 600 s{most}", level)
+
     trained = {name: run["train_seconds"] for name, run in runs.items()}
     scored = {
         name: max(run["eval_seconds"], run.get("clocks", {}).get("evaluation", 0))
@@ -329,17 +333,7 @@ def _budgets(submission: dict, runs: dict, logs: dict, say) -> None:
             trained[name] = max(trained.get(name, 0), int(times[-1]) / 1000)
         if name not in runs and (times := re.findall(r"eval_time:(\d+)ms", text)):
             scored[name] = max(map(int, times)) / 1000
-    say(
-        "B3",
-        [
-            f"{name}: {value:.1f} s of training, 600 are allowed{why}"
-            for name, value in trained.items()
-            if value >= 600
-        ],
-        "training within 600 s"
-        + (f" at most, {max(trained.values()):.0f}" if trained else ", no time recorded"),
-        level,
-    )
+    within("B3", "training", trained)
     late = [
         f"{name}: calibration of {run['clocks']['calibration']:.1f} s is not within the training clock"
         for name, run in runs.items()
@@ -347,17 +341,7 @@ def _budgets(submission: dict, runs: dict, logs: dict, say) -> None:
         and run["train_seconds"] + 0.01 < run["clocks"].get("training", 0) + run["clocks"]["calibration"]
     ]
     say("B4", late, "calibration is on the training clock, or there is none")
-    say(
-        "B6",
-        [
-            f"{name}: {value:.1f} s of evaluation, 600 are allowed{why}"
-            for name, value in scored.items()
-            if value > 600
-        ],
-        "evaluation within 600 s"
-        + (f" at most, {max(scored.values()):.0f}" if scored else ", no time recorded"),
-        level,
-    )
+    within("B6", "evaluation", scored)
     broken = [
         f"{name}: its log ends in a traceback"
         for name, text in logs.items()
@@ -368,20 +352,8 @@ def _budgets(submission: dict, runs: dict, logs: dict, say) -> None:
 
 
 def _seeds(submission: dict, runs: dict, logs: dict, sha: str, frozen: str, say) -> None:
-    process = {
-        "SEED",
-        "RUN_ID",
-        "RUNS_PATH",
-        "DATA_PATH",
-        "RANK",
-        "LOCAL_RANK",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "ARTIFACT",
-        "RESUME",
-    }
     kept = {
-        name: {k: v for k, v in run.get("settings", {}).items() if k not in process}
+        name: {k: v for k, v in run.get("settings", {}).items() if k not in OF_THE_RUN}
         for name, run in runs.items()
     }
     first = next(iter(kept.values()), {})

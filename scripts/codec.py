@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from family import Misuse, find_script, load_script
+from family import Misuse, find_script, load_script, write_atomic
 
 try:
     from tqdm import tqdm
@@ -178,15 +178,10 @@ def read(path: str | Path, what: str) -> bytes:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Writes to a temporary name and renames: a reader never meets half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        write_atomic(path, data)
     except OSError as error:
         raise CodecError(f"{path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def output_path(named: str, default: Path | None, source: Path) -> Path:

@@ -22,7 +22,7 @@ class Misuse(Exception):
 
 
 def command(main: Callable[[], int]) -> None:
-    """Ends the process with the exit code of `main`; `Misuse` and OSError are one line on stderr, exit code 2."""
+    """Ends the process with the exit code of `main`; what the caller can mend is one line on stderr, exit code 2."""
     try:
         sys.exit(main())
     except Misuse as error:
@@ -31,6 +31,9 @@ def command(main: Callable[[], int]) -> None:
     except BrokenPipeError:  # `| head` has seen enough; nothing more can be said, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FINE)
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed: pip install -r requirements-dev.txt", file=sys.stderr)
+        sys.exit(MISUSE)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"error: {reason}", file=sys.stderr)
@@ -92,10 +95,13 @@ def read_json(path: Path | str) -> dict:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    """Writes to a temporary name and renames: a reader never meets half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_script(path: Path | str = TRUNK):
@@ -111,6 +117,8 @@ def load_script(path: Path | str = TRUNK):
 
 # What a run's settings say about its process alone.
 OF_THE_PROCESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARTIFACT", "EVAL_ONLY", "RESUME")
+# And what may differ between the seeds of one configuration.
+OF_THE_RUN = {"SEED", "RUN_ID", "RUNS_PATH", "DATA_PATH", "TOKENIZER_PATH", *OF_THE_PROCESS}
 
 
 def run_settings(folder: Path | str) -> dict[str, str]:

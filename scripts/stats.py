@@ -33,7 +33,7 @@ from pathlib import Path
 from family import (
     FINDINGS,
     FINE,
-    OF_THE_PROCESS,
+    OF_THE_RUN,
     Finding,
     Misuse,
     command,
@@ -261,7 +261,7 @@ RULER = f"\n{'=' * 100}\n"
 PATTERNS = ("metrics.json", "seed*/metrics.json", "seed*.json", "log.txt", "seed*/log.txt", "*.log",
             "*seed*.txt")
 # What may differ between the seeds of one configuration, beside paths.
-OF_THE_RUN = {"SEED", "RUN_ID", "LOGFILE", "IS_MAIN_PROCESS", *OF_THE_PROCESS}
+OF_A_RUN = {"LOGFILE", "IS_MAIN_PROCESS", *OF_THE_RUN}
 PATHS = ("_PATH", "_DIR", "_FILE", "_FILES")
 
 
@@ -298,7 +298,7 @@ class Run:
 
     def settings(self) -> dict:
         return {key: value for key, value in self.metrics.get("settings", {}).items()
-                if key.upper() not in OF_THE_RUN and not key.upper().endswith(PATHS)}
+                if key.upper() not in OF_A_RUN and not key.upper().endswith(PATHS)}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@
 A marker pair `<!-- table: KIND FOLDER [ARGUMENT] -->` ... `<!-- end -->` names what to build from the files below FOLDER:
 `headline` (a sentence), `seeds` (a row a seed), `ablation` (arms of a folder `ablations/<arm>/seed*.json` against the arm `base`, seeds paired),
 `bench` (what scripts/bench.py --json wrote), `classes` (bits by byte class), `sweep` (training loss of single runs, `sweep.json`),
-`passes` (every scoring pass against the one before it that it adds to, seeds paired), `coders` and `curve` (what scripts/rate.py wrote), `rows` (any
-JSON file {"header": [...], "rows": [[...]], "note": "..."} that a tool wrote).
+`passes` (every scoring pass against the one before it that it adds to, seeds paired), `coders` and `curve` (what scripts/rate.py wrote), `proofs` (what codec.py prove
+--json wrote), `plan` (fit.py --check --json), `gain` (a mixture's gain by training steps), `rows` (any JSON file {"header": [...],
+"rows": [[...]], "note": "..."} that a tool wrote).
 
 `headline`, `seeds` and `passes` say in a line of their own where the seeds were measured with another script than the folder's: *stale*.
 Verdicts are those of scripts/stats.py. Exit code 2: a file or a number that a table needs is missing. The root README's table of records is
@@ -173,6 +174,42 @@ def curve(folder: Path, argument: str | None) -> str:
     return curve_table(read_json(folder / (argument or "curve.json")))
 
 
+def proofs(folder: Path, _) -> str:
+    """What `codec.py prove --json` printed, a file `prove_*.json` a proof."""
+    found = [read_json(path) for path in sorted(folder.glob("prove_*.json"))]
+    if not found:
+        raise Misuse(f"{folder}/prove_*.json: no such file")
+    header = ["settings", "ids", "coded bytes", "-log2 p of the stream", "of the batched scorer", "updates", "encode s",
+              "decode s", "score s", ""]
+    return markdown_table(header, [
+        [" ".join(f"`{name}={value}`" for name, value in run["set"].items()) or "the record's own",
+         f"{run['ids']:,}", f"{run['coded_bytes']:,}", f"{run['stream_bytes']:,.1f}", f"{run['score_bytes']:,.1f}",
+         run["updates"], *(f"{run[f'{part}_seconds']:.0f}" for part in ("encode", "decode", "score")),
+         "PASS" if run["pass"] else "FAIL"] for run in found])
+
+
+def plan(folder: Path, argument: str | None) -> str:
+    """What `fit.py --check --json` printed; an artifact is named for its folder."""
+    return markdown_table(["artifact", "parameters", "planned bytes", "packed bytes", "error"], [
+        [Path(row["artifact"]).parent.name, f"{row['parameters']:,}", f"{row['planned']:,}", f"{row['bytes']:,}",
+         f"{row['error']:+.1%}"] for row in read_json(folder / (argument or "plan.json"))])
+
+
+def gain(folder: Path, _) -> str:
+    """The mixture's gain by training steps: runs `steps<N>.json`, and the record's own of the same seed."""
+    runs = [read_json(path) for path in folder.glob("steps*.json")]
+    if not runs:
+        raise Misuse(f"{folder}/steps*.json: no such file")
+    runs.append(read_json(folder.parent / f"seed{runs[0]['seed']}" / "metrics.json"))
+    rows = []
+    for run in sorted(runs, key=lambda run: run["steps"]):
+        alone, mixed = (run["evals"][f"final_int6_sliding{end}"] for end in ("", "_mix"))
+        rows.append([f"{run['steps']:,}", alone["stride"], f"{alone['val_bpb']:.4f}", f"{mixed['val_bpb']:.4f}",
+                     f"{alone['val_bpb'] - mixed['val_bpb']:.4f}"])
+    return markdown_table(["steps", "stride", "network", "with the mixture", "gain"], rows) + (
+        f"\n\nSeed {runs[0]['seed']}, int6 sliding, {alone['bytes']:,} bytes; one run each.")
+
+
 def plain_rows(folder: Path, argument: str) -> str:
     found = read_json(folder / (argument or "rows.json"))
     table = markdown_table(found["header"], found["rows"])
@@ -270,7 +307,8 @@ def sweep(folder: Path, _) -> str:
 
 KINDS = {
     "headline": sentence, "seeds": seeds, "ablation": ablation, "bench": bench, "classes": classes,
-    "sweep": sweep, "passes": passes, "coders": coders, "curve": curve, "rows": plain_rows,
+    "sweep": sweep, "passes": passes, "coders": coders, "curve": curve, "proofs": proofs, "plan": plan, "gain": gain,
+    "rows": plain_rows,
 }
 
 

@@ -311,7 +311,8 @@ def test_forensics_find_what_was_tampered_with(record, rule, change):
 
 def test_budgets_of_the_contest_fail_there_and_warn_elsewhere(record):
     slow = edit("seed42/metrics.json", lambda d: d.update(train_seconds=601.153, eval_seconds=688.0))
-    found = record(slow)
+    one_card = edit("submission.json", lambda d: d.update(hardware="NVIDIA H100 80GB HBM3"))
+    found = record(lambda folder: (slow(folder), one_card(folder)))
     assert found["B3"].level == found["B6"].level == "WARN" and "not the contest" in found["B3"].text
 
     def on_the_contest(folder):

@@ -67,8 +67,12 @@ def test_a_table_without_its_files_is_refused(tmp_path, kind):
 
 def test_missing_files_numbers_and_kinds_are_named(record, tmp_path):
     folder = record()
-    for kind, name in (("sweep", "sweep.json"), ("bench", "bench.json"), ("ablation", "ablations/arms.json")):
+    for kind, name in (("sweep", "sweep.json"), ("bench", "bench.json"), ("plan", "plan.json"),
+                       ("ablation", "ablations/arms.json")):
         with pytest.raises(Misuse, match=f"{folder / name}: No such file"):
+            tables.rewrite(readme(tmp_path, kind), tmp_path)
+    for kind, name in (("proofs", "prove_"), ("gain", "steps")):
+        with pytest.raises(Misuse, match=rf"/{name}\*.json: no such file"):
             tables.rewrite(readme(tmp_path, kind), tmp_path)
     with pytest.raises(Misuse, match="table kind nonsense is not one of headline, "):
         tables.rewrite(readme(tmp_path, "nonsense"), tmp_path)

@@ -64,3 +64,16 @@ def test_plan_coders_and_curve_of_a_run(run, tmp_path, corpus):
     for label in {point["quantiser"] for point in points if point["quantiser"].startswith("std")}:
         mine = sorted((p["k"], p["bits_a_weight"]) for p in points if p["quantiser"] == label)
         assert all(a[1] > b[1] for a, b in zip(mine, mine[1:]))  # a wider step takes fewer bits
+
+
+@pytest.mark.parametrize("problem, words", [
+    (family.Misuse("--seeds x: numbers are needed"), "--seeds x: numbers are needed"),
+    (ModuleNotFoundError("No module named 'x'", name="x"), "x is not installed: pip install -r requirements-dev.txt"),
+    (FileNotFoundError(2, "No such file or directory", "gone.json"), "gone.json: No such file or directory"),
+], ids=["misuse", "module", "file"])
+def test_what_the_caller_can_mend_is_one_line(capsys, problem, words):
+    def main():
+        raise problem
+    with pytest.raises(SystemExit) as ended:
+        family.command(main)
+    assert ended.value.code == family.MISUSE and capsys.readouterr().err == f"error: {words}\n"
