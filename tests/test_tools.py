@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import family
 import pytest
 from conftest import ROOT, environment
 
