@@ -14,6 +14,8 @@ House: where two seeds or more are shared, the paired t over those, otherwise We
 read per token and per byte. *yes*: p < 0.01 that the gain exceeds 0.005; *mean only*: the mean gain does, and p < 0.01 only for some gain;
 *frontier*: the practice for rows in order of date, one-sided p < 0.25 for some gain.
 
+`--plot FILE.png` draws the differences with their intervals, an arm a line.
+
 A group whose runs differ in script, data, evaluation or in a setting other than the seed, names and paths is not compared: exit code 1.
 """
 
@@ -637,6 +639,31 @@ def tables(result: dict) -> str:
     return "\n\n".join([text, *lines])
 
 
+def plot(result: dict, path: Path) -> None:
+    """The differences of `analyse` and their 95 % intervals as PNG; the band is where the verdict is *no effect*.
+
+    Raises:
+        Misuse: no group was compared.
+    """
+    rows = [row for row in result["groups"] if row.get("house")]
+    if not rows:
+        raise Misuse(f"{path}: no group to draw was compared")
+    from matplotlib.figure import Figure  # here: no table needs it
+    figure = Figure(figsize=(8, 1.2 + 0.38 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvspan(-NO_EFFECT, NO_EFFECT, color="#EEEEEE")
+    axes.axvline(0, color="#555555", linewidth=0.8)
+    colours = {"better": "#0072B2", "worse": "#D55E00", "no effect": "#222222", "undecided": "#888888"}
+    for at, row in enumerate(rows):
+        house = row["house"]
+        half = None if house["low"] is None else [house["difference"] - house["low"]]
+        axes.errorbar([house["difference"]], [at], xerr=half, fmt="o", capsize=4, color=colours[house["verdict"]])
+    axes.set_yticks(range(len(rows)), [f"{row['name']}: {row['house']['verdict']}" for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"BPB against {result['base']['name']}; lower is better")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", metavar="GROUP", help="NAME=SOURCE,SOURCE... or sources alone")
@@ -644,6 +671,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--eval", metavar="NAME", help="another evaluation of the runs than their headline")
     parser.add_argument("--tokens-per-byte", type=float, metavar="RATIO",
                         help="for plain numbers: the reading per token needs it")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the differences here, a PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     ratio = options.tokens_per_byte
@@ -658,6 +686,8 @@ def main(argv: list[str] | None = None) -> int:
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise Misuse(f"{doubled[0]}: the name of {names.count(doubled[0])} groups; name one by NAME=SOURCE,...")
     result, findings = analyse(base, groups, ratio)
+    if options.plot:
+        plot(result, options.plot)
     if options.json:
         print(json.dumps({**result, "findings": [asdict(finding) for finding in findings]}, indent=1))
         return FINDINGS if any(finding.level == "FAIL" for finding in findings) else FINE

@@ -231,6 +231,15 @@ def test_ablation_arms_and_the_base_among_them(tmp_path, capsys):
     assert row["house"]["verdict"] == "better" and row["house"]["difference"] == pytest.approx(-0.02)
 
 
+def test_a_plot_of_the_differences(tmp_path, capsys):
+    path = tmp_path / "arms.png"
+    numbers = ["a=42:1.90,314:1.91,999:1.92", "one=42:1.95"]
+    assert stats.main(["--base", "base=42:2.0,314:2.011,999:2.02", *numbers, "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG") and "better" in capsys.readouterr().out
+    with pytest.raises(Misuse, match="no group to draw"):
+        stats.main(["--base", "base=42:2.0,314:2.011,999:2.02", "--plot", str(tmp_path / "none.png")])
+
+
 def test_seeds_without_a_pair_fall_back_to_welch(capsys):
     base, arm = (",".join(map(str, values)) for values in (A, B))
     code, found = tool(capsys, "--base", base, f"b={arm}", "--tokens-per-byte", "0.5")
