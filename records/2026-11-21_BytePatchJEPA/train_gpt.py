@@ -1,0 +1,2538 @@
+"""BytePatchJEPA: a byte decoder, conditioned on patches of bytes that an encoder with a latent goal reads.
+
+Parent: the trunk (`train_gpt.py` of the repository).
+Idea:   the bytes read so far are cut into patches of 8 (#696). An encoder reads whole patches and foresees
+        the latent of the next; a JEPA loss and SIGReg shape it; a causal byte decoder is given it everywhere.
+        PATCH_SIZE=0 is the decoder alone; PATCH_CONDITION and PATCH_SPLIT take the idea apart.
+
+Run:    python train_gpt.py --help                               every variable, its default and its reason
+        torchrun --standalone --nproc_per_node=8 train_gpt.py    the contest: 8xH100, 600 s, 16,000,000 bytes
+        EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py            score an artifact and nothing else
+
+The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs torch,
+numpy and safetensors; constriction, zstandard, sentencepiece, tqdm and FlashAttention are used if installed.
+The trunk's n-gram tables, chunk JEPA, smear gate, U-Net skips, tied head and document masks are not here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import difflib
+import hashlib
+import importlib
+import json
+import lzma
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections import deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+# -----------------------------------------------------------------------------
+# HYPERPARAMETERS
+# -----------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A mistake in the environment or in a file. `main` prints it as one line and exits with code 2."""
+
+
+class Var:
+    """One environment variable, of its default's type; `why` is the unit and the reason. `ship` marks what an
+    artifact has to carry: "model" builds the network, "eval" only says how it is scored."""
+
+    def __init__(self, default, why: str, *, low=None, high=None, choices=(), ship: str = ""):
+        self.default, self.why, self.low, self.high = default, why, low, high
+        self.choices, self.ship = choices, ship
+
+    def __set_name__(self, owner, name: str) -> None:
+        self.name = name.upper()
+
+    def accepted(self) -> str:
+        if self.choices:
+            return " | ".join(self.choices)
+        if isinstance(self.default, bool):
+            return "0 | 1"
+        kind = {int: "an integer", float: "a number", str: "a text"}[type(self.default)]
+        low = "" if self.low is None else f" from {self.low}"
+        return kind + low + ("" if self.high is None else f" to {self.high}")
+
+    def parse(self, text: str):
+        word, kind, words = text.strip(), type(self.default), {"0": 0, "1": 1, "false": 0, "true": 1}
+        try:
+            value = bool(words[word.lower()]) if kind is bool else kind(word)
+        except (ValueError, KeyError):
+            value = None
+        good = value is not None and (not self.choices or value in self.choices)
+        if good and not isinstance(value, str):
+            low, high = (bound if bound is not None else value for bound in (self.low, self.high))
+            good = math.isfinite(value) and low <= value <= high
+        if not good:
+            raise UserError(f"{self.name}={text!r} is not accepted: {self.accepted()} ({self.why})")
+        return value
+
+
+class Hyperparameters:
+    """Every setting of a run, read from the environment once; nothing below this class reads it again."""
+
+    _data = "Data"
+    data_path = Var("./data/datasets/fineweb10B_byte260", "folder of *_train_*.bin and *_val_*.bin shards")
+    tokenizer_path = Var("", "SentencePiece .model behind the shards; byte260 needs none")
+    vocab_size = Var(260, "ids; 260 = PAD BOS EOS UNK + 256 bytes", low=5, high=65536, ship="model")
+    train_seq_len = Var(2047, "tokens a training row", low=2, ship="model")
+    train_batch_tokens = Var(524032, "tokens an optimizer step, over all ranks and micro-steps", low=2)
+    device_batch_tokens = Var(65536, "tokens a forward on one device: the one out-of-memory knob", low=1)
+    train_order = Var("sequential", "order of rows within an epoch", choices=("sequential", "shuffled"))
+    train_align = Var("stream", "document: rows begin at BOS if they can", choices=("stream", "document"))
+    verify_data = Var("auto", "check shards by manifest.json; auto: up to 2 GB", choices=("auto", "0", "1"))
+    _model = "Model: an encoder of patches and a decoder of bytes"
+    num_layers = Var(5, "encoder: blocks of its own", low=1, ship="model")
+    encoder_repeats = Var(2, "encoder: how often they are applied in sequence", low=1, ship="model")
+    model_dim = Var(480, "width of both residual streams", low=8, ship="model")
+    num_heads = Var(6, "encoder: query heads", low=1, ship="model")
+    num_kv_heads = Var(3, "encoder: key/value heads (grouped-query attention)", low=1, ship="model")
+    mlp_mult = Var(2.0, "MLP hidden width / model width, fractions allowed", low=0.0, ship="model")
+    leaky_slope = Var(0.5, "negative slope of the MLP's squared LeakyReLU; 0 = ReLU^2", ship="model")
+    decoder_layers = Var(7, "decoder: blocks", low=1, ship="model")
+    decoder_heads = Var(4, "decoder: heads, each with its own keys and values", low=1, ship="model")
+    patch_size = Var(8, "ids a patch at most; 0 = no encoder at all, the decoder alone", low=0, ship="model")
+    patch_split = Var("fixed", "space: a patch also ends with a space or newline",
+                      choices=("fixed", "space"), ship="model")
+    patch_condition = Var("latent", "what the decoder is given: predicted latent, encoder's state, or both",
+                          choices=("latent", "context", "both"), ship="model")
+    logit_softcap = Var(0.0, "cap * tanh(logits / cap); 0 = none", low=0.0, ship="model")
+    qk_gain_init = Var(1.5, "initial per-head gain on RMS-normalised queries", ship="model")
+    rope_base = Var(10000.0, "rotary base", low=1.0, ship="model")
+    rope_dims = Var(0, "rotated dimensions a head; 0 = all (#315)", low=0, ship="model")
+    ln_scale = Var(False, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
+    xsa_last_n = Var(0, "last layers of a stack that drop their own value direction (XSA, #265)", low=0,
+                     ship="model")
+    resid_mix = Var(True, "each block mixes its input with the embedding", ship="model")
+    _jepa = "Patch JEPA (#696, corrected)"
+    latent_dim = Var(192, "width of a patch latent", low=1, ship="model")
+    jepa_pred_weight = Var(0.5, "weight of the latent prediction loss; 0 = off", low=0.0)
+    sigreg_weight = Var(0.02, "weight of SIGReg on the latents; 0 = off", low=0.0)
+    jepa_ce_weight = Var(3.0, "divides both: only their ratio to CE's weight, 1, matters", low=1e-6)
+    sigreg_num_proj = Var(256, "random directions of SIGReg, fresh each step", low=1)
+    sigreg_knots = Var(17, "points of its characteristic function on [0, 3]", low=2)
+    sigreg_group = Var(8, "sequences pooled into one SIGReg statistic, on any number of ranks", low=1)
+    _optimizers = "Optimizers and schedule"
+    iterations = Var(20000, "optimizer steps at most", low=1)
+    max_wallclock_seconds = Var(600.0, "training time; 0 = no limit; progress = max(step, time)", low=0.0)
+    warmdown_iters = Var(3500, "steps (as a share of ITERATIONS) over which the rate falls", low=0)
+    min_lr = Var(0.0, "rate at the end, as a share of the peak", low=0.0, high=1.0)
+    warmup_steps = Var(2, "throw-away steps that compile every shape, outside the clock", low=0)
+    matrix_lr = Var(0.025, "Muon: matrices", low=0.0)
+    muon_momentum = Var(0.99, "final momentum", low=0.0, high=0.9999)
+    muon_momentum_warmup_start = Var(0.92, "momentum at step 0", low=0.0, high=0.9999)
+    muon_momentum_warmup_steps = Var(1500, "steps from start to final momentum", low=0)
+    muon_backend_steps = Var(5, "Newton-Schulz steps", low=1)
+    muon_wd = Var(0.0, "decoupled weight decay of Muon, times its rate", low=0.0)
+    embed_lr = Var(0.1, "AdamW: embeddings of bytes and of places in a patch", low=0.0)
+    head_lr = Var(0.02, "AdamW: output head", low=0.0)
+    scalar_lr = Var(0.025, "AdamW: gains, mixes, the first latent", low=0.0)
+    adam_wd = Var(0.0, "decoupled weight decay of all AdamW groups", low=0.0)
+    beta1 = Var(0.9, "Adam", low=0.0, high=0.9999)
+    beta2 = Var(0.95, "Adam", low=0.0, high=0.99999)
+    adam_eps = Var(1e-8, "Adam", low=0.0)
+    grad_clip_norm = Var(0.0, "global gradient norm after reduction; 0 = no clip", low=0.0)
+    ema_enabled = Var(True, "score and export an average of the weights")
+    ema_decay = Var(0.997, "decay a step, reached as (1 + t) / (10 + t)", low=0.0, high=0.99999)
+    seed = Var(1337, "weights, shuffling and SIGReg directions", low=0)
+    _artifact = "Artifact"
+    bits = Var("embed:6,attn:6,mlp:6,other:6", "bit width by tensor class")
+    quant_clip = Var("std", "std: step = k * std / top; mse: searched per row; tensor: that of #696",
+                     choices=("std", "mse", "tensor"))
+    quant_k = Var("embed:5,attn:5,mlp:5,other:5", "k by tensor class: the size knob")
+    quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
+    gptq_batches = Var(4, "training batches behind them, on the training clock", low=1)
+    late_qat_threshold = Var(0.15, "trains weights as rounded below this share of the peak rate; 0 = never",
+                             low=0.0, high=1.0)
+    quant_rate = Var("embed:0,attn:0,mlp:0,other:0", "price of a bit in squared steps")
+    compressor = Var("auto", "auto keeps the smallest", choices=("auto", "rans", "zstd", "lzma", "zlib"))
+    artifact_budget_bytes = Var(16_000_000, "code + model, decimal bytes; 0 = no limit", low=0)
+    _evaluation = "Evaluation"
+    eval_seq_len = Var(0, "window length; 0 = TRAIN_SEQ_LEN", low=0, ship="eval")
+    eval_stride = Var(256, "targets scored a window in the sliding pass", low=1, ship="eval")
+    eval_batch_tokens = Var(0, "tokens a scoring forward; 0 = DEVICE_BATCH_TOKENS", low=0)
+    val_bytes = Var(0, "score only this prefix of the validation text; 0 = all", low=0)
+    val_loss_every = Var(0, "validation of the raw weights every so many steps; 0 = at the end only", low=0)
+    eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", low=0.0)
+    ttt = Var("sgd", "test-time training: learn from what is scored", choices=("0", "sgd"), ship="eval")
+    ttt_adapt = Var(True, "0 = the same pass without learning: its control", ship="eval")
+    ttt_modules = Var("all", "modules that learn, exact paths with commas", ship="eval")
+    ttt_chunk_tokens = Var(32768, "targets scored before they are learned from", low=1, ship="eval")
+    ttt_batch_rows = Var(32, "rows of TRAIN_SEQ_LEN an update, over all ranks", low=1, ship="eval")
+    ttt_epochs = Var(2, "passes over each chunk", low=1, ship="eval")
+    ttt_lr = Var(0.002, "rate of SGD at the first chunk", low=0.0, ship="eval")
+    ttt_decay_chunks = Var(0, "rate falls as 1 / sqrt(1 + chunks / this); 0 = constant", low=0, ship="eval")
+    ttt_momentum = Var(0.9, "kept from chunk to chunk", low=0.0, high=0.9999, ship="eval")
+    ttt_grad_clip = Var(1.0, "gradient norm of an update; 0 = no clip", low=0.0, ship="eval")
+    eval_only = Var(False, "score ARTIFACT and nothing else")
+    artifact = Var("", "path for EVAL_ONLY")
+    _run = "Run"
+    run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
+    runs_path = Var("./runs", "where runs are kept")
+    resume = Var("", "auto, or a checkpoint file")
+    checkpoint_every = Var(0, "steps between checkpoints; 0 = only on a signal", low=0)
+    train_log_every = Var(200, "steps between log lines; the first ten are always shown", low=1)
+    grad_report_every = Var(0, "steps between gradient attribution reports; 0 = none", low=0)
+    device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
+    dtype = Var("auto", "of activations; weights stay fp32", choices=("auto", "fp32", "bf16", "fp16"))
+    compile = Var("auto", "auto: on GPUs, and on CPUs when it pays", choices=("auto", "0", "1"))
+    attention = Var("auto", "first rung", choices=("auto", "fa3", "fa2", "cpu", "sdpa", "math"))
+    strict_env = Var(True, "refuse variables that look misspelt; 0 = only warn")
+    _launcher = "Set by the launcher (torchrun)"
+    rank = Var(0, "rank of this process", low=0)
+    local_rank = Var(0, "rank on this machine", low=0)
+    world_size = Var(1, "processes", low=1)
+    master_addr = Var("", "rendezvous host")
+    master_port = Var("", "rendezvous port")
+
+    # Published variables of ideas that are gone: {name: (values that mean off, reason)}; () = ignored.
+    RETIRED = {
+        "SWA_ENABLED": (("0",), "EMA replaced it (-0.003 BPB in #375)"),
+        "SWA_EVERY": ((), "belongs to SWA_ENABLED"),
+        "MTP_NUM_HEADS": (("0",), "multi-token heads cost +0.028 BPB in a 10-minute model"),
+        "MTP_LOSS_WEIGHT": ((), "belongs to MTP_NUM_HEADS"),
+        "MUON_BETA2": ((), "was never read by #832"),
+        **dict.fromkeys(("QAT_ENABLED", "LATE_QAT"), (("0",), "LATE_QAT_THRESHOLD took its place")),
+        "QAT_THRESHOLD": ((), "belongs to QAT_ENABLED"),
+        **dict.fromkeys(("VAL_BATCH_SIZE", "VAL_SLIDING_BATCH"),
+                        ((), "EVAL_BATCH_TOKENS took its place and does not change the score")),
+        "TTT_FREEZE_BLOCKS": (("0",), "TTT_MODULES names what learns (a prefix froze other modules too)"),
+        **dict.fromkeys(("NGRAM_ORDERS", "BIGRAM_VOCAB_SIZE", "JEPA_CHUNK_SIZE", "SMEAR_GATE", "UNET_SKIPS",
+                         "TIE_EMBEDDINGS", "DOC_MASK"), (("0",), "the trunk has it, this model does not")),
+        "CONTROL_TENSOR_NAME_PATTERNS": ((), "tensors are sorted by shape and module, not by name patterns"),
+    }
+    # Names that #696 has for variables of the family: {name: (ours, {its value: ours})}.
+    ALIASES = {
+        "VAL_SLIDING_STRIDE": ("EVAL_STRIDE", {}),
+        "TTT_ENABLED": ("TTT", {"0": "0", "1": "sgd"}),
+        "TTT_BATCH_SEQS": ("TTT_BATCH_ROWS", {}),
+        "USE_COMPILE": ("COMPILE", {}),
+    }
+
+
+    def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
+        """Reads `environ`. `shipped`, the settings in an artifact, replaces the defaults of what it names."""
+        environ = self._translated(environ or {})
+        self.warnings: list[str] = []
+        self._refuse_retired_and_misspelt(environ)
+        for name, var in self.vars().items():
+            value = (shipped or {}).get(var.name, var.default)
+            if environ.get(var.name, "") != "":
+                value = var.parse(environ[var.name])
+                if shipped and var.ship == "model" and value != shipped[var.name]:
+                    raise UserError(f"{var.name}={value} contradicts the artifact, which was made with "
+                                    f"{shipped[var.name]}: leave it unset")
+            setattr(self, name, value)
+        self.bits_by_class = self._parse_classes("bits", int, 2, 8)
+        self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
+        self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
+        self.eval_seq_len = self.eval_seq_len or self.train_seq_len
+        self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
+        if shipped or not self.eval_only:  # otherwise the artifact's settings are still to come
+            self._check()
+
+    @classmethod
+    def vars(cls) -> dict[str, Var]:
+        return {name: var for name, var in vars(cls).items() if isinstance(var, Var)}
+
+    @classmethod
+    def help(cls) -> str:
+        lines = [__doc__.strip()]
+        for name, item in vars(cls).items():
+            if isinstance(item, Var):
+                default = int(item.default) if isinstance(item.default, bool) else item.default
+                lines.append(f"  {item.name:<28} {default!s:<14} {item.why} [{item.accepted()}]")
+            elif isinstance(item, str) and not name.startswith("__"):
+                lines.append(f"\n{item}")
+        lines.append("\nOther names, of #696")
+        lines += [f"  {name:<28} {ours}" for name, (ours, _) in cls.ALIASES.items()]
+        lines.append("\nAccepted from published command lines, without effect")
+        lines += [f"  {name:<28} {why}" for name, (_, why) in cls.RETIRED.items()]
+        return "\n".join(lines)
+
+    def settings(self) -> dict:
+        return {var.name: getattr(self, name) for name, var in self.vars().items()}
+
+    def shipped(self) -> dict:
+        """What an artifact must carry to be rebuilt and scored."""
+        return {var.name: getattr(self, name) for name, var in self.vars().items() if var.ship}
+
+    def _translated(self, environ: dict[str, str]) -> dict[str, str]:
+        """The environment with #696's names replaced by ours."""
+        environ = dict(environ)
+        for name, (ours, words) in self.ALIASES.items():
+            if text := environ.pop(name, "").strip():
+                value, other = words.get(text, text), environ.get(ours, "").strip()
+                if other not in ("", value):
+                    raise UserError(f"{name}={text} means {ours}={value}, but {ours}={other} is set too")
+                environ[ours] = value
+        return environ
+
+    def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
+        known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.ALIASES}
+        for name, value in environ.items():
+            if name in self.RETIRED:
+                off, why = self.RETIRED[name]
+                if off and value not in ("", *off):
+                    raise UserError(f"{name}={value!r} is retired: {why}; unset it or use {' or '.join(off)}")
+            elif name not in known and (near := difflib.get_close_matches(name, known, 1, cutoff=0.87)):
+                message = f"{name} is not a variable of this script; did you mean {near[0]}?"
+                if environ.get("STRICT_ENV", "1") != "0":
+                    raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
+                self.warnings.append(message)
+
+    def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
+        """`embed:8,mlp:6` -> {"embed": 8, ...}; classes that are not named keep the default."""
+        var, values = self.vars()[name], {}
+        for part in f"{var.default},{getattr(self, name)}".split(","):
+            key, _, number = part.strip().partition(":")
+            values[key] = low - 1
+            with contextlib.suppress(ValueError):
+                values[key] = kind(number)
+            if key not in TENSOR_CLASSES or not low <= values[key] <= high:
+                raise UserError(f"{var.name}: {part.strip()!r} is not accepted: CLASS:NUMBER with CLASS in "
+                                f"{'|'.join(TENSOR_CLASSES)} and NUMBER from {low} to {high}")
+        return values
+
+    def _check(self) -> None:
+        """Refuses combinations that cannot work, with both values in the message."""
+        widths = {name: self.model_dim // getattr(self, name) for name in ("num_heads", "decoder_heads")}
+        rope, patch, group = self.rope_dims, self.patch_size, self.sigreg_group
+        rows, spare = divmod(self.train_batch_tokens, self.train_seq_len)
+        calibrates = self.quant_round == "gptq" and self.max_wallclock_seconds and not self.eval_only
+        problems = [
+            *((self.model_dim % getattr(self, name), "model_dim", name, "no whole width for a head")
+              for name in widths),
+            (self.num_heads % self.num_kv_heads, "num_heads", "num_kv_heads", "no equal groups of heads"),
+            *((width % 2, "model_dim", name, f"head width {width} is odd, rotary needs pairs")
+              for name, width in widths.items()),
+            *((rope % 2 or rope > width, "rope_dims", name, f"odd or wider than a head, {width}")
+              for name, width in widths.items()),
+            (spare, "train_batch_tokens", "train_seq_len", "the batch is not a whole number of rows"),
+            (self.eval_stride > self.eval_seq_len, "eval_stride", "eval_seq_len", "the stride skips targets"),
+            (self.ttt != "0" and self.ttt_chunk_tokens % self.eval_stride, "ttt_chunk_tokens", "eval_stride",
+             "a chunk is not a whole number of windows"),
+            *((getattr(self, name) < 2 * max(patch, 4), name, "patch_size", "no two patches in a row")
+              for name in ("train_seq_len", "eval_seq_len") if patch),
+            (patch and self.patch_split == "space" and self.vocab_size != 260, "patch_split", "vocab_size",
+             "bytes are ids of byte260 alone"),
+            (patch and rows % group, "train_batch_tokens", "sigreg_group", "no equal groups of rows"),
+            (self.rank >= self.world_size, "rank", "world_size", "a rank is below the number of processes"),
+            (self.late_qat_threshold and self.quant_clip != "std", "late_qat_threshold", "quant_clip",
+             "trains with std"),
+            (calibrates and not self.warmup_steps, "warmup_steps", "quant_round", "calibration is untimed"),
+            (self.eval_only and not self.artifact, "eval_only", "artifact", "which artifact?"),
+        ]
+        for bad, *names, why in problems:
+            if bad:
+                pair = ", ".join(f"{name.upper()}={getattr(self, name)}" for name in names)
+                raise UserError(f"{pair}: {why}")
+
+
+# -----------------------------------------------------------------------------
+# RUNTIME
+# -----------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes to a temporary name and renames: a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def tune_allocator() -> None:
+    """Keeps freed pages inside the process: fresh ones dominate eager CPU runs on some machines (up to 7x).
+    On glibc: no mmap for large blocks, no trimming, one arena that all threads share. Elsewhere: nothing."""
+    mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        if platform.libc_ver()[0] == "glibc":
+            for parameter, value in ((mmap_max, 0), (trim_threshold, -1), (top_pad, 1 << 28), (arena_max, 1)):
+                ctypes.CDLL("libc.so.6").mallopt(parameter, value)
+
+
+class Runtime:
+    """Device, dtype, ranks and attention backend: what the machine offers, decided once."""
+
+    def __init__(self, args: Hyperparameters):
+        self.rank, self.world_size, self.main = args.rank, args.world_size, args.rank == 0
+        self.clocks: dict[str, float] = {}  # seconds by phase
+        self.notes: list[str] = []
+        self.device = self._pick_device(args)
+        self.dtype = self._pick_dtype(args)
+        self.compile = self._pick_compile(args)
+        head_dim = args.model_dim // min(args.num_heads, args.decoder_heads)
+        self.attention = pick_attention(args.attention, self.device, self.dtype, head_dim)
+        self.notes.append(f"attention:{self.attention} compile:{int(self.compile)} "
+                          f"dtype:{str(self.dtype).removeprefix('torch.')} device:{self.device_name()}")
+        if not constriction and args.compressor in ("auto", "rans"):
+            self.notes.append("compressor: constriction is missing, LZMA or zstd instead of rANS")
+        if self.device.type == "cpu":
+            tune_allocator()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1:
+            if not args.master_addr:
+                raise UserError(f"WORLD_SIZE={self.world_size} without MASTER_ADDR: launch with torchrun")
+            self.gloo = not (self.device.type == "cuda" and dist.is_nccl_available())
+            dist.init_process_group("gloo" if self.gloo else "cpu:gloo,cuda:nccl")
+
+    def _pick_device(self, args: Hyperparameters) -> torch.device:
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        seen = [kind for kind in there if there[kind]]
+        name = seen[0] if args.device == "auto" else args.device
+        if not there[name]:
+            raise UserError(f"DEVICE={name} is not there: torch {torch.__version__} sees {', '.join(seen)}")
+        if name == "cuda" and args.local_rank >= torch.cuda.device_count():
+            raise UserError(f"LOCAL_RANK={args.local_rank}, but torch sees {torch.cuda.device_count()} GPUs")
+        return torch.device(name, args.local_rank if name == "cuda" else None)
+
+    def _pick_dtype(self, args: Hyperparameters) -> torch.dtype:
+        if args.dtype != "auto":
+            return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+        if self.device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        with contextlib.suppress(OSError):  # CPUs that multiply bf16 natively: AMX, AVX512-BF16, Arm BF16
+            native = {"amx_bf16", "avx512_bf16", "bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+            return torch.bfloat16 if native and self.device.type == "cpu" else torch.float32
+        return torch.float32
+
+    def _pick_compile(self, args: Hyperparameters) -> bool:
+        if args.compile != "auto":
+            return args.compile == "1"
+        if self.device.type == "cuda":
+            with contextlib.suppress(ImportError):
+                import triton  # noqa: F401
+                return True
+            self.notes.append("compile: no triton, running eager")
+        # on CPUs 20-80 s of compilation against about 0.3 s a step saved on a small model
+        pays = self.device.type == "cpu" and args.iterations >= 275 and not args.eval_only
+        return pays and any(map(shutil.which, ("g++", "clang++")))
+
+    @contextlib.contextmanager
+    def clock(self, phase: str):
+        """Adds what the block takes to a phase; nothing is on two clocks at once."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.clocks[phase] = self.clocks.get(phase, 0.0) + time.perf_counter() - start
+
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+    def all_reduce(self, tensor: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
+        """In place, over ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op)
+        return tensor
+
+    def from_main(self, values: list[float]) -> list[float]:
+        """Rank 0's numbers on every rank, through CPU memory: decisions never wait for a GPU queue."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor.tolist()
+
+    def peak_memory_mb(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        unit = 2**20 if platform.system() == "Darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def causal_mask(docs: Tensor, queries: int) -> Tensor:
+    """docs (B, T), the document of each position -> (B, 1, queries, T): what the last `queries` see."""
+    at = torch.arange(docs.size(1), device=docs.device)
+    return (docs[:, None, -queries:, None] == docs[:, None, None]) & (at[-queries:, None] >= at)
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
+    """Causal attention spelt out: q (B, T, H, d), k, v (B, T, K, d) -> (B, T, H, d); where: causal_mask."""
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
+    if where is None:
+        where = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1))
+    weights = scores.masked_fill(~where, -torch.inf).softmax(-1).to(v.dtype)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
+    """The same through torch's fused kernels. With a mask, q may be the last positions of k and v alone."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, where, is_causal=where is None, enable_gqa=True)
+    return y.transpose(1, 2)
+
+
+QUERY_BLOCK = 128  # queries of one slice of the blocked backward
+
+
+class BlockedBackward(torch.autograd.Function):
+    """Torch's flash forward for CPUs with a causal backward of our own, which takes half the time of torch's.
+    Blocks of queries meet the keys up to their own end; scores are kept as (keys, queries), so that four of
+    the five products read their operands in memory order."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        wide = [x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v)]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, *wide, 0.0, True)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, lse = ctx.saved_tensors
+        (batch, heads, length, dim), kv = q.shape, k.size(1)
+        size, scale = min(QUERY_BLOCK, length), dim**-0.5
+        delta = (grad.float() * out.float()).sum(-1)
+        keys, values = (x.reshape(batch * kv, length, dim) for x in (k, v))
+        grad_q, grad_k, grad_v = [], torch.zeros_like(keys).float(), torch.zeros_like(values).float()
+        ahead = torch.arange(length, device=q.device)
+        for start in range(0, length, size):
+            stop = start + size
+            query, above, level, shift = (  # (B * K, groups * size, n)
+                x[:, :, start:stop].reshape(batch * kv, heads // kv * size, -1)
+                for x in (q * scale, grad, lse[..., None], delta[..., None]))
+            mask = (ahead[:stop, None] <= ahead[start:stop]).repeat(1, heads // kv)
+            weights = torch.where(mask, (torch.bmm(keys[:, :stop], query.mT).float() - level.mT).exp(), 0.0)
+            scores = weights * (torch.bmm(values[:, :stop], above.mT).float() - shift.mT)
+            weights, scores = weights.to(q.dtype), scores.to(q.dtype)
+            grad_q.append(torch.bmm(scores.mT, keys[:, :stop]).view(batch, heads, size, dim) * scale)
+            grad_k[:, :stop] += torch.bmm(scores, query)
+            grad_v[:, :stop] += torch.bmm(weights, above)
+        return torch.cat(grad_q, 2), grad_k.to(q.dtype).view(k.shape), grad_v.to(q.dtype).view(v.shape)
+
+
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
+    """The CPU's rung: fused forward, blocked backward."""
+    if where is not None or not torch.is_grad_enabled() or q.size(1) % min(QUERY_BLOCK, q.size(1)):
+        return sdpa_attention(q, k, v, where)
+    return BlockedBackward.apply(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def flash_attention(package: str):
+    """FlashAttention 2 or 3."""
+    def attend(q: Tensor, k: Tensor, v: Tensor, where: None = None) -> Tensor:
+        out = importlib.import_module(package).flash_attn_func(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+    return attend
+
+
+ATTENTION = {"fa3": flash_attention("flash_attn_interface"), "fa2": flash_attention("flash_attn"),
+             "cpu": cpu_attention, "sdpa": sdpa_attention, "math": math_attention}
+
+
+def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
+    """The first rung, from `wanted` down, that runs forward and backward here and agrees with `math`."""
+    ladder = list(ATTENTION)[0 if wanted == "auto" else list(ATTENTION).index(wanted) :]
+    gpu, half = device.type == "cuda", dtype in (torch.bfloat16, torch.float16)
+    fits = {"fa3": gpu and half, "fa2": gpu and half, "cpu": device.type == "cpu" and half, "sdpa": True,
+            "math": True}
+    for name in filter(fits.get, ladder):
+        with contextlib.suppress(Exception):  # a missing package, a card that it refuses, an old signature
+            generator = torch.Generator().manual_seed(0)
+            q, k = (torch.randn(1, 128, n, dim, generator=generator).to(device, dtype) for n in (2, 1))
+            q.requires_grad_(True)
+            out = ATTENTION[name](q, k, k)
+            out.sum().backward()
+            if torch.allclose(out.float(), math_attention(q, k, k).float(), atol=3e-2):
+                return name
+    raise UserError(f"ATTENTION={wanted}: no rung of {ladder} runs on {device} in {dtype}")
+
+
+class Log:
+    """Console on rank 0, `log.txt` and `metrics.jsonl` in the run's folder."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, text: str, console: bool = True) -> None:
+        if self.folder is None:
+            return
+        if console:
+            print(text, flush=True)
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def metrics(self, **values) -> None:
+        if self.folder is not None:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def progress_bar(items, total: int, what: str, show: bool):
+    """tqdm on a terminal, plain iteration elsewhere."""
+    with contextlib.suppress(ImportError):  # a bar is a comfort, not a need
+        from tqdm import tqdm
+        return tqdm(items, total=total, desc=what, disable=None, leave=False) if show else items
+    return items
+
+
+# -----------------------------------------------------------------------------
+# DATA
+# -----------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+PAD_ID, BOS_ID, BYTE_OFFSET = 0, 1, 4
+BYTE_CLASSES = ("lower", "upper", "digit", "space", "newline", "punctuation", "non-ascii", "special", "token")
+
+
+def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.ndarray:
+    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then `count` uint16 ids, of
+    which the first `checked` (None: all) are held against the vocabulary at once."""
+    size = path.stat().st_size
+    if size < HEADER_BYTES:
+        raise UserError(f"{path}: {size} bytes is too short for a shard header of {HEADER_BYTES}")
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path}: header {header[:2]} is not a shard's, {SHARD_MAGIC} {SHARD_VERSION}")
+    if header[2] < 0 or size != HEADER_BYTES + 2 * int(header[2]):
+        room = (size - HEADER_BYTES) / 2
+        raise UserError(f"{path}: the header promises {header[2]} ids, the file has room for {room:g}")
+    ids = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
+    check_ids(ids[:checked], vocab_size, path)
+    return ids
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
+    if ids.size and (top := int(ids.max())) >= vocab_size:
+        raise UserError(f"{path}: id {top} is outside VOCAB_SIZE={vocab_size}: other tokenizer, or damaged")
+
+
+class Dataset:
+    """The shards under DATA_PATH and what is known about them."""
+
+    def __init__(self, args: Hyperparameters, verify: bool):
+        self.path = Path(args.data_path)
+        if not self.path.is_dir():
+            raise UserError(f"DATA_PATH={args.data_path} is not a folder: `python data/prepare.py` makes one")
+        self.train_files = sorted(self.path.glob("*_train_*.bin"))
+        self.val_files = sorted(self.path.glob("*_val_*.bin"))
+        if not self.val_files or not (self.train_files or args.eval_only):
+            missing = "_val_" if not self.val_files else "_train_"
+            raise UserError(f"DATA_PATH={self.path} holds no *{missing}*.bin; data/prepare.py makes them")
+        self.vocab_size = args.vocab_size
+        self.manifest = self._read_manifest()
+        self.train_shards = [open_shard(path, self.vocab_size, 1 << 20) for path in self.train_files]
+        self.val = np.concatenate([open_shard(path, self.vocab_size) for path in self.val_files])
+        if verify:
+            self._verify(args.verify_data)
+        if len(self.val) < 2:
+            raise UserError(f"{self.val_files[0]}: {len(self.val)} ids leave no validation target")
+
+    def _read_manifest(self) -> dict:
+        path = self.path / "manifest.json"
+        if not path.exists():
+            return {}
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            shards = {str(entry["file"]): str(entry["sha256"]) for entry in manifest["shards"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a manifest of data/prepare.py ({error!r})") from None
+        if manifest.get("vocab_size", self.vocab_size) != self.vocab_size:
+            raise UserError(f"{path}: made for VOCAB_SIZE={manifest['vocab_size']}, not {self.vocab_size}")
+        return {**manifest, "sha256": shards}
+
+    def _verify(self, mode: str) -> None:
+        files = self.train_files + self.val_files
+        size = sum(path.stat().st_size for path in files)
+        if not self.manifest or mode == "0" or (mode == "auto" and size > 2_000_000_000):
+            return
+        for path in files:
+            wanted, found = self.manifest["sha256"].get(path.name, "nothing"), sha256_file(path)
+            if wanted != found:
+                raise UserError(f"{path}: sha256 {found[:16]}... where the manifest has {wanted[:16]}")
+
+    def fingerprint(self) -> dict:
+        """What a reader needs to know that two runs saw the same text."""
+        digest = hashlib.sha256(self.val.tobytes())
+        for path, shard in zip(self.train_files, self.train_shards):  # the ends: all of it could take minutes
+            digest.update(f"{path.name} {len(shard)}".encode())
+            digest.update(shard[:4096].tobytes() + shard[-4096:].tobytes())
+        known = {key: self.manifest.get(key) for key in ("source", "variant", "documents", "bytes")}
+        return {"name": self.path.name, **known, "train_shards": len(self.train_files),
+                "val_shards": len(self.val_files), "train_tokens": sum(map(len, self.train_shards)),
+                "val_tokens": len(self.val), "val_documents": int((self.val == BOS_ID).sum()),
+                "sha256": digest.hexdigest()}
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary before one).
+
+    A target counts base[id] + (space[id] and not edge[previous id]). byte260: ids from 4 up are a byte each.
+    SentencePiece: byte pieces 1, control, unknown and unused 0, others their UTF-8 length with U+2581 as one
+    space; a leading one counts only where the previous id is no boundary: the dummy prefix stands there.
+    Models trained by data/prepare.py add no prefix: there every U+2581 is a real space and counts."""
+    base, space, edge = (np.zeros(args.vocab_size, dtype=kind) for kind in (np.int64, bool, bool))
+    if not args.tokenizer_path or args.tokenizer_path.endswith(".json"):  # #696 names byte260's description
+        if args.vocab_size != 260:
+            raise UserError(f"VOCAB_SIZE={args.vocab_size} needs TOKENIZER_PATH; only byte260 has none")
+        base[BYTE_OFFSET:] = 1
+        edge[:BYTE_OFFSET] = True
+        return base, space, edge
+    try:
+        from sentencepiece import SentencePieceProcessor
+        tokenizer = SentencePieceProcessor(model_file=args.tokenizer_path)
+    except ImportError:
+        raise UserError("TOKENIZER_PATH is set, but sentencepiece is not installed") from None
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path}: no SentencePiece model ({error})") from None
+    if tokenizer.vocab_size() != args.vocab_size:
+        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} has {tokenizer.vocab_size()} ids, "
+                        f"VOCAB_SIZE is {args.vocab_size}")
+    dummy_prefix = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
+    for i in range(args.vocab_size):
+        piece = tokenizer.id_to_piece(i)
+        edge[i] = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
+        if tokenizer.is_byte(i):
+            base[i] = 1
+        elif not edge[i]:
+            space[i] = dummy_prefix and piece.startswith("\u2581")
+            base[i] = len(piece.replace("\u2581", " ").encode()) - space[i]
+    return base, space, edge
+
+
+def target_bytes(ids: np.ndarray, tables: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    """Bytes of each target ids[1:], an int64 array of len(ids) - 1."""
+    base, space, edge = tables
+    return base[ids[1:]] + (space[ids[1:]] & ~edge[ids[:-1]])
+
+
+def class_table(vocab_size: int) -> np.ndarray:
+    """Class of each id, an index into BYTE_CLASSES, for the bits-by-class report."""
+    def name_of(byte: int) -> str:
+        text = chr(byte)
+        tests = {"non-ascii": byte > 127, "newline": text in "\r\n", "space": text.isspace(),
+                 "digit": text.isdigit(), "lower": text.islower(), "upper": text.isupper()}
+        return next((name for name, found in tests.items() if found), "punctuation")
+    names = ["special"] * BYTE_OFFSET + ["token"] * (vocab_size - BYTE_OFFSET)
+    if vocab_size == 260:
+        names[BYTE_OFFSET:] = map(name_of, range(256))
+    return np.array([BYTE_CLASSES.index(name) for name in names])
+
+
+class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
+    """How a global batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group` rows.
+    Every rank runs the same shapes: slots beyond the batch repeat its first group with weight 0."""
+
+
+    @classmethod
+    def make(cls, args: Hyperparameters, world_size: int) -> BatchPlan:
+        group = args.sigreg_group if args.patch_size else 1
+        rows = args.train_batch_tokens // args.train_seq_len
+        total = rows // group
+        at_most = max(1, args.device_batch_tokens // (args.train_seq_len * group))
+        micro_steps = -(-total // (world_size * at_most))
+        return cls(rows, group, -(-total // (world_size * micro_steps)), micro_steps, world_size)
+
+    def slots(self, micro_step: int, rank: int) -> tuple[list[int], list[float]]:
+        """Row numbers inside the global batch for one forward, and a weight for each."""
+        first = (micro_step * self.world_size + rank) * self.groups
+        numbers, weights = [], []
+        for group in range(first, first + self.groups):
+            real = group < self.rows // self.group
+            numbers += [(group if real else 0) * self.group + i for i in range(self.group)]
+            weights += [float(real)] * self.group
+        return numbers, weights
+
+
+class Loader:
+    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in an order that does not depend on the number of ranks.
+    `state` is the position of the next row: {"epoch", "shard", "row"}; it belongs to the checkpoint."""
+
+    def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int, state=None):
+        self.data, self.args, self.plan, self.rank, self.length = data, args, plan, rank, args.train_seq_len
+        self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
+        self._starts: tuple[tuple, np.ndarray] = ((), np.zeros(0, np.int64))
+        if (most := max(map(len, data.train_shards))) <= self.length:
+            raise UserError(f"TRAIN_SEQ_LEN={self.length} is longer than every training shard ({most} ids)")
+
+    def _ordered(self, items: np.ndarray, *key: int) -> np.ndarray:
+        shuffled = self.args.train_order == "shuffled"
+        return np.random.default_rng([self.args.seed, *key]).permutation(items) if shuffled else items
+
+    def _row_starts(self, epoch: int, index: int) -> np.ndarray:
+        """Where the rows of a shard begin: disjoint in a stream. With document alignment, a row that would
+        begin inside a document that started in the row before begins at its BOS: that head is seen twice."""
+        if self._starts[0] == (epoch, index):
+            return self._starts[1]
+        shard = self.data.train_shards[index]
+        last = len(shard) - self.length - 1  # the last legal start: a row needs one id more for its targets
+        starts = np.arange(0, last + 1, self.length)
+        documents = np.flatnonzero(shard == BOS_ID) if self.args.train_align == "document" else starts[:0]
+        if len(documents):
+            found, start = [], int(documents[0])
+            while start <= last:
+                found.append(start)
+                nearest = documents[np.searchsorted(documents, start + self.length, side="right") - 1]
+                start = int(nearest) if nearest > start else start + self.length
+            starts = np.array(found, dtype=np.int64)
+        self._starts = ((epoch, index), self._ordered(starts, epoch, index))
+        return self._starts[1]
+
+    def _next_rows(self, count: int) -> list[tuple[int, int]]:
+        """(shard, start) of the next `count` rows; moves the state."""
+        rows, state = [], self.state
+        while len(rows) < count:
+            order = self._ordered(np.arange(len(self.data.train_shards)), state["epoch"])
+            index = int(order[state["shard"]])
+            starts = self._row_starts(state["epoch"], index)
+            take = starts[state["row"] : state["row"] + count - len(rows)]
+            rows += [(index, int(start)) for start in take]
+            state["row"] += len(take)
+            if state["row"] >= len(starts):
+                state["row"], state["shard"] = 0, state["shard"] + 1
+            if state["shard"] == len(order):
+                state["shard"], state["epoch"] = 0, state["epoch"] + 1
+        return rows
+
+    def next(self) -> tuple[Tensor, Tensor, dict]:
+        """This rank's part: ids (micro_steps, rows, T + 1), weights (micro_steps, rows), state after it."""
+        plan, rows = self.plan, self._next_rows(self.plan.rows)
+        batch = np.empty((plan.micro_steps, plan.groups * plan.group, self.length + 1), np.int64)
+        weights = np.empty(batch.shape[:2], np.float32)
+        for micro in range(plan.micro_steps):
+            numbers, weights[micro] = plan.slots(micro, self.rank)
+            for slot, number in enumerate(numbers):
+                index, start = rows[number]
+                batch[micro, slot] = self.data.train_shards[index][start : start + self.length + 1]
+        check_ids(batch, self.data.vocab_size, self.data.path)
+        return torch.from_numpy(batch), torch.from_numpy(weights), dict(self.state)
+
+    def prefetch(self, device: torch.device):
+        """Iterates over `next()` from a thread, two batches ahead, in pinned memory on GPUs."""
+        def work() -> tuple[Tensor, Tensor, dict]:
+            *tensors, state = self.next()
+            return *(x.pin_memory() if device.type == "cuda" else x for x in tensors), state
+
+        with ThreadPoolExecutor(1) as thread:
+            ahead = deque(thread.submit(work) for _ in range(2))
+            while True:
+                ids, weights, state = ahead.popleft().result()
+                ahead.append(thread.submit(work))
+                yield ids.to(device, non_blocking=True), weights.to(device, non_blocking=True), state
+
+
+# -----------------------------------------------------------------------------
+# QUANTISER
+# -----------------------------------------------------------------------------
+
+TENSOR_CLASSES = ("embed", "attn", "mlp", "other")
+SMALL_TENSOR = 4096  # elements; below it a tensor stays fp16
+SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
+TENSOR_CLIPS = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # quantiles of |row| that #696 tries
+
+
+def tensor_class(name: str) -> str:
+    if name.startswith(("tok_emb", "encoder.tok_emb", "encoder.patch_pos", "lm_head")):
+        return "embed"
+    return "attn" if ".attn." in name else "mlp" if ".mlp." in name else "other"
+
+
+def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
+    """(bits, axis of a step's slice: the last); (0, 0): stays fp16."""
+    if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR:
+        return 0, 0
+    return args.bits_by_class[tensor_class(name)], len(shape) - 1
+
+
+def nearest(x: np.ndarray, top: int) -> np.ndarray:
+    return np.clip(np.rint(x), -top, top)
+
+
+def cheapest(x: np.ndarray, top: int, rate: float) -> np.ndarray:
+    """Integers with the least (x - q)^2 + rate * bits(q), among the nearest, its neighbour towards zero and
+    zero itself: entropy-constrained rounding. The bits, of an ideal order-0 code, settle in two rounds."""
+    best = near = nearest(x, top)
+    options = (near, near - np.sign(near), np.zeros_like(near))
+    for _ in range(2):
+        counts = np.bincount(best.ravel().astype(np.int64) + top, minlength=2 * top + 1) + 0.5
+        prices = rate * np.log2(counts.sum() / counts).astype(np.float32)
+        costs = [np.square(x - q) + prices[q.astype(np.int64) + top] for q in options]
+        best = np.choose(np.argmin(costs, axis=0), options)
+    return best
+
+
+def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
+    """Full-Hessian GPTQ (Frantar et al. 2022) of x (R, C), a matrix whose rows are in units of their steps.
+    Columns in the order of falling input power; the error of each is spread over those still to come by the
+    inverse of the damped hessian = X^T X (C, C). (Weighing bits against error here lost to a wider step.)"""
+    power = np.diag(hessian)
+    order = np.argsort(-power, kind="stable")
+    damped = hessian[np.ix_(order, order)].astype(np.float64)
+    damped[np.diag_indices(len(order))] += 0.01 * power.mean() + 1e-12
+    factor = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)  # upper U, inverse = U^T U
+    left, q = x[:, order].copy(), np.empty_like(x)
+    for start in range(0, x.shape[1], 128):
+        stop = min(start + 128, x.shape[1])
+        errors = np.empty((len(x), stop - start), np.float32)
+        for j in range(start, stop):
+            q[:, order[j]] = chosen = nearest(left[:, j], top)
+            errors[:, j - start] = error = (left[:, j] - chosen) / factor[j, j]
+            left[:, j:stop] -= error[:, None] * factor[j, j:stop]
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    return q
+
+
+def quantise(weight: np.ndarray, bits: int, clip: str, k: float, axis: int, rate: float = 0.0,
+             hessian: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds to integers of `bits` bits with one fp16 step for each slice along `axis`: q * step ~ weight.
+
+    `std`: step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394); a Gaussian then costs about
+    log2(top / k) + 2.05 bits a weight, so k sets the size. `mse`: the step with the least squared error among
+    33 clips from 0.2 to 1 of the largest value. Steps have an epsilon floor, not 1 / top (defect G2 of #832).
+    `tensor`: the exporter of #696, to see what it costs (its defect B9): each row is clipped at a quantile of
+    its |values|, one quantile for the whole tensor, and a step is at least 1 / top.
+    Rounding: to the nearest; by `gptq` with a hessian (C, C); else by `cheapest` where `rate`, the price of a
+    bit in squared steps, is not 0 (at ln(2) / 6 = 0.116 a bit costs what a coarser step would save).
+    Returns q, int8 of weight's shape, and step, fp16 with size 1 on `axis`. NumPy: backends pack alike."""
+    top = 2 ** (bits - 1) - 1
+    weight = np.asarray(weight, dtype=np.float32)
+
+    def floored(step: np.ndarray) -> np.ndarray:
+        return np.maximum(step, SCALE_FLOOR).astype(np.float16).astype(np.float32)
+    if clip == "std":
+        step = floored(k / top * weight.std(axis=axis, keepdims=True, dtype=np.float64))
+    elif clip == "tensor":
+        trials = [floored(np.maximum(np.quantile(np.abs(weight), share, axis=axis, keepdims=True), 1) / top)
+                  for share in TENSOR_CLIPS]
+        step = min(trials, key=lambda step: np.square(nearest(weight / step, top) * step - weight).sum())
+    else:
+        peak, least = np.abs(weight).max(axis=axis, keepdims=True), np.inf
+        for share in np.linspace(1.0, 0.2, 33, dtype=np.float32):
+            trial = floored(share * peak / top)
+            error = np.square(nearest(weight / trial, top) * trial - weight).sum(axis=axis, keepdims=True)
+            step = np.where(error < least, trial, step) if share < 1 else trial
+            least = np.minimum(error, least)
+    x = weight / step
+    q = gptq(x, hessian, top) if hessian is not None else cheapest(x, top, rate) if rate else nearest(x, top)
+    return q.astype(np.int8), step.astype(np.float16)
+
+
+class Rounding(nn.Module):
+    """Quantisation-aware training: the exporter's std quantiser in the forward, gradients straight through.
+    `on` is a tensor, so that a compiled graph sees the switch. Submodule `qat` of a weight's owner."""
+
+    def __init__(self, bits: int, k: float, axis: int):
+        super().__init__()
+        self.top, self.k, self.axis = 2 ** (bits - 1) - 1, k, axis
+        self.register_buffer("on", torch.zeros(()), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            exact = weight.float() if weight.device.type == "mps" else weight.double()
+            step = self.k / self.top * exact.std(self.axis, correction=0, keepdim=True)
+            step = step.clamp(min=SCALE_FLOOR).half().float()
+            change = (weight / step).round().clamp(-self.top, self.top) * step - weight
+        return weight + self.on * change
+
+
+def rounded(owner: nn.Module) -> Tensor:
+    """A module's weight as the loss is to see it."""
+    return owner.qat(owner.weight) if hasattr(owner, "qat") else owner.weight
+
+
+# -----------------------------------------------------------------------------
+# AUXILIARY OBJECTIVES
+# -----------------------------------------------------------------------------
+
+
+SIGREG_ROWS = 32  # of #696: its statistic is scaled by so many samples, and its weight is meant for that
+
+
+class LatentMLP(nn.Module):
+    """W2 silu(W1 RMSNorm(x)), no biases; the projector and the predictor of #696."""
+
+    def __init__(self, dim: int, latent: int):
+        super().__init__()
+        self.fc1 = CastedLinear(dim, 2 * dim)
+        self.fc2 = CastedLinear(2 * dim, latent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(rms_norm(x))))
+
+
+def knots_and_weights(knots: int, device=None) -> tuple[Tensor, Tensor, Tensor]:
+    """(t, phi, w), each (K,): t on [0, 3], phi_k = exp(-t_k^2 / 2), w = phi * trapezoid rule on [-3, 3]."""
+    t = torch.linspace(0.0, 3.0, knots, device=device)
+    phi = torch.exp(-0.5 * t * t)
+    width = torch.full_like(t, 6 / (knots - 1))
+    width[0] = width[-1] = 3 / (knots - 1)
+    return t, phi, width * phi
+
+
+def sigreg(latents: Tensor, share: Tensor, directions: Tensor, knots: int) -> Tensor:
+    """Sketched test that latents are N(0, I): distance of characteristic functions along random directions.
+
+    latents (G, N, d): G samples of N latents; share (G, N): weight of each, 1 / n or 0; directions (d, P),
+    unit columns. Returns (G,) in fp32: SIGREG_ROWS times the mean over P of
+    sum_k w_k [(mean cos t_k p - phi_k)^2 + (mean sin t_k p)^2], t, phi and w as of `knots_and_weights`.
+    Nothing is standardised, so a wrong scale costs. A sample of #696 is one patch position of 32 rows, here
+    it is all patches of a group of rows: the same force, less noise. After LeJEPA (Balestriero & LeCun 2025).
+    """
+    t, phi, weights = knots_and_weights(knots, latents.device)
+    angles = (latents.float() @ directions.float())[..., None] * t  # (G, N, P, K)
+    cos, sin = (torch.einsum("gn,gnpk->gpk", share, wave) for wave in (angles.cos(), angles.sin()))
+    return SIGREG_ROWS * (((cos - phi).square() + sin.square()) @ weights).mean(-1)
+
+
+def sigreg_floor(samples: Tensor, knots: int) -> Tensor:
+    """Expected value of `sigreg` for so many (any shape) true N(0, I) latents."""
+    _, phi, weights = knots_and_weights(knots, samples.device)
+    return SIGREG_ROWS / samples * (weights * (1 - phi**2)).sum()
+
+
+class PatchJEPA(nn.Module):
+    """Predicts the latent of each patch from the encoder's state after the patch before, for the decoder.
+
+    The interface that a record replaces, and nothing else of the script:
+      inputs(step, device)    what a step's losses need from outside the graph, equal on all ranks
+      forward(..., inputs)    (what the decoder is given, {name: (groups,) loss}); no losses without inputs
+      weights(progress)       {name: weight of that term beside CE}
+      report(means)           what the step line says about the mean terms
+      exported()              prefixes of the parameters that scoring needs; no others reach the artifact
+
+    With e_c a patch's embedding, h_c the encoder's state: z_c = projector(e_c), zhat_{c+1} = predictor(h_c),
+    a learned zhat_0; losses |zhat_c - sg(z_c)|^2 for c > 0, and SIGReg on z, which reaches the embedding. CE
+    trains the predictor too. After c patches the decoder is given W zhat_c (PATCH_CONDITION=latent), or
+    V h_{c-1}, 0 before the first (context), or their sum (both). SIGReg pools fixed groups of rows: ranks do
+    not change it."""
+
+    def __init__(self, args: Hyperparameters):
+        super().__init__()
+        self.args, dim, latent = args, args.model_dim, args.latent_dim
+        self.projector = LatentMLP(dim, latent)
+        self.predictor = LatentMLP(dim, latent)
+        by_latent = args.patch_condition != "context"
+        self.start_latent = nn.Parameter(torch.empty(latent)) if by_latent else None
+        self.from_latent = CastedLinear(latent, dim) if by_latent else None
+        self.from_context = CastedLinear(dim, dim) if args.patch_condition != "latent" else None
+
+    def inputs(self, step: int, device: torch.device) -> Tensor | None:
+        """Fresh unit directions (latent, P) for SIGReg, from the seed and the step alone."""
+        args = self.args
+        if not (args.jepa_pred_weight or args.sigreg_weight):
+            return None
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        directions = torch.randn(args.latent_dim, args.sigreg_num_proj, generator=generator)
+        return F.normalize(directions, dim=0).to(device)
+
+    def forward(self, embedded: Tensor, context: Tensor, full: Tensor,
+                inputs: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """embedded, context (B, C, D) of C patches, full (B, C): which of them are complete ->
+        what the decoder is given after 0 ... C patches (B, C + 1, D), and terms per group of rows."""
+        given, guess = 0.0, None
+        if self.from_latent is not None or inputs is not None:
+            guess = self.predictor(context)  # (B, C, latent), of the patch behind each
+        if self.from_latent is not None:
+            start = self.start_latent.to(guess.dtype).expand(len(guess), 1, -1)
+            given = self.from_latent(torch.cat((start, guess), 1))
+        if self.from_context is not None:
+            given = given + self.from_context(F.pad(context, (0, 0, 1, 0)))
+        if inputs is None:
+            return given, {}
+        args, z, guess, full = self.args, self.projector(embedded).float(), guess.float(), full.float()
+
+        def pooled(x: Tensor) -> Tensor:
+            """(B, n, ...) -> (G, group * n, ...)"""
+            return x.unflatten(0, (-1, args.sigreg_group)).flatten(1, 2)
+        share = pooled(full[:, 1:])
+        share = share / share.sum(1, keepdim=True)
+        target = pooled(z[:, 1:].detach())
+        terms = {"jepa_pred": (share * (pooled(guess[:, :-1]) - target).square().mean(-1)).sum(1)}
+        mean = (share[..., None] * target).sum(1, keepdim=True)
+        terms["latent_var"] = (share * (target - mean).square().mean(-1)).sum(1)
+        if args.sigreg_weight:
+            count = pooled(full).sum(1)
+            terms["sigreg"] = sigreg(pooled(z), pooled(full) / count[:, None], inputs, args.sigreg_knots)
+            terms["sigreg_floor"] = sigreg_floor(count, args.sigreg_knots)
+        return given, terms
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """Constant in time. #696 weighs CE by JEPA_CE_WEIGHT; all are divided by it, so that CE keeps 1."""
+        args = self.args
+        return {"jepa_pred": args.jepa_pred_weight / args.jepa_ce_weight,
+                "sigreg": args.sigreg_weight / args.jepa_ce_weight}
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        """R^2 of the predictor, and SIGReg beside the value that perfectly normal latents would give."""
+        means = dict(means)
+        if "latent_var" in means:
+            means["jepa_r2"] = 1 - means["jepa_pred"] / max(means.pop("latent_var"), 1e-12)
+        return means
+
+    def exported(self) -> tuple[str, ...]:
+        return ("predictor.", "start_latent", "from_") if self.from_latent is not None else ("from_",)
+
+
+# -----------------------------------------------------------------------------
+# MODEL
+# -----------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+class CastedLinear(nn.Linear):
+    """fp32 weight, multiplied in the dtype of the input; no bias."""
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__(dim_in, dim_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, rounded(self).to(x.dtype))
+
+
+def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
+    """cos and sin of positions below `length`: (2, T, 1, r / 2), r the rotated dimensions, fp32, never cast:
+    bf16 positions are wrong beyond 256 (defect G1 of #832). Windows longer than TRAIN_SEQ_LEN grow the base
+    by (length / train_seq_len)^(r / (r - 2)) (NTK scaling)."""
+    dims = args.rope_dims or args.model_dim // args.num_heads
+    base = args.rope_base
+    if length > args.train_seq_len and dims > 2:
+        base *= (length / args.train_seq_len) ** (dims / (dims - 2))
+    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angles = torch.arange(length, dtype=torch.float64)[:, None, None] * frequency
+    return torch.stack((angles.cos(), angles.sin())).float()
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Half-split rotary on the first dimensions of x (B, T, H, d); rotary as of `rotary_tables`."""
+    (cos, sin), half = rotary, rotary.size(-1)
+    a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+    return torch.cat(((a * cos + b * sin).to(x.dtype), (b * cos - a * sin).to(x.dtype), rest), -1)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, args: Hyperparameters, layer: int, attention: str):
+        super().__init__()
+        self.layer, self.num_kv_heads = layer, args.num_kv_heads
+        self.head_dim = args.model_dim // args.num_heads
+        kv_dim = self.num_kv_heads * self.head_dim
+        self.c_q = CastedLinear(args.model_dim, args.model_dim)
+        self.c_k = CastedLinear(args.model_dim, kv_dim)
+        self.c_v = CastedLinear(args.model_dim, kv_dim)
+        self.proj = CastedLinear(args.model_dim, args.model_dim)
+        self.q_gain = nn.Parameter(torch.full((args.num_heads,), args.qk_gain_init))
+        self.exclude_self = layer >= args.num_layers - args.xsa_last_n
+        self.attend = ATTENTION[attention]
+
+    def forward(self, x: Tensor, rotary: Tensor, where=None, past: KVCache | None = None) -> Tensor:
+        weights = [rounded(layer) for layer in (self.c_q, self.c_k, self.c_v)]
+        qkv = F.linear(x, torch.cat(weights).to(x.dtype))  # one wide product instead of three
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim))  # (B, T, H or K, d)
+                   for part in qkv.split([len(weight) for weight in weights], -1))
+        q, k = (rotate(rms_norm(part), rotary) for part in (q, k))
+        q = q * self.q_gain.to(q.dtype)[:, None]
+        y = sdpa_attention(q, *past.extend(self.layer, k, v), where) if past else self.attend(q, k, v, where)
+        if self.exclude_self:  # XSA: drop each head's component along this position's own value
+            own = F.normalize(v.float(), dim=-1).to(y.dtype).unsqueeze(3)  # (B, T, K, 1, d)
+            y = y.unflatten(2, (self.num_kv_heads, -1))
+            y = (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+        return self.proj(y.flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, args: Hyperparameters):
+        super().__init__()
+        hidden = max(1, round(args.model_dim * args.mlp_mult))
+        self.fc = CastedLinear(args.model_dim, hidden)
+        self.proj = CastedLinear(hidden, args.model_dim)
+        self.slope = args.leaky_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
+
+
+class Block(nn.Module):
+    def __init__(self, args: Hyperparameters, layer: int, attention: str):
+        super().__init__()
+        self.attn = CausalSelfAttention(args, layer, attention)
+        self.mlp = MLP(args)
+        self.attn_scale = nn.Parameter(torch.ones(args.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(args.model_dim))
+        mix = torch.tensor([[1.0], [0.0]]).repeat(1, args.model_dim)
+        self.resid_mix = nn.Parameter(mix) if args.resid_mix else None
+        self.ln_scale = (layer + 1) ** -0.5 if args.ln_scale else 1.0
+
+    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor, where, past: KVCache | None) -> Tensor:
+        attn_scale, mlp_scale = self.attn_scale.to(x.dtype), self.mlp_scale.to(x.dtype)
+        if self.resid_mix is not None:
+            mix = self.resid_mix.to(x.dtype)
+            x = mix[0] * x + mix[1] * x0
+        x = x + attn_scale * self.attn(rms_norm(x) * self.ln_scale, rotary, where, past)
+        return x + mlp_scale * self.mlp(rms_norm(x) * self.ln_scale)
+
+
+SPACE_ID, NEWLINE_ID = BYTE_OFFSET + ord(" "), BYTE_OFFSET + ord("\n")
+LEAST_MEAN = 4  # bytes that patches which end with spaces have on average, at least: room in a row
+
+
+def patch_room(length: int, args: Hyperparameters) -> int:
+    """Patches of a row of `length` ids; those that a row has beyond it are never encoded."""
+    return length // (args.patch_size if args.patch_split == "fixed" else min(LEAST_MEAN, args.patch_size))
+
+
+def cut_into_patches(ids: Tensor, room: int, args: Hyperparameters) -> tuple[Tensor, Tensor]:
+    """ids (B, T) -> the ids of each patch (B, room, PATCH_SIZE), padded, and how many patches are complete
+    (B, T) with the id at t. Whether a patch ends at t is known from the ids up to t."""
+    size, place = args.patch_size, torch.arange(ids.size(1), device=ids.device).expand_as(ids)
+    ends = torch.zeros_like(ids, dtype=torch.bool)
+    if args.patch_split == "space":
+        ends = (ids == SPACE_ID) | (ids == NEWLINE_ID)
+        behind = torch.where(ends, place + 1, 0)  # where the next run of other bytes begins
+        place = place - F.pad(behind[:, :-1], (1, 0)).cummax(1).values
+    slot = place % size
+    ends = ends | (slot == size - 1)
+    complete = ends.cumsum(1)
+    cell = (complete - ends.long()) * size + slot
+    cells = ids.new_full((len(ids), room * size + 1), PAD_ID)  # the last takes what has no room
+    cells = cells.scatter(1, cell.clamp(max=room * size), ids)
+    return cells[:, :-1].unflatten(1, (room, size)), complete.clamp(max=room)
+
+
+class StackCache:
+    """Keys and values of what a stack of blocks has read so far: (1, `room`) positions at most."""
+
+    def __init__(self, args: Hyperparameters, room: int, model: GPT):
+        shape = args.num_layers, 2, 1, room, args.num_kv_heads, args.model_dim // args.num_heads
+        self.layers = torch.zeros(shape, dtype=model.dtype, device=model.tok_emb.weight.device)
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes keys and values of new positions (1, n, K, d); returns those of all."""
+        stop = self.length + k.size(1)
+        self.layers[layer, 0, :, self.length : stop], self.layers[layer, 1, :, self.length : stop] = k, v
+        return self.layers[layer, 0, :, :stop], self.layers[layer, 1, :, :stop]
+
+
+class KVCache(StackCache):
+    """What decoding goes on from: keys and values of the decoder, of each pass through the encoder, and what
+    the decoder is given after 0, 1, ... patches of the window."""
+
+    def __init__(self, model: GPT):
+        args = model.args
+        super().__init__(model.decoder_args, args.eval_seq_len, model)
+        self.given = torch.zeros(1, 0, args.model_dim, dtype=model.dtype, device=self.layers.device)
+        self.passes = [StackCache(args, patch_room(args.eval_seq_len, args), model)
+                       for _ in range(args.encoder_repeats if args.patch_size else 0)]
+
+
+class PatchEncoder(nn.Module):
+    """A vector a patch, from its embedded bytes side by side, then a causal stack over patches, whose blocks
+    are applied ENCODER_REPEATS times in sequence. Its positions are those of patches."""
+
+    def __init__(self, args: Hyperparameters, attention: str, dtype: torch.dtype):
+        super().__init__()
+        self.repeats, self.dtype = args.encoder_repeats, dtype
+        self.tok_emb = nn.Embedding(args.vocab_size, args.model_dim)
+        self.patch_pos = nn.Embedding(args.patch_size, args.model_dim)
+        self.patch_in = CastedLinear(args.patch_size * args.model_dim, args.model_dim)
+        self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(args.num_layers))
+
+    def forward(self, patches: Tensor, rotary: Tensor, passes: list[StackCache]) -> tuple[Tensor, Tensor]:
+        """patches (B, C, PATCH_SIZE) -> embeddings and states (B, C, D). With the caches of the `passes`, the
+        patches are those that follow what these have read."""
+        x = (F.embedding(patches, rounded(self.tok_emb)) + rounded(self.patch_pos)).to(self.dtype)
+        embedded = self.patch_in(rms_norm(x).flatten(2))
+        x, where, known = rms_norm(embedded), None, 0
+        if passes:
+            known = passes[0].length
+            where = causal_mask(patches.new_zeros(1, known + x.size(1)), x.size(1))
+        x0, rotary = x, rotary[:, known : known + x.size(1)]
+        for past in passes or [None] * self.repeats:
+            for block in self.blocks:
+                x = block(x, x0, rotary, where, past)
+            if past is not None:
+                past.length += x.size(1)
+        return embedded, rms_norm(x)
+
+
+class GPT(nn.Module):
+    """The network. `losses` gives every loss term of a batch in one forward, `logits` what scoring needs.
+
+    The decoder reads bytes: embedding, blocks, head. With PATCH_SIZE, what the encoder makes of the patches
+    that are complete at a byte is added to that byte's embedding: position t depends on ids up to t alone."""
+
+    def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.args, self.dtype, decoder = args, dtype, copy.copy(args)
+        decoder.num_layers, decoder.num_heads = args.decoder_layers, args.decoder_heads
+        decoder.num_kv_heads, self.decoder_args = args.decoder_heads, decoder
+        self.tok_emb = nn.Embedding(args.vocab_size, args.model_dim)
+        self.encoder = PatchEncoder(args, attention, dtype) if args.patch_size else None
+        self.aux = PatchJEPA(args) if args.patch_size else None
+        self.blocks = nn.ModuleList(Block(decoder, i, attention) for i in range(decoder.num_layers))
+        self.set_rotary()
+        self.lm_head = CastedLinear(args.model_dim, args.vocab_size)
+
+    def set_rotary(self) -> None:
+        """Tables for training and scoring windows, which may have different lengths, (2, T, 1, n): columns of
+        the decoder, whose positions are bytes, then those of the encoder, whose positions are patches."""
+        for use in ("train", "eval"):
+            length = getattr(self.args, f"{use}_seq_len")
+            tables = [rotary_tables(length, args) for args in (self.decoder_args, self.args)]
+            self.rotary_widths = [table.size(-1) for table in tables]
+            self.register_buffer(f"rotary_{use}", torch.cat(tables, -1), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """As in #696: uniform matrices, small normal embeddings, zero output projections of blocks."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, CastedLinear):
+                bound = module.weight.size(1) ** -0.5
+                module.weight.uniform_(-bound, bound, generator=generator)
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_(0, 0.02, generator=generator)
+        for block in filter(lambda module: isinstance(module, Block), self.modules()):
+            block.attn.proj.weight.zero_()
+            block.mlp.proj.weight.zero_()
+        if self.aux is not None and self.aux.start_latent is not None:
+            self.aux.start_latent.normal_(0, 0.02, generator=generator)
+
+    def hidden(self, ids: Tensor, rotary: Tensor, aux_inputs: Tensor | None = None,
+               past: KVCache | None = None) -> tuple[Tensor, dict]:
+        """ids (B, T) -> normalised states (B, T, D) and the auxiliary terms.
+        With `past`, ids (1, T) are those of a window so far, the states those of what is not in it yet."""
+        known = 0 if past is None else past.length
+        length, fresh = rotary.size(1), ids.size(1) - known
+        rotary, patch_rotary = rotary.split(self.rotary_widths, -1)
+        x, terms = F.embedding(ids[:, known:], rounded(self.tok_emb)).to(self.dtype), {}
+        if self.encoder is not None:
+            patches, complete = cut_into_patches(ids, patch_room(length, self.args), self.args)
+            given, terms = self.conditions(patches, complete[:, -1:], patch_rotary, aux_inputs, past)
+            first = given.size(1) * torch.arange(len(ids), device=ids.device)[:, None]
+            x = x + F.embedding(first + complete[:, known:], given.flatten(0, 1))
+        x0, where, rotary = x, None, rotary[:, known : known + fresh]
+        if past is not None:
+            where = causal_mask(torch.zeros_like(ids), fresh)
+        for block in self.blocks:
+            x = block(x, x0, rotary, where, past)
+        if past is not None:
+            past.length = ids.size(1)
+        return rms_norm(x), terms
+
+    def conditions(self, patches: Tensor, count: Tensor, rotary: Tensor, aux_inputs: Tensor | None,
+                   past: KVCache | None) -> tuple[Tensor, dict]:
+        """patches (B, C, PATCH_SIZE), of which `count` (B, 1) are complete -> what the decoder is given after
+        0 ... C of them (B, C + 1, D), and the auxiliary terms. With `past`, only new ones are encoded."""
+        if past is None:
+            full = torch.arange(patches.size(1), device=patches.device) < count  # (B, C)
+            return self.aux(*self.encoder(patches, rotary, []), full, aux_inputs)
+        known, stop = past.passes[0].length, int(count)
+        if stop > known or not past.given.size(1):
+            new = patches[:, known:stop]
+            given, _ = self.aux(*self.encoder(new, rotary, past.passes), torch.ones_like(new[..., 0]))
+            past.given = torch.cat((past.given, given[:, min(past.given.size(1), 1) :]), 1)
+        return past.given, {}
+
+    def exported(self) -> dict[str, nn.Parameter]:
+        """Parameters that scoring needs, by name; what only training uses never reaches an artifact."""
+        kept = () if self.aux is None else tuple(f"aux.{prefix}" for prefix in self.aux.exported())
+        return {n: p for n, p in self.named_parameters() if not n.startswith("aux.") or n.startswith(kept)}
+
+    def head(self, x: Tensor) -> Tensor:
+        """States -> logits in fp32, capped if LOGIT_SOFTCAP says so."""
+        logits = F.linear(x, rounded(self.lm_head).to(x.dtype)).float()
+        cap = self.args.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def losses(self, ids: Tensor, weights: Tensor, aux_inputs: Tensor | None) -> dict[str, Tensor]:
+        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats over all targets, and auxiliary terms."""
+        x, terms = self.hidden(ids[:, :-1], self.rotary_train, aux_inputs)
+        nats = F.cross_entropy(self.head(x).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
+        for name, value in terms.items():  # one value a group; the weights inside a group are equal
+            sums[name] = (value * weights.view(len(value), -1).mean(1)).sum()
+        return sums
+
+    def logits(self, ids: Tensor, take: Tensor, span: int) -> Tensor:
+        """fp32 logits (B, span, V) of positions take[b] ... take[b] + span - 1 in row b of ids (B, T)."""
+        x, _ = self.hidden(ids, self.rotary_eval)
+        where = take[:, None] + torch.arange(span, device=ids.device)
+        return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
+
+
+# Free functions, so that every instance of the model (trained, averaged, reloaded) shares one compiled graph.
+def training_losses(model: GPT, ids: Tensor, weights: Tensor, aux_inputs: Tensor | None) -> dict[str, Tensor]:
+    return model.losses(ids, weights, aux_inputs)
+
+
+def scoring_logits(model: GPT, ids: Tensor, take: Tensor, span: int) -> Tensor:
+    return model.logits(ids, take, span)
+
+
+# -----------------------------------------------------------------------------
+# OPTIMIZERS
+# -----------------------------------------------------------------------------
+
+
+def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Each matrix of (n, r, c) becomes about U V^T of its SVD: the quintic iteration of Muon (K. Jordan)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.size(1) > matrices.size(2)
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()
+
+
+class Muon:
+    """Momentum, then orthogonalisation: every update of a matrix has singular values near 1, times its rate.
+
+    Matrices of equal shape form one stack; each rank owns a share of it, receives the share's summed gradient
+    (reduce-scatter), orthogonalises it and sends it round (all-gather) while it works on the next stack.
+    update = NS(g + mu * m), m <- mu * m + g;  p <- p * (1 - rate * wd) - rate * sqrt(max(1, r / c)) * update.
+    """
+
+    def __init__(self, params: list[nn.Parameter], args: Hyperparameters, runtime: Runtime):
+        self.args, self.runtime = args, runtime
+        self.dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
+        by_shape: dict[tuple, list[nn.Parameter]] = {}
+        for p in params:
+            by_shape.setdefault(tuple(p.shape), []).append(p)
+        self.stacks = sorted(by_shape.values(), key=lambda members: -len(members) * members[0].numel())
+        self.momenta = [torch.zeros(-(-len(members) // runtime.world_size), *members[0].shape,
+                                    device=runtime.device) for members in self.stacks]
+        self.shares: list[Tensor] = []
+        self.pending: list = []
+
+    def start_reduction(self, scale: float) -> None:
+        """Begins to sum `scale` times the gradients over ranks."""
+        self.shares, self.pending = [], []
+        for members, momentum in zip(self.stacks, self.momenta):
+            spare = len(momentum) * self.runtime.world_size - len(members)
+            full = torch.stack(gradients(members) + [torch.zeros_like(members[0])] * spare).mul_(scale)
+            share = full[self._mine(len(momentum))]
+            if self.runtime.world_size > 1 and self.runtime.gloo:  # which has no reduce-scatter
+                self.pending.append(dist.all_reduce(full, async_op=True))
+            elif self.runtime.world_size > 1:
+                share = torch.empty_like(momentum)
+                self.pending.append(dist.reduce_scatter_tensor(share, full, async_op=True))
+            self.shares.append(share)
+
+    def _mine(self, share: int) -> slice:
+        return slice(self.runtime.rank * share, (self.runtime.rank + 1) * share)
+
+    def square_norm(self) -> Tensor:
+        """Waits for the reduction; the squared norm of all gradients of this group."""
+        for work in self.pending:
+            work.wait()
+        return self.runtime.all_reduce(torch.stack([share.square().sum() for share in self.shares]).sum())
+
+    def step(self, rate: float, momentum: float, clip: Tensor) -> None:
+        flying = []
+        for members, buffer, share in zip(self.stacks, self.momenta, self.shares):
+            share.mul_(clip)
+            buffer.mul_(momentum).add_(share)
+            mine = newton_schulz(share.add_(buffer, alpha=momentum), self.args.muon_backend_steps, self.dtype)
+            flying.append((members, *self._gather(mine)))
+        for members, update, wait in flying:
+            wait()
+            factor = max(1.0, members[0].size(0) / members[0].size(1)) ** 0.5
+            torch._foreach_mul_(members, 1 - rate * self.args.muon_wd)
+            torch._foreach_add_(members, update[: len(members)].unbind(), alpha=-rate * factor)
+
+    def _gather(self, share: Tensor) -> tuple:
+        """Starts to collect every rank's share of a stack: (the stack, the function that waits for it)."""
+        if self.runtime.world_size == 1:
+            return share, lambda: None
+        full = share.new_empty(len(share) * self.runtime.world_size, *share.shape[1:])
+        return full, dist.all_gather_into_tensor(full, share.contiguous(), async_op=True).wait
+
+    def state(self) -> dict[str, Tensor]:
+        """Momenta of all ranks, for a checkpoint that any number of ranks can read."""
+        found = {}
+        for i, (members, momentum) in enumerate(zip(self.stacks, self.momenta)):
+            full, wait = self._gather(momentum)
+            wait()
+            found[f"muon.{i}"] = full[: len(members)]
+        return found
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for i, momentum in enumerate(self.momenta):
+            mine = state[f"muon.{i}"][self._mine(len(momentum))]
+            momentum.zero_()[: len(mine)].copy_(mine)
+
+
+def gradients(params: list[nn.Parameter]) -> list[Tensor]:
+    """Gradients, zeros where a loss did not reach a parameter: ranks always exchange the same shapes."""
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+
+
+class Optimizers:
+    """Which parameter goes where, one step for all of them, and what a checkpoint needs of them.
+
+    | group  | parameters                                         | method | rate      |
+    |--------|----------------------------------------------------|--------|-----------|
+    | matrix | 2-D weights of blocks, patch input, JEPA           | Muon   | MATRIX_LR |
+    | embed  | bytes of decoder and encoder, places in a patch    | AdamW  | EMBED_LR  |
+    | head   | lm_head                                            | AdamW  | HEAD_LR   |
+    | scalar | gains, mixes, the first latent                     | AdamW  | SCALAR_LR |
+    """
+
+    def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
+        self.args, self.runtime, self.model = args, runtime, model
+        keys = ("matrix", "embed", "head", "scalar")
+        groups: dict[str, list[nn.Parameter]] = {key: [] for key in keys}
+        for name, p in model.named_parameters():
+            groups[self.group_of(name, p)].append(p)
+        self.muon = Muon(groups["matrix"], args, runtime)
+        rates = {"embed": args.embed_lr, "head": args.head_lr, "scalar": args.scalar_lr}
+        self.adam = torch.optim.AdamW(
+            [{"params": groups[key], "lr": rate, "peak": rate, "weight_decay": args.adam_wd}
+             for key, rate in rates.items()],
+            betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
+        self.replicated = [p for key in keys[1:] for p in groups[key]]
+
+    @staticmethod
+    def group_of(name: str, p: nn.Parameter) -> str:
+        if name.endswith(("tok_emb.weight", "patch_pos.weight")):
+            return "embed"
+        if name.startswith("lm_head"):
+            return "head"
+        return "matrix" if p.ndim == 2 and name.endswith(".weight") else "scalar"
+
+    @torch.no_grad()
+    def reduce(self, scale: float) -> Tensor:
+        """Sums `scale` times all gradients over ranks; returns the global norm (before clipping)."""
+        self.muon.start_reduction(scale)
+        for p, g in zip(self.replicated, gradients(self.replicated)):
+            p.grad = g
+        grads = [p.grad for p in self.replicated]
+        if scale != 1.0:
+            torch._foreach_mul_(grads, scale)
+        if self.runtime.world_size > 1:
+            flat = torch._utils._flatten_dense_tensors(grads)
+            dist.all_reduce(flat)
+            torch._foreach_copy_(grads, list(torch._utils._unflatten_dense_tensors(flat, grads)))
+        rest = torch.stack(torch._foreach_norm(grads)).square().sum()
+        return (self.muon.square_norm() + rest).sqrt()
+
+    @torch.no_grad()
+    def step(self, step: int, progress: float, norm: Tensor) -> None:
+        args, fall = self.args, rate_at(progress, self.args)
+        clip = ((args.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
+        warm = min(1.0, step / max(args.muon_momentum_warmup_steps, 1e-9))
+        momentum = (1 - warm) * args.muon_momentum_warmup_start + warm * args.muon_momentum
+        torch._foreach_mul_([p.grad for p in self.replicated], clip)
+        self.muon.step(args.matrix_lr * fall, momentum, clip)
+        for group in self.adam.param_groups:
+            group["lr"] = group["peak"] * fall
+        self.adam.step()
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of every optimizer, by name."""
+        found = self.muon.state()
+        for i, entry in self.adam.state_dict()["state"].items():
+            found |= {f"adam.{i}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+        return found
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.muon.load_state(state)
+        adam = self.adam.state_dict() | {"state": {}}
+        for name, value in state.items():
+            if name.startswith("adam."):
+                _, i, key = name.split(".")
+                adam["state"].setdefault(int(i), {})[key] = value
+        self.adam.load_state_dict(adam)
+
+
+def rate_at(progress: float, args: Hyperparameters) -> float:
+    """Share of the peak rate at `progress` in [0, 1]: flat, then linear down to MIN_LR, reached at 1.
+    Progress is max(step share, time share), so the rate is at its floor at the end whichever limit ends the
+    run (#832 stopped at 17 % of its peak, defect A4)."""
+    fall = args.warmdown_iters / args.iterations
+    left = min(1.0, (1.0 - progress) / fall) if fall else 1.0
+    return args.min_lr + (1.0 - args.min_lr) * max(0.0, left)
+
+
+class EMA:
+    """fp32 average of the weights; decay min(EMA_DECAY, (1 + t) / (10 + t)): short runs leave the init."""
+
+    def __init__(self, model: GPT, decay: float):
+        self.decay, self.live = decay, list(model.parameters())
+        self.average = [p.detach().clone() for p in self.live]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        torch._foreach_lerp_(self.average, self.live, 1.0 - min(self.decay, (1 + step) / (10 + step)))
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def applied(self):
+        """The model holds the average inside the block."""
+        kept = [p.detach().clone() for p in self.live]
+        torch._foreach_copy_(self.live, self.average)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self.live, kept)
+
+
+# -----------------------------------------------------------------------------
+# ARTIFACT
+# -----------------------------------------------------------------------------
+
+# magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of a JSON header, payload
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 2
+PREAMBLE_BYTES = len(ARTIFACT_MAGIC) + 32 + 6
+
+constriction = None  # rANS -> LZMA
+with contextlib.suppress(ImportError):
+    import constriction
+
+CHUNK = 1024  # symbols coded under one state of the models
+CONTEXT_EDGES = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512])  # 16 * |q|
+
+
+# Integers in [-top, top] as they lie in the raw payload, a byte each: slices x places. `model` names what
+# they share statistics with; every `period` slices the history of a place begins anew.
+Plane = namedtuple("Plane", "model top slices places period")
+
+
+def planes(entries: list) -> list[Plane]:
+    """Layout of the raw payload: the quantised tensors, then low and high bytes of all fp16 numbers."""
+    found, halves = [], 0
+    for name, shape, bits, axis in entries:
+        slices, model = math.prod(shape) // (shape[axis] if bits else 1), f"{tensor_class(name)}{bits}"
+        halves += slices
+        if bits:
+            period = slices if len(shape) < 3 else shape[-1]
+            found.append(Plane(model, 2 ** (bits - 1) - 1, slices, shape[axis], period))
+    return found + [Plane(f"half{i}", 128, 1, halves, 1) for i in range(2)]
+
+
+def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
+    """Walks over `raw` (int8) in coding order: code(symbols, model, top) returns the symbols, which are
+    written back; a decoder is handed what it has to fill.
+    A symbol's context is the mean |q| of its place (column of a matrix, bucket of a table) in the slices
+    before, and how many these are. Each (model, context) counts what it has seen, so no table is sent; it
+    begins with a two-sided geometric distribution of the context's mean, and with every tensor old counts
+    shrink. Only integers and correctly rounded operations: any machine agrees."""
+    models: dict[str, np.ndarray] = {}
+    ends = np.cumsum([plane.slices * plane.places for plane in layout])
+    for plane, block in zip(layout, np.split(raw, ends)):
+        block = block.reshape(plane.slices, plane.places)
+        if plane.model not in models:
+            mean = np.tile(np.append(CONTEXT_EDGES, 724), 4)[:, None] / 16  # by level, by age
+            mean[: len(CONTEXT_EDGES) + 1] = 4  # no slice before
+            fall = np.repeat(mean / (mean + 1), plane.top, 1)
+            fall = np.multiply.accumulate(fall, axis=1)  # not `**`, whose last bit differs between machines
+            shares = np.hstack((fall[:, ::-1], np.ones_like(mean), fall)) / (2 * mean + 1)
+            models[plane.model] = 24 * shares + 0.02
+        counts = models[plane.model]
+        group = max(1, min(plane.period, CHUNK // plane.places))
+        for first in range(0, plane.slices, group):
+            if first % plane.period == 0:
+                seen, total = 0, np.zeros(plane.places, np.int64)
+                counts /= 16
+            context = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
+            context += min(seen.bit_length(), 3) * (len(CONTEXT_EDGES) + 1)  # age: 0, 1, 2 to 3, more
+            last = min(first + group, (first // plane.period + 1) * plane.period)
+            for left in range(0, plane.places, CHUNK):
+                here = context[left : left + CHUNK]
+                order = np.argsort(here, kind="stable")
+                for columns in np.split(order, np.flatnonzero(np.diff(here[order])) + 1):
+                    table, columns = counts[here[columns[0]]], left + columns
+                    part = block[first:last, columns]
+                    model = constriction.stream.model.Categorical(table, perfect=False)
+                    symbols = code(part.ravel(), model, plane.top)
+                    block[first:last, columns] = symbols.reshape(part.shape)
+                    table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
+            seen += last - first
+            total += np.abs(block[first:last].astype(np.int64)).sum(0)
+
+
+def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:
+    jobs, coder = [], constriction.stream.stack.AnsCoder()
+
+    def code(symbols: np.ndarray, model, top: int) -> np.ndarray:
+        jobs.append((symbols.astype(np.int32) + top, model))
+        return symbols
+    code_planes(np.frombuffer(bytearray(raw), np.int8), layout, code)
+    for symbols, model in reversed(jobs):  # a stack: what goes in last comes out first
+        coder.encode_reverse(symbols, model)
+    return coder.get_compressed().astype("<u4").tobytes()
+
+
+def rans_decode(blob: bytes, layout: list[Plane]) -> bytes:
+    coder = constriction.stream.stack.AnsCoder(np.frombuffer(blob, "<u4").astype(np.uint32))
+    raw = np.empty(sum(plane.slices * plane.places for plane in layout), np.int8)
+    code_planes(raw, layout, lambda old, model, top: (coder.decode(model, len(old)) - top).astype(np.int8))
+    if not coder.is_empty():
+        raise ValueError("the payload is longer than its layout")
+    return raw.tobytes()
+
+
+def compressors() -> dict[str, tuple]:
+    """{name: (compress, decompress)} of what is installed; both take bytes and the payload's layout."""
+    found = {"lzma": (lambda raw, _: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+                      lambda blob, _: lzma.decompress(blob)),
+             "zlib": (lambda raw, _: zlib.compress(raw, 9), lambda blob, _: zlib.decompress(blob))}
+    with contextlib.suppress(ImportError):
+        import zstandard
+        found["zstd"] = (lambda raw, _: zstandard.ZstdCompressor(level=22).compress(raw),
+                         lambda blob, _: zstandard.ZstdDecompressor().decompress(blob))
+    return found | ({"rans": (rans_encode, rans_decode)} if constriction else {})
+
+
+def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
+    """Bytes of the artifact by tensor class, before training: with the entropy of a rounded normal."""
+    plan = dict.fromkeys(TENSOR_CLASSES, 0)
+    for name, p in model.exported().items():
+        kind, (bits, axis) = tensor_class(name), quant_plan(name, p.shape, args)
+        weight_bits = 16.0
+        if bits:
+            top = 2 ** (bits - 1) - 1
+            k = args.k_by_class[kind] if args.quant_clip == "std" else 3.3  # where the mse search ends up
+            at = [(i + 0.5) * k / top / math.sqrt(2) for i in range(-top, top)]
+            shares = np.diff([0, *(0.5 + 0.5 * math.erf(x) for x in at), 1]) + 1e-30
+            weight_bits = float(-(shares * np.log2(shares)).sum()) + 16 / p.shape[axis]
+        plan[kind] += int(p.numel() * weight_bits / 8)
+    return plan
+
+
+def pack(tensors: dict[str, np.ndarray], args: Hyperparameters, hessians: dict | None = None) -> bytes:
+    """Quantises and compresses: one self-describing file, no pickle.
+    Tensors of at least 2 dimensions and SMALL_TENSOR elements become integers with a step a row (a column of
+    a hash table), the rest fp16. Payload: all integers, then the fp16 numbers: all low bytes, all high bytes.
+    `hessians` {name: (C, C)} of the matrices that GPTQ is to round."""
+    entries, codes, halves = [], [], []
+    for name, weight in tensors.items():
+        kind, (bits, axis) = tensor_class(name), quant_plan(name, weight.shape, args)
+        entries.append([name, list(weight.shape), bits, axis])
+        if bits:
+            q, weight = quantise(weight, bits, args.quant_clip, args.k_by_class[kind], axis,
+                                 args.rate_by_class[kind], (hessians or {}).get(name))
+            codes.append(np.moveaxis(q, axis, -1).tobytes())
+        halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
+    split = np.concatenate(halves).view(np.uint8).reshape(-1, 2)
+    raw = b"".join(codes) + split[:, 0].tobytes() + split[:, 1].tobytes()
+    there = compressors()
+    wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
+    if wanted != "auto" and wanted not in there:
+        raise UserError(f"COMPRESSOR={wanted} is not installed; there is {', '.join(sorted(there))}")
+    names = sorted(there) if wanted == "auto" else [wanted]
+    blobs = {name: there[name][0](raw, planes(entries)) for name in names}
+    name = min(names, key=lambda name: len(blobs[name]))
+    header = {"config": args.shipped(), "tensors": entries, "compressor": name}
+    header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little") + header + blobs[name]
+    return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body
+
+
+def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """The inverse of `pack`: (header, {name: fp32 array}). Raises UserError that names the file `where`."""
+    if blob[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
+        raise UserError(f"{where}: not an artifact of this family (it begins with {blob[:8]!r})")
+    if len(blob) < PREAMBLE_BYTES:
+        raise UserError(f"{where}: truncated after {len(blob)} bytes")
+    body = blob[len(ARTIFACT_MAGIC) + 32 :]
+    if hashlib.sha256(body).digest() != blob[len(ARTIFACT_MAGIC) : len(ARTIFACT_MAGIC) + 32]:
+        raise UserError(f"{where}: its sha256 does not match: truncated or altered")
+    version, length = int.from_bytes(body[:2], "little"), int.from_bytes(body[2:6], "little")
+    if version != ARTIFACT_VERSION:
+        raise UserError(f"{where}: format version {version}, this script reads {ARTIFACT_VERSION}")
+    try:
+        header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
+        if header["compressor"] not in compressors():
+            raise UserError(f"{where}: packed with {header['compressor']}, which is not installed")
+        raw = compressors()[header["compressor"]][1](body[6 + length :], planes(header["tensors"]))
+        return header, unpack_tensors(header["tensors"], raw)
+    except UserError:
+        raise
+    except Exception as error:  # each decoder has its own kinds
+        raise UserError(f"{where}: its header contradicts its payload ({error!r})") from None
+
+
+def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
+    *coded, low, _ = planes(entries)
+    ends = np.cumsum([plane.slices * plane.places for plane in coded], dtype=np.int64)
+    *codes, split = np.split(np.frombuffer(raw, np.int8), ends)
+    if len(split) != 2 * low.places:
+        raise ValueError(f"{len(split) - 2 * low.places} bytes left over")
+    halves = np.ascontiguousarray(split.reshape(2, -1).T).view("<f2").reshape(-1)
+    counts = [math.prod(shape) // (shape[axis] if bits else 1) for _, shape, bits, axis in entries]
+    tensors = {}
+    for (name, shape, bits, axis), numbers in zip(entries, np.split(halves, np.cumsum(counts))):
+        numbers = numbers.astype(np.float32)
+        if bits:
+            q = codes.pop(0).reshape([*shape[:axis], *shape[axis + 1 :], shape[axis]])
+            numbers = np.moveaxis(q * numbers.reshape([*q.shape[:-1], 1]), -1, axis)
+        tensors[name] = np.ascontiguousarray(numbers.reshape(shape))
+    return tensors
+
+
+def shipped_settings(header: dict, where: str, environ: dict[str, str] | None = None) -> Hyperparameters:
+    """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's own)."""
+    wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
+    if missing := [name for name in wanted if name not in header["config"]]:
+        raise UserError(f"{where}: its config lacks {missing[0]}")
+    return Hyperparameters(environ, header["config"])
+
+
+def read_file(path: str | Path, what: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{what}={path}: {error.strerror}") from None
+
+
+def load(artifact_path: str | Path, device: str | torch.device = "cpu", args: Hyperparameters | None = None,
+         dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> GPT:
+    """The scoring model, from an artifact alone; `args` of the same model may change how it is scored."""
+    header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
+    args = args or shipped_settings(header, str(artifact_path))
+    with torch.device("meta"):
+        model = GPT(args, attention, dtype)
+    wanted = {(name, tuple(p.shape)) for name, p in model.exported().items()}
+    if odd := wanted ^ {(name, array.shape) for name, array in tensors.items()}:
+        raise UserError(f"{artifact_path}: its tensors are not those of its config, first {min(odd)}")
+    found = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    model.load_state_dict(found, strict=False, assign=True)
+    for module in model.modules():  # what is still without data is training-only
+        module._parameters = {name: None if p is not None and p.is_meta else p
+                              for name, p in module._parameters.items()}
+    model.set_rotary()
+    return model.to(device).eval()
+
+
+# -----------------------------------------------------------------------------
+# EVALUATION
+# -----------------------------------------------------------------------------
+
+
+def windows(targets: int, length: int, stride: int) -> np.ndarray:
+    """Rows (start, first, stop): ids[start : start + length] are read to score targets first ... stop - 1.
+    Target t is the id t + 1 of the stream. The stream is cut into blocks of `stride` targets; each block is
+    scored by the window that ends with it (the first windows start at 0), so every target, the tail included,
+    is scored exactly once, with at least length - stride ids of context where there are so many."""
+    first = np.arange(0, targets, stride)
+    stop = np.minimum(first + stride, targets)
+    start = np.maximum(first + stride - length, 0)
+    assert (stop - first).sum() == targets and (first >= start).all() and (stop - start <= length).all()
+    return np.stack((start, first, stop), axis=1)
+
+
+@torch.no_grad()
+def scored(model: GPT, ids: np.ndarray, length: int, stride: int, batch: int, logits=scoring_logits,
+           share: tuple[int, int] = (0, 1), show: str = "", learner: TestTimeTraining | None = None):
+    """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) for each block of stop - first targets.
+    `share` = (rank, ranks) keeps a rank's part of the batches. A learner is shown every chunk but the last
+    once it is scored. This is the only path from weights to a score."""
+    device = next(model.parameters()).device
+    plan = windows(len(ids) - 1, length, stride)
+    chunk = len(plan) if learner is None else model.args.ttt_chunk_tokens // stride  # windows
+    span, seen = min(stride, length), np.zeros(len(ids) - 1, dtype=bool)
+    for at in progress_bar(range(0, len(plan), chunk), len(plan) // chunk, show, bool(show and learner)):
+        if at and learner is not None:
+            learner.catch_up(ids, seen)
+        part = plan[at : at + chunk]
+        batches = range(share[0] * batch, len(part), share[1] * batch)
+        for start_at in progress_bar(batches, len(batches), show, bool(show and learner is None)):
+            rows = part[start_at : start_at + batch]
+            inputs = np.full((batch, length), PAD_ID, np.int64)  # one shape: compiled once
+            wanted, take = np.zeros((batch, span), np.int64), np.zeros(batch, np.int64)
+            for i, (start, first, stop) in enumerate(rows):
+                text = ids[start : min(start + length, len(ids) - 1)]
+                inputs[i, : len(text)] = text
+                wanted[i, : stop - first] = ids[first + 1 : stop + 1]
+                take[i] = first - start
+            inputs, take, wanted = (torch.from_numpy(x).to(device) for x in (inputs, take, wanted))
+            logprobs = logits(model, inputs, take, span).log_softmax(-1)
+            nats = -logprobs.gather(-1, wanted[..., None]).squeeze(-1).cpu().numpy().astype(np.float64)
+            for i, (_, first, stop) in enumerate(rows):
+                yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
+        seen[part[0, 1] : part[-1, 2]] = True
+
+
+class TestTimeTraining:
+    """Score-first test-time training (#461, #549): SGD with momentum on each chunk of targets once scored.
+    After a chunk, rows of TRAIN_SEQ_LEN that end with it are trained on, TTT_BATCH_ROWS an update, as many
+    updates on every rank. The rate depends on the chunks behind alone, so that a decoder, which does not know
+    how much text will come, makes the same updates. `restore` undoes them all."""
+
+    def __init__(self, model: GPT, losses=training_losses, runtime: Runtime | None = None, report=None):
+        self.model, self.args, self.losses = model, model.args, losses
+        self.runtime, self.report = runtime, report
+        modules = tuple(part.strip() + "." for part in self.args.ttt_modules.split(","))
+        modules = ("",) if modules == ("all.",) else modules
+        named = {f"{name}.": p for name, p in model.named_parameters()}
+        for module in modules:
+            if not any(name.startswith(module) for name in named):
+                raise UserError(f"TTT_MODULES={self.args.ttt_modules!r}: the model has no {module[:-1]!r}")
+        self.params = [p for name, p in named.items() if name.startswith(modules)]
+        self.kept = [p.detach().clone() for p in self.params]
+        self.momenta = [torch.zeros_like(p) for p in self.params]
+        self.chunks, self.updates, self.seconds = 0, 0, 0.0
+
+    def rows(self, stop: int) -> np.ndarray:
+        """Starts of the rows that cover the chunk of targets before `stop`, from its end backwards."""
+        count = -(-self.args.ttt_chunk_tokens // self.args.train_seq_len)
+        starts = stop - self.args.train_seq_len * np.arange(count, 0, -1)
+        return starts[starts >= 0]
+
+    def catch_up(self, ids: np.ndarray, seen: np.ndarray) -> None:
+        """Learns, in order, from the chunks that are complete; `seen` (targets,): what has been scored."""
+        size, start = self.args.ttt_chunk_tokens, time.perf_counter()
+        while len(done := seen[self.chunks * size : (self.chunks + 1) * size]) == size and done.all():
+            self.chunks += 1
+            starts, batch = self.rows(self.chunks * size), self.args.ttt_batch_rows
+            assert all(seen[at : at + self.args.train_seq_len].all() for at in starts), "not scored yet"
+            for at in [*range(0, len(starts), batch)] * self.args.ttt_epochs * self.args.ttt_adapt:
+                self.update(ids, starts[at : at + batch])
+        self.seconds += time.perf_counter() - start
+        if self.report is not None:
+            self.report(self)
+
+    def update(self, ids: np.ndarray, starts: np.ndarray) -> None:
+        args, runtime, length = self.args, self.runtime, self.args.train_seq_len
+        rank, ranks = (runtime.rank, runtime.world_size) if runtime else (0, 1)
+        rows = np.zeros((-(-args.ttt_batch_rows // ranks), length + 1), np.int64)  # one shape on every rank
+        weights = np.zeros(len(rows), np.float32)
+        for i, start in enumerate(starts[rank::ranks]):
+            rows[i], weights[i] = ids[start : start + length + 1], 1
+        rows, weights = (torch.from_numpy(x).to(self.params[0].device) for x in (rows, weights))
+        with torch.enable_grad():
+            loss = self.losses(self.model, rows, weights, None)["ce"] / (len(starts) * length)
+            grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+        flat = torch.cat([grad.flatten() for grad in grads])
+        flat = runtime.all_reduce(flat) if runtime else flat
+        flat *= ((args.ttt_grad_clip or math.inf) / (flat.norm() + 1e-6)).clamp(max=1.0)
+        rate = args.ttt_lr * (1 + (self.chunks - 1) / (args.ttt_decay_chunks or math.inf)) ** -0.5
+        torch._foreach_mul_(self.momenta, args.ttt_momentum)
+        parts = flat.split([p.numel() for p in self.params])
+        torch._foreach_add_(self.momenta, [part.view_as(p) for part, p in zip(parts, self.params)])
+        with torch.no_grad():
+            torch._foreach_add_(self.params, self.momenta, alpha=-rate)
+        self.updates += 1
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        torch._foreach_copy_(self.params, self.kept)
+
+
+def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """(nats of each target ids[1:], {t: log-probabilities (V,) at target t, for t in positions})."""
+    args, ids, wanted, length = model.args, np.asarray(ids), set(positions), model.args.eval_seq_len
+    batch = max(1, args.eval_batch_tokens // length)
+    nats, vectors = np.zeros(max(len(ids) - 1, 0)), {}
+    learner = TestTimeTraining(model) if args.ttt != "0" else None
+    for first, stop, logprobs, part in scored(model, ids, length, args.eval_stride, batch, learner=learner):
+        nats[first:stop] = part
+        vectors |= {t: logprobs[t - first].cpu().numpy() for t in wanted if first <= t < stop}
+    if learner is not None:
+        learner.restore()
+    return nats, vectors
+
+
+class Evaluator:
+    """Scores a model on the validation stream: one line in the log, one entry in `metrics.json` a pass."""
+
+    def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
+        self.args, self.runtime, self.log = args, runtime, log
+        self.logits, self.losses = scoring_logits, training_losses
+        ids, self.tables, self.prefix = data.val, byte_tables(args), 0
+        sizes = target_bytes(ids, self.tables)
+        if args.val_bytes and args.val_bytes < sizes.sum():
+            targets = int(np.searchsorted(np.cumsum(sizes), args.val_bytes)) + 1
+            ids, sizes, self.prefix = ids[: targets + 1], sizes[:targets], args.val_bytes
+        self.ids, self.bytes = ids, int(sizes.sum())
+        if not self.bytes:
+            raise UserError(f"{data.val_files[0]}: the validation targets stand for no byte at all")
+        self.classes = class_table(args.vocab_size)
+        self.results: dict[str, dict] = {}
+
+    def describe(self, manifest: dict) -> str:
+        original = manifest.get("val_bytes") or self.bytes
+        note = f" (original text {original}: the tokenizer normalises, the targets' own bytes divide)"
+        note = f" prefix:{self.prefix}" if self.prefix else note * (original != self.bytes)
+        return f"val: targets:{len(self.ids) - 1} bytes:{self.bytes}{note}"
+
+    def run(self, name: str, model: GPT, length: int, stride: int, learn: bool = False) -> dict:
+        """val_loss in nats a target, val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte."""
+        args, runtime, start = self.args, self.runtime, time.perf_counter()
+        sums = torch.zeros(len(BYTE_CLASSES) + 1, dtype=torch.float64)
+
+        def chunk_line(learner: TestTimeTraining) -> None:
+            if learner.chunks % 50 == 0 or learner.chunks <= 2:
+                nats = runtime.all_reduce(sums.clone())[:-1].sum() / math.log(2)
+                size = target_bytes(self.ids[: learner.chunks * args.ttt_chunk_tokens + 1], self.tables).sum()
+                infer = time.perf_counter() - start - learner.seconds
+                self.log(f"  ttt_chunk {learner.chunks} bpb:{nats / max(size, 1):.6f} "
+                         f"updates:{learner.updates} infer:{infer:.1f}s adapt:{learner.seconds:.1f}s")
+        batch, share = max(1, args.eval_batch_tokens // length), (runtime.rank, runtime.world_size)
+        learner = TestTimeTraining(model, self.losses, runtime, chunk_line) if learn else None
+        for first, stop, _, nats in scored(model, self.ids, length, stride, batch, self.logits, share,
+                                           name if runtime.main else "", learner):
+            classes = self.classes[self.ids[first + 1 : stop + 1]]
+            sums[:-1] += torch.from_numpy(np.bincount(classes, nats, minlength=len(BYTE_CLASSES)))
+            sums[-1] += stop - first
+        targets, sums = len(self.ids) - 1, runtime.all_reduce(sums)
+        assert int(sums[-1]) == targets, f"{name}: scored {int(sums[-1])} targets of {targets}"
+        nats = float(sums[:-1].sum())
+        bits = {label: float(total) / math.log(2) for label, total in zip(BYTE_CLASSES, sums) if total}
+        result = {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / self.bytes, "targets": targets,
+                  "bytes": self.bytes, "seconds": time.perf_counter() - start, "seq_len": length,
+                  "stride": stride, "bits_by_class": bits}
+        if self.prefix:
+            result["prefix_bytes"] = self.prefix
+        if learner is not None:
+            learner.restore()
+            result |= {"updates": learner.updates, "adapt_seconds": learner.seconds}
+        self.results[name] = result
+        return result
+
+    def report(self, name: str, model: GPT, stride: int | None = None, learn: bool = False) -> dict:
+        """Runs a pass and prints its line: non-overlapping windows, or sliding ones with a stride."""
+        length = self.args.eval_seq_len
+        result = self.run(name, model, length, stride or length, learn)
+        extra = f" stride:{stride}" * bool(stride) + f" prefix:{self.prefix}" * bool(self.prefix)
+        self.log(f"{name} val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}{extra} targets:"
+                 f"{result['targets']} bytes:{result['bytes']} eval_time:{1e3 * result['seconds']:.0f}ms")
+        self.log(f"{name}_exact val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f}")
+        return result
+
+
+# -----------------------------------------------------------------------------
+# GENERATION
+# -----------------------------------------------------------------------------
+
+
+class Stream:
+    """The scorer, one id at a time: what a decoder can follow. Reads the same windows as `score`, learns
+    after the same chunks, and keeps keys and values of the window at hand; a new window, a new cache."""
+
+    def __init__(self, model: GPT):
+        self.model, self.ids = model, []
+        self.learner = TestTimeTraining(model) if model.args.ttt != "0" else None
+        self.block, self.start, self.past, self.known = -1, 0, None, None
+
+    @property
+    def updates(self) -> int:
+        return self.learner.updates if self.learner else 0
+
+    @torch.no_grad()
+    def logprobs(self) -> np.ndarray:
+        """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it first."""
+        if not self.ids:
+            raise ValueError("push the first id (BOS) before asking for the second")
+        if self.known is None:
+            args, device = self.model.args, self.model.tok_emb.weight.device
+            block = (len(self.ids) - 1) // args.eval_stride
+            if block != self.block:
+                if self.learner:
+                    self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
+                self.block, self.past = block, KVCache(self.model)
+                self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
+            ids = torch.tensor([self.ids[self.start :]], device=device)
+            x, _ = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
+            self.known = self.model.head(x[0, -1].float()).log_softmax(-1).cpu().numpy()
+        return self.known
+
+    def push(self, token: int) -> None:
+        self.ids.append(int(token))
+        self.known = None
+
+
+stream = Stream  # the name that every script of the family gives it
+
+
+# -----------------------------------------------------------------------------
+# TRAINING
+# -----------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C: the checkpoint is written, the message says how to go on."""
+
+
+class Trainer:
+    """Model, optimizers, average, loader and clock: all that a checkpoint holds, and one step of training."""
+
+    def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
+        self.args, self.data, self.runtime, self.log = args, data, runtime, log
+        self.plan = BatchPlan.make(args, runtime.world_size)
+        torch.manual_seed(args.seed)
+        self.model = GPT(args, runtime.attention, runtime.dtype)
+        self.model.init_weights(args.seed)
+        for name, p in self.model.exported().items() if args.late_qat_threshold else ():
+            if (plan := quant_plan(name, p.shape, args))[0]:
+                owner, k = name.rpartition(".")[0], args.k_by_class[tensor_class(name)]
+                self.model.get_submodule(owner).qat = Rounding(plan[0], k, plan[1])
+        self.model.to(runtime.device)
+        self.losses, self.logits = training_losses, scoring_logits
+        if runtime.compile:
+            self.losses, self.logits = (torch.compile(f, dynamic=False) for f in (self.losses, self.logits))
+        self.loader_state, self.signal = None, 0
+        self.step, self.seconds, self.best = 0, 0.0, math.inf  # of this run and the runs that it resumes
+        self.slowest = 0.0  # seconds of the slowest step, slowly forgotten
+        self.reserve = 0.0  # seconds that calibration will take of the training clock
+        self.fresh_optimizers()
+
+    def fresh_optimizers(self) -> None:
+        self.optimizers = Optimizers(self.model, self.args, self.runtime)
+        self.ema = EMA(self.model, self.args.ema_decay) if self.args.ema_enabled else None
+        self.loss_scale, self.good_steps = (65536.0 if self.runtime.dtype == torch.float16 else 1.0), 0
+
+    # One step
+
+    def micro_step(self, ids: Tensor, weights: Tensor, aux_inputs, aux_weights: dict[str, float]) -> dict:
+        """Forward and backward of one micro-batch; gradients add up to those of the global batch's mean."""
+        sums = self.losses(self.model, ids, weights, aux_inputs)
+        loss = sums["ce"] / (self.plan.rows * self.args.train_seq_len)
+        for name, weight in aux_weights.items():
+            if weight:
+                loss = loss + weight / (self.plan.rows // self.plan.group) * sums[name]
+        (loss * self.loss_scale).backward()
+        return {name: value.detach() for name, value in sums.items()}
+
+    def train_step(self, ids: Tensor, weights: Tensor, progress: float) -> dict[str, Tensor]:
+        """One optimizer step on a global batch; returns this rank's share of each summed term."""
+        if self.args.late_qat_threshold:
+            self.set_rounding(rate_at(progress, self.args) < self.args.late_qat_threshold)
+        aux = self.model.aux
+        aux_inputs = aux.inputs(self.step, self.runtime.device) if aux is not None else None
+        aux_weights = aux.weights(progress) if aux is not None else {}
+        parts = [self.micro_step(*batch, aux_inputs, aux_weights) for batch in zip(ids, weights)]
+        norm = self.optimizers.reduce(1.0 / self.loss_scale)
+        if self.runtime.dtype != torch.float16 or self.adapt_loss_scale(norm):
+            self.optimizers.step(self.step, progress, norm)
+            if self.ema is not None:
+                self.ema.update(self.step)
+        self.optimizers.zero_grad()
+        return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+    def set_rounding(self, on: bool) -> None:
+        for module in self.model.modules():
+            if isinstance(module, Rounding):
+                module.on.fill_(float(on))
+
+    def adapt_loss_scale(self, norm: Tensor) -> bool:
+        """fp16: halves the scale and skips the step on overflow, doubles it after 2,000 good steps."""
+        finite = bool(torch.isfinite(norm))
+        self.good_steps = self.good_steps + 1 if finite else 0
+        self.loss_scale *= 0.5 if not finite else 2.0 if self.good_steps % 2000 == 0 else 1.0
+        return finite
+
+    def warm_up(self) -> None:
+        """Compiles every shape on made-up ids, then puts weights and optimizers back bit for bit."""
+        if not self.args.warmup_steps:
+            return
+        kept = [p.detach().clone() for p in self.model.parameters()]
+        try:
+            self.try_shapes()
+        except Exception as error:  # whatever the compiler did not like: the same work runs without it
+            if not self.runtime.compile:
+                raise
+            self.log(f"compile: failed ({type(error).__name__}), running eager")
+            self.losses, self.logits = training_losses, scoring_logits
+            self.try_shapes()
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), kept)
+        self.optimizers.zero_grad()
+        self.fresh_optimizers()
+
+    def try_shapes(self) -> None:
+        args, device, generator = self.args, self.runtime.device, torch.Generator().manual_seed(0)
+        shape = (self.plan.micro_steps, self.plan.groups * self.plan.group, args.train_seq_len + 1)
+        for _ in range(args.warmup_steps):
+            ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator).to(device)
+            self.train_step(ids, torch.ones(shape[:2], device=device), 0.0)
+        length, batch = args.eval_seq_len, max(1, args.eval_batch_tokens // args.eval_seq_len)
+        for stride in sorted({length, args.eval_stride}):
+            list(scored(self.model, np.full(2, BOS_ID), length, stride, batch, self.logits))
+        if args.quant_round == "gptq":
+            for _ in range(2):  # the second time is the one to go by
+                start = time.perf_counter()
+                self.input_moments(ids)["lm_head.weight"].sum().item()  # waits for the device
+                seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
+                self.reserve, = self.runtime.from_main([seconds])  # ranks must agree on when to stop
+
+    @torch.no_grad()
+    def input_moments(self, batch: Tensor, sums: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Adds this rank's X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
+        sums = {} if sums is None else sums
+
+        def add(names: list[str], x: Tensor) -> None:
+            x = x.flatten(0, -2).float()
+            for name, product in zip(names, [x.T @ x] * len(names)):
+                sums[name] = sums.get(name, 0) + product
+        hooks = []
+        for path, module in self.model.named_modules():
+            kind = {CastedLinear: ("",), CausalSelfAttention: ("c_q.", "c_k.", "c_v.")}.get(type(module), ())
+            if names := [f"{path}.{part}weight" for part in kind]:
+                hooks.append(module.register_forward_pre_hook(lambda _, x, names=names: add(names, x[0])))
+        for ids in batch:
+            x, _ = self.model.hidden(ids[:, :-1], self.model.rotary_train)
+            add(["lm_head.weight"], x)
+        for hook in hooks:
+            hook.remove()
+        return sums
+
+    def calibrate(self) -> dict[str, np.ndarray]:
+        """Hessians for GPTQ from the next GPTQ_BATCHES training batches, on the training clock."""
+        start, sums = time.perf_counter(), {}
+        batches = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
+        for _ in range(self.args.gptq_batches):
+            self.input_moments(batches.next()[0].to(self.runtime.device), sums)
+        hessians = {name: self.runtime.all_reduce(total).cpu().numpy() for name, total in sums.items()}
+        self.seconds, = self.runtime.from_main([self.seconds + time.perf_counter() - start])
+        return hessians
+
+    # The loop
+
+    def progress(self) -> float:
+        """Share of the run that is behind: of the steps or of the seconds, whichever is larger. Twice the
+        slowest of late steps, and the time for calibration, stay unused: nothing may end after the limit."""
+        cap = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
+        by_time = self.seconds / max(cap, 1e-9) if self.args.max_wallclock_seconds else 0.0
+        return min(1.0, max(self.step / self.args.iterations, by_time))
+
+    def run(self, evaluator: Evaluator) -> None:
+        """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
+        args, runtime = self.args, self.runtime
+        batches = Loader(self.data, args, self.plan, runtime.rank, self.loader_state).prefetch(runtime.device)
+        first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of the first non-finite loss
+        fences: deque = deque()
+        cadence = {"log": args.train_log_every, "save": args.checkpoint_every,
+                   "validate": args.val_loss_every, "report": args.grad_report_every}
+        started = time.perf_counter() - self.seconds
+        try:
+            while True:
+                now = time.perf_counter() - started
+                slowest = max(now - self.seconds, 0.99 * self.slowest)
+                self.seconds, self.slowest, stop = runtime.from_main([now, slowest, float(self.signal)])
+                progress = self.progress()
+                if stop:
+                    raise Stopped(int(stop))
+                if progress >= 1.0:
+                    break
+                ids, weights, state = next(batches)
+                terms = self.train_step(ids, weights, progress)
+                self.step, self.loader_state = self.step + 1, state
+                first_bad = torch.where(terms["ce"].isfinite(), first_bad, first_bad.clamp(max=self.step))
+                if runtime.device.type == "cuda":  # the CPU runs two steps ahead at most: an honest clock
+                    fences.append(torch.cuda.Event())
+                    fences[-1].record()
+                    if len(fences) > 2:
+                        fences.popleft().synchronize()
+                every = {name: n and self.step % n == 0 for name, n in cadence.items()}
+                shown = self.step <= 10 or self.step == args.iterations or every["log"]
+                if shown or every["save"]:
+                    self.refuse_non_finite(first_bad)
+                if shown:
+                    self.log_step(terms, time.perf_counter() - started, progress)
+                if every["report"] and runtime.main:
+                    self.grad_report(ids[0], weights[0])
+                if every["save"]:
+                    self.seconds = time.perf_counter() - started
+                    self.save("last")
+                if every["validate"] and self.step < args.iterations:  # the end has its own
+                    pause = time.perf_counter()
+                    self.seconds = pause - started
+                    self.validate(evaluator)
+                    started += time.perf_counter() - pause
+        finally:
+            batches.close()
+        self.refuse_non_finite(first_bad)  # waits for the device
+        self.seconds, = runtime.from_main([time.perf_counter() - started])
+        runtime.clocks["training"] = self.seconds
+
+    def refuse_non_finite(self, first_bad: Tensor) -> None:
+        step = int(self.runtime.all_reduce(first_bad.clone(), dist.ReduceOp.MIN))
+        if step <= self.step:
+            raise self.not_finite(step, "the loss")
+
+    def not_finite(self, step: int, what: str) -> UserError:
+        last = self.checkpoint_path("last")
+        good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
+        return UserError(f"step {step}: {what} is not finite; {good}")
+
+    def timing(self, seconds: float) -> str:
+        return f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(self.step, 1):.2f}ms"
+
+    def log_step(self, terms: dict[str, Tensor], seconds: float, progress: float) -> None:
+        names = sorted(terms)
+        sums = self.runtime.all_reduce(torch.stack([terms[name].float() for name in names])).tolist()
+        means = {name: total / (self.plan.rows // self.plan.group) for name, total in zip(names, sums)}
+        loss = means.pop("ce") / (self.plan.group * self.args.train_seq_len)
+        extra = self.model.aux.report(means) if self.model.aux is not None else {}
+        self.log(f"step:{self.step}/{self.args.iterations} train_loss:{loss:.4f} {self.timing(seconds)}"
+                 + "".join(f" {name}:{value:.5f}" for name, value in extra.items()))
+        self.log.metrics(step=self.step, train_loss=loss, train_seconds=seconds, progress=progress,
+                         rate=rate_at(progress, self.args), **extra)
+
+    def validate(self, evaluator: Evaluator) -> None:
+        """Scores the raw weights; the best so far are kept in `best.safetensors`."""
+        with self.runtime.clock("validation"):
+            result = evaluator.run("raw", self.model, self.args.eval_seq_len, self.args.eval_seq_len)
+        self.log_validation(result)
+        if result["val_bpb"] < self.best:
+            self.best = result["val_bpb"]
+            self.save("best")
+
+    def log_validation(self, result: dict) -> None:
+        self.log(f"step:{self.step}/{self.args.iterations} val_loss:{result['val_loss']:.4f} "
+                 f"val_bpb:{result['val_bpb']:.4f} {self.timing(self.seconds)}")
+        self.log.metrics(step=self.step, val_loss=result["val_loss"], val_bpb=result["val_bpb"])
+
+    def grad_report(self, ids: Tensor, weights: Tensor) -> None:
+        """Logs the gradient norm that each loss term, at weight 1, sends into each module (a micro-batch)."""
+        aux = self.model.aux
+        sums = self.model.losses(ids, weights, aux.inputs(self.step, ids.device) if aux is not None else None)
+        sums["ce"] = sums["ce"] / self.args.train_seq_len
+        names, params = zip(*self.model.named_parameters())
+        for term, value in ((term, value) for term, value in sums.items() if value.requires_grad):
+            squares: dict[str, float] = {}
+            grads = torch.autograd.grad(value / len(ids), params, retain_graph=True, materialize_grads=True)
+            for name, grad in zip(names, grads):
+                parts = [part for part in name.split(".") if not part.isdigit()]
+                module = ".".join(parts[:2] if parts[0] in ("blocks", "aux") else parts[:1])
+                squares[module] = squares.get(module, 0.0) + float(grad.square().sum())
+            self.log(f"grad_report step:{self.step} {term} "
+                     + " ".join(f"{module}:{square ** 0.5:.3e}" for module, square in squares.items()))
+
+    # Checkpoints
+
+    CHECKPOINTED = ("step", "seconds", "best", "loader_state", "loss_scale", "good_steps")
+
+    def checkpoint_path(self, name: str) -> Path:
+        return run_folder(self.args) / f"{name}.safetensors"
+
+    def save(self, name: str) -> None:
+        """Weights, average, optimizers, RNG, loader position and clock: one safetensors file, atomically."""
+        tensors = {f"model.{key}": p for key, p in self.model.named_parameters()}
+        if self.ema is not None:
+            tensors |= {key.replace("model", "ema", 1): p for key, p in zip(tensors, self.ema.average)}
+        tensors |= {**self.optimizers.state(), "rng.cpu": torch.get_rng_state()}
+        if self.runtime.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.runtime.device)
+        for key, value in tensors.items():  # a loss is that of the weights before its step: look at these too
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise self.not_finite(self.step, key)
+        if self.runtime.main:
+            meta = {key: getattr(self, key) for key in self.CHECKPOINTED} | {"config": self.args.shipped()}
+            tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+                       for key, value in tensors.items()}
+            write_atomic(self.checkpoint_path(name), safetensors_bytes(tensors, {"golf": json.dumps(meta)}))
+
+    def restore(self, path: Path) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                meta = json.loads((file.metadata() or {})["golf"])
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"RESUME={path}: not a checkpoint of this script ({error})") from None
+        for key, value in self.args.shipped().items():
+            if meta["config"].get(key) != value:
+                raise UserError(f"RESUME={path}: made with {key}={meta['config'].get(key)}, not {value}")
+        if self.ema is not None and not any(key.startswith("ema.") for key in state):
+            raise UserError(f"RESUME={path}: made with EMA_ENABLED=0, this run has 1")
+        with torch.no_grad():
+            for i, (key, p) in enumerate(self.model.named_parameters()):
+                p.copy_(state[f"model.{key}"])
+                if self.ema is not None:
+                    self.ema.average[i].copy_(state[f"ema.{key}"])
+        self.optimizers.load_state(state)
+        torch.set_rng_state(state["rng.cpu"])
+        if "rng.cuda" in state and self.runtime.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng.cuda"], self.runtime.device)
+        for key in self.CHECKPOINTED:
+            setattr(self, key, meta[key])
+        self.log(f"resume:{path} step:{self.step} train_time:{1e3 * self.seconds:.0f}ms")
+
+
+def run_folder(args: Hyperparameters) -> Path:
+    return Path(args.runs_path) / args.run_id
+
+
+def git_commit() -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent, timeout=10,
+                              capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
+
+
+def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
+    """Source, versions, settings and data: the log alone says what ran."""
+    log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
+    for warning in args.warnings:
+        log(f"warning: {warning}")
+    log(f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} "
+        f"commit:{git_commit()}")
+    for note in runtime.notes:
+        log(note)
+    log("settings " + json.dumps(args.settings()), console=False)
+    log("data " + json.dumps(fingerprint))
+
+
+def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, evaluator: Evaluator) -> dict:
+    """Training, the scores of raw and averaged weights, the artifact; returns what `metrics.json` says."""
+    trainer = Trainer(args, data, runtime, log)
+    params = sum(p.numel() for p in trainer.model.parameters())
+    log(f"model_params:{params} world_size:{runtime.world_size} micro_steps:{trainer.plan.micro_steps} "
+        f"micro_batch_rows:{trainer.plan.groups * trainer.plan.group} seed:{args.seed}")
+    plan, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
+    log(f"size_plan:{sum(plan.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
+        + " ".join(f"{kind}:{size}" for kind, size in plan.items()))
+    with runtime.clock("warm-up"):
+        trainer.warm_up()
+    evaluator.logits, evaluator.losses = trainer.logits, trainer.losses
+    last = trainer.checkpoint_path("last")
+    if args.resume and (args.resume != "auto" or last.exists()):
+        trainer.restore(last if args.resume == "auto" else Path(args.resume))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: setattr(trainer, "signal", received))
+    try:
+        trainer.run(evaluator)
+    except Stopped as stopped:
+        trainer.save("last")
+        log(f"stopped by {signal.Signals(stopped.args[0]).name} at step {trainer.step}; {last} is written, "
+            f"RUN_ID={args.run_id} RESUME=auto goes on from there")
+        raise
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    trainer.set_rounding(False)
+    with runtime.clock("validation"):
+        trainer.log_validation(evaluator.report("final_raw", trainer.model))
+        trainer.save("final")
+    with trainer.ema.applied() if trainer.ema else contextlib.nullcontext():
+        if trainer.ema:
+            with runtime.clock("validation"):
+                evaluator.report("final_ema", trainer.model)
+        with runtime.clock("calibration"):
+            hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
+        with runtime.clock("compression"):
+            tensors = {name: p.detach().cpu().numpy() for name, p in trainer.model.exported().items()}
+            artifact = run_folder(args) / "artifact.bin"
+            if runtime.main:
+                write_atomic(artifact, pack(tensors, args, hessians))
+            runtime.all_reduce(torch.zeros(1))  # the others wait for the file
+    shipped = sum(map(np.size, tensors.values()))
+    log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
+    return {"artifact": str(artifact), "params": params, "params_shipped": shipped, "steps": trainer.step,
+            "train_seconds": trainer.seconds, "ms_per_step": 1e3 * trainer.seconds / max(trainer.step, 1)}
+
+
+def score_artifact(path: str, args: Hyperparameters, runtime: Runtime, evaluator: Evaluator) -> None:
+    """Reloads the artifact into a new model and prints the final lines, non-overlapping and sliding."""
+    model = load(path, runtime.device, args, runtime.dtype, runtime.attention)
+    label = f"final_int{args.bits_by_class['mlp']}"
+    evaluator.report(f"{label}_roundtrip", model)
+    evaluator.report(f"{label}_sliding", model, args.eval_stride)
+    if args.ttt != "0":
+        evaluator.report(f"{label}_ttt" + "_off" * (not args.ttt_adapt), model, args.eval_stride, learn=True)
+
+
+def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluator, summary: dict) -> int:
+    """Checks the budgets, writes `metrics.json`, prints the closing block; returns the exit code."""
+    headline, code = list(evaluator.results)[-1], len(Path(__file__).read_bytes())
+    total = code + os.path.getsize(summary["artifact"])
+    seconds = {"train_seconds": 0.0, "eval_seconds": runtime.clocks["evaluation"]} | summary
+    limits = [("ARTIFACT_BUDGET_BYTES", args.artifact_budget_bytes, total),
+              ("MAX_WALLCLOCK_SECONDS", args.max_wallclock_seconds, seconds["train_seconds"]),
+              ("EVAL_BUDGET_SECONDS", args.eval_budget_seconds, seconds["eval_seconds"])]
+    broken = [f"{name}={limit} is broken: {value:.3f}" for name, limit, value in limits if 0 < limit < value]
+    metrics = {
+        "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline, "bytes_code": code,
+        "bytes_model": total - code, "bytes_total": total, **seconds, "peak_mem_mb": runtime.peak_memory_mb(),
+        "seed": args.seed, "script_sha256": sha256_file(Path(__file__)), "git_commit": git_commit(),
+        "device": runtime.device_name(), "world_size": runtime.world_size, "torch": torch.__version__,
+        "clocks": runtime.clocks, "broken_budgets": broken, "evals": evaluator.results,
+        "settings": args.settings()}
+    write_atomic(log.folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+    for key, value in metrics.items():
+        if not isinstance(value, (dict, list)):
+            log(f"{key}: {value}")
+    for line in broken:
+        log(f"budget: {line}")
+    return 3 if broken else 0
+
+
+def main() -> int:
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(Hyperparameters.help())
+        return 0
+    runtime = None
+    try:
+        if sys.argv[1:]:
+            raise UserError(f"{sys.argv[1]!r}: settings are environment variables, `--help` lists them")
+        args = Hyperparameters(os.environ)
+        if args.eval_only:
+            header, _ = unpack(read_file(args.artifact, "ARTIFACT"), args.artifact)
+            args = shipped_settings(header, args.artifact, os.environ)
+        runtime = Runtime(args)
+        started, = runtime.from_main([time.time()])
+        args.run_id = args.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{args.seed}", time.localtime(started))
+        data = Dataset(args, verify=runtime.main)
+        log = Log(run_folder(args) if runtime.main else None)
+        fingerprint = data.fingerprint()
+        log_header(log, args, runtime, fingerprint)
+        evaluator = Evaluator(args, data, runtime, log)
+        log(evaluator.describe(data.manifest))
+        summary = {"artifact": args.artifact, "dataset": fingerprint}
+        if not args.eval_only:
+            summary |= train(args, data, runtime, log, evaluator)
+        with runtime.clock("evaluation"):
+            score_artifact(summary["artifact"], args, runtime, evaluator)
+        return finish(args, runtime, log, evaluator, summary) if runtime.main else 0
+    except UserError as error:
+        if runtime is None or runtime.main:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        return 128 + stopped.args[0]
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
