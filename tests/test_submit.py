@@ -15,6 +15,7 @@ import run_seeds
 import submit
 from conftest import ROOT, TINY
 from family import Finding, Misuse
+from tables import is_draft
 
 NAME = "2026-01-02_Probe"
 SEEDS = (1, 2, 3)
@@ -154,6 +155,8 @@ def test_fill_twice_changes_nothing_and_keeps_what_was_written_by_hand(copy):
 
 def test_fill_reproduces_the_numbers_of_the_records():
     for folder in sorted((ROOT / "records").glob("*/submission.json")):
+        if is_draft(folder.parent):
+            continue
         record = submit.Record(folder.parent)
         found = submit.measured(record.runs)
         assert {key: record.submission[key] for key in found.keys() & record.submission.keys()} == {
