@@ -4,7 +4,7 @@
     python data/prepare.py files A.jsonl.zst B.txt --val C.txt
     python data/prepare.py python PATH                        every .py file below PATH
     python data/prepare.py python_extended                    standard library and site-packages
-    python data/prepare.py tinyshakespeare [--file input.txt]
+    python data/prepare.py tinyshakespeare [--path input.txt]
     python data/prepare.py fineweb [--shards N | --documents] [--hub-folder PATH]
     python data/prepare.py markov2                            a deterministic toy stream, for tests only
     python data/prepare.py convert --from FOLDER --variant byte260 --tokenizer sp1024.model
@@ -126,6 +126,12 @@ def read_documents(path: Path) -> Iterator[bytes]:
             raise
 
 
+def provenance(key: str, paths: list[str]) -> dict:
+    """Names and hashes of named files, for the manifest; a missing one is told by whoever reads it."""
+    sums = [sha256_file(Path(path)) if Path(path).is_file() else None for path in paths]
+    return {key: [Path(path).name for path in paths], f"{key}_sha256": sums}
+
+
 def take_bytes(documents: Iterator[bytes], limit: int) -> Iterator[bytes]:
     """Documents until `limit` bytes are passed; 0 = all."""
     seen = 0
@@ -167,6 +173,7 @@ def split_by_hash(name: str, paths: Iterable[Path], val_share: float, notes: dic
                     raise UserError(f"{places[key]}: changed while it was read")
                 yield document
 
+    notes = {**notes, "split": f"by hash of the file, {val_share:g} held out"}
     return Corpus(name, lambda: part(False), lambda: part(True), notes)
 
 
@@ -211,7 +218,7 @@ def source_files(args: argparse.Namespace) -> Corpus:
         # Memory stays flat: the documents are shuffled in blocks of 64 MB, the blocks follow the files.
         return source if args.no_shuffle else shuffle_blocks(source, args.seed)
 
-    notes = {"files": [Path(path).name for path in args.train], "shuffled": not args.no_shuffle}
+    notes = {**provenance("files", args.train), "shuffled": not args.no_shuffle}
     if args.val and args.val_tail:
         raise UserError("files: --val and --val-tail both name the validation text; give one")
     if args.val:
@@ -219,7 +226,7 @@ def source_files(args: argparse.Namespace) -> Corpus:
             "files",
             lambda: training(take_bytes(documents(args.train), args.train_bytes)),
             lambda: take_bytes(documents(args.val), args.val_bytes),
-            {**notes, "val_files": [Path(path).name for path in args.val]},
+            {**notes, **provenance("val_files", args.val)},
         )
     if args.val_tail:
         cut = tail_start(map(len, documents(args.train)), args.val_tail)
@@ -279,7 +286,7 @@ def shuffle_blocks(documents: Iterator[bytes], seed: int, block: int = 64_000_00
 
 
 def source_tinyshakespeare(args: argparse.Namespace) -> Corpus:
-    """The 1.1 MB file, cut into the speeches' paragraphs; the last tenth is validation."""
+    """The 1.1 MB file, cut once, behind the paragraph that passes nine tenths: training, then validation."""
     url, wanted = TINYSHAKESPEARE
     path = Path(args.file) if args.file else Path(args.out_root) / "downloads" / "tinyshakespeare.txt"
     if not path.exists():
@@ -292,9 +299,9 @@ def source_tinyshakespeare(args: argparse.Namespace) -> Corpus:
             f"{path}: sha256 {hashlib.sha256(text).hexdigest()} is not tinyshakespeare's {wanted}"
         )
     cut = text.index(b"\n\n", len(text) * 9 // 10) + 2
-    return Corpus(
-        "tinyshakespeare", lambda: iter([text[:cut]]), lambda: iter([text[cut:]]), {"sha256": wanted}
-    )
+    split = f"contiguous: {cut} bytes, then {len(text) - cut} held out"
+    notes = {"url": url, "sha256": wanted, "split": split}
+    return Corpus("tinyshakespeare", lambda: iter([text[:cut]]), lambda: iter([text[cut:]]), notes)
 
 
 def markov2(length: int, seed: int) -> bytes:
@@ -330,7 +337,7 @@ def download(url: str, path: Path) -> None:
             shutil.copyfileobj(response, file)
         os.replace(temporary, path)
     except (urllib.error.URLError, OSError) as error:
-        raise UserError(f"{url}: {error}; pass a local copy with --file") from None
+        raise UserError(f"{url}: {error}; pass a local copy with --path") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -999,7 +1006,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="hold out the last documents of TRAIN, this many bytes: tune on them",
     )
     files.add_argument("--no-shuffle", action="store_true", help="keep the order of the files")
-    commands.add_parser("tinyshakespeare", parents=[shared]).add_argument("--file", default="")
+    shakespeare = commands.add_parser("tinyshakespeare", parents=[shared])
+    shakespeare.add_argument("--path", "--file", dest="file", default="", help="a local copy of the file")
     commands.add_parser("markov2", parents=[shared]).add_argument("--bytes", type=int, default=1 << 20)
     fineweb = commands.add_parser("fineweb", parents=[shared])
     fineweb.add_argument(

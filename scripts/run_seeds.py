@@ -87,8 +87,19 @@ class Job:
     exit_code: int | None = None
     tail: list[str] = field(default_factory=list)
 
+    # What it has to leave.
+    result = "metrics.json of this script and seed with a finite val_bpb"
+
     def __str__(self) -> str:
         return f"{self.arm} seed {self.seed}"
+
+    def told(self) -> str:
+        """What came out, in a word."""
+        return f"{self.metrics['val_bpb']:.4f} BPB"
+
+    def ended_well(self, code: int) -> bool:
+        """Does a process that left a result and this exit code count?"""
+        return code == 0 or bool(self.metrics.get("broken_budgets"))
 
     @property
     def good(self) -> bool:
@@ -112,7 +123,7 @@ class Job:
         if not self.read(script_sha256):
             return False
         self.state = "over budget" if self.metrics.get("broken_budgets") else "kept"
-        say(f"{self.state:6} {self}: {self.metrics['val_bpb']:.4f} BPB, {self.folder}")
+        say(f"{self.state:6} {self}: {self.told()}, {self.folder}")
         return True
 
     def step(self) -> int:
@@ -236,14 +247,14 @@ class Runner:
     def finish(self, job: Job, code: int, seconds: float) -> None:
         """Reads what a run has left and says how it went."""
         job.exit_code = code
-        if job.read(self.script_sha256) and (code == 0 or job.metrics.get("broken_budgets")):
+        if job.read(self.script_sha256) and job.ended_well(code):
             job.state = "over budget" if job.metrics.get("broken_budgets") else "done"
-            return say(f"{job.state:6} {job}: {job.metrics['val_bpb']:.4f} BPB in {seconds:.0f} s")
+            return say(f"{job.state:6} {job}: {job.told()} in {seconds:.0f} s")
         job.state = "stopped" if self.signals else "failed"
         console = (job.folder / "console.txt").read_text(errors="replace")
         job.tail = [line for line in console.splitlines()[1:] if line.strip()][-TAIL_LINES:]
         if code == 0:
-            job.tail.append("left no metrics.json of this script and seed with a finite val_bpb")
+            job.tail.append(f"left no {job.result}")
         say(f"{job.state:6} {job}: exit code {code} after {seconds:.0f} s")
 
     @staticmethod
@@ -484,8 +495,12 @@ def settings_of(options: argparse.Namespace, known: set[str]) -> dict[str, str]:
 
 
 def carry_out(options: argparse.Namespace, script: Path, known: set[str], arms: dict[str, dict[str, str]],
-              base: str, collect: Callable[[list[Job], Path], None]) -> int:
+              base: str, collect: Callable[[list[Job], Path], None],
+              after: Callable[[Runner, list[Job], dict], tuple[list[Job], str]] | None = None) -> int:
     """Runs every arm for every seed, prints and collects what came out -> exit code.
+
+    `after`, if given, does what the finished runs are for, adds to the JSON document what came out, and returns the jobs
+    that this took and a text for below the tables.
 
     Raises:
         Misuse: an option that cannot be, two arms with equal settings.
@@ -512,13 +527,14 @@ def carry_out(options: argparse.Namespace, script: Path, known: set[str], arms: 
     runner.run(jobs)
     rows = summarise(jobs, arms, base)
     document = {"script": str(options.script), "script_sha256": digest, "base": base, "arms": rows}
-    print(json.dumps(document, indent=1) if options.json else tables(rows, base))
+    more, text = after(runner, jobs, document) if after else ([], "")
+    print(json.dumps(document, indent=1) if options.json else "\n\n".join(filter(None, (tables(rows, base), text))))
     if options.collect:
         collect(jobs, options.collect)
-    if any(job.state == "stopped" for job in jobs):
+    if any(job.state == "stopped" for job in (*jobs, *more)):
         say("stopped; the same command goes on from here")
         return STOPPED
-    return FINE if all(job.good for job in jobs) else FINDINGS
+    return FINE if all(job.good for job in (*jobs, *more)) else FINDINGS
 
 
 def main(argv: list[str] | None = None) -> int:

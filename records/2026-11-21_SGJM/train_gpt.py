@@ -12,6 +12,8 @@ Run:    python train_gpt.py --help                               every variable,
         TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=393216 torchrun --standalone --nproc_per_node=8 train_gpt.py
                                                                  the contest: 8xH100, 600 s, 16,000,000 bytes
         EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py            score an artifact and nothing else
+        GENERATE='def ' ARTIFACT=FILE python train_gpt.py        go on with a text; GENERATE_BENCH=1: how fast
+        EVAL_GATE=1 SGJM=FILE BASELINE=FILE python train_gpt.py  are the heads worth having? gate.json
 
 The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs torch,
 numpy and safetensors; constriction and FlashAttention are used if installed.
@@ -194,7 +196,28 @@ class Hyperparameters:
     val_loss_every = Var(0, "validation of the raw weights every so many steps; 0 = at the end only", low=0)
     eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", low=0.0)
     eval_only = Var(False, "score ARTIFACT and nothing else")
-    artifact = Var("", "path for EVAL_ONLY")
+    artifact = Var("", "path for EVAL_ONLY and GENERATE; for the latter a checkpoint, too")
+    eval_gate = Var(False, "judge SGJM against BASELINE and nothing else: gate.json, exit code 0 or 1")
+    sgjm = Var("", "a checkpoint, or an artifact with heads")
+    baseline = Var("", "the same of ARCH=baseline, with as many parameters and steps")
+    gate_bench = Var("", "bench.json of GENERATE_BENCH; empty = the speed-up is not measured")
+    gate_batches = Var(32, "batches of TRAIN_BATCH_TOKENS that it looks at", low=1)
+    gate_radius = Var(6, "bits of 64 in which signatures of merged states may differ", low=0, high=64)
+    _generation = "Generation"
+    generate = Var("", "a text, or its file, to go on from, with the model in ARTIFACT")
+    generate_bench = Var(False, "speed with and without drafts: bench.json; GENERATE: also a folder, JSON")
+    bench_repeats = Var(3, "its runs of each kind, in turn", low=1)
+    max_new_tokens = Var(256, "bytes to write", low=1)
+    temperature = Var(0.0, "0 = greedy", low=0.0)
+    speculate = Var(True, "read drafts too: the same text at temperature 0, above it the same distribution")
+    drafter = Var("both", "suffix: what followed a like text before", choices=("heads", "suffix", "both"))
+    draft_branches = Var(4, "blocks that the heads draft", low=1, high=64)
+    draft_budget = Var(16, "drafted bytes a pass; a hybrid reads a chain of them", low=1, high=63)
+    draft_byte_cost = Var(0.1, "time of one more byte in a pass / of a plain step; less on GPUs", low=0.0)
+    draft_cost = Var(0.0, "time of a draft / of a pass; 0 = measured: SEED may not repeat a text", low=0.0)
+    keep_top_k = Var(4, "drafts read in a pass", low=1)
+    judge_weight = Var(1.0, "of the judge's score beside log-probabilities, where drafts are ranked", low=0.0)
+    merge_radius = Var(4, "bits of 64 in which drafts may differ of which one is read", low=0, high=64)
     _run = "Run"
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
     runs_path = Var("./runs", "where runs are kept")
@@ -249,7 +272,8 @@ class Hyperparameters:
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         self.eval_stride = self.eval_stride or max(1, self.eval_seq_len // 4)
         self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
-        if shipped or not self.eval_only:  # otherwise the artifact's settings are still to come
+        others = self.eval_only, self.eval_gate, self.generate_bench, self.generate
+        if shipped or not any(others):  # else the file's settings are still to come
             self._check()
 
     @classmethod
@@ -327,6 +351,7 @@ class Hyperparameters:
             (self.rank >= self.world_size, "rank", "world_size", "a rank is below the number of processes"),
             (calibrates and not self.warmup_steps, "warmup_steps", "quant_round", "calibration is untimed"),
             (self.eval_only and not self.artifact, "eval_only", "artifact", "which artifact?"),
+            (self.eval_gate and self.world_size > 1, "eval_gate", "world_size", "one process judges"),
         ]
         for bad, *names, why in problems:
             if bad:
@@ -469,9 +494,11 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None)
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
-    """The same through torch's fused kernels. With a mask, q may be the last positions of k and v alone."""
+    """The same through torch's fused kernels. With a mask, q may be the last positions of k and v alone;
+    without one, a shorter q sees all of them."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, where, is_causal=where is None, enable_gqa=True)
+    causal = where is None and q.size(2) == k.size(2)
+    y = F.scaled_dot_product_attention(q, k, v, where, is_causal=causal, enable_gqa=True)
     return y.transpose(1, 2)
 
 
@@ -613,7 +640,8 @@ class Dataset:
             digest.update(f"{path.name} {len(shard)}".encode())
             digest.update(shard[:4096].tobytes() + shard[-4096:].tobytes())
         documents = int((self.val == BOS_ID).sum()) if self.vocab_size == SHARD_VOCAB else None
-        known = {key: self.manifest.get(key) for key in ("source", "variant", "documents", "bytes")}
+        names = "source", "source_notes", "variant", "documents", "bytes", "overlap"
+        known = {key: self.manifest.get(key) for key in names}
         return {"name": self.path.name, **known, "train_shards": len(self.train_files),
                 "val_shards": len(self.val_files), "train_tokens": sum(map(len, self.train_shards)),
                 "val_tokens": len(self.val), "val_documents": documents,
@@ -823,6 +851,20 @@ class LatentMLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x) + self.bias1.to(x.dtype))) + self.bias2.to(x.dtype)
 
 
+class SlotCache:
+    """Keys and values of a drafter's slots, those of all branches."""
+
+    def __init__(self):
+        self.layers, self.length = {}, 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds those of new slots (N, n, H, d); returns those of all."""
+        if layer in self.layers:
+            k, v = (torch.cat(pair, 1) for pair in zip(self.layers[layer], (k, v)))
+        self.layers[layer], self.length = (k, v), k.size(1)
+        return k, v
+
+
 class Drafter(nn.Module):
     """Drafts BLOCK_SIZE bytes behind a state of the backbone, and the latent of where they end.
 
@@ -842,13 +884,17 @@ class Drafter(nn.Module):
         self.norm = RMSNorm(dim)
         self.latent = CastedLinear(dim, args.model_dim)
 
-    def slots(self, parents: Tensor, tokens: Tensor) -> Tensor:
-        """parents (N, D), tokens (N, n) drafted so far -> states of slots 0 ... n (N, n + 1, e)."""
-        given = F.pad(F.embedding(tokens, self.tok_emb.weight), (0, 0, 1, 0))
-        x = self.enter(parents)[:, None] + (self.slot_emb[: given.size(1)] + given).to(parents.dtype)
-        where = causal_mask(tokens.new_zeros(1, x.size(1)), x.size(1))
+    def slots(self, parents: Tensor, tokens: Tensor, past: SlotCache | None = None) -> Tensor:
+        """parents (N, D), tokens (N, n) drafted so far -> states of slots 0 ... n (N, n + 1, e). If `past`
+        knows slots, tokens are those behind them, and n slots come back."""
+        given, known = F.embedding(tokens, self.tok_emb.weight), past.length if past else 0
+        if known == 0:
+            given = F.pad(given, (0, 0, 1, 0))
+        at = self.slot_emb[known : known + given.size(1)]
+        x = self.enter(parents)[:, None] + (at + given).to(parents.dtype)
+        where = None if past else causal_mask(tokens.new_zeros(1, x.size(1)), x.size(1))
         for block in self.blocks:
-            x = block(x, None, where)
+            x = block(x, None, where, past)
         return self.norm(x)
 
     def head(self, x: Tensor) -> Tensor:
@@ -856,22 +902,29 @@ class Drafter(nn.Module):
 
     @torch.no_grad()
     def draft(self, parents: Tensor, branches: int, temperature: float = 0.0,
-              generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+              generator: torch.Generator | None = None,
+              given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """parents (N, D) -> k branches of each: tokens (N, k, b), log-probabilities of every slot at this
         temperature (at 1 if it is 0) (N, k, b, V), endpoint latents (N, k, D).
-        First bytes differ: the k most likely at temperature 0, else drawn in turn without replacement. Later
-        bytes are the most likely ones, or drawn."""
-        tokens, heat = parents.new_empty(len(parents), 0, dtype=torch.long), temperature or 1.0
-        for i in range(self.size):
-            keys = self.head(self.slots(parents, tokens)[:, -1]) / heat  # (N, then N * k, V)
+        All branches begin with `given` (N, n < b) where it is known. The bytes behind it differ: the k most
+        likely at temperature 0, else drawn in turn without replacement. Later bytes are the most likely ones,
+        or drawn."""
+        tokens = parents.new_empty(len(parents), 0, dtype=torch.long) if given is None else given
+        heat, first, past = temperature or 1.0, tokens.size(1), SlotCache()
+        x = self.slots(parents, tokens, past)
+        logits = self.head(x)  # (N, then N * k, slots so far, V)
+        for i in range(first, self.size):
+            keys, count = logits[:, -1] / heat, branches if i == first else 1
             if temperature:  # the largest of logits + Gumbel noise are a sample without replacement
                 keys = keys - torch.empty_like(keys).exponential_(generator=generator).log()
-            chosen = keys.topk(branches if i == 0 else 1).indices
-            if i == 0:
-                parents, tokens = (x.repeat_interleave(branches, 0) for x in (parents, tokens))
-            tokens = torch.cat((tokens, chosen.view(-1, 1)), 1)
-        x = self.slots(parents, tokens)
-        found = tokens, (self.head(x[:, :-1]) / heat).log_softmax(-1), self.latent(x[:, -1])
+            chosen = keys.topk(count).indices.view(-1, 1)
+            if i == first:
+                past.layers = {layer: tuple(x.repeat_interleave(count, 0) for x in pair)
+                               for layer, pair in past.layers.items()}
+                parents, tokens, logits = (x.repeat_interleave(count, 0) for x in (parents, tokens, logits))
+            tokens, x = torch.cat((tokens, chosen), 1), self.slots(parents, chosen, past)
+            logits = torch.cat((logits, self.head(x)), 1)
+        found = tokens, (logits[:, :-1] / heat).log_softmax(-1), self.latent(x[:, -1])
         return tuple(part.unflatten(0, (-1, branches)) for part in found)
 
 
@@ -1056,9 +1109,10 @@ class CausalSelfAttention(nn.Module):
         self.attend = ATTENTION[attention]
 
     def forward(self, x: Tensor, rotary: Tensor | None, where=None, past: KVCache | None = None) -> Tensor:
-        weights = [layer.weight for layer in (self.c_q, self.c_k, self.c_v)]
-        qkv = F.linear(x, torch.cat(weights).to(x.dtype))  # one wide product instead of three
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.chunk(3, -1))  # (B, T, H, d)
+        layers = self.c_q, self.c_k, self.c_v  # one wide product, but for few ids, where to copy is as slow
+        parts = [layer(x) for layer in layers] if past else F.linear(
+            x, torch.cat([layer.weight for layer in layers]).to(x.dtype)).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # (B, T, H, d)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         y = sdpa_attention(q, *past.extend(self.layer, k, v), where) if past else self.attend(q, k, v, where)
@@ -1210,6 +1264,13 @@ class KVCache:
         self.first = self.length if count <= self.KEPT else self.length + count
         self.length += count
 
+    def gather(self, start: int, rows: list[int]) -> None:
+        """Of what was read behind `start` positions keeps these rows alone: a path of a tree, in order."""
+        if rows != list(range(len(rows))):
+            kept = self.layers[:, :, :, [start + row for row in rows]]
+            self.layers[:, :, :, start : start + len(rows)] = kept
+        self.rewind(start + len(rows))
+
     def rewind(self, length: int) -> None:
         """Forgets what was read behind the first `length` positions: 0, or any from `first` on."""
         if length == 0:
@@ -1265,16 +1326,20 @@ class GPT(nn.Module):
             elif p.ndim == 2:
                 p.normal_(0, std, generator=generator)
 
-    def hidden(self, ids: Tensor, rotary: Tensor | None, past: KVCache | None = None) -> Tensor:
-        """ids (B, T) -> normalised states (B, T, D). With `past`, ids (1, n) are those that follow it."""
-        known = past.length if past else 0
-        stop, where = known + ids.size(1), None
+    def hidden(self, ids: Tensor, rotary: Tensor | None, past: KVCache | None = None,
+               tree: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """ids (B, T) -> normalised states (B, T, D). With `past`, ids (1, n) are those that follow it; with
+        `tree`, of which each attention sees its own path alone: depths (n,) from 0, and sees (n, n)."""
+        known, where = past.length if past else 0, None
+        at = slice(known, known + ids.size(1)) if tree is None else known + tree[0]
         x = F.embedding(ids, self.tok_emb.weight)
         if self.pos_emb is not None:
-            x = x + self.pos_emb.weight[known:stop]
-        if past:
-            where = causal_mask(ids.new_zeros(1, stop), ids.size(1))
-        x, rotary = x.to(self.dtype), None if rotary is None else rotary[:, known:stop]
+            x = x + self.pos_emb.weight[at]
+        if tree is not None:
+            where = F.pad(tree[1], (known, 0), value=True)[None, None]
+        elif past and ids.size(1) > 1:  # one that follows sees all
+            where = causal_mask(ids.new_zeros(1, at.stop), ids.size(1))
+        x, rotary = x.to(self.dtype), None if rotary is None else rotary[:, at]
         for block in self.blocks:
             x = block(x, rotary, where, past)
         if past:
@@ -1755,6 +1820,48 @@ def load(artifact_path: str | Path, device: str | torch.device = "cpu", args: Hy
     return model.to(device).eval()
 
 
+def read_checkpoint(path: str | Path, what: str, parts: tuple[str, ...] = ("",)) -> tuple[dict, dict]:
+    """(metadata, {name: tensor} of the names that begin with one of `parts`) of a checkpoint."""
+    try:
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {})["golf"])
+            names = [key for key in file.keys() if key.startswith(parts)]  # noqa: SIM118
+            return meta, {key: file.get_tensor(key) for key in names}
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{what}={path}: not a checkpoint of this script ({error})") from None
+
+
+def settings_of(path: str | Path, environ: dict[str, str] | None = None,
+                what: str = "ARTIFACT") -> Hyperparameters:
+    """The settings in the artifact or checkpoint that `what` names, with what `environ` may change."""
+    if not path:
+        raise UserError(f"{what} is empty: a checkpoint or an artifact is needed")
+    if Path(path).suffix == ".safetensors":
+        return shipped_settings(read_checkpoint(path, what, ())[0], str(path), environ)
+    return shipped_settings(unpack(read_file(path, what), str(path))[0], str(path), environ)
+
+
+def open_model(path: str | Path, device: str | torch.device = "cpu",
+               args: Hyperparameters | None = None) -> GPT:
+    """The model in an artifact or a checkpoint (best, last, final.safetensors), in fp32, to be evaluated.
+
+    Of a checkpoint: the average of the weights where it has one, as an artifact is made of it, and the heads,
+    which an artifact has with EXPORT_HEADS=1 alone (`model.aux` is None where there are none)."""
+    if Path(path).suffix != ".safetensors":
+        return load(path, device, args)
+    _, state = read_checkpoint(path, "checkpoint", ("model.", "ema."))
+    kind = "ema." if any(key.startswith("ema.") for key in state) else "model."
+    found = {key.removeprefix(kind): value for key, value in state.items() if key.startswith(kind)}
+    with torch.device("meta"):
+        model = GPT(args or settings_of(path))
+    try:
+        model.load_state_dict(found, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{path}: its tensors are not those of its config ({error})") from None
+    model.set_rotary()
+    return model.to(device).eval()
+
+
 # -----------------------------------------------------------------------------
 # EVALUATION
 # -----------------------------------------------------------------------------
@@ -1859,6 +1966,202 @@ class Evaluator:
         return result
 
 
+# The gate: are the heads worth having? The published conditions as they were computed, honest ones beside.
+
+DISTRACTORS, PAIRS, BRANCHES, GATE_SEED = 8, 4096, 4, 1234  # published
+MATCHED, ENOUGH, POOL, DRAWS = 0.02, 30, 2048, 1000  # share, merged pairs, places, bootstrap samples
+
+
+def conditions(published: dict, honest: dict, ours: dict, theirs: dict) -> dict[str, list[dict]]:
+    """The published gate with its thresholds, and the same five questions asked of what they are about. What
+    was not measured (None), is no number (NaN) or says nothing, for a reason that is told, does not hold:
+    so bits of models with other numbers of parameters or steps, or of which one is the best of many."""
+    merge, asked = honest["merge"], {"published": {
+        "nll_delta": ("<=", 0.05), "branch_acceptance_rate": (">=", 0.5),
+        "jepa_top1_acc": (">", published["sgjm"]["jepa_chance_top1"] + 0.05),
+        "merge_precision_advantage": (">=", 1.5), "compute_advantage": (">=", 1.0),
+    }, "honest": {
+        "val_bpb_delta": ("<=", 0.01), "bytes_per_pass": (">=", 1.5),
+        "jepa_top1_hard": (">", honest["jepa_chance_hard"] + 0.05),
+        "merge_advantage_low": (">=", max(1.5, honest["control"]["interval"][1])), "speed_up": (">", 1.0)}}
+    found = published | published["sgjm"] | honest | {"merge_advantage_low": merge["interval"][0]}
+    why = {name: "not measured" for name, value in found.items() if value is None}
+    for key, share in (("params", MATCHED), ("steps", MATCHED), ("best", 0)):
+        if None in (ours[key], theirs[key]) or abs(ours[key] - theirs[key]) > share * theirs[key]:
+            why["val_bpb_delta"] = f"not matched: {key} {ours[key]} against {theirs[key]}"
+    if merge["merged_pairs"] < ENOUGH:
+        why["merge_advantage_low"] = f"{merge['merged_pairs']} merged pairs, {ENOUGH} needed"
+
+    def holds(value, sign: str, limit: float) -> bool:
+        return {"<=": value <= limit, ">=": value >= limit, ">": value > limit}[sign]
+    return {kind: [{"name": name, "value": found[name], "wanted": f"{sign} {limit:.4f}",
+                    "why": why.get(name, ""), "passed": not why.get(name) and holds(found[name], sign, limit)}
+                   for name, (sign, limit) in limits.items()] for kind, limits in asked.items()}
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of distributions (..., V), in nats, ln 2 at most."""
+    middle = ((p + q) / 2 + 1e-12).log()
+    return sum((x * ((x + 1e-12).log() - middle)).sum(-1) for x in (p, q)) / 2
+
+
+def closest(guess: Tensor, right: Tensor, others: Tensor) -> Tensor:
+    """Is a guess (..., D) nearer to the right state (..., D) than to each of the others (..., n, D)?"""
+    wrong = (guess[..., None, :] - others).square().mean(-1)
+    return (guess - right).square().mean(-1) < wrong.amin(-1)
+
+
+def merge_figures(signs: Tensor, told: Tensor, window: Tensor, radius: int) -> dict:
+    """Do places with near signatures predict alike? All pairs of N places are held against each other: signs
+    (N, 64) of 1 and -1, told (N, V) the backbone's predictions there, window (N,) where a place is from.
+
+    advantage: mean divergence of other pairs / of merged pairs, with a 95 % interval over windows drawn anew
+    (places of a window are alike); same_choice: share of merged, of other pairs with one most likely id."""
+    generator, near = torch.Generator().manual_seed(GATE_SEED), (64 - signs @ signs.mT) / 2 <= radius
+    merged, places, windows = near.triu(1).nonzero(), len(signs), int(window.max()) + 1
+    apart = torch.randint(places, (PAIRS, 2), generator=generator)
+    groups = merged[torch.randperm(len(merged), generator=generator)[:PAIRS]], apart[~near[tuple(apart.T)]]
+    draws = np.random.default_rng(GATE_SEED).multinomial(windows, np.full(windows, 1 / windows), DRAWS)
+    draws = torch.from_numpy(draws).double()  # (DRAWS, windows)
+    means, sampled, same = [], [], []
+    for i, j in (group.T for group in groups):
+        js, weight = divergence(told[i], told[j]).double(), draws[:, window[i]] * draws[:, window[j]]
+        means.append(js.mean().item())
+        sampled.append(weight @ js / weight.sum(1))
+        same.append((told[i].argmax(-1) == told[j].argmax(-1)).double().mean().item())
+    ends = (sampled[1] / sampled[0].clamp(min=1e-9)).nanquantile(draws.new_tensor([0.025, 0.975]))
+    return {"radius": radius, "places": places, "pairs": places * (places - 1) // 2, "same_choice": same,
+            "merged_pairs": len(merged), "js": means, "advantage": means[1] / max(means[0], 1e-9),
+            "interval": ends.tolist()}
+
+
+@torch.no_grad()
+def figures(model: GPT, plain: GPT, ids: np.ndarray, starts: np.ndarray, args: Hyperparameters) -> tuple:
+    """What the windows that begin at `starts` say of SGJM and baseline: (published figures, honest ones).
+
+    The published are computed as they were, faults and all: acceptance is the verifier's opinion of latents,
+    no byte is looked at; the judge chooses among states of any place; pairs to merge are any two places;
+    computation per byte takes all siblings as accepted and none as verified. Ours are the latent, behind a
+    greedy draft, and the state to foresee, h[t + b] (published h[t + b - 1]), for which heads were trained.
+
+    bytes_per_pass   what a pass of the backbone settles, at any place of the text: the bytes of a greedy
+                     draft that it accepts, and its own. What it would choose behind a byte that the text has
+                     not is unknown, and taken as rejected; drafts_unknown is the share of drafts with that
+    jepa_top1_hard   the judge's choice among the state to come and the 8 next to it in time, without parent
+    merge, control   latents behind the true bytes, held against the predictions there, or others dealt out"""
+    aux, length, size = model.aux, args.train_seq_len, args.block_size
+    at, rows, generator = torch.arange(length - size), args.train_batch_tokens // length, torch.Generator()
+    near, gaps = at[:, None] + torch.arange(size), (torch.arange(length) - at[:, None] - size).abs().double()
+    gaps[at, at] = gaps[at, at + size] = math.inf
+    hard = gaps.topk(min(DISTRACTORS, length - 2), largest=False).indices
+    planes = torch.randn(args.model_dim, 64, generator=generator.manual_seed(42))
+    means, merged, apart, signs, told = torch.zeros(7), [], [], [], []
+    for first in range(0, len(starts), rows):
+        text = ids[starts[first : first + rows, None] + np.arange(length + 1)].astype(np.int64)
+        text = torch.from_numpy(text).to(model.tok_emb.weight.device)  # (B, T + 1)
+        states, theirs = (each.hidden(text[:, :-1], each.rotary_train) for each in (model, plain))
+        logits, theirs = model.head(states), plain.head(theirs)
+        parent, future, true = states[:, :-size], states[:, size:], text[:, near + 1]  # (B, K, D or b)
+        every, laws = future.flatten(0, 1), logits[:, size:].softmax(-1).flatten(0, 1)
+        guess, (tokens, _, ends) = aux.judge(parent), aux.drafter.draft(parent.flatten(0, 1), 1)
+        _, known, taken = accepted(tokens.unflatten(0, true.shape[:2]), true, logits.argmax(-1)[:, near])
+        other = torch.randint(len(every), (*parent.shape[:2], DISTRACTORS), generator=generator)
+        means += len(text) / len(starts) * torch.stack([
+            *(F.cross_entropy(each.flatten(0, 1), text[:, 1:].flatten()) for each in (logits, theirs)),
+            *(part.float().mean() for part in (
+                aux.verdict(parent.flatten(0, 1), ends[:, 0]) > 0, closest(guess, future, every[other]),
+                taken, known, closest(guess, future, states[:, hard])))]).cpu()
+        i, j = torch.randint(len(every), (2, PAIRS), generator=generator)
+        i, j = i[i != j], j[i != j]
+        bits, js = ends[:, 0] @ planes.to(ends) >= 0, divergence(laws[i], laws[j])
+        same = (bits[i] != bits[j]).sum(-1) <= args.gate_radius
+        merged, apart = merged + js[same].tolist(), apart + js[~same].tolist()
+        some = torch.randperm(len(at), generator=generator)[: -(-POOL // len(starts))]
+        slots = aux.drafter.slots(*(part[:, some].flatten(0, 1) for part in (parent, true)))
+        signs.append((aux.drafter.latent(slots[:, -1]).cpu() @ planes >= 0).float() * 2 - 1)
+        told.append(laws.unflatten(0, true.shape[:2])[:, some].flatten(0, 1).cpu())
+    *nats, acceptance, right, taken, known, hard_right = means.tolist()
+    signs, told = torch.cat(signs), torch.cat(told)
+    window = torch.arange(len(starts)).repeat_interleave(len(some))
+    mixed = told[torch.randperm(len(told), generator=generator)]
+    whole, heads, drafter, verifier, theirs = (sum(p.numel() for p in part.parameters()) for part in (
+        model, aux, aux.drafter, aux.verifier, plain))
+    cost = whole - heads + BRANCHES * (drafter + verifier)
+    cost /= max(acceptance, 1e-6) * BRANCHES * size
+    js = [sum(part) / len(part) if part else math.nan for part in (merged, apart)]
+    counts = {"n_tokens": len(starts) * length, "n_positions": len(starts) * len(at)}
+    sgjm = counts | {
+        "token_nll": nats[0], "branch_acceptance_rate": acceptance, "jepa_top1_acc": right,
+        "jepa_chance_top1": 1 / (DISTRACTORS + 1), "merge_precision_js": js[0], "random_pair_js": js[1],
+        "merge_precision_advantage": js[1] / max(js[0], 1e-9) if merged and apart else 1.0,
+        "merged_pairs": len(merged), "compute_per_accepted_token": cost}
+    return {"sgjm": sgjm, "baseline": {"token_nll": nats[1], "compute_per_token": theirs},
+            "nll_delta": nats[0] - nats[1], "compute_advantage": theirs / cost}, counts | {
+        "bytes_per_pass": 1 + taken, "drafts_unknown": 1 - known,
+        "jepa_top1_hard": hard_right, "jepa_chance_hard": 1 / (hard.size(1) + 1),
+        "merge": merge_figures(signs, told, window, args.gate_radius),
+        "control": merge_figures(signs, mixed, window, args.gate_radius)}
+
+
+def compared(path: str, model: GPT) -> dict:
+    """Who is compared; `steps` None: neither in the file nor in a metrics.json beside it."""
+    steps = None
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        steps = (read_checkpoint(path, "checkpoint", ())[0]["step"] if Path(path).suffix == ".safetensors"
+                 else json.loads(Path(path).with_name("metrics.json").read_text())["steps"])
+    return {"file": str(path), "sha256": sha256_file(Path(path)), "steps": steps,
+            "params": sum(p.numel() for p in model.parameters()), "best": Path(path).stem == "best"}
+
+
+def gate(args: Hyperparameters, log: Log, evaluator: Evaluator, fingerprint: dict) -> int:
+    """Judges SGJM against BASELINE: a table, gate.json; 0 if every honest condition holds, else 1."""
+    device, ids, ratio = evaluator.runtime.device, evaluator.ids, None
+    theirs = settings_of(args.baseline, what="BASELINE")
+    wanted = {"arch": "baseline", "vocab_size": args.vocab_size, "train_seq_len": args.train_seq_len}
+    for name, value in wanted.items():
+        if (found := getattr(theirs, name)) != value:
+            raise UserError(f"BASELINE={args.baseline}: {name.upper()}={found}, where {value} is needed")
+    theirs.eval_seq_len = args.eval_seq_len
+    model, plain = open_model(args.sgjm, device, args), open_model(args.baseline, device, theirs)
+    if model.aux is None:
+        raise UserError(f"SGJM={args.sgjm}: no heads in it; a checkpoint has them, or EXPORT_HEADS=1")
+    if len(ids) < args.train_seq_len + 2:
+        raise UserError(f"TRAIN_SEQ_LEN={args.train_seq_len}: no such window in {len(ids)} validation ids")
+    report = {"sgjm": compared(args.sgjm, model), "baseline": compared(args.baseline, plain)}
+    if args.gate_bench:
+        try:
+            bench = json.loads(read_file(args.gate_bench, "GATE_BENCH"))
+            ratio = float(bench["summary"]["greedy"]["ratio"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"GATE_BENCH={args.gate_bench}: no summary.greedy.ratio ({error!r})") from None
+        if bench.get("artifact_sha256", mine := report["sgjm"]["sha256"]) != mine:
+            raise UserError(f"GATE_BENCH={args.gate_bench}: measured with another file than {args.sgjm}")
+    bits = [evaluator.report(f"gate_{name}", part, args.eval_stride)["val_bpb"]
+            for name, part in (("sgjm", model), ("baseline", plain))]
+    length, last = args.train_seq_len, len(ids) - args.train_seq_len
+    count = args.gate_batches * args.train_batch_tokens // length
+    starts = np.random.default_rng(GATE_SEED).integers(last, size=count)
+    published, _ = figures(model, plain, ids, starts, args)
+    starts = np.arange(0, last, length)  # spread over the text, none twice
+    starts = starts[np.unique(np.linspace(0, len(starts) - 1, count).astype(int))]
+    honest = {"val_bpb_delta": bits[0] - bits[1], "val_bpb": bits, "speed_up": ratio,
+              **figures(model, plain, ids, starts, args)[1]}
+    told = conditions(published, honest, *report.values())
+    report |= {"published": published, "honest": honest, "dataset": fingerprint, "evals": evaluator.results,
+               "settings": args.settings(), "script_sha256": sha256_file(Path(__file__))}
+    for kind, asked in told.items():
+        failed = [each["name"] for each in asked if not each["passed"]]
+        report[kind] |= {"conditions": asked, "gate_passed": not failed, "gate_reasons": failed}
+        for each in asked:
+            value = "-" if each["value"] is None else f"{each['value']:.4f}"
+            log(f"gate {kind:<9} {each['name']:<25} {value:>11} {each['wanted']:<9} "
+                + ("pass" if each["passed"] else "FAIL") + f" ({each['why']})" * bool(each["why"]))
+        log(f"gate {kind:<9} {'failed: ' + ', '.join(failed) if failed else 'passed'}")
+    report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has no NaN: null
+    write_atomic(log.folder / "gate.json", json.dumps(report, indent=2, allow_nan=False).encode())
+    return int(not honest["gate_passed"])
+
+
 # -----------------------------------------------------------------------------
 # GENERATION
 # -----------------------------------------------------------------------------
@@ -1895,6 +2198,391 @@ class Stream:
 
 
 stream = Stream  # the name that every script of the family gives it
+
+NEAR_TIE = 1e-4  # logits closer than this are ordered by the rounding of a pass's shape
+
+
+class Draft:
+    """A node of the speculation graph: `ids` drafted to follow `parent`, None for the text; as in that, an id
+    is a character. `start` is the length of its true prefix. Of each id: the law that it was drawn with (V,),
+    None without chance; the drafter's log-probability; its kind, the key of `Generator.rates`. Of its end:
+    what judge and verifier think of it, and its signature."""
+
+    def __init__(self, parent: Draft | None, start: int, ids: str, laws: list, logs: list[float],
+                 kinds: list[tuple[str, int]], bonus: float = 0.0, bits: int | None = None):
+        self.parent, self.start, self.end, self.ids = parent, start, start + len(ids), ids
+        self.laws, self.logs, self.kinds, self.bonus, self.bits = laws, logs, kinds, bonus, bits
+        self.state, self.score, self.alias = "created", 0.0, None
+        self.path: list[Place] = []  # in the tree of a pass, from the place before it
+
+    def through(self, text: str) -> str:
+        """The text as it would be with the draft."""
+        return (self.parent.through(text) if self.parent else text[: self.start]) + self.ids
+
+
+class SpeculationGraph:
+    """Drafts ahead of a text, and which of them a pass of the backbone reads.
+
+    created -> scored -> verified | pruned | merged -> committed | expired, or, still ahead, scored again.
+    Two drafts merge if they end at the same length in latents whose signatures (SimHash, Charikar 2002: signs
+    of 64 products with Gaussian vectors) differ in few bits: the better one is read, the other points to it
+    and keeps its own prefix. Edges lead to longer prefixes, pointers to equal ones: no cycle. (Published:
+    nodes forget what came before them, merging drops bytes, and one can merge with its own ancestor.)"""
+
+    AFTER = {"created": ("scored",), "scored": ("verified", "pruned", "merged"),
+             **dict.fromkeys(("verified", "pruned", "merged"), ("scored", "committed", "expired")),
+             "committed": (), "expired": ()}
+
+    def __init__(self, dim: int, keep: int, radius: int):
+        self.planes = torch.randn(dim, 64, generator=torch.Generator().manual_seed(42))
+        self.keep, self.radius, self.alive = keep, radius, []  # elder ones first
+        self.counts = dict.fromkeys(self.AFTER, 0)  # how often a draft came into a state
+
+    def add(self, *fields) -> Draft:
+        self.alive.append(Draft(*fields))
+        self.counts["created"] += 1
+        return self.alive[-1]
+
+    def move(self, draft: Draft, state: str) -> None:
+        assert state in self.AFTER[draft.state], f"{draft.state} -> {state}"
+        draft.state = state
+        self.counts[state] += 1
+
+    def signatures(self, latents: Tensor) -> list[int]:
+        """latents (n, D) -> 64 bits each."""
+        signs = (latents.float().cpu() @ self.planes >= 0).numpy()
+        return np.packbits(signs, axis=1).view(">u8")[:, 0].tolist()
+
+    def choose(self, length: int) -> list[Draft]:
+        """The best drafts ahead of a text of `length` ids, without those that look like a better one; what is
+        left of older drafts takes no new one's place."""
+        kept: list[Draft] = []
+        for draft in self.alive:
+            self.move(draft, "scored")
+            before = draft.parent.score if draft.start > length else 0.0
+            draft.score = before + sum(draft.logs[max(length - draft.start, 0) :]) + draft.bonus
+        for draft in sorted(self.alive, key=lambda draft: -draft.score):
+            near = (other for other in kept if other.end == draft.end and None not in (other.bits, draft.bits)
+                    and (other.bits ^ draft.bits).bit_count() <= self.radius)
+            draft.alias = next(near, None)
+            free = draft.start < length or sum(other.start >= length for other in kept) < self.keep
+            if draft.alias is None and free:
+                kept.append(draft)
+            else:
+                self.move(draft, "pruned" if draft.alias is None else "merged")
+        return kept
+
+    def settle(self, text: str) -> None:
+        """What the text has taken as a whole is committed, what it went away from expires."""
+        for draft in self.alive:
+            orphan, seen = draft.parent and draft.parent.state == "expired", text[draft.start : draft.end]
+            if orphan or not draft.ids.startswith(seen):
+                self.move(draft, "expired")
+            elif draft.end <= len(text):
+                self.move(draft, "committed")
+        self.alive = [draft for draft in self.alive if self.AFTER[draft.state]]
+
+
+class Place:
+    """An id in the tree of a pass: its root is the last id of the text, drafts with a common prefix share it.
+    `offers` are the ids drafted to follow it, in the order of drawing: (id, law, kind)."""
+
+    def __init__(self, token: int, above: Place | None = None):
+        self.id, self.above, self.depth = token, above, above.depth + 1 if above else 0
+        self.row, self.chance = -1, float(above is None)  # not read; that the text comes by
+        self.children, self.offers = {}, []
+
+    def offer(self, token: int, law: np.ndarray | None, kind: tuple, rate: float) -> Place:
+        """`token` may follow, and does so at this rate: its place."""
+        self.offers.append((token, law, kind))
+        child = self.children.setdefault(token, Place(token, self))
+        child.chance = max(child.chance, self.chance * rate)
+        return child
+
+
+def tree_mask(read: list[Place], device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """(depths (n,), who sees whom (n, n)) of places in the order of their rows; None for a chain."""
+    if read[-1].depth == len(read) - 1:
+        return None
+    sees = np.eye(len(read), dtype=bool)
+    for place in read[1:]:
+        sees[place.row] |= sees[place.above.row]
+    return torch.tensor([place.depth for place in read], device=device), torch.from_numpy(sees).to(device)
+
+
+def repeated(text: str, limit: int) -> tuple[int, str]:
+    """Prompt lookup: (length, from 3 to 32, of the longest end of `text` that stands in it before; `limit`
+    characters that followed the last time), or (0, "")."""
+    low, high, length, after = 3, min(32, len(text) - 1), 0, 0
+    while low <= high:  # what has a long end twice has a short one twice
+        n = (low + high) // 2
+        if (found := text.rfind(text[-n:], 0, -1)) < 0:
+            high = n - 1
+        else:
+            low, length, after = n + 1, n, found + n
+    period = len(text) - after  # where it is shorter than `limit`, the text goes round
+    return length, (text[after:] * (limit // period + 1))[:limit] if length else ""
+
+
+def chosen(p: np.ndarray, offers: list[tuple], rng: np.random.Generator) -> int:
+    """An id with probabilities p (V,), one of `offers` if it can be: (id, law, ...) in the order of drawing.
+
+    Rejection, offer by offer (Leviathan et al. 2023; for trees Miao et al. 2024): x, drawn with q, is taken
+    with probability min(1, p(x) / q(x)); else p becomes (p - q)+, normalised. The law of a draw without
+    replacement is q without its elder siblings; None, no draw at all, has q(x) = 1."""
+    for token, law, *_ in offers:
+        if rng.random() * (1.0 if law is None else law[token]) < p[token]:
+            return token
+        p = np.where(np.arange(len(p)) == token, 0.0, p) if law is None else np.maximum(p - law, 0.0)
+        if not p.any():  # p was q, but for rounding
+            return token
+        p = p / p.sum()
+    sums = p.cumsum()
+    return int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))
+
+
+class Generator:
+    """Goes on with a text. A pass of the backbone reads its last id and drafts behind it; those that the
+    backbone would have written itself join the text, and behind them the id that it predicts: the heads draft
+    what follows that one. When the window is full, its last half is read again, with drafts or without.
+
+    At temperature 0 the text is that of decoding without drafts, above it has the same distribution, whatever
+    is read: ids drawn to follow a prefix are put to the test in the order of drawing when the text reaches
+    that prefix, be it some passes later. (Forgetting what was not read would favour what the graph prefers.)
+    An id is read if its chance, by how drafts of its kind fared of late, is DRAFT_BYTE_COST or more; the
+    heads draft in one pass of 64 alone while what they win of late does not pay for their time."""
+
+    def __init__(self, model: GPT, ids: list[int], seed: int, speculate: bool, temperature: float):
+        args, self.device = model.args, model.tok_emb.weight.device
+        self.model, self.args, self.text, self.temperature = model, args, "".join(map(chr, ids)), temperature
+        self.past, self.window, self.start, self.state = KVCache(model), args.eval_seq_len, 0, None
+        self.rng, self.noise = np.random.default_rng(seed), torch.Generator(self.device).manual_seed(seed)
+        self.graph = SpeculationGraph(args.model_dim, args.keep_top_k, args.merge_radius)
+        self.heads = model.aux if speculate and args.drafter != "suffix" and args.block_size > 1 else None
+        self.suffix = speculate and (args.drafter != "heads" or self.heads is None)
+        self.rates = {("heads", i): (i + 0.5) / 8 for i in range(8)}
+        self.rates |= {("suffix", i): 1 - 0.5 / (i + 1) for i in range(8)}
+        self.worth, self.cost = 1.0, args.draft_cost or 0.25  # of a draft by the heads: ids won, time
+        self.seconds, self.drafting, self.reading = 0.0, 0.0, 0.0
+        self.read, self.taken = np.zeros((2, args.draft_budget + 1), np.int64)  # passes, by depth of drafts
+        self.gaps: dict[int, float] = {}  # at temperature 0: {place in the text: best logit - the second}
+
+    @torch.no_grad()
+    def write(self, count: int) -> str:
+        """`count` ids more. The clock stands while the prompt is read."""
+        stop = len(self.text) + count
+        self.catch_up()
+        began = time.perf_counter()
+        while len(self.text) < stop:
+            self.step(stop - len(self.text))
+        self.seconds += time.perf_counter() - began
+        return self.text[-count:]
+
+    def states(self, ids: list[int], mask: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(n, D) of ids that follow the cache, which takes them up."""
+        ids = torch.tensor([ids], device=self.device)
+        return self.model.hidden(ids, self.model.rotary_eval, self.past, mask)[0]
+
+    def catch_up(self) -> None:
+        """Reads what lies before the last id and is not in the cache."""
+        while len(self.text) - 1 - self.start >= self.window:
+            self.start += self.window - self.window // 2
+            self.past.rewind(0)
+        if missing := self.text[self.start + self.past.length : -1]:
+            self.state = self.states(list(map(ord, missing)))[-1:]
+
+    def step(self, left: int) -> None:
+        """One pass: from 1 to `left` ids."""
+        self.catch_up()
+        began, known = time.perf_counter(), self.past.length
+        read = self.plan(min(left, self.window - known))
+        drafted = time.perf_counter()
+        x = self.states([place.id for place in read], tree_mask(read, self.device))
+        path = self.walk(read[0], self.model.head(x).cpu().numpy())
+        self.past.gather(known, path)
+        self.graph.settle(self.text)
+        self.state = x[path[-1:]]
+        times = drafted - began, time.perf_counter() - drafted
+        self.drafting, self.reading = self.drafting + times[0], self.reading + times[1]
+        if self.tried and not self.args.draft_cost:
+            self.cost += 0.2 * (min(times[0] / times[1], 4.0) - self.cost)
+        self.read[: 1 + max(place.depth for place in read)] += 1
+        self.taken[: len(path)] += 1
+
+    def plan(self, most: int) -> list[Place]:
+        """What a pass reads that is to give `most` ids at most, by rows: the last id, and ids of drafts."""
+        args, root, length = self.args, Place(ord(self.text[-1])), len(self.text)
+        ends = [draft.end for draft in self.graph.alive if draft.kinds[0][0] == "suffix"]
+        if self.suffix and most > 1 and max(ends, default=0) < length + args.draft_budget // 2:
+            self.look_up(None)
+        due = self.worth >= self.cost or self.read[0] % 64 == 0
+        self.tried = self.heads is not None and self.state is not None and most > 1 and due
+        if self.tried:
+            self.draft(length)
+        for draft in self.graph.alive:
+            draft.path = [root if draft.start <= length else draft.parent.path[-1]]
+            parts = list(zip(map(ord, draft.ids), draft.laws, draft.kinds))
+            for token, law, kind in parts[max(length - draft.start, 0) :]:
+                draft.path.append(draft.path[-1].offer(token, law, kind, self.rates[kind]))
+        kept, read, root.row = self.graph.choose(length), [root], 0
+        room = min(args.draft_budget + 1, self.window - self.past.length)
+        for draft in kept[: 1 if self.past.mambas else None]:  # whose states follow a chain
+            for place in (*(draft.parent.path if draft.start > length else ()), *draft.path):
+                if place.row < 0:
+                    if len(read) == room or place.depth == most or place.chance < args.draft_byte_cost:
+                        break
+                    place.row = len(read)
+                    read.append(place)
+        for draft in kept:
+            self.graph.move(draft, "verified" if draft.path[-1].row >= 0 else "pruned")
+        return read
+
+    def draft(self, length: int) -> None:
+        """Adds the heads' blocks to the graph, and what the best of them calls up."""
+        args, given = self.args, torch.tensor([[ord(self.text[-1])]], device=self.device)
+        found = self.heads.drafter.draft(self.state, args.draft_branches, self.temperature, self.noise, given)
+        tokens, logprobs, latents = (part[0] for part in found)  # (k, b), (k, b, V), (k, D)
+        logs = logprobs.gather(-1, tokens[..., None])[:, 1:, 0].tolist()
+        scores = logprobs[:, 1:].to(torch.float64, copy=True)
+        for i, score in enumerate(scores[:, 0]):  # drawn without replacement
+            score[tokens[:i, 1]] = -math.inf
+        foreseen = (self.heads.judge(self.state) - latents).float().square().mean(-1)
+        bonus = F.logsigmoid(self.heads.verdict(self.state, latents)) - args.judge_weight * foreseen
+        kinds = [[("heads", min(int(8 * math.exp(log)), 7)) for log in row] for row in logs]
+        parts = zip(tokens[:, 1:].tolist(), scores.softmax(-1).cpu().numpy(), logs, kinds, bonus.tolist(),
+                    self.graph.signatures(latents))
+        drafts = [self.graph.add(None, length, "".join(map(chr, block)), list(law), *rest)
+                  for block, law, *rest in parts]
+        if self.suffix:
+            self.look_up(max(drafts, key=lambda draft: sum(draft.logs) + draft.bonus))
+
+    def look_up(self, parent: Draft | None) -> None:
+        text = self.text if parent is None else parent.through(self.text)
+        match, ids = repeated(text, self.args.draft_budget)
+        kinds = [("suffix", min((match + i - 3) // 4, 7)) for i in range(len(ids))]
+        if ids:
+            logs = [math.log(max(self.rates[kind], 1e-9)) for kind in kinds]
+            self.graph.add(parent, len(text), ids, [None] * len(ids), logs, kinds)
+
+    def walk(self, place: Place | None, logits: np.ndarray) -> list[int]:
+        """Adds to the text what the backbone takes, and the id behind it; the rows that it went by."""
+        path, won = [], 0
+        while place is not None and place.row >= 0:
+            path.append(place.row)
+            scores, offers = logits[place.row], place.offers
+            if self.temperature:
+                p = np.exp((scores - scores.max()).astype(np.float64) / self.temperature)
+                token = chosen(p / p.sum(), offers, self.rng)
+            else:
+                token, best = int(scores.argmax()), np.partition(scores, -2)[-2:]
+                self.gaps[len(self.text)] = float(best[1] - best[0])
+            for drafted, _, kind in offers:
+                self.rates[kind] += 0.05 * ((drafted == token) - self.rates[kind])
+            self.text, place = self.text + chr(token), place.children.get(token)
+            by = {kind[0] for drafted, _, kind in offers if drafted == token}
+            won += by == {"heads"} and place.row >= 0
+        self.worth += 0.2 * self.tried * (won - self.worth)
+        return path
+
+
+def looping(text: str) -> float:
+    """Share of a text that repeats what stands up to 32 ids before, for twice as many ids, and 8 at least."""
+    ids, found = np.array(list(map(ord, text))), np.zeros(len(text), bool)
+    for period in range(1, 33):
+        edges = np.flatnonzero(np.diff(np.pad((ids[period:] == ids[:-period]).astype(int), 1)))
+        for start, stop in zip(edges[::2], edges[1::2]):
+            if stop - start >= max(2 * period, 8):
+                found[start : stop + period] = True
+    return float(found.mean())
+
+
+def measured(model: GPT, prompt: list[int], temperature: float) -> dict:
+    """Plain and speculative decoding of a prompt in turn, BENCH_REPEATS times each: medians and means."""
+    args, runs, report = model.args, {"ar": [], "speculation": []}, {}
+    for repeat in range(args.bench_repeats):
+        for name, writers in runs.items():
+            writers.append(Generator(model, prompt, args.seed + repeat, name != "ar", temperature))
+            writers[-1].write(args.max_new_tokens)
+    for name, writers in runs.items():
+        read, taken = sum(w.read for w in writers).tolist(), sum(w.taken for w in writers).tolist()
+        seconds = sum(w.seconds for w in writers)
+        report[name] = {
+            "bytes_per_second": float(np.median([args.max_new_tokens / w.seconds for w in writers])),
+            "bytes_per_pass": len(writers) * args.max_new_tokens / read[0],
+            "acceptance": [a / n for a, n in zip(taken[1:], read[1:]) if n],  # by depth, where one was read
+            "drafting": sum(w.drafting for w in writers) / seconds,
+            "verification": sum(w.reading for w in writers) / seconds,
+            "looping": float(np.mean([looping(w.text[len(prompt) :]) for w in writers])),
+            "drafts": {key: sum(w.graph.counts[key] for w in writers) for key in SpeculationGraph.AFTER}}
+    report["ratio"] = report["speculation"]["bytes_per_second"] / report["ar"]["bytes_per_second"]
+    if temperature == 0:  # where the texts part, if they do
+        parted = [(a, len(os.path.commonprefix((a.text, b.text)))) for a, b in zip(*runs.values())]
+        gaps = [a.gaps[place] for a, place in parted if place < len(a.text)]
+        report["near_ties"] = sum(gap < NEAR_TIE for gap in gaps)
+        report["mismatches"] = len(gaps) - report["near_ties"]
+    return report
+
+
+def read_prompts(args: Hyperparameters) -> dict[str, bytes]:
+    """{name: prompt} of GENERATE: text, file, folder of files, JSON; without: four kinds of 256 bytes."""
+    path, found = Path(args.generate), {"prompt": os.fsencode(args.generate)}
+    if not args.generate:
+        code, prose = Path(difflib.__file__).read_bytes(), " ".join(difflib.SequenceMatcher.__doc__.split())
+        found = {"prose": prose.encode(), "code": code[code.index(b"def _plain_replace") :],
+                 "repetitive": b"".join(b"  row %d: yes, no, yes\n" % (i % 3) for i in range(12)),
+                 "random": np.random.default_rng(0).integers(0, 256, 256, np.uint8).tobytes()}
+        return {name: text[:256] for name, text in found.items()}
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no such path, no such JSON
+        files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.is_file()]
+        found = {file.stem: file.read_bytes() for file in files}
+        if path.suffix == ".json":
+            found = {name: text.encode() for name, text in json.loads(found[path.stem]).items()}
+    return found
+
+
+def generate(args: Hyperparameters, runtime: Runtime) -> int:
+    """Writes what follows GENERATE to stdout and numbers to stderr; with GENERATE_BENCH bench.json."""
+    model, special = open_model(args.artifact, runtime.device, args), args.vocab_size - 256
+    prompts = {name: [BOS_ID] * (special > 0) + [byte + special for byte in text]
+               for name, text in read_prompts(args).items()}
+    if not all(prompts.values()) or len(prompts) != 1 and not (prompts and args.generate_bench):
+        raise UserError(f"GENERATE={args.generate}: {len(prompts)} prompts, or an empty one")
+    if model.aux is None and args.speculate and args.drafter != "suffix":
+        print(f"{args.artifact}: no heads in it, drafts by prompt lookup alone", file=sys.stderr)
+    if args.generate_bench:
+        return bench(model, prompts, runtime, Log(run_folder(args)))
+    writer = Generator(model, *prompts.values(), args.seed, args.speculate, args.temperature)
+    ids = map(ord, writer.write(args.max_new_tokens))
+    text, passes = bytes(i - special for i in ids if i >= special), int(writer.read[0])
+    sys.stdout.buffer.write(text.decode(errors="replace").encode() if sys.stdout.isatty() else text)
+    print(f"\nbytes:{len(text)} passes:{passes} bytes_per_pass:{args.max_new_tokens / passes:.2f} "
+          f"bytes_per_second:{args.max_new_tokens / writer.seconds:.1f} "
+          + " ".join(f"{state}:{count}" for state, count in writer.graph.counts.items()), file=sys.stderr)
+    return 0
+
+
+def bench(model: GPT, prompts: dict[str, list[int]], runtime: Runtime, log: Log) -> int:
+    """bench.json: each prompt greedy and at temperature 1; exit code 1 where a greedy text is another one."""
+    args, found, summary = model.args, {}, {}
+    for speculate in (False, True):  # outside the clock
+        Generator(model, next(iter(prompts.values())), 0, speculate, 0.0).write(8)
+    for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        found[kind] = {name: measured(model, prompt, temperature) for name, prompt in prompts.items()}
+        for name, result in found[kind].items():
+            speeds = [result[way]["bytes_per_second"] for way in ("ar", "speculation")]
+            log(f"bench {kind} {name} ar:{speeds[0]:.1f} speculation:{speeds[1]:.1f} bytes/s "
+                f"ratio:{result['ratio']:.2f} bytes_per_pass:{result['speculation']['bytes_per_pass']:.2f}")
+        ratios = [result["ratio"] for result in found[kind].values()]
+        summary[kind] = {"ratio": math.prod(ratios) ** (1 / len(ratios))}
+    summary["greedy"] |= {key: sum(result[key] for result in found["greedy"].values())
+                          for key in ("near_ties", "mismatches")}
+    log(f"bench {json.dumps(summary)}")
+    report = {"summary": summary, **found, "settings": args.settings(), "device": runtime.device_name(),
+              "threads": torch.get_num_threads(), "dtype": str(model.dtype), "torch": torch.__version__,
+              "heads": model.aux is not None, "artifact_sha256": sha256_file(Path(args.artifact)),
+              "script_sha256": sha256_file(Path(__file__))}
+    write_atomic(log.folder / "bench.json", json.dumps(report, indent=1, allow_nan=False).encode())
+    return int(summary["greedy"]["mismatches"] > 0)
 
 
 # -----------------------------------------------------------------------------
@@ -2137,12 +2825,7 @@ class Trainer:
             write_atomic(self.checkpoint_path(name), safetensors_bytes(tensors, {"golf": json.dumps(meta)}))
 
     def restore(self, path: Path) -> None:
-        try:
-            with safe_open(path, "pt") as file:
-                meta = json.loads((file.metadata() or {})["golf"])
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"RESUME={path}: not a checkpoint of this script ({error})") from None
+        meta, state = read_checkpoint(path, "RESUME")
         for key, value in self.args.shipped().items():
             if meta["config"].get(key) != value:
                 raise UserError(f"RESUME={path}: made with {key}={meta['config'].get(key)}, not {value}")
@@ -2275,12 +2958,15 @@ def main() -> int:
         if sys.argv[1:]:
             raise UserError(f"{sys.argv[1]!r}: settings are environment variables, `--help` lists them")
         args = Hyperparameters(os.environ)
-        if args.eval_only:
-            header, _ = unpack(read_file(args.artifact, "ARTIFACT"), args.artifact)
-            args = shipped_settings(header, args.artifact, os.environ)
+        if args.eval_gate:
+            args = settings_of(args.sgjm, os.environ, "SGJM")
+        elif args.eval_only or args.generate or args.generate_bench:
+            args = settings_of(args.artifact, os.environ)
         runtime = Runtime(args)
         started, = runtime.from_main([time.time()])
         args.run_id = args.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{args.seed}", time.localtime(started))
+        if args.generate or args.generate_bench:
+            return generate(args, runtime) if runtime.main else 0
         data = Dataset(args, verify=runtime.main)
         log = Log(run_folder(args) if runtime.main else None)
         fingerprint = data.fingerprint()
@@ -2288,6 +2974,8 @@ def main() -> int:
         evaluator = Evaluator(args, data, runtime, log)
         log(evaluator.describe())
         summary = {"artifact": args.artifact, "dataset": fingerprint}
+        if args.eval_gate:
+            return gate(args, log, evaluator, fingerprint)
         if not args.eval_only:
             summary |= train(args, data, runtime, log, evaluator)
         with runtime.clock("evaluation"):

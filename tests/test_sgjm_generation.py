@@ -1,0 +1,626 @@
+"""The record SGJM writes: drafts change how fast a text grows, never the text, nor at a temperature its distribution."""
+
+import json
+import math
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2
+from test_sgjm import HYBRID, ROPE, SMALL, alive, batch, section
+from torch import nn
+
+READ_ALL = {"DRAFT_BYTE_COST": 0, "DRAFT_COST": 1e-9}  # neither a byte nor the heads are ever too dear
+BLOCKS = {"BLOCK_SIZE": 4, **READ_ALL}
+LETTERS = 5
+
+
+def write(model, ids, count, speculate=True, temperature=0.0, seed=0, heads=None):
+    """(what follows, the Generator)."""
+    writer = section.Generator(model, ids, seed, speculate, temperature)
+    if heads is not None and speculate:
+        writer.heads = heads(writer)
+    return writer.write(count), writer
+
+
+def prompts(count: int, longest: int = 70, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return [[1, *rng.integers(4, 20, rng.integers(0, longest)).tolist()] for _ in range(count)]
+
+
+class Oracle:
+    """Heads that know what the text will be, and get each byte wrong now and then."""
+
+    def __init__(self, truth: str, seed: int):
+        self.truth, self.rng, self.drafter, self.writer = truth, np.random.default_rng(seed), self, None
+
+    def __call__(self, writer):
+        self.writer = writer
+        return self
+
+    def draft(self, state, branches, temperature, generator, given):
+        length = len(self.writer.text)
+        future = (self.truth[length:] + "\x04" * 3)[:3]
+        ids = np.array([[given.item(), *map(ord, future)]] * branches)
+        wrong = self.rng.random((branches, 3)) < 0.3
+        ids[:, 1:][wrong] = self.rng.integers(4, 20, wrong.sum())
+        logprobs = torch.full((1, branches, 4, 260), -math.log(260))
+        latents = torch.from_numpy(self.rng.normal(size=(1, branches, len(state[0])))).float()
+        return torch.from_numpy(ids)[None], logprobs, latents
+
+    def judge(self, state):
+        return state
+
+    def verdict(self, state, latents):
+        return torch.from_numpy(self.rng.normal(size=len(latents))).float()
+
+
+# Greedy
+
+
+@pytest.mark.parametrize("overrides", [{}, ROPE, HYBRID], ids=str)
+def test_greedy_text_is_that_of_plain_decoding(overrides):
+    """100 prompts, many longer than the window; a good drafter and a poor one; ties are none of these."""
+    model, passes, kinds = alive(**BLOCKS, **overrides), [0, 0], dict.fromkeys(section.SpeculationGraph.AFTER, 0)
+    for i, ids in enumerate(prompts(100)):
+        plain, slow = write(model, ids, 14, speculate=False)
+        truth = "".join(map(chr, ids)) + plain
+        found, fast = write(model, ids, 14, heads=Oracle(truth, i) if i % 4 else None)
+        assert found == plain, (i, min(slow.gaps.values()))
+        assert slow.read[0] == 14 and fast.past.length == slow.past.length and fast.start == slow.start
+        passes = [passes[0] + 14, passes[1] + int(fast.read[0])]
+        kinds = {state: kinds[state] + count for state, count in fast.graph.counts.items()}
+    assert passes[0] > 1.3 * passes[1] and all(kinds.values()), (passes, kinds)
+
+
+def slow_greedy(model, ids, count: int) -> list[int]:
+    """A full forward a byte; the window's last half is kept when it is full."""
+    ids, start, window = list(ids), 0, model.args.eval_seq_len
+    for _ in range(count):
+        while len(ids) - start > window:
+            start += window - window // 2
+        with torch.no_grad():
+            x = model.hidden(torch.tensor([ids[start:]]), model.rotary_eval)
+            ids.append(int(model.head(x[0, -1]).argmax()))
+    return ids[-count:]
+
+
+@pytest.mark.parametrize("overrides", [{}, {**ROPE, "EVAL_SEQ_LEN": 45}, HYBRID], ids=str)
+def test_a_full_window_is_read_again_from_its_middle(overrides):
+    model = alive(seed=2, **BLOCKS, **overrides)
+    for length in (1, 7, 31, 32, 33, 49, 120):
+        ids = prompts(1, seed=length)[0][:1] + batch(1, length, seed=length)[0].tolist()
+        wanted = slow_greedy(model, ids, 60)
+        truth = "".join(map(chr, ids + wanted))
+        for speculate, heads in ((False, None), (True, None), (True, Oracle(truth, length))):
+            found, _ = write(model, ids, 60, speculate, heads=heads)
+            assert list(map(ord, found)) == wanted, (length, speculate)
+
+
+@pytest.mark.parametrize("overrides", [{"KEEP_TOP_K": 1}, {"DRAFT_BUDGET": 1}, {"DRAFT_BRANCHES": 1}, {"DRAFTER": "suffix"},
+                                       {"DRAFTER": "heads"}, {"JUDGE_WEIGHT": 0}, {"DRAFT_BYTE_COST": 0.9}, {"BLOCK_SIZE": 1},
+                                       {"MERGE_RADIUS": 0}, {"MERGE_RADIUS": 64}], ids=str)
+def test_no_setting_of_the_drafts_changes_the_text(overrides):
+    ids = prompts(1, seed=5)[0]
+    wanted, _ = write(alive(**BLOCKS), ids, 50, speculate=False)
+    found, writer = write(alive(**{**BLOCKS, **overrides}), ids, 50)
+    assert found == wanted
+    sources = {kind[0] for draft in writer.graph.alive for kind in draft.kinds}
+    assert sources <= {"heads": {"heads"}, "suffix": {"suffix"}}.get(overrides.get("DRAFTER"), {"heads", "suffix"})
+    assert (writer.graph.counts["merged"] > 0) or overrides.get("MERGE_RADIUS") != 64
+
+
+# Trees
+
+
+@pytest.mark.parametrize("overrides", [{}, ROPE], ids=str)
+@torch.no_grad()
+def test_a_tree_in_one_pass_is_each_of_its_paths_alone(overrides):
+    model, rng = alive(**overrides), np.random.default_rng(0)
+    for trial in range(12):
+        ids, known = batch(1, 32, seed=trial), int(rng.integers(0, 12))
+        read = [section.Place(int(ids[0, known]))]
+        while len(read) < 10:
+            above = read[rng.integers(len(read)) if trial else -1]
+            read.append(section.Place(int(rng.integers(4, 260)), above))
+        for row, place in enumerate(read):
+            place.row = row
+        mask, past = section.tree_mask(read, ids.device), section.KVCache(model)
+        assert (mask is None) == (trial == 0)
+        if known:
+            model.hidden(ids[:, :known], model.rotary_eval, past)
+        found = model.hidden(torch.tensor([[place.id for place in read]]), model.rotary_eval, past, mask)[0]
+        for last in read:
+            path = [last]
+            while path[0].above is not None:
+                path.insert(0, path[0].above)
+            text = torch.tensor([ids[0, :known].tolist() + [place.id for place in path]])
+            torch.testing.assert_close(found[last.row], model.hidden(text, model.rotary_eval)[0, -1], atol=1e-5, rtol=1e-5)
+        # the accepted path moves to the front, and decoding goes on as from a fresh read
+        past.gather(known, [place.row for place in path])
+        assert past.length == text.size(1)
+        text = torch.cat((text, ids[:, -3:]), 1)
+        again = model.hidden(text[:, -3:], model.rotary_eval, past)
+        torch.testing.assert_close(again, model.hidden(text, model.rotary_eval)[:, -3:], atol=1e-5, rtol=1e-5)
+
+
+def test_drafts_with_a_common_beginning_share_their_places():
+    model = alive(**BLOCKS, DRAFT_BUDGET=6, KEEP_TOP_K=3)
+    writer = section.Generator(model, [1, 50, 60], 0, False, 0.0)
+    writer.rates["heads", 0] = 0.5
+    for ids, log in (("abc", -1.0), ("abd", -2.0), ("xyz", -3.0), ("abe", -9.0)):
+        writer.graph.add(None, 3, ids, [None] * 3, [log] * 3, [("heads", 0)] * 3)
+    read = writer.plan(9)
+    assert "".join(chr(place.id) for place in read[1:]) == "abcdxy"  # best first, six bytes
+    assert [draft.state for draft in writer.graph.alive] == ["verified", "verified", "pruned", "pruned"]
+    assert [offer[0] for offer in read[2].offers] == [ord(c) for c in "cde"]  # what is not read is put to the test, too
+    assert [place.chance for place in read] == [1, 0.5, 0.25, 0.125, 0.125, 0.5, 0.25]
+    writer.text = writer.text + "ab"
+    writer.graph.settle(writer.text)
+    assert [draft.ids for draft in writer.graph.alive] == ["abc", "abd", "abe"]  # still ahead, by their last bytes
+    assert [offer[0] for offer in writer.plan(9)[0].offers] == [ord(c) for c in "cde"]
+
+
+# Temperature
+
+
+def surprise(seen, expected, least: float = 5.0) -> float:
+    """p-value of chi-square; cells with few expected counts are taken together."""
+    seen, expected = np.ravel(seen).astype(float), np.ravel(expected).astype(float)
+    small = expected < least
+    seen, expected = (np.append(x[~small], x[small].sum()) for x in (seen, expected))
+    used = expected > 0
+    assert seen[~used].sum() == 0
+    return float(chi2.sf((np.square(seen - expected) / np.maximum(expected, 1e-9))[used].sum(), used.sum() - 1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_choice_has_the_distribution_asked_for_whatever_was_drafted(seed):
+    """Siblings drawn without replacement from one law, a guess without chance, one more draw from another law."""
+    rng = np.random.default_rng(seed)
+    p, q, other = rng.dirichlet(np.full(LETTERS, 0.5), 3)
+    seen, taken = np.zeros(LETTERS), 0
+    for _ in range(8000):
+        offers, law = [], q.copy()
+        for _ in range(3):
+            x = int(rng.choice(LETTERS, p=law))
+            offers.append((x, law.copy()))
+            law[x] = 0
+            law /= law.sum()
+        offers.insert(seed % 4, (2, None))
+        offers.append((int(rng.choice(LETTERS, p=other)), other))
+        y = section.chosen(p, offers, rng)
+        seen[y] += 1
+        taken += y in [offer[0] for offer in offers]
+    assert surprise(seen, 8000 * p) > 1e-3
+    assert taken > 8000 * np.minimum(p, q).sum()
+    assert section.chosen(np.eye(LETTERS)[3], [(1, q), (0, None), (3, other)], rng) == 3
+    assert section.chosen(q, [(4, q)], rng) == 4  # drawn from p itself: always taken
+
+
+class Chain(nn.Module):
+    """A toy backbone that knows the last letter alone."""
+
+    def __init__(self, law: np.ndarray, **overrides):
+        super().__init__()
+        self.args = section.Hyperparameters({name: str(value) for name, value in {**SMALL, **BLOCKS, **overrides}.items()})
+        self.args.vocab_size, self.args.model_dim = len(law), 8
+        self.tok_emb, self.blocks, self.rotary_eval, self.dtype = nn.Embedding(1, 1), [], None, torch.float32
+        self.law, self.aux = torch.from_numpy(law).float().log(), section.SpeculativeHeads(self.args)
+        for p in self.aux.parameters():
+            nn.init.normal_(p, 0, 0.6, generator=torch.Generator().manual_seed(p.numel()))
+
+    def hidden(self, ids, rotary, past, mask=None):
+        past.advance(ids.size(1))
+        return torch.nn.functional.one_hot(ids, 8).float()
+
+    def head(self, x):
+        return self.law[x.argmax(-1)]
+
+
+class Picky:
+    """Heads that draw from a law of their own, and a verifier that wants to read one letter at one place alone."""
+
+    law = np.array([0.5, 0.2, 0.15, 0.1, 0.05])
+
+    def __init__(self, seed: int):
+        self.rng, self.drafter = np.random.default_rng(seed), self
+
+    def draft(self, state, branches, temperature, generator, given):
+        first = (np.log(self.law) + self.rng.gumbel(size=LETTERS)).argsort()[::-1][:branches]  # without replacement
+        ids = np.column_stack((np.full(branches, given.item()), first, self.rng.choice(LETTERS, (branches, 2), p=self.law)))
+        latents = torch.nn.functional.one_hot(torch.from_numpy(ids[:, 2]), 8).float()
+        return torch.from_numpy(ids)[None], torch.from_numpy(np.log(self.law)).expand(1, branches, 4, -1), latents[None]
+
+    def judge(self, state):
+        return state
+
+    def verdict(self, state, latents):
+        return 50 * (2 * latents[:, 0] - 1)
+
+
+def transitions(ids, law: np.ndarray, back: int) -> float:
+    """p-value of letters given the `back` before them, of a text that should be a chain with this law."""
+    seen = np.zeros((LETTERS,) * (back + 1))
+    np.add.at(seen, tuple(ids[i : len(ids) - back + i] for i in range(back + 1)), 1)
+    expected = seen.sum(-1, keepdims=True) * law
+    few = expected < 5
+    seen, expected = (np.append(x[~few], x[few].sum()) for x in (seen, expected))
+    return float(chi2.sf((np.square(seen - expected) / np.maximum(expected, 1e-9)).sum(), len(seen) - LETTERS**back))
+
+
+@pytest.mark.parametrize("overrides", [{"DRAFTER": "heads", "KEEP_TOP_K": 1, "DRAFT_BRANCHES": 2}, {"KEEP_TOP_K": 1, "DRAFT_BRANCHES": 2},
+                                       {"MERGE_RADIUS": 64}, {"DRAFTER": "suffix", "DRAFT_BUDGET": 4}], ids=str)
+def test_a_toy_text_has_the_distribution_of_its_chain(overrides):
+    """What the graph likes to read must not come more often: it does (p < 1e-6) where drafts that were not read are
+    forgotten, or put to the test after newer ones."""
+    law = np.random.default_rng(1).dirichlet(np.full(LETTERS, 3), LETTERS)
+    text, writer = write(Chain(law, **overrides), [0], 10_000, temperature=1.0, seed=3, heads=lambda writer: Picky(0))
+    ids, counts = np.array([0, *map(ord, text)]), writer.graph.counts
+    assert min(transitions(ids, law, 1), transitions(ids, law, 2)) > 1e-3
+    assert writer.read[0] < 10_000 / 1.2 and counts["pruned"] + counts["merged"] > 500
+    assert counts["created"] == counts["committed"] + counts["expired"] + len(writer.graph.alive)
+
+
+def test_drafts_of_real_heads_keep_a_chain():
+    law = np.random.default_rng(1).dirichlet(np.full(LETTERS, 0.6), LETTERS)
+    text, writer = write(Chain(law), [0], 1500, temperature=0.8, seed=3)
+    law = law ** (1 / 0.8)
+    ids = np.array([0, *map(ord, text)])
+    assert min(transitions(ids, law / law.sum(1, keepdims=True), back) for back in (1, 2)) > 1e-3
+    assert writer.read[0] < 1500 / 1.1
+
+
+def test_siblings_have_the_laws_that_they_were_drawn_with():
+    model = alive(**BLOCKS, DRAFT_BRANCHES=3, DRAFTER="heads")
+    writer = section.Generator(model, [1, 50, 60], 0, True, 0.7)
+    with torch.no_grad():
+        writer.catch_up()
+        writer.draft(3)
+        slots = model.aux.drafter.slots(writer.state, torch.tensor([[60]]))
+        law = (model.aux.drafter.head(slots[0, -1]) / 0.7).double().softmax(-1).numpy()
+    elder = []
+    for draft in writer.graph.alive:
+        np.testing.assert_allclose(draft.laws[0], law / law.sum(), atol=1e-6)
+        first = ord(draft.ids[0])
+        assert draft.logs[0] == pytest.approx(math.log(law[first]), abs=1e-4)
+        law[first] = 0
+        elder.append(first)
+        assert all(part.sum() == pytest.approx(1, abs=1e-9) for part in draft.laws)
+    assert len(set(elder)) == 3
+
+
+class Near:
+    """Heads that are the backbone itself at twice the temperature."""
+
+    def __init__(self, writer):
+        self.writer, self.drafter, self.noise = writer, self, torch.Generator().manual_seed(0)
+
+    def draft(self, state, branches, temperature, generator, given):
+        model = self.writer.model
+        ids, found = torch.tensor([list(map(ord, self.writer.text))]), []
+        for i in range(3):
+            law = model.head(model.hidden(ids, model.rotary_eval)[:, -1]).div(2 * temperature).log_softmax(-1)
+            keys = law - torch.empty_like(law).exponential_(generator=self.noise).log()
+            chosen = keys.topk(branches if i == 0 else 1).indices.view(-1, 1)
+            ids, found = (x.repeat_interleave(branches, 0) if i == 0 else x for x in (ids, torch.stack([*found, law], 1)))
+            ids, found = torch.cat((ids, chosen), 1), list(found.unbind(1))
+        laws = torch.stack([found[0], *found], 1)
+        return ids[None, :, -4:], laws[None], torch.randn(1, branches, state.size(1), generator=self.noise)
+
+    def judge(self, state):
+        return state
+
+    def verdict(self, state, latents):
+        return 3 * latents[:, 0]
+
+
+def test_blocks_of_a_real_model_come_as_often_as_they_should():
+    """Three bytes behind a prompt: each likely block by its exact probability."""
+    model, heat, tries = alive(seed=1, **BLOCKS, KEEP_TOP_K=2, DRAFT_BRANCHES=3), 0.6, 1200
+    ids = [1, *b"abcabdabcab"]
+    writer = section.Generator(model, ids, 0, True, heat)
+    writer.heads, prompt = Near(writer), writer.text
+    with torch.no_grad():
+        writer.catch_up()
+    state, seen = writer.state, {}
+    for _ in range(tries):
+        writer.text, writer.state, writer.graph.alive = prompt, state, []
+        writer.past.rewind(len(ids) - 1)
+        block = writer.write(3)
+        seen[block] = seen.get(block, 0) + 1
+
+    blocks = {"": 1.0}
+    for _ in range(3):
+        with torch.no_grad():
+            texts = torch.tensor([list(map(ord, prompt + block)) for block in blocks])
+            laws = (model.head(model.hidden(texts, model.rotary_eval)[:, -1]) / heat).double().softmax(-1)
+        best = laws.topk(6)
+        blocks = {block + chr(i): p * chance for (block, p), row, chances in zip(blocks.items(), best.indices.tolist(), best.values.tolist())
+                  for i, chance in zip(row, chances)}
+    counts = [seen.get(block, 0) for block in blocks]
+    expected = [tries * p for p in blocks.values()]
+    assert surprise([*counts, tries - sum(counts)], [*expected, tries - sum(expected)]) > 1e-3
+    assert 3 * tries > 1.5 * writer.read[0] and writer.taken[1] > 0.2 * writer.read[1]
+
+
+# The graph
+
+operations = st.lists(st.tuples(st.sampled_from(["add", "pass"]), st.integers(0, 2**31), st.integers(1, 3)), max_size=60)
+
+
+@settings(max_examples=150, deadline=None)
+@given(operations, st.integers(0, 64), st.integers(1, 4))
+def test_the_graph_has_no_cycle_and_loses_no_context(steps, radius, keep):
+    """Random drafts, passes and texts; two letters, so that much agrees and signatures are close."""
+    graph, text, made, alias = section.SpeculationGraph(4, keep, radius), "aa", [], {}
+    for kind, seed, size in steps:
+        rng = np.random.default_rng(seed)
+        if kind == "add":
+            ahead = [draft for draft in graph.alive if draft.end > len(text)]
+            parent = ahead[rng.integers(len(ahead))] if ahead and rng.random() < 0.5 else None
+            ids = "".join(rng.choice(["a", "b"], size))
+            bits = None if rng.random() < 0.2 else int(rng.choice([0, 3, 2**63, 2**64 - 1]))
+            start = len(text) if parent is None else parent.end
+            draft = graph.add(parent, start, ids, [None] * size, rng.normal(size=size).tolist(), [("heads", 0)] * size, 0.0, bits)
+            made.append((draft, (text if parent is None else parent.through(text)) + ids))
+            continue
+        kept = graph.choose(len(text))
+        assert sum(draft.start >= len(text) for draft in kept) <= keep and kept == sorted(kept, key=lambda draft: -draft.score)
+        assert all(draft.state == "scored" for draft in kept)
+        for draft in graph.alive:
+            other = draft.alias
+            assert (draft.state == "merged") == (other is not None) and (draft in kept) == (draft.state == "scored")
+            if other is not None:  # a pointer: to one as long, kept, no worse, alike
+                assert other in kept and other.end == draft.end and other.score >= draft.score
+                assert (other.bits ^ draft.bits).bit_count() <= radius
+        for i, draft in enumerate(kept):
+            assert all(draft.end != other.end or None in (draft.bits, other.bits)
+                       or (draft.bits ^ other.bits).bit_count() > radius for other in kept[:i])
+            graph.move(draft, "verified" if rng.random() < 0.7 else "pruned")
+        text += "".join(rng.choice(["a", "b"], size))
+        graph.settle(text)
+        alias = {draft: draft.alias for draft, _ in made if draft.alias is not None}
+        for draft, whole in made:
+            assert (draft.state == "committed") == text.startswith(whole)
+            assert draft.state == "committed" or (draft in graph.alive) == (whole.startswith(text))
+            assert draft not in graph.alive or draft.through(text) == whole  # its prefix, whatever merged
+    for draft, whole in made:  # along edges prefixes grow, along pointers they stay: no way leads back
+        assert draft.end == draft.start + len(draft.ids) == len(whole)
+        assert draft.parent is None or draft.parent.end == draft.start < draft.end
+        assert draft not in alias or alias[draft].end == draft.end and alias[draft] not in (draft, alias.get(alias[draft]))
+    counts = graph.counts
+    assert counts["created"] == len(made) == counts["committed"] + counts["expired"] + len(graph.alive)
+    assert counts["scored"] == counts["verified"] + counts["pruned"] + counts["merged"]
+    for draft, _ in made:
+        for state in set(graph.AFTER) - set(graph.AFTER[draft.state]):
+            with pytest.raises(AssertionError):
+                graph.move(draft, state)
+        break
+
+
+def test_signatures_are_signs_of_products_with_gaussian_planes():
+    graph = section.SpeculationGraph(16, 4, 4)
+    latents = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    found = graph.signatures(latents)
+    assert found == section.SpeculationGraph(16, 1, 0).signatures(latents) and len(set(found)) == 50
+    for latent, bits in zip(latents, found):
+        signs = [float(latent @ plane) >= 0 for plane in graph.planes.T]
+        assert bits == int("".join("01"[sign] for sign in signs), 2)
+    assert (found[0] ^ graph.signatures(-latents[:1])[0]) == 2**64 - 1
+    near = graph.signatures(latents + 0.02 * torch.randn(50, 16, generator=torch.Generator().manual_seed(1)))
+    apart = [(a ^ b).bit_count() for a, b in zip(found, near)]
+    angles = torch.arccos(torch.cosine_similarity(latents[:1], latents[1:])).numpy() * 64 / math.pi
+    assert np.mean(apart) < 3 and np.corrcoef(angles, [(found[0] ^ b).bit_count() for b in found[1:]])[0, 1] > 0.7
+
+
+# Prompt lookup
+
+
+@given(st.text(alphabet="ab\x05", max_size=60), st.integers(1, 20))
+def test_lookup_finds_the_longest_end_and_its_latest_place(text, limit):
+    lengths = [n for n in range(3, 33) if n < len(text) and text[-n:] in text[:-1]]
+    length, after = section.repeated(text, limit)
+    assert length == max(lengths, default=0)
+    if not lengths:
+        assert after == ""
+        return
+    place = max(i for i in range(len(text) - length) if text[i : i + length] == text[-length:])
+    whole = text
+    for i in range(limit):  # as if the text were written on: it may go round
+        whole += whole[place + length + i]
+    assert after == whole[len(text) :]
+
+
+def test_lookup_writes_a_loop_in_few_passes():
+    class Cycle(Chain):
+        def __init__(self):
+            super().__init__(np.roll(np.eye(LETTERS) * 0.96 + 0.008, 1, 1), **ROPE, EVAL_SEQ_LEN=300, DRAFTER="suffix")
+
+    text, writer = write(Cycle(), [0, 1, 2, 3, 4, 0, 1, 2], 170)
+    assert text == ("\x03\x04\x00\x01\x02" * 34) and writer.read[0] <= 12
+    assert section.looping(text) == 1.0 and section.looping(text[:7] + "abcdefgh" + text[:7]) == 0.0
+    assert section.looping("a" * 8) == 0.0 and section.looping("xyz" + "a" * 9 + "uvw") == pytest.approx(0.6)
+
+
+# What does not pay
+
+
+def test_heads_pause_when_nothing_of_theirs_is_taken():
+    model = alive(BLOCK_SIZE=4, DRAFTER="heads", DRAFT_COST=0.25, **ROPE, EVAL_SEQ_LEN=600)
+    drafted, draft = [], model.aux.drafter.draft
+    model.aux.drafter.draft = lambda *args: drafted.append(0) or draft(*args)
+    text, writer = write(model, [1, 70], 300)
+    assert writer.read[0] > 280 and len(drafted) <= 7 + 300 / 64 + 1
+    drafted.clear()
+    oracle = Oracle("\x01" + "F" + text, 0)
+    oracle.rng = SimpleNamespace(random=np.ones, integers=lambda *_: [], normal=np.random.default_rng(0).normal)  # never wrong
+    _, writer = write(model, [1, 70], 120, heads=oracle)
+    assert writer.worth > 2 and writer.read[0] < 50
+
+
+@pytest.mark.parametrize("share,rests", [(3.0, True), (0.5, False)])
+def test_the_cost_of_a_draft_is_measured_where_it_is_not_given(monkeypatch, share, rests):
+    """By a clock on which a draft takes as long as three passes: heads that win two bytes each rest; at half a pass they do not."""
+    model, now = alive(BLOCK_SIZE=4, DRAFT_BYTE_COST=0, DRAFTER="heads"), [0.0]
+    truth, _ = write(model, [1, 70], 120, speculate=False)
+    oracle = Oracle("\x01" + "F" + truth, 0)
+
+    def takes(seconds, function):
+        def slow(*args):
+            now[0] += seconds
+            return function(*args)
+        return slow
+    oracle.draft = takes(share, oracle.draft)
+    monkeypatch.setattr(section.Generator, "states", takes(1.0, section.Generator.states))
+    monkeypatch.setattr(section.time, "perf_counter", lambda: now[0])
+    _, writer = write(model, [1, 70], 120, heads=oracle)
+    assert 1 < writer.worth < 3 and writer.cost == pytest.approx(share, abs=0.4)
+    assert (writer.read[0] > 60) == rests and (writer.graph.counts["created"] < 4 * 30) == rests
+
+
+# The command
+
+
+def saved(folder, name: str, heads: int = 1, **overrides):
+    """An artifact (or a checkpoint) of a random model."""
+    args = section.Hyperparameters({key: str(value) for key, value in {**SMALL, **BLOCKS, "INIT_STD": 0.15, "EXPORT_HEADS": heads,
+                                                                       "RUNS_PATH": folder, "RUN_ID": "made", **overrides}.items()})
+    if name == "checkpoint":
+        trainer = section.Trainer(args, None, section.Runtime(args), section.Log(None))
+        trainer.save("final")
+        return trainer.checkpoint_path("final")
+    model = section.GPT(args)
+    model.init_weights(0)
+    path = folder / f"{name}.bin"
+    path.write_bytes(section.pack({key: p.detach().numpy() for key, p in model.exported().items()}, args))
+    return path
+
+
+@pytest.fixture
+def command(monkeypatch, capfdbinary, tmp_path):
+    """command(VAR=value, ...) -> (exit code, what stdout got, what stderr got) of the script's main, in this process."""
+
+    def command(**variables):
+        for name in list(os.environ):
+            if name in {var.name for var in section.Hyperparameters.vars().values()}:
+                monkeypatch.delenv(name)
+        for name, value in {"DEVICE": "cpu", "RUNS_PATH": tmp_path / "runs", "RUN_ID": "test", **variables}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr("sys.argv", ["train_gpt.py"])
+        code = section.main()
+        sys.stdout.flush()
+        out, err = capfdbinary.readouterr()
+        return code, out, err.decode()
+
+    return command
+
+
+@pytest.mark.parametrize("kind", ["artifact", "checkpoint"])
+def test_generate_writes_bytes_to_stdout_and_numbers_to_stderr(command, tmp_path, kind):
+    path = saved(tmp_path, kind)
+    (tmp_path / "prompt.txt").write_bytes(b"caf\xc3\xa9 \xff")
+    found = {}
+    for name, overrides in {"plain": {"SPECULATE": 0}, "fast": {}, "file": {"GENERATE": tmp_path / "prompt.txt"},
+                            "hot": {"TEMPERATURE": 1, "DRAFT_COST": 0.3}, "hot again": {"TEMPERATURE": 1, "DRAFT_COST": 0.3},
+                            "other": {"TEMPERATURE": 1, "SEED": 1}}.items():
+        code, out, err = command(**{"GENERATE": "caf\u00e9 \udcff", "ARTIFACT": path, "MAX_NEW_TOKENS": 40, **overrides})
+        assert code == 0 and 30 < len(out) <= 40, err
+        assert "bytes_per_pass:" in err and "bytes_per_second:" in err and "committed:" in err
+        found[name] = out
+    assert found["plain"] == found["fast"] == found["file"] and found["hot"] == found["hot again"] != found["other"]
+    args = section.settings_of(path)
+    wanted, _ = write(section.open_model(path, args=args), [1, *(byte + 4 for byte in b"caf\xc3\xa9 \xff")], 40)
+    assert found["plain"] == bytes(ord(c) - 4 for c in wanted if ord(c) >= 4)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_heads_drafts_come_from_the_text(command, tmp_path):
+    path = saved(tmp_path, "stripped", heads=0, VOCAB_SIZE=256)
+    for drafter in ("both", "heads"):
+        code, out, err = command(GENERATE="abcabcabc", ARTIFACT=path, DRAFTER=drafter, MAX_NEW_TOKENS=30)
+        assert code == 0 and len(out) == 30 and err.count("no heads in it, drafts by prompt lookup alone") == 1
+        assert "created:0" not in err
+    code, _, err = command(GENERATE="abcabcabc", ARTIFACT=path, SPECULATE=0, MAX_NEW_TOKENS=5)
+    assert code == 0 and "no heads" not in err and "passes:5 " in err and "created:0" in err
+
+
+@pytest.mark.parametrize("variables,message", [
+    ({"GENERATE": "a"}, "ARTIFACT is empty"), ({"GENERATE_BENCH": 1}, "ARTIFACT is empty"),
+    ({"GENERATE": "a", "ARTIFACT": "nothing.bin"}, "ARTIFACT=nothing.bin: No such file"),
+    ({"GENERATE": "a", "ARTIFACT": "x", "MAX_NEW_TOKENS": 0}, "MAX_NEW_TOKENS='0' is not accepted: an integer from 1"),
+    ({"GENERATE": "a", "ARTIFACT": "x", "TEMPERATURE": -1}, "TEMPERATURE='-1' is not accepted"),
+    ({"GENERATE": "a", "ARTIFACT": "x", "DRAFTER": "both2"}, "heads | suffix | both"),
+    ({"GENERAT": "a"}, "did you mean GENERATE?"),
+], ids=str)
+def test_mistakes_are_named(command, variables, message):
+    code, _, err = command(**variables)
+    assert code == 2 and message in err
+
+
+def test_odd_prompts_are_refused(command, tmp_path):
+    path = saved(tmp_path, "plain", VOCAB_SIZE=256)
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "two.json").write_text('{"a": "1", "b": "2"}')
+    for prompt, message in (("empty.txt", "1 prompts, or an empty one"), ("two.json", "2 prompts"), ("", "prompts")):
+        code, _, err = command(GENERATE=tmp_path / prompt, ARTIFACT=path)
+        assert code == 2 and message in err
+
+
+def test_the_bench_measures_both_ways_in_turn(command, tmp_path, monkeypatch):
+    path, order, write_ = saved(tmp_path, "artifact"), [], section.Generator.write
+    monkeypatch.setattr(section.Generator, "write", lambda self, n: order.append(bool(self.heads)) or write_(self, n))
+    code, out, err = command(GENERATE_BENCH=1, ARTIFACT=path, MAX_NEW_TOKENS=12, BENCH_REPEATS=2)
+    assert code == 0 and order == [False, True] * (1 + 2 * 4 * 2) and "bench greedy prose ar:" in out.decode(), err
+    folder = tmp_path / "runs" / "test"
+    found = json.loads((folder / "bench.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert "bench sampled random ar:" in (folder / "log.txt").read_text()
+    assert found["summary"].keys() == {"greedy", "sampled"}
+    assert found["summary"]["greedy"]["mismatches"] == found["summary"]["greedy"]["near_ties"] == 0
+    assert found["heads"] and found["threads"] >= 1 and found["settings"]["DRAFT_BRANCHES"] == 4 and found["dtype"] == "torch.float32"
+    for kind in ("greedy", "sampled"):
+        assert found[kind].keys() == {"prose", "code", "repetitive", "random"}
+        ratios = [result["ratio"] for result in found[kind].values()]
+        assert found["summary"][kind]["ratio"] == pytest.approx(np.exp(np.mean(np.log(ratios))))
+        for result in found[kind].values():
+            plain, fast = result["ar"], result["speculation"]
+            assert result["ratio"] == pytest.approx(fast["bytes_per_second"] / plain["bytes_per_second"])
+            assert plain["bytes_per_pass"] == 1 <= fast["bytes_per_pass"] and plain["drafts"]["created"] == 0 < fast["drafts"]["created"]
+            for part in (plain, fast):
+                assert 0 < part["drafting"] + part["verification"] <= 1 and 0 <= part["looping"] <= 1
+                assert all(0 <= share <= 1 for share in part["acceptance"]) and part["acceptance"] == sorted(part["acceptance"])[::-1] or part is fast
+    kinds = section.read_prompts(section.Hyperparameters({}))
+    assert all(len(text) == 256 for text in kinds.values()) and kinds["prose"].isascii() and b"assert " in kinds["code"]
+
+
+def test_the_bench_takes_folders_and_json_and_tells_a_wrong_text(command, tmp_path, monkeypatch):
+    path, folder = saved(tmp_path, "artifact", VOCAB_SIZE=256), tmp_path / "prompts"
+    (folder / "inner").mkdir(parents=True)
+    for name in ("one", "two"):
+        (folder / f"{name}.txt").write_text(name)
+    (tmp_path / "prompts.json").write_text('{"three": "3 3 3 3"}')
+    (tmp_path / "odd.json").write_text("[1, 2")
+    settings = {"GENERATE_BENCH": 1, "ARTIFACT": path, "MAX_NEW_TOKENS": 6, "BENCH_REPEATS": 1}
+    for where, names in ((folder, {"one", "two"}), (tmp_path / "prompts.json", {"three"}), (tmp_path / "odd.json", {"odd"}), ("x", {"prompt"})):
+        assert command(GENERATE=where, **settings)[0] == 0
+        report = json.loads((tmp_path / "runs" / "test" / "bench.json").read_text())
+        assert report["greedy"].keys() == report["sampled"].keys() == names
+    walk = section.Generator.walk
+
+    def wrong(self, place, logits):
+        path = walk(self, place, logits)
+        self.text = self.text[:-1] + "~" * (self.heads is not None) + self.text[-1] * (self.heads is None)
+        return path
+    monkeypatch.setattr(section.Generator, "walk", wrong)
+    assert command(GENERATE=folder, **settings)[0] == 1
+    report = json.loads((tmp_path / "runs" / "test" / "bench.json").read_text())
+    assert report["summary"]["greedy"]["mismatches"] == 2 and report["greedy"]["one"]["near_ties"] == 0
+    monkeypatch.setattr(section, "NEAR_TIE", math.inf)
+    assert command(GENERATE=folder, **settings)[0] == 0
+    report = json.loads((tmp_path / "runs" / "test" / "bench.json").read_text())
+    assert report["summary"]["greedy"]["near_ties"] == 2
