@@ -125,19 +125,53 @@ def tiny(trunk):
     return lambda **overrides: trunk.Hyperparameters({**TINY, **{k: str(v) for k, v in overrides.items()}})
 
 
+def enlivened(script, args, seed: int = 0):
+    """A script's model whose zero-initialised tensors are random too, so that every path carries a signal."""
+    import torch
+
+    model = script.GPT(args)
+    model.init_weights(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.15)
+    return model
+
+
 @pytest.fixture
 def alive(trunk):
-    """alive(args) -> model whose zero-initialised tensors are random too, so that every path carries a signal."""
+    """alive(args) -> `enlivened` model of the trunk."""
+    return lambda args, seed=0: enlivened(trunk, args, seed)
 
-    def alive(args, seed: int = 0):
-        import torch
 
-        model = trunk.GPT(args)
-        model.init_weights(seed)
-        generator = torch.Generator().manual_seed(seed + 1)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(torch.randn(p.shape, generator=generator), alpha=0.15)
-        return model
+def assert_causal(model, length: int = 40) -> None:
+    """Changing one id, at every position in turn, moves no logit before it, and does move those from it on."""
+    import torch
 
-    return alive
+    ids = torch.randint(4, 260, (1, length), generator=torch.Generator().manual_seed(3))
+    ids[0, 17] = 1
+    variants = ids.repeat(length, 1)
+    for t in range(length):
+        variants[t, t] = 4 + (variants[t, t] + 100) % 256
+    with torch.no_grad():
+        base = model.logits(ids, torch.zeros(1, dtype=torch.long), length)[0]
+        logits = model.logits(variants, torch.zeros(length, dtype=torch.long), length)
+        moved = (logits - base).abs().amax(-1)  # (variant, t)
+    for t in range(length):
+        assert moved[t, t] > 1e-6 and (not t or moved[t, :t].max() < 1e-5), t
+
+
+def assert_stream_follows_score(script, model, ids):
+    """At every position, the stream has the scorer's distribution, which sums to one and holds the nats; the stream."""
+    import numpy as np
+
+    nats, vectors = script.score(model, ids, range(len(ids) - 1))
+    stream = script.stream(model)
+    stream.push(ids[0])
+    for t in range(len(ids) - 1):
+        found = stream.logprobs()
+        assert np.abs(found - vectors[t]).max() < 1e-4, t
+        assert np.exp(found.astype(np.float64)).sum() == pytest.approx(1, abs=1e-5)
+        assert nats[t] == pytest.approx(-vectors[t][ids[t + 1]], abs=1e-6)
+        stream.push(ids[t + 1])
+    return stream

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, assert_causal, assert_stream_follows_score, enlivened
 from family import load_script
 from test_model import ABSENT, CHANGED, PUBLISHED
 
@@ -32,14 +32,7 @@ def tiny(**overrides):
 
 
 def alive(args, seed: int = 0):
-    """A model whose zero-initialised tensors are random too."""
-    model = section.GPT(args)
-    model.init_weights(seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator), alpha=0.15)
-    return model
+    return enlivened(section, args, seed)
 
 
 def batch(rows: int = 4, seed: int = 0):
@@ -101,17 +94,7 @@ def test_every_tensor_of_an_arm_learns_or_is_meant_not_to(arm):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_causality_over_every_position(arm):
-    model = alive(tiny(**ARMS[arm]))
-    ids = torch.randint(4, 260, (1, 40), generator=torch.Generator().manual_seed(3))
-    ids[0, 17] = 1
-    variants = ids.repeat(40, 1)
-    for t in range(40):
-        variants[t, t] = 4 + (variants[t, t] + 100) % 256
-    with torch.no_grad():
-        base = model.logits(ids, torch.zeros(1, dtype=torch.long), 40)[0]
-        moved = (model.logits(variants, torch.zeros(40, dtype=torch.long), 40) - base).abs().amax(-1)
-    for t in range(40):
-        assert moved[t, t] > 1e-6 and (not t or moved[t, :t].max() < 1e-5)
+    assert_causal(alive(tiny(**ARMS[arm])))
 
 
 def test_the_adapter_carries_the_chunk_before_and_no_other_chunk_ahead():
@@ -189,12 +172,7 @@ def test_the_weight_can_fall_instead_of_rise():
 @pytest.mark.parametrize("arm", ["published", "text", "loss", "plain"])
 def test_decoding_follows_the_scorer(arm, corpus):
     ids = np.fromfile(next(corpus.glob("*_val_*.bin")), "<u2", offset=1024)[:150].astype(np.int64)
-    model = alive(tiny(**ARMS[arm], EVAL_STRIDE=16)).eval()
-    _, vectors = section.score(model, ids, range(len(ids) - 1))
-    stream = section.stream(model)
-    for t, token in enumerate(ids[:-1]):
-        stream.push(token)
-        assert np.abs(stream.logprobs() - vectors[t]).max() < 1e-4, t
+    assert_stream_follows_score(section, alive(tiny(**ARMS[arm], EVAL_STRIDE=16)).eval(), ids)
 
 
 @pytest.mark.parametrize("arm", ["text", "published"])

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, assert_stream_follows_score, enlivened
 from family import load_script
 
 RECORD, = (ROOT / "records").glob("*_BytePatchJEPA")
@@ -34,14 +34,7 @@ def settings(**overrides):
 
 
 def alive(seed: int = 0, **overrides):
-    """A model whose zero-initialised tensors are random too, so that every path carries a signal."""
-    model = section.GPT(settings(**overrides))
-    model.init_weights(seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator), alpha=0.15)
-    return model.eval()
+    return enlivened(section, settings(**overrides), seed).eval()
 
 
 @pytest.fixture(scope="module")
@@ -198,15 +191,7 @@ def test_the_decoder_hears_of_a_patch_when_it_is_complete(ids, overrides):
                          ids=str)
 def test_cached_decoding_equals_the_full_forward_everywhere(ids, overrides):
     model = alive(**overrides)
-    nats, vectors = section.score(model, ids, range(len(ids) - 1))
-    stream = section.stream(model)
-    stream.push(ids[0])
-    for t in range(len(ids) - 1):
-        found = stream.logprobs()
-        assert np.abs(found - vectors[t]).max() < 1e-4, t
-        assert np.exp(found.astype(np.float64)).sum() == pytest.approx(1, abs=1e-5)
-        assert nats[t] == pytest.approx(-vectors[t][ids[t + 1]], abs=1e-6)
-        stream.push(ids[t + 1])
+    stream = assert_stream_follows_score(section, model, ids)
     assert (stream.updates > 0) == ("TTT" in overrides)
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import assert_stream_follows_score
 
 
 @pytest.fixture(scope="module")
@@ -22,15 +23,7 @@ TTT = {"TTT": "sgd", "TTT_CHUNK_TOKENS": 32, "TTT_LR": 0.05, "TTT_BATCH_ROWS": 2
 ], ids=str)
 def test_cached_decoding_equals_the_full_forward_everywhere(trunk, tiny, alive, ids, settings):
     model = alive(tiny(**settings)).eval()
-    nats, vectors = trunk.score(model, ids, range(len(ids) - 1))
-    stream = trunk.stream(model)
-    stream.push(ids[0])
-    for t in range(len(ids) - 1):
-        found = stream.logprobs()
-        assert np.abs(found - vectors[t]).max() < 1e-4, t
-        assert np.exp(found.astype(np.float64)).sum() == pytest.approx(1, abs=1e-5)
-        assert nats[t] == pytest.approx(-vectors[t][ids[t + 1]], abs=1e-6)
-        stream.push(ids[t + 1])
+    stream = assert_stream_follows_score(trunk, model, ids)
     assert (stream.updates > 0) == ("TTT" in settings)
 
 

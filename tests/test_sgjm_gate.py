@@ -6,30 +6,21 @@ import math
 
 import numpy as np
 import pytest
+import test_sgjm
 import torch
-from conftest import ROOT
-from family import load_script
+from test_sgjm import section
 
-RECORD, = (ROOT / "records").glob("*_SGJM")
-section = load_script(RECORD)
-
-SMALL = {
-    "SIZE": "smoke", "MODEL_DIM": 32, "NUM_LAYERS": 2, "NUM_HEADS": 2, "FF_DIM": 48, "BLOCK_SIZE": 3, "DRAFTER_DIM": 16,
-    "DRAFTER_FF_DIM": 24, "JUDGE_HIDDEN": 24, "VERIFIER_HIDDEN": 24, "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 128,
-    "EVAL_STRIDE": 16, "EVAL_BATCH_TOKENS": 1024, "DEVICE": "cpu", "DTYPE": "fp32", "COMPILE": 0,
-}
+SMALL = {"BLOCK_SIZE": 3, "EVAL_STRIDE": 16}  # beside those of the record's own tests
 # As many parameters as backbone and heads have, to a hundredth.
 BASELINE = {"ARCH": "baseline", "BASELINE_LAYERS": 3, "FF_DIM": 54}
 
 
 def settings(**overrides):
-    return section.Hyperparameters({key: str(value) for key, value in {**SMALL, **overrides}.items()})
+    return test_sgjm.settings(**{**SMALL, **overrides})
 
 
 def alive(seed: int = 0, **overrides):
-    model = section.GPT(settings(INIT_STD=0.15, **overrides))
-    model.init_weights(seed)
-    return model.eval()
+    return test_sgjm.alive(seed, **{**SMALL, **overrides})
 
 
 def checkpoint(folder, name: str, steps: int = 3, saved: str = "final", **overrides) -> str:
