@@ -1,9 +1,10 @@
 # make train      from nothing to a scored artifact on this machine, about three minutes on two cores
-# make test       everything that CI runs
+# make test       everything that CI runs but the linter; WORKERS=1 for one test at a time
 # make bench      step time and its share of the machine's matmul rate
 # make audit      is every number legal? probes of every script at a tiny size, one to three minutes each
 # make gpu-check  one command for a day with a GPU; TEXT=FILE.jsonl.zst trains on that instead of the standard library
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 RUN := $(shell date +%Y%m%d-%H%M%S)-train
@@ -41,7 +42,7 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal tests
 
 audit: $(VENV)/.installed
 	$(PY) scripts/audit.py . $(dir $(wildcard records/*/train_gpt.py))
