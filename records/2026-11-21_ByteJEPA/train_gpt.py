@@ -2,7 +2,8 @@
 
 Parent: the trunk, train_gpt.py.
 Idea:   the published configuration (13 x 512, live bigram hashes, no longer n-grams), and a chunk JEPA whose
-        loss, target, horizon, gradient paths and injection can each be switched: the ablation in the README.
+        loss, target, horizon, gradient paths and injection can each be switched: JEPA_CHUNK_SIZE=8 is #832's.
+        None was better than a plain model of equal size (README), so none is on.
 
 Run:    python train_gpt.py --help                               every variable, its default and its reason
         python train_gpt.py                                      one process, any device
@@ -129,7 +130,7 @@ class Hyperparameters:
     ngram_dim = Var(32, "width of a context's embedding", low=1, ship="model")
     ngram_hashes = Var(2, "tables that it is spread over, each with a hash", low=1, high=4, ship="model")
     _jepa = "Chunk JEPA (#832, corrected)"
-    jepa_chunk_size = Var(8, "ids a latent covers; 0 = no JEPA module at all", low=0, ship="model")
+    jepa_chunk_size = Var(0, "ids a latent covers, 8 in #832; 0 = no JEPA at all", low=0, ship="model")
     jepa_latent_dim = Var(256, "width of a chunk latent", low=1, ship="model")
     jepa_proj_hidden = Var(256, "hidden width of projector and predictor", low=1, ship="model")
     jepa_adapter = Var(True, "add the predicted latent to the stream", ship="model")

@@ -1,9 +1,10 @@
 """BytePatchJEPA: a byte decoder, conditioned on patches of bytes that an encoder with a latent goal reads.
 
 Parent: the trunk (`train_gpt.py` of the repository).
-Idea:   the bytes read so far are cut into patches of 8 (#696). An encoder reads whole patches and foresees
-        the latent of the next; a JEPA loss and SIGReg shape it; a causal byte decoder is given it everywhere.
-        PATCH_SIZE=0 is the decoder alone; PATCH_CONDITION and PATCH_SPLIT take the idea apart.
+Idea:   the bytes read so far are cut into patches, at spaces and after 8 bytes (#696: after 8). An encoder
+        reads whole patches and foresees the latent of the next; a JEPA loss and SIGReg shape it; a causal
+        byte decoder is given it everywhere. PATCH_SIZE=0 is the decoder alone; PATCH_CONDITION and
+        PATCH_SPLIT take the idea apart.
 
 Run:    python train_gpt.py --help                               every variable, its default and its reason
         torchrun --standalone --nproc_per_node=8 train_gpt.py    the contest: 8xH100, 600 s, 16,000,000 bytes
@@ -114,16 +115,16 @@ class Hyperparameters:
     decoder_layers = Var(7, "decoder: blocks", low=1, ship="model")
     decoder_heads = Var(4, "decoder: heads, each with its own keys and values", low=1, ship="model")
     patch_size = Var(8, "ids a patch at most; 0 = no encoder at all, the decoder alone", low=0, ship="model")
-    patch_split = Var("fixed", "space: a patch also ends with a space or newline",
+    patch_split = Var("space", "space: a patch also ends with a space or newline",
                       choices=("fixed", "space"), ship="model")
     patch_condition = Var("latent", "what the decoder is given: predicted latent, encoder's state, or both",
                           choices=("latent", "context", "both"), ship="model")
-    logit_softcap = Var(0.0, "cap * tanh(logits / cap); 0 = none", low=0.0, ship="model")
+    logit_softcap = Var(30.0, "cap * tanh(logits / cap); 0 = none", low=0.0, ship="model")
     qk_gain_init = Var(1.5, "initial per-head gain on RMS-normalised queries", ship="model")
     rope_base = Var(10000.0, "rotary base", low=1.0, ship="model")
     rope_dims = Var(0, "rotated dimensions a head; 0 = all (#315)", low=0, ship="model")
-    ln_scale = Var(False, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
-    xsa_last_n = Var(0, "last layers of a stack that drop their own value direction (XSA, #265)", low=0,
+    ln_scale = Var(True, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
+    xsa_last_n = Var(4, "last layers of a stack that drop their own value direction (XSA, #265)", low=0,
                      ship="model")
     resid_mix = Var(True, "each block mixes its input with the embedding", ship="model")
     _jepa = "Patch JEPA (#696, corrected)"
@@ -145,15 +146,15 @@ class Hyperparameters:
     muon_momentum_warmup_start = Var(0.92, "momentum at step 0", low=0.0, high=0.9999)
     muon_momentum_warmup_steps = Var(1500, "steps from start to final momentum", low=0)
     muon_backend_steps = Var(5, "Newton-Schulz steps", low=1)
-    muon_wd = Var(0.0, "decoupled weight decay of Muon, times its rate", low=0.0)
-    embed_lr = Var(0.1, "AdamW: embeddings of bytes and of places in a patch", low=0.0)
-    head_lr = Var(0.02, "AdamW: output head", low=0.0)
+    muon_wd = Var(0.04, "decoupled weight decay of Muon, times its rate", low=0.0)
+    embed_lr = Var(0.03, "AdamW: embeddings of bytes and of places in a patch", low=0.0)
+    head_lr = Var(0.01, "AdamW: output head", low=0.0)
     scalar_lr = Var(0.025, "AdamW: gains, mixes, the first latent", low=0.0)
-    adam_wd = Var(0.0, "decoupled weight decay of all AdamW groups", low=0.0)
+    adam_wd = Var(0.04, "decoupled weight decay of all AdamW groups", low=0.0)
     beta1 = Var(0.9, "Adam", low=0.0, high=0.9999)
     beta2 = Var(0.95, "Adam", low=0.0, high=0.99999)
     adam_eps = Var(1e-8, "Adam", low=0.0)
-    grad_clip_norm = Var(0.0, "global gradient norm after reduction; 0 = no clip", low=0.0)
+    grad_clip_norm = Var(0.3, "global gradient norm after reduction; 0 = no clip", low=0.0)
     ema_enabled = Var(True, "score and export an average of the weights")
     ema_decay = Var(0.997, "decay a step, reached as (1 + t) / (10 + t)", low=0.0, high=0.99999)
     seed = Var(1337, "weights, shuffling and SIGReg directions", low=0)
