@@ -9,6 +9,7 @@ Run:    python train_gpt.py --help                               every variable,
         torchrun --standalone --nproc_per_node=8 train_gpt.py    the contest: 8xH100, 600 s, 16,000,000 bytes
         RESUME=auto RUN_ID=name torchrun ...                     go on from runs/name/last.safetensors
         EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py            score an artifact and nothing else
+        GENERATE=TEXT ARTIFACT=FILE python train_gpt.py          go on from a text, or from that in a file
 
 The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs torch,
 numpy and safetensors; constriction, zstandard, sentencepiece, tqdm and FlashAttention are used if installed.
@@ -41,6 +42,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
@@ -143,6 +145,11 @@ class Hyperparameters:
     jepa_lambda_max = Var(0.001, "peak weight of the JEPA loss beside CE", low=0.0)
     jepa_phase1_frac = Var(0.3, "progress up to which its weight is 0", low=0.0, high=1.0)
     jepa_phase2_frac = Var(0.5, "share over which it ramps to the peak; 0 afterwards", low=0.0, high=1.0)
+    _draft = "Draft heads"
+    draft = Var(0, "ids that they guess beyond the next one; 0 = no heads", low=0, high=16, ship="model")
+    draft_dim = Var(256, "hidden width", low=1, ship="model")
+    draft_weight = Var(1.0, "weight of their loss", low=0.0)
+    draft_grad = Var(False, "it reaches the model; 0 = heads cost time, and no bit of the model changes")
     _optimizers = "Optimizers and schedule"
     iterations = Var(9000, "optimizer steps at most", low=1)
     max_wallclock_seconds = Var(600.0, "training time; 0 = no limit; progress = max(step, time)", low=0.0)
@@ -161,6 +168,7 @@ class Hyperparameters:
     scalar_lr = Var(0.025, "AdamW: gains, mixes, gates", low=0.0)
     ngram_lr = Var(0.035, "RowAdagrad: n-gram tables", low=0.0)
     jepa_lr = Var(0.001, "AdamW: projector, predictor, adapter", low=0.0)
+    draft_lr = Var(0.003, "AdamW: draft heads", low=0.0)
     adam_wd = Var(0.04, "decoupled weight decay of the embedding and scalar groups", low=0.0)
     beta1 = Var(0.9, "Adam", low=0.0, high=0.9999)
     beta2 = Var(0.95, "Adam", low=0.0, high=0.99999)
@@ -197,7 +205,12 @@ class Hyperparameters:
     ttt_momentum = Var(0.9, "kept from chunk to chunk", low=0.0, high=0.9999, ship="eval")
     ttt_grad_clip = Var(1.0, "gradient norm of an update; 0 = no clip", low=0.0, ship="eval")
     eval_only = Var(False, "score ARTIFACT and nothing else")
-    artifact = Var("", "path for EVAL_ONLY")
+    artifact = Var("", "path for EVAL_ONLY and GENERATE")
+    _generation = "Generation"
+    generate = Var("", "a text, or its file, to go on from with the model in ARTIFACT")
+    max_new_tokens = Var(256, "ids to write", low=1)
+    temperature = Var(0.0, "0 = greedy", low=0.0)
+    speculate = Var(True, "read drafts in one pass: greedy the same text, else the same distribution")
     _run = "Run"
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
     runs_path = Var("./runs", "where runs are kept")
@@ -221,7 +234,7 @@ class Hyperparameters:
     RETIRED = {
         "SWA_ENABLED": (("0",), "EMA replaced it (-0.003 BPB in #375)"),
         "SWA_EVERY": ((), "belongs to SWA_ENABLED"),
-        "MTP_NUM_HEADS": (("0",), "multi-token heads cost +0.028 BPB in a 10-minute model"),
+        "MTP_NUM_HEADS": (("0",), "multi-token heads cost +0.028 BPB in a 10-minute model; DRAFT costs none"),
         "MTP_LOSS_WEIGHT": ((), "belongs to MTP_NUM_HEADS"),
         "MUON_BETA2": ((), "was never read by #832"),
         **dict.fromkeys(("QAT_ENABLED", "LATE_QAT"), (("0",), "QAT_START took its place")),
@@ -250,7 +263,10 @@ class Hyperparameters:
         self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
-        if shipped or not self.eval_only:  # otherwise the artifact's settings are still to come
+        reads = self.eval_only or self.generate
+        if reads and not self.artifact:
+            raise UserError("EVAL_ONLY and GENERATE read the model from ARTIFACT=FILE: it is not set")
+        if shipped or not reads:  # else the artifact's settings are still to come
             self._check()
 
     @classmethod
@@ -337,7 +353,7 @@ class Hyperparameters:
             (self.rank >= self.world_size, "rank", "world_size", "a rank is below the number of processes"),
             (self.qat_start < 1 and self.quant_clip != "std", "qat_start", "quant_clip", "trains with std"),
             (calibrates and not self.warmup_steps, "warmup_steps", "quant_round", "calibration is untimed"),
-            (self.eval_only and not self.artifact, "eval_only", "artifact", "which artifact?"),
+            (self.draft + 1 >= self.train_seq_len, "draft", "train_seq_len", "no row holds such a draft"),
         ]
         for bad, *names, why in problems:
             if bad:
@@ -727,6 +743,21 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def open_tokenizer(args: Hyperparameters):
+    """The SentencePiece model behind the ids."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+        tokenizer = SentencePieceProcessor(model_file=args.tokenizer_path)
+    except ImportError:
+        raise UserError("TOKENIZER_PATH is set, but sentencepiece is not installed") from None
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path}: no SentencePiece model ({error})") from None
+    if tokenizer.vocab_size() != args.vocab_size:
+        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} has {tokenizer.vocab_size()} ids, "
+                        f"VOCAB_SIZE is {args.vocab_size}")
+    return tokenizer
+
+
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary before one).
 
@@ -741,16 +772,7 @@ def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarr
         base[BYTE_OFFSET:] = 1
         edge[:BYTE_OFFSET] = True
         return base, space, edge
-    try:
-        from sentencepiece import SentencePieceProcessor
-        tokenizer = SentencePieceProcessor(model_file=args.tokenizer_path)
-    except ImportError:
-        raise UserError("TOKENIZER_PATH is set, but sentencepiece is not installed") from None
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path}: no SentencePiece model ({error})") from None
-    if tokenizer.vocab_size() != args.vocab_size:
-        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} has {tokenizer.vocab_size()} ids, "
-                        f"VOCAB_SIZE is {args.vocab_size}")
+    tokenizer = open_tokenizer(args)
     dummy_prefix = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
     for i in range(args.vocab_size):
         piece = tokenizer.id_to_piece(i)
@@ -1122,6 +1144,45 @@ class ChunkJEPA(nn.Module):
         return ("projector.", "predictor.", "start", "injection.") if self.injection is not None else ()
 
 
+class DraftHeads(nn.Module):
+    """A chain of guesses at the ids beyond the next one: link i takes in the i-th id after a position and
+    guesses the one behind it, from what the link before left of the position's state. (A head that does not
+    see the ids in between guesses blindly: Hydra, Ankner et al. 2024, after Medusa.) All links are one."""
+
+    def __init__(self, args: Hyperparameters):
+        super().__init__()
+        self.args, self.link = args, LatentMLP(2 * args.model_dim, args.draft_dim, args.model_dim)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        nn.init.orthogonal_(self.link.fc1.weight, generator=generator)
+        nn.init.zeros_(self.link.fc2.weight)
+
+    def forward(self, state: Tensor, token: Tensor) -> Tensor:
+        """state (..., D) of a position or of the link before, embedding (..., D) of an id -> (..., D)."""
+        return rms_norm(state + self.link(torch.cat((state, rms_norm(token)), -1)))
+
+    def loss(self, model: GPT, x: Tensor, ids: Tensor) -> Tensor:
+        """States x (B, T, D) of ids (B, T + 1) -> nats of a guess on true ids, a mean for each row (B,)."""
+        tokens, nats = model.embed(ids), []
+        if not self.args.draft_grad:
+            x, tokens = x.detach(), tokens.detach()
+        for i in range(1, self.args.draft + 1):
+            x = self(x[:, :-1], tokens[:, i:-1])
+            logits = model.head(x, frozen=not self.args.draft_grad)
+            nats.append(F.cross_entropy(logits.mT, ids[:, i + 1 :], reduction="none").mean(1))
+        return torch.stack(nats).mean(0)
+
+    def guess(self, model: GPT, state: Tensor, token: int, count: int, temperature: float,
+              rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
+        """At most `count` ids to follow `token`, itself behind the position of `state` (D,); their laws."""
+        drafts, laws = [token], []
+        for _ in range(min(count, self.args.draft)):
+            state = self(state, model.embed(torch.tensor(drafts[-1], device=state.device)))
+            laws.append(law(model.head(state).cpu().numpy(), temperature))
+            drafts.append(chosen(laws[-1], rng))
+        return drafts[1:], laws
+
+
 # -----------------------------------------------------------------------------
 # MODEL
 # -----------------------------------------------------------------------------
@@ -1298,6 +1359,10 @@ class KVCache:
         self.layers = torch.zeros(args.num_layers, 2, 1, *window, **like)
         self.states, self.length = torch.zeros(1, 0, args.model_dim, **like), 0
 
+    def cut(self, length: int) -> None:
+        """Forgets what lies behind the first `length` positions."""
+        self.states, self.length = self.states[:, :length], min(self.length, length)
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values of new positions (1, n, K, d); returns those of all."""
         stop = self.length + k.size(1)
@@ -1323,6 +1388,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(layers))
         self.skip_weights = nn.Parameter(torch.ones(layers // 2, dim)) if args.unet_skips else None
         self.aux = ChunkJEPA(args) if args.jepa_chunk_size else None
+        self.draft = DraftHeads(args) if args.draft else None
         self.set_rotary()
         self.lm_head = None if args.tie_embeddings else CastedLinear(dim, args.vocab_size)
 
@@ -1344,10 +1410,13 @@ class GPT(nn.Module):
             block.mlp.proj.weight.zero_()
         for table in filter(None, (self.bigram, self.ngram)):
             nn.init.orthogonal_(table.proj.weight, generator=generator)
-        if self.aux is not None:
-            self.aux.init_weights(generator)
+        for part in filter(None, (self.aux, self.draft)):
+            part.init_weights(generator)
         if self.lm_head is not None:
             self.lm_head.weight.zero_()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, rounded(self.tok_emb)).to(self.dtype)
 
     def hidden(self, ids: Tensor, rotary: Tensor, aux_inputs: Tensor | None = None,
                past: KVCache | None = None) -> tuple[Tensor, dict]:
@@ -1356,7 +1425,7 @@ class GPT(nn.Module):
         known = 0 if past is None else past.length
         fresh = ids.size(1) - known
         tail = ids[:, max(0, known - self.reach) :]  # an embedding depends on some ids before its own
-        x = F.embedding(tail, rounded(self.tok_emb)).to(self.dtype)
+        x = self.embed(tail)
         for table in (self.bigram, self.ngram):
             if table is not None:
                 x = x + table(tail, self.dtype)
@@ -1389,10 +1458,10 @@ class GPT(nn.Module):
         kept = () if self.aux is None else tuple(f"aux.{prefix}" for prefix in self.aux.exported())
         return {n: p for n, p in self.named_parameters() if not n.startswith("aux.") or n.startswith(kept)}
 
-    def head(self, x: Tensor) -> Tensor:
-        """States -> capped logits in fp32."""
+    def head(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """States -> capped logits in fp32; `frozen`: no gradient for the head's own weight."""
         weight = rounded(self.tok_emb if self.lm_head is None else self.lm_head)
-        logits = F.linear(x, weight.to(x.dtype)).float()
+        logits = F.linear(x, (weight.detach() if frozen else weight).to(x.dtype)).float()
         cap = self.args.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -1401,6 +1470,9 @@ class GPT(nn.Module):
         x, terms = self.hidden(ids[:, :-1], self.rotary_train, aux_inputs)
         nats = F.cross_entropy(self.head(x).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
+        if self.draft is not None:
+            group = self.args.jepa_sigreg_group if self.aux is not None else 1
+            sums["draft"] = (self.draft.loss(self, x, ids) * weights).sum() / group
         for name, value in terms.items():  # one value a group; the weights inside a group are equal
             sums[name] = (value * weights.view(len(value), -1).mean(1)).sum()
         return sums
@@ -1548,28 +1620,31 @@ class Optimizers:
     | table  | n-gram tables                           | RowAdagrad | NGRAM_LR                  |
     | aux    | all of the auxiliary module             | AdamW      | JEPA_LR                   |
     | scalar | gains, mixes, gates, skip weights       | AdamW      | SCALAR_LR                 |
+    | draft  | draft heads; not in the norm that clips | AdamW      | DRAFT_LR                  |
     """
 
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
-        keys = ("matrix", "embed", "head", "table", "aux", "scalar")
+        keys = ("matrix", "embed", "head", "table", "aux", "scalar", "draft")
         groups: dict[str, list[nn.Parameter]] = {key: [] for key in keys}
         for name, p in model.named_parameters():
             groups[self.group_of(name, p)].append(p)
         self.muon = Muon(groups["matrix"], args, runtime)
         self.tables = RowAdagrad(groups["table"], args)
         rates = {"embed": args.tied_embed_lr if args.tie_embeddings else args.embed_lr, "head": args.head_lr,
-                 "aux": args.jepa_lr, "scalar": args.scalar_lr}
+                 "aux": args.jepa_lr, "scalar": args.scalar_lr, "draft": args.draft_lr}
         self.adam = torch.optim.AdamW(
-            [{"params": groups[key], "lr": rate, "peak": rate, "weight_decay": args.adam_wd * (key != "aux")}
+            [{"params": groups[key], "lr": rate, "peak": rate,
+              "weight_decay": args.adam_wd * (key not in ("aux", "draft"))}
              for key, rate in rates.items() if groups[key]],
             betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
         self.replicated = [p for key in keys[1:] for p in groups[key]]
+        self.counted = len(self.replicated) - len(groups["draft"])
 
     @staticmethod
     def group_of(name: str, p: nn.Parameter) -> str:
-        for prefix, group in (("aux.", "aux"), ("ngram.table", "table"), ("lm_head", "head"),
-                              ("tok_emb", "embed"), ("bigram.table", "embed")):
+        for prefix, group in (("aux.", "aux"), ("draft.", "draft"), ("ngram.table", "table"),
+                              ("lm_head", "head"), ("tok_emb", "embed"), ("bigram.table", "embed")):
             if name.startswith(prefix):
                 return group
         return "matrix" if p.ndim == 2 and name.endswith(".weight") else "scalar"
@@ -1587,7 +1662,7 @@ class Optimizers:
             flat = torch._utils._flatten_dense_tensors(grads)
             dist.all_reduce(flat)
             torch._foreach_copy_(grads, list(torch._utils._unflatten_dense_tensors(flat, grads)))
-        rest = torch.stack(torch._foreach_norm(grads)).square().sum()
+        rest = torch.stack(torch._foreach_norm(grads[: self.counted])).square().sum()
         return (self.muon.square_norm() + rest).sqrt()
 
     @torch.no_grad()
@@ -2097,35 +2172,121 @@ class Stream:
         self.model, self.ids = model, []
         self.learner = TestTimeTraining(model) if model.args.ttt != "0" else None
         self.block, self.start, self.past, self.known = -1, 0, None, None
+        self.read, self.states = [], None  # ids of the window with the last drafts; states of what was asked
 
     @property
     def updates(self) -> int:
         return self.learner.updates if self.learner else 0
 
-    @torch.no_grad()
     def logprobs(self) -> np.ndarray:
         """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it first."""
-        if not self.ids:
-            raise ValueError("push the first id (BOS) before asking for the second")
         if self.known is None:
-            args, device = self.model.args, self.model.tok_emb.weight.device
-            block = (len(self.ids) - 1) // args.eval_stride
-            if block != self.block:
-                if self.learner:
-                    self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
-                self.block, self.past = block, KVCache(self.model)
-                self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
-            ids = torch.tensor([self.ids[self.start :]], device=device)
-            x, _ = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
-            self.known = self.model.head(x[0, -1].float()).log_softmax(-1).cpu().numpy()
+            self.known = self.ahead(())[0]
         return self.known
 
+    @torch.no_grad()
+    def ahead(self, drafts: list[int]) -> np.ndarray:
+        """The same if `drafts` were to follow, in one pass: (n + 1, V) of the next id and of those behind the
+        first n drafts, as many as the window takes. What is then pushed as drafted is not read again."""
+        if not self.ids:
+            raise ValueError("push the first id (BOS) before asking for the second")
+        args, device = self.model.args, self.model.tok_emb.weight.device
+        block, place = divmod(len(self.ids) - 1, args.eval_stride)
+        if block != self.block:
+            if self.learner:
+                self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
+            self.block, self.past = block, KVCache(self.model)
+            self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
+        drafts = drafts[: args.eval_stride - 1 - place]
+        self.read = [*self.ids[self.start :], *drafts]
+        self.past.cut(len(self.read) - len(drafts) - 1)
+        ids = torch.tensor([self.read], device=device)
+        x, _ = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
+        self.states = x[0, -len(drafts) - 1 :]
+        return self.model.head(self.states.float()).log_softmax(-1).cpu().numpy()
+
     def push(self, token: int) -> None:
+        at = len(self.ids) - self.start
+        if self.past is not None and self.read[at : at + 1] != [token]:
+            self.past.cut(at)
         self.ids.append(int(token))
         self.known = None
 
 
 stream = Stream  # the name that every script of the family gives it
+
+
+LOOKED_UP, COPIED = 6, 16  # ids that have to recur before what followed them is a draft, and its length
+
+
+def repeated(ids: list[int]) -> list[int]:
+    """Prompt lookup: COPIED ids that followed when the last LOOKED_UP ids stood in the text before, or none;
+    where the text repeats with a shorter period, it goes round."""
+    text = np.array(ids)
+    places = sliding_window_view(text[:-1], LOOKED_UP) if len(text) > LOOKED_UP else text[:0, None]
+    found = np.flatnonzero((places == text[-LOOKED_UP:]).all(1))[-1:]
+    return [ids[at + LOOKED_UP + i % (len(ids) - LOOKED_UP - at)] for at in found for i in range(COPIED)]
+
+
+def law(logprobs: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities (V,) at a temperature, fp64; at 0 all on the best id."""
+    shifted = (logprobs - logprobs.max()).astype(np.float64)
+    p = np.exp(shifted / temperature) if temperature else np.arange(len(shifted)) == shifted.argmax()
+    return p / p.sum()
+
+
+def chosen(p: np.ndarray, rng: np.random.Generator, draft: int | None = None, q=None) -> int:
+    """An id with probabilities p (V,), `draft`, drawn with probabilities q, if it can be: it is taken with
+    probability min(1, p / q), else one is drawn from (p - q)+, normalised (Leviathan et al. 2023)."""
+    if draft is not None:
+        if rng.random() * q[draft] < p[draft]:
+            return draft
+        p = np.maximum(p - q, 0) if (p > q).any() else p  # p is q but for rounding
+    sums = p.cumsum()
+    return int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))
+
+
+@torch.no_grad()
+def write(model: GPT, prompt: list[int], args: Hyperparameters) -> tuple[list[int], int, float]:
+    """(MAX_NEW_TOKENS ids that go on from a prompt, passes, seconds without those of the prompt). Each pass
+    reads the newest id and drafts behind it: what followed a like text before, else what the heads guess.
+    Those that the model takes join the text, and behind them the id that it writes itself."""
+    reader, rng, made, passes, state = Stream(model), np.random.default_rng(args.seed), [], 0, None
+    for token in prompt:
+        reader.push(token)
+    reader.logprobs()
+    began = time.perf_counter()
+    while (left := args.max_new_tokens - len(made)) > 0:
+        drafts = repeated(reader.ids)[: left - 1] if args.speculate else []
+        laws = [np.arange(args.vocab_size) == draft for draft in drafts]  # not drawn: all on one id
+        if args.speculate and model.draft is not None and state is not None and not drafts:
+            drafts, laws = model.draft.guess(model, state, reader.ids[-1], left - 1, args.temperature, rng)
+        for i, logprobs in enumerate(reader.ahead(drafts)):
+            given = zip(drafts[i : i + 1], laws[i : i + 1])
+            made.append(chosen(law(logprobs, args.temperature), rng, *next(given, ())))
+            reader.push(made[-1])
+            if made[-1:] != drafts[i : i + 1]:
+                break
+        state, passes = reader.states[i], passes + 1
+    return made, passes, time.perf_counter() - began
+
+
+def generate(args: Hyperparameters, runtime: Runtime) -> int:
+    """Writes what follows GENERATE to stdout, and numbers to stderr."""
+    model, text = load(args.artifact, runtime.device, args, runtime.dtype), os.fsencode(args.generate)
+    with contextlib.suppress(OSError, ValueError):  # a text is no path
+        text = Path(args.generate).read_bytes()
+    if args.vocab_size == 260:
+        ids, decode = [byte + BYTE_OFFSET for byte in text], lambda ids: bytes(i - BYTE_OFFSET for i in ids)
+    else:
+        tokenizer = open_tokenizer(args)
+        ids, decode = tokenizer.encode(text.decode()), lambda ids: tokenizer.decode(ids).encode()
+    made, passes, seconds = write(model, [BOS_ID, *ids], args)
+    text = decode([i for i in made if i >= BYTE_OFFSET])
+    sys.stdout.buffer.write(text.decode(errors="replace").encode() if sys.stdout.isatty() else text)
+    print(f"\nids:{len(made)} bytes:{len(text)} passes:{passes} ids_per_pass:{len(made) / passes:.2f} "
+          f"bytes_per_second:{len(text) / seconds:.1f}", file=sys.stderr)
+    return 0
 
 
 # -----------------------------------------------------------------------------
@@ -2172,7 +2333,7 @@ class Trainer:
         sums = self.losses(self.model, ids, weights, aux_inputs)
         loss = sums["ce"] / (self.plan.rows * self.args.train_seq_len)
         for name, weight in aux_weights.items():
-            if weight:
+            if weight and name in sums:
                 loss = loss + weight / (self.plan.rows // self.plan.group) * sums[name]
         (loss * self.loss_scale).backward()
         return {name: value.detach() for name, value in sums.items()}
@@ -2183,7 +2344,7 @@ class Trainer:
             self.set_rounding(progress >= self.args.qat_start)
         aux = self.model.aux
         aux_inputs = aux.inputs(self.step, self.runtime.device) if aux is not None else None
-        aux_weights = aux.weights(progress) if aux is not None else {}
+        aux_weights = (aux.weights(progress) if aux is not None else {}) | {"draft": self.args.draft_weight}
         parts = [self.micro_step(*batch, aux_inputs, aux_weights) for batch in zip(ids, weights)]
         norm = self.optimizers.reduce(1.0 / self.loss_scale)
         if self.runtime.dtype != torch.float16 or self.adapt_loss_scale(norm):
@@ -2347,7 +2508,8 @@ class Trainer:
         sums = self.runtime.all_reduce(torch.stack([terms[name].float() for name in names])).tolist()
         means = {name: total / (self.plan.rows // self.plan.group) for name, total in zip(names, sums)}
         loss = means.pop("ce") / (self.plan.group * self.args.train_seq_len)
-        extra = self.model.aux.report(means) if self.model.aux is not None else {}
+        extra = {"draft": means.pop("draft")} if self.model.draft is not None else {}
+        extra |= self.model.aux.report(means) if self.model.aux is not None else {}
         self.log(f"step:{self.step}/{self.args.iterations} train_loss:{loss:.4f} {self.timing(seconds)}"
                  + "".join(f" {name}:{value:.5f}" for name, value in extra.items()))
         self.log.metrics(step=self.step, train_loss=loss, train_seconds=seconds, progress=progress,
@@ -2549,10 +2711,12 @@ def main() -> int:
         if sys.argv[1:]:
             raise UserError(f"{sys.argv[1]!r}: settings are environment variables, `--help` lists them")
         args = Hyperparameters(os.environ)
-        if args.eval_only:
+        if args.eval_only or args.generate:
             header, _ = unpack(read_file(args.artifact, "ARTIFACT"), args.artifact)
             args = shipped_settings(header, args.artifact, os.environ)
         runtime = Runtime(args)
+        if args.generate:
+            return generate(args, runtime)
         started, = runtime.from_main([time.time()])
         args.run_id = args.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{args.seed}", time.localtime(started))
         data = Dataset(args, verify=runtime.main)
