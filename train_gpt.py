@@ -1471,8 +1471,8 @@ class GPT(nn.Module):
         nats = F.cross_entropy(self.head(x).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
         if self.draft is not None:
-            group = self.args.jepa_sigreg_group if self.aux is not None else 1
-            sums["draft"] = (self.draft.loss(self, x, ids) * weights).sum() / group
+            groups = len(next(iter(terms.values()), ids))
+            sums["draft"] = (self.draft.loss(self, x, ids) * weights).sum() * groups / len(ids)
         for name, value in terms.items():  # one value a group; the weights inside a group are equal
             sums[name] = (value * weights.view(len(value), -1).mean(1)).sum()
         return sums
