@@ -68,25 +68,19 @@ class Var:
     def accepted(self) -> str:
         if self.choices:
             return " | ".join(self.choices)
-        if isinstance(self.default, bool):
-            return "0 | 1"
-        kind = {int: "an integer", float: "a number", str: "a text"}[type(self.default)]
-        low = "" if self.low is None else f" from {self.low}"
-        return kind + low + ("" if self.high is None else f" to {self.high}")
+        kind = {bool: "0 | 1", int: "an integer", float: "a number", str: "a text"}[type(self.default)]
+        bounds = {"from": self.low, "to": self.high}
+        return kind + "".join(f" {word} {bound}" for word, bound in bounds.items() if bound is not None)
 
     def parse(self, text: str):
         word, kind, words = text.strip(), type(self.default), {"0": 0, "1": 1, "false": 0, "true": 1}
-        try:
+        with contextlib.suppress(ValueError, KeyError):
             value = bool(words[word.lower()]) if kind is bool else kind(word)
-        except (ValueError, KeyError):
-            value = None
-        good = value is not None and (not self.choices or value in self.choices)
-        if good and not isinstance(value, str):
             low, high = (bound if bound is not None else value for bound in (self.low, self.high))
-            good = math.isfinite(value) and low <= value <= high
-        if not good:
-            raise UserError(f"{self.name}={text!r} is not accepted: {self.accepted()} ({self.why})")
-        return value
+            finite = kind is str or math.isfinite(value)
+            if finite and low <= value <= high and value in (self.choices or [value]):
+                return value
+        raise UserError(f"{self.name}={text!r} is not accepted: {self.accepted()} ({self.why})")
 
 
 class Hyperparameters:
@@ -229,7 +223,6 @@ class Hyperparameters:
         "VAL_BATCH_SIZE": ((), "EVAL_BATCH_TOKENS took its place and does not change the score"),
         "CONTROL_TENSOR_NAME_PATTERNS": ((), "tensors are sorted by shape and module, not by name patterns"),
     }
-
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`. `shipped`, the settings in an artifact, replaces the defaults of what it names."""
@@ -609,18 +602,16 @@ class Log:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, text: str, console: bool = True) -> None:
+    def __call__(self, text: str, console: bool = True, name: str = "log.txt") -> None:
         if self.folder is None:
             return
         if console:
             print(text, flush=True)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(text + "\n")
 
     def metrics(self, **values) -> None:
-        if self.folder is not None:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+        self(json.dumps(values), False, "metrics.jsonl")
 
 
 def progress_bar(items, total: int, what: str, show: bool):
@@ -649,8 +640,7 @@ def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.nd
     header = np.fromfile(path, dtype="<i4", count=256)
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise UserError(f"{path}: header {header[:2]} is not a shard's, {SHARD_MAGIC} {SHARD_VERSION}")
-    if header[2] < 0 or size != HEADER_BYTES + 2 * int(header[2]):
-        room = (size - HEADER_BYTES) / 2
+    if header[2] != (room := (size - HEADER_BYTES) / 2):
         raise UserError(f"{path}: the header promises {header[2]} ids, the file has room for {room:g}")
     ids = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
     check_ids(ids[:checked], vocab_size, path)
@@ -720,11 +710,7 @@ class Dataset:
 
 
 def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()  # mapped: shards may be large
 
 
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -771,21 +757,18 @@ def target_bytes(ids: np.ndarray, tables: tuple[np.ndarray, np.ndarray, np.ndarr
 
 def class_table(vocab_size: int) -> np.ndarray:
     """Class of each id, an index into BYTE_CLASSES, for the bits-by-class report."""
-    def name_of(byte: int) -> str:
+    names = ["special"] * BYTE_OFFSET + ["token"] * (vocab_size - BYTE_OFFSET)
+    for byte in range(256) if vocab_size == 260 else ():
         text = chr(byte)
         tests = {"non-ascii": byte > 127, "newline": text in "\r\n", "space": text.isspace(),
                  "digit": text.isdigit(), "lower": text.islower(), "upper": text.isupper()}
-        return next((name for name, found in tests.items() if found), "punctuation")
-    names = ["special"] * BYTE_OFFSET + ["token"] * (vocab_size - BYTE_OFFSET)
-    if vocab_size == 260:
-        names[BYTE_OFFSET:] = map(name_of, range(256))
+        names[BYTE_OFFSET + byte] = next((name for name, found in tests.items() if found), "punctuation")
     return np.array([BYTE_CLASSES.index(name) for name in names])
 
 
 class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
     """How a global batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group` rows.
     Every rank runs the same shapes: slots beyond the batch repeat its first group with weight 0."""
-
 
     @classmethod
     def make(cls, args: Hyperparameters, world_size: int) -> BatchPlan:
@@ -796,15 +779,12 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
         micro_steps = -(-total // (world_size * at_most))
         return cls(rows, group, -(-total // (world_size * micro_steps)), micro_steps, world_size)
 
-    def slots(self, micro_step: int, rank: int) -> tuple[list[int], list[float]]:
+    def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers inside the global batch for one forward, and a weight for each."""
-        first = (micro_step * self.world_size + rank) * self.groups
-        numbers, weights = [], []
-        for group in range(first, first + self.groups):
-            real = group < self.rows // self.group
-            numbers += [(group if real else 0) * self.group + i for i in range(self.group)]
-            weights += [float(real)] * self.group
-        return numbers, weights
+        first = (micro_step * self.world_size + rank) * self.groups * self.group
+        numbers = np.arange(first, first + self.groups * self.group)
+        real = numbers < self.rows  # which is a whole number of groups
+        return np.where(real, numbers, numbers % self.group), real.astype(np.float32)
 
 
 class Loader:
@@ -875,7 +855,6 @@ class Loader:
         def work() -> tuple[Tensor, Tensor, dict]:
             *tensors, state = self.next()
             return *(x.pin_memory() if device.type == "cuda" else x for x in tensors), state
-
         with ThreadPoolExecutor(1) as thread:
             ahead = deque(thread.submit(work) for _ in range(2))
             while True:
@@ -1214,12 +1193,11 @@ class Block(nn.Module):
         self.ln_scale = (layer + 1) ** -0.5 if args.ln_scale else 1.0
 
     def forward(self, x: Tensor, x0: Tensor, rotary: Tensor, where, past: KVCache | None) -> Tensor:
-        attn_scale, mlp_scale = self.attn_scale.to(x.dtype), self.mlp_scale.to(x.dtype)
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
-        x = x + attn_scale * self.attn(rms_norm(x) * self.ln_scale, rotary, where, past)
-        return x + mlp_scale * self.mlp(rms_norm(x) * self.ln_scale)
+        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.ln_scale, rotary, where, past)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.ln_scale)
 
 
 class SmearGate(nn.Module):
@@ -1375,14 +1353,11 @@ class GPT(nn.Module):
             x = block(x, x0, rotary, where, past)
             if i < first_half and self.skip_weights is not None:
                 skips.append(x)
-        terms: dict[str, Tensor] = {}
         if past is not None:
             past.states, past.length = torch.cat((past.states, x), 1), ids.size(1)
-        if self.aux is not None and past is not None:
-            x = self.aux(past.states[:, self.aux.first_read(known) :])[0][:, -fresh:]
-        elif self.aux is not None:
-            x, terms = self.aux(x, aux_inputs)
-        return rms_norm(x), terms
+            x = x if self.aux is None else past.states[:, self.aux.first_read(known) :]
+        x, terms = (x, {}) if self.aux is None else self.aux(x, aux_inputs)
+        return rms_norm(x if past is None else x[:, -fresh:]), terms
 
     def exported(self) -> dict[str, nn.Parameter]:
         """Parameters that scoring needs, by name; what only training uses never reaches an artifact."""
@@ -1412,13 +1387,9 @@ class GPT(nn.Module):
         return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
 
 
-# Free functions, so that every instance of the model (trained, averaged, reloaded) shares one compiled graph.
-def training_losses(model: GPT, ids: Tensor, weights: Tensor, aux_inputs: Tensor | None) -> dict[str, Tensor]:
-    return model.losses(ids, weights, aux_inputs)
-
-
-def scoring_logits(model: GPT, ids: Tensor, take: Tensor, span: int) -> Tensor:
-    return model.logits(ids, take, span)
+# Functions of the class, so that every model (trained, averaged, reloaded) shares one compiled graph.
+training_losses = GPT.losses
+scoring_logits = GPT.logits
 
 
 # -----------------------------------------------------------------------------
