@@ -426,10 +426,8 @@ class Runtime:
     def clock(self, phase: str):
         """Adds what the block takes to a phase; nothing is on two clocks at once."""
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.clocks[phase] = self.clocks.get(phase, 0.0) + time.perf_counter() - start
+        yield
+        self.clocks[phase] = self.clocks.get(phase, 0.0) + time.perf_counter() - start
 
     def device_name(self) -> str:
         if self.device.type == "cuda":
@@ -1414,8 +1412,7 @@ class Muon:
 
     Matrices of equal shape form one stack; each rank owns a share of it, receives the share's summed gradient
     (reduce-scatter), orthogonalises it and sends it round (all-gather) while it works on the next stack.
-    update = NS(g + mu * m), m <- mu * m + g;  p <- p * (1 - rate * wd) - rate * sqrt(max(1, r / c)) * update.
-    """
+    update = NS(g + mu m), m <- mu m + g; p <- (1 - rate wd) p - rate sqrt(max(1, r / c)) update."""
 
     def __init__(self, params: list[nn.Parameter], args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime = args, runtime
@@ -1426,8 +1423,6 @@ class Muon:
         self.stacks = sorted(by_shape.values(), key=lambda members: -len(members) * members[0].numel())
         self.momenta = [torch.zeros(-(-len(members) // runtime.world_size), *members[0].shape,
                                     device=runtime.device) for members in self.stacks]
-        self.shares: list[Tensor] = []
-        self.pending: list = []
 
     def start_reduction(self, scale: float) -> None:
         """Begins to sum `scale` times the gradients over ranks."""
@@ -1458,28 +1453,28 @@ class Muon:
             share.mul_(clip)
             buffer.mul_(momentum).add_(share)
             mine = newton_schulz(share.add_(buffer, alpha=momentum), self.args.muon_backend_steps, self.dtype)
-            flying.append((members, *self._gather(mine)))
-        for members, update, wait in flying:
-            wait()
+            flying.append((members, self._gather(mine)))
+        for members, update in flying:
             factor = max(1.0, members[0].size(0) / members[0].size(1)) ** 0.5
             torch._foreach_mul_(members, 1 - rate * self.args.muon_wd)
-            torch._foreach_add_(members, update[: len(members)].unbind(), alpha=-rate * factor)
+            torch._foreach_add_(members, update()[: len(members)].unbind(), alpha=-rate * factor)
 
-    def _gather(self, share: Tensor) -> tuple:
-        """Starts to collect every rank's share of a stack: (the stack, the function that waits for it)."""
+    def _gather(self, share: Tensor):
+        """Starts to collect every rank's share of a stack; returns the function that waits for the stack."""
         if self.runtime.world_size == 1:
-            return share, lambda: None
+            return lambda: share
         full = share.new_empty(len(share) * self.runtime.world_size, *share.shape[1:])
-        return full, dist.all_gather_into_tensor(full, share.contiguous(), async_op=True).wait
+        work = dist.all_gather_into_tensor(full, share.contiguous(), async_op=True)
+
+        def whole() -> Tensor:
+            work.wait()
+            return full
+        return whole
 
     def state(self) -> dict[str, Tensor]:
         """Momenta of all ranks, for a checkpoint that any number of ranks can read."""
-        found = {}
-        for i, (members, momentum) in enumerate(zip(self.stacks, self.momenta)):
-            full, wait = self._gather(momentum)
-            wait()
-            found[f"muon.{i}"] = full[: len(members)]
-        return found
+        return {f"muon.{i}": self._gather(momentum)()[: len(members)]
+                for i, (members, momentum) in enumerate(zip(self.stacks, self.momenta))}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for i, momentum in enumerate(self.momenta):
@@ -1549,9 +1544,9 @@ class Optimizers:
     def reduce(self, scale: float) -> Tensor:
         """Sums `scale` times all gradients over ranks; returns the global norm (before clipping)."""
         self.muon.start_reduction(scale)
-        for p, g in zip(self.replicated, gradients(self.replicated)):
-            p.grad = g
-        grads = [p.grad for p in self.replicated]
+        grads = gradients(self.replicated)
+        for p, grad in zip(self.replicated, grads):
+            p.grad = grad
         if scale != 1.0:
             torch._foreach_mul_(grads, scale)
         if self.runtime.world_size > 1:
@@ -1616,16 +1611,10 @@ class EMA:
     def update(self, step: int) -> None:
         torch._foreach_lerp_(self.average, self.live, 1.0 - min(self.decay, (1 + step) / (10 + step)))
 
-    @contextlib.contextmanager
     @torch.no_grad()
-    def applied(self):
-        """The model holds the average inside the block."""
-        kept = [p.detach().clone() for p in self.live]
+    def apply(self) -> None:
+        """From here on the model holds the average."""
         torch._foreach_copy_(self.live, self.average)
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(self.live, kept)
 
 
 # -----------------------------------------------------------------------------
@@ -1642,7 +1631,6 @@ with contextlib.suppress(ImportError):
 
 CHUNK = 1024  # symbols coded under one state of the models
 CONTEXT_EDGES = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512])  # 16 * |q|
-
 
 # Integers in [-top, top] as they lie in the raw payload, a byte each: slices x places. `model` names what
 # they share statistics with; every `period` slices the history of a place begins anew.
@@ -1690,9 +1678,8 @@ def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
             last = min(first + group, (first // plane.period + 1) * plane.period)
             for left in range(0, plane.places, CHUNK):
                 here = context[left : left + CHUNK]
-                order = np.argsort(here, kind="stable")
-                for columns in np.split(order, np.flatnonzero(np.diff(here[order])) + 1):
-                    table, columns = counts[here[columns[0]]], left + columns
+                for level in np.unique(here):
+                    table, columns = counts[level], left + np.flatnonzero(here == level)
                     part = block[first:last, columns]
                     model = constriction.stream.model.Categorical(table, perfect=False)
                     symbols = code(part.ravel(), model, plane.top)
@@ -1730,8 +1717,7 @@ def compressors() -> dict[str, tuple]:
              "zlib": (lambda raw, _: zlib.compress(raw, 9), lambda blob, _: zlib.decompress(blob))}
     with contextlib.suppress(ImportError):
         import zstandard
-        found["zstd"] = (lambda raw, _: zstandard.ZstdCompressor(level=22).compress(raw),
-                         lambda blob, _: zstandard.ZstdDecompressor().decompress(blob))
+        found["zstd"] = lambda raw, _: zstandard.compress(raw, 22), lambda blob, _: zstandard.decompress(blob)
     return found | ({"rans": (rans_encode, rans_decode)} if constriction else {})
 
 
@@ -1771,9 +1757,9 @@ def pack(tensors: dict[str, np.ndarray], args: Hyperparameters, hessians: dict |
     raw = b"".join(codes) + split[:, 0].tobytes() + split[:, 1].tobytes()
     there = compressors()
     wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
-    if wanted != "auto" and wanted not in there:
+    names = [name for name in sorted(there) if wanted in ("auto", name)]
+    if not names:
         raise UserError(f"COMPRESSOR={wanted} is not installed; there is {', '.join(sorted(there))}")
-    names = sorted(there) if wanted == "auto" else [wanted]
     blobs = {name: there[name][0](raw, planes(entries)) for name in names}
     name = min(names, key=lambda name: len(blobs[name]))
     header = {"config": args.shipped(), "tensors": entries, "compressor": name}
@@ -2253,21 +2239,21 @@ class Trainer:
     def run(self, evaluator: Evaluator) -> None:
         """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
         args, runtime = self.args, self.runtime
-        batches = Loader(self.data, args, self.plan, runtime.rank, self.loader_state).prefetch(runtime.device)
+        loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
         first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of the first non-finite loss
         fences: deque = deque()
-        cadence = {"log": args.train_log_every, "save": args.checkpoint_every,
-                   "validate": args.val_loss_every, "report": args.grad_report_every}
         started = time.perf_counter() - self.seconds
-        try:
+
+        def due(every: int) -> bool:
+            return every > 0 and self.step % every == 0
+        with contextlib.closing(loader.prefetch(runtime.device)) as batches:
             while True:
                 now = time.perf_counter() - started
                 slowest = max(now - self.seconds, 0.99 * self.slowest)
                 self.seconds, self.slowest, stop = runtime.from_main([now, slowest, float(self.signal)])
-                progress = self.progress()
                 if stop:
                     raise Stopped(int(stop))
-                if progress >= 1.0:
+                if (progress := self.progress()) >= 1.0:
                     break
                 ids, weights, state = next(batches)
                 terms = self.train_step(ids, weights, progress)
@@ -2278,24 +2264,20 @@ class Trainer:
                     fences[-1].record()
                     if len(fences) > 2:
                         fences.popleft().synchronize()
-                every = {name: n and self.step % n == 0 for name, n in cadence.items()}
-                shown = self.step <= 10 or self.step == args.iterations or every["log"]
-                if shown or every["save"]:
+                shown = self.step <= 10 or self.step == args.iterations or due(args.train_log_every)
+                if shown or due(args.checkpoint_every):
                     self.refuse_non_finite(first_bad)
                 if shown:
                     self.log_step(terms, time.perf_counter() - started, progress)
-                if every["report"] and runtime.main:
+                if due(args.grad_report_every) and runtime.main:
                     self.grad_report(ids[0], weights[0])
-                if every["save"]:
+                if due(args.checkpoint_every):
                     self.seconds = time.perf_counter() - started
                     self.save("last")
-                if every["validate"] and self.step < args.iterations:  # the end has its own
-                    pause = time.perf_counter()
-                    self.seconds = pause - started
+                if due(args.val_loss_every) and self.step < args.iterations:  # the end has its own
+                    self.seconds = time.perf_counter() - started
                     self.validate(evaluator)
-                    started += time.perf_counter() - pause
-        finally:
-            batches.close()
+                    started = time.perf_counter() - self.seconds
         self.refuse_non_finite(first_bad)  # waits for the device
         self.seconds, = runtime.from_main([time.perf_counter() - started])
         runtime.clocks["training"] = self.seconds
@@ -2418,12 +2400,10 @@ def git_commit() -> str:
 def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
     """Source, versions, settings and data: the log alone says what ran."""
     log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
-    for warning in args.warnings:
-        log(f"warning: {warning}")
-    log(f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} "
-        f"commit:{git_commit()}")
-    for note in runtime.notes:
-        log(note)
+    versions = f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__}"
+    warnings = [f"warning: {warning}" for warning in args.warnings]
+    for line in [*warnings, f"{versions} commit:{git_commit()}", *runtime.notes]:
+        log(line)
     log("settings " + json.dumps(args.settings()), console=False)
     log("data " + json.dumps(fingerprint))
 
@@ -2458,18 +2438,18 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, eval
     with runtime.clock("validation"):
         trainer.log_validation(evaluator.report("final_raw", trainer.model))
         trainer.save("final")
-    with trainer.ema.applied() if trainer.ema else contextlib.nullcontext():
-        if trainer.ema:
-            with runtime.clock("validation"):
-                evaluator.report("final_ema", trainer.model)
-        with runtime.clock("calibration"):
-            hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
-        with runtime.clock("compression"):
-            tensors = {name: p.detach().cpu().numpy() for name, p in trainer.model.exported().items()}
-            artifact = run_folder(args) / "artifact.bin"
-            if runtime.main:
-                write_atomic(artifact, pack(tensors, args, hessians))
-            runtime.all_reduce(torch.zeros(1))  # the others wait for the file
+    if trainer.ema is not None:
+        trainer.ema.apply()
+        with runtime.clock("validation"):
+            evaluator.report("final_ema", trainer.model)
+    with runtime.clock("calibration"):
+        hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
+    with runtime.clock("compression"):
+        tensors = {name: p.detach().cpu().numpy() for name, p in trainer.model.exported().items()}
+        artifact = run_folder(args) / "artifact.bin"
+        if runtime.main:
+            write_atomic(artifact, pack(tensors, args, hessians))
+        runtime.all_reduce(torch.zeros(1))  # the others wait for the file
     shipped = sum(map(np.size, tensors.values()))
     log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
     return {"artifact": str(artifact), "params": params, "params_shipped": shipped, "steps": trainer.step,
