@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, enlivened, environment
+from conftest import ROOT, assert_drafts_follow_score, enlivened, environment
 from family import load_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,22 +76,7 @@ def test_the_loss_reaches_the_heads_alone(trunk, tiny):
     {"TTT": "sgd", "TTT_CHUNK_TOKENS": 32, "TTT_LR": 0.05, "TTT_BATCH_ROWS": 2},
 ], ids=str)
 def test_a_pass_over_drafts_is_the_scorer(trunk, tiny, ids, overrides):
-    """Drafts right, wrong and in part right, asked for or not: what follows is what `score` says."""
-    model, rng = enlivened(trunk, tiny(**overrides)).eval(), np.random.default_rng(0)
-    _, vectors = trunk.score(model, ids, range(len(ids) - 1))
-    stream, t = trunk.stream(model), 0
-    stream.push(ids[0])
-    while t < len(ids) - 1:
-        right = int(rng.integers(0, 5))
-        drafts = [*ids[t + 1 : t + 1 + right], *rng.integers(4, 260, int(rng.integers(0, 3)))]
-        if rng.random() < 0.3:
-            assert np.abs(stream.logprobs() - vectors[t]).max() < 1e-4
-        found = stream.ahead(drafts)
-        for i, row in enumerate(found[: right + 1]):
-            assert t >= len(ids) - 1 or np.abs(row - vectors[t]).max() < 1e-4, (t, i)
-            if t < len(ids) - 1:
-                stream.push(ids[t + 1])
-            t += 1
+    assert_drafts_follow_score(trunk, enlivened(trunk, tiny(**overrides)).eval(), ids)
 
 
 def test_drafts_that_came_true_are_not_read_again(trunk, tiny, ids):
