@@ -732,9 +732,8 @@ def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarr
         raise UserError("TOKENIZER_PATH is set, but sentencepiece is not installed") from None
     except (OSError, RuntimeError) as error:
         raise UserError(f"TOKENIZER_PATH={args.tokenizer_path}: no SentencePiece model ({error})") from None
-    if tokenizer.vocab_size() != args.vocab_size:
-        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} has {tokenizer.vocab_size()} ids, "
-                        f"VOCAB_SIZE is {args.vocab_size}")
+    if (size := tokenizer.vocab_size()) != args.vocab_size:
+        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} has {size} ids, VOCAB_SIZE={args.vocab_size}")
     dummy_prefix = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
     for i in range(args.vocab_size):
         piece = tokenizer.id_to_piece(i)
@@ -1153,10 +1152,9 @@ class CausalSelfAttention(nn.Module):
         self.attend = ATTENTION[attention]
 
     def forward(self, x: Tensor, rotary: Tensor, where=None, past: KVCache | None = None) -> Tensor:
-        weights = [rounded(layer) for layer in (self.c_q, self.c_k, self.c_v)]
-        qkv = F.linear(x, torch.cat(weights).to(x.dtype))  # one wide product instead of three
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim))  # (B, T, H or K, d)
-                   for part in qkv.split([len(weight) for weight in weights], -1))
+        weight = torch.cat([rounded(layer) for layer in (self.c_q, self.c_k, self.c_v)])
+        qkv = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))  # one product for all three
+        q, k, v = qkv.split((len(self.q_gain), self.num_kv_heads, self.num_kv_heads), 2)  # (B, T, H or K, d)
         q, k = (rotate(rms_norm(part), rotary) for part in (q, k))
         q = q * self.q_gain.to(q.dtype)[:, None]
         y = sdpa_attention(q, *past.extend(self.layer, k, v), where) if past else self.attend(q, k, v, where)
@@ -1417,10 +1415,8 @@ class Muon:
     def __init__(self, params: list[nn.Parameter], args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime = args, runtime
         self.dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
-        by_shape: dict[tuple, list[nn.Parameter]] = {}
-        for p in params:
-            by_shape.setdefault(tuple(p.shape), []).append(p)
-        self.stacks = sorted(by_shape.values(), key=lambda members: -len(members) * members[0].numel())
+        stacks = [[p for p in params if p.shape == shape] for shape in dict.fromkeys(p.shape for p in params)]
+        self.stacks = sorted(stacks, key=lambda members: -len(members) * members[0].numel())
         self.momenta = [torch.zeros(-(-len(members) // runtime.world_size), *members[0].shape,
                                     device=runtime.device) for members in self.stacks]
 
@@ -1430,16 +1426,13 @@ class Muon:
         for members, momentum in zip(self.stacks, self.momenta):
             spare = len(momentum) * self.runtime.world_size - len(members)
             full = torch.stack(gradients(members) + [torch.zeros_like(members[0])] * spare).mul_(scale)
-            share = full[self._mine(len(momentum))]
+            share = full.split(len(momentum))[self.runtime.rank]
             if self.runtime.world_size > 1 and self.runtime.gloo:  # which has no reduce-scatter
                 self.pending.append(dist.all_reduce(full, async_op=True))
             elif self.runtime.world_size > 1:
                 share = torch.empty_like(momentum)
                 self.pending.append(dist.reduce_scatter_tensor(share, full, async_op=True))
             self.shares.append(share)
-
-    def _mine(self, share: int) -> slice:
-        return slice(self.runtime.rank * share, (self.runtime.rank + 1) * share)
 
     def square_norm(self) -> Tensor:
         """Waits for the reduction; the squared norm of all gradients of this group."""
@@ -1478,7 +1471,7 @@ class Muon:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for i, momentum in enumerate(self.momenta):
-            mine = state[f"muon.{i}"][self._mine(len(momentum))]
+            mine = state[f"muon.{i}"][self.runtime.rank * len(momentum) :][: len(momentum)]
             momentum.zero_()[: len(mine)].copy_(mine)
 
 
@@ -1519,17 +1512,15 @@ class Optimizers:
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
         keys = ("matrix", "embed", "head", "table", "aux", "scalar")
-        groups: dict[str, list[nn.Parameter]] = {key: [] for key in keys}
-        for name, p in model.named_parameters():
-            groups[self.group_of(name, p)].append(p)
+        named = [(self.group_of(name, p), p) for name, p in model.named_parameters()]
+        groups = {key: [p for group, p in named if group == key] for key in keys}
         self.muon = Muon(groups["matrix"], args, runtime)
         self.tables = RowAdagrad(groups["table"], args)
         rates = {"embed": args.tied_embed_lr if args.tie_embeddings else args.embed_lr, "head": args.head_lr,
                  "aux": args.jepa_lr, "scalar": args.scalar_lr}
-        self.adam = torch.optim.AdamW(
-            [{"params": groups[key], "lr": rate, "peak": rate, "weight_decay": args.adam_wd * (key != "aux")}
-             for key, rate in rates.items() if groups[key]],
-            betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
+        adam = [{"params": groups[key], "lr": rate, "peak": rate,
+                 "weight_decay": args.adam_wd * (key != "aux")} for key, rate in rates.items() if groups[key]]
+        self.adam = torch.optim.AdamW(adam, betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
         self.replicated = [p for key in keys[1:] for p in groups[key]]
 
     @staticmethod
@@ -1574,10 +1565,9 @@ class Optimizers:
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of every optimizer, by name."""
-        found = self.muon.state() | {f"table.{i}": total for i, total in enumerate(self.tables.sums)}
-        for i, entry in self.adam.state_dict()["state"].items():
-            found |= {f"adam.{i}.{key}": torch.as_tensor(value) for key, value in entry.items()}
-        return found
+        adam, tables = self.adam.state_dict()["state"].items(), enumerate(self.tables.sums)
+        return self.muon.state() | {f"table.{i}": total for i, total in tables} | {
+            f"adam.{i}.{key}": torch.as_tensor(value) for i, entry in adam for key, value in entry.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.muon.load_state(state)
@@ -1740,9 +1730,7 @@ def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
 
 
 def pack(tensors: dict[str, np.ndarray], args: Hyperparameters, hessians: dict | None = None) -> bytes:
-    """Quantises and compresses: one self-describing file, no pickle.
-    Tensors of at least 2 dimensions and SMALL_TENSOR elements become integers with a step a row (a column of
-    a hash table), the rest fp16. Payload: all integers, then the fp16 numbers: all low bytes, all high bytes.
+    """Quantises by `quant_plan` and compresses in the order of `planes`: one self-describing file, no pickle.
     `hessians` {name: (C, C)} of the matrices that GPTQ is to round."""
     entries, codes, halves = [], [], []
     for name, weight in tensors.items():
@@ -1753,8 +1741,7 @@ def pack(tensors: dict[str, np.ndarray], args: Hyperparameters, hessians: dict |
                                  args.rate_by_class[kind], (hessians or {}).get(name))
             codes.append(np.moveaxis(q, axis, -1).tobytes())
         halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
-    split = np.concatenate(halves).view(np.uint8).reshape(-1, 2)
-    raw = b"".join(codes) + split[:, 0].tobytes() + split[:, 1].tobytes()
+    raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
     there = compressors()
     wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
     names = [name for name in sorted(there) if wanted in ("auto", name)]
@@ -1793,12 +1780,11 @@ def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
-    *coded, low, _ = planes(entries)
-    ends = np.cumsum([plane.slices * plane.places for plane in coded], dtype=np.int64)
-    *codes, split = np.split(np.frombuffer(raw, np.int8), ends)
-    if len(split) != 2 * low.places:
-        raise ValueError(f"{len(split) - 2 * low.places} bytes left over")
-    halves = np.ascontiguousarray(split.reshape(2, -1).T).view("<f2").reshape(-1)
+    *ends, length = np.cumsum([plane.slices * plane.places for plane in planes(entries)], dtype=np.int64)
+    if len(raw) != length:
+        raise ValueError(f"{len(raw) - length} bytes left over")
+    *codes, low, high = np.split(np.frombuffer(raw, np.int8), ends)
+    halves = np.stack((low, high), 1).view("<f2").reshape(-1)
     counts = [math.prod(shape) // (shape[axis] if bits else 1) for _, shape, bits, axis in entries]
     tensors = {}
     for (name, shape, bits, axis), numbers in zip(entries, np.split(halves, np.cumsum(counts))):
@@ -1838,8 +1824,7 @@ def load(artifact_path: str | Path, device: str | torch.device = "cpu", args: Hy
     found = {name: torch.from_numpy(array) for name, array in tensors.items()}
     model.load_state_dict(found, strict=False, assign=True)
     for module in model.modules():  # what is still without data is training-only
-        module._parameters = {name: None if p is not None and p.is_meta else p
-                              for name, p in module._parameters.items()}
+        module._parameters = {n: None if p is None or p.is_meta else p for n, p in module._parameters.items()}
     model.set_rotary()
     return model.to(device).eval()
 
@@ -2122,8 +2107,6 @@ class Trainer:
         self.ema = EMA(self.model, self.args.ema_decay) if self.args.ema_enabled else None
         self.loss_scale, self.good_steps = (65536.0 if self.runtime.dtype == torch.float16 else 1.0), 0
 
-    # One step
-
     def micro_step(self, ids: Tensor, weights: Tensor, aux_inputs, aux_weights: dict[str, float]) -> dict:
         """Forward and backward of one micro-batch; gradients add up to those of the global batch's mean."""
         sums = self.losses(self.model, ids, weights, aux_inputs)
@@ -2227,8 +2210,6 @@ class Trainer:
         self.seconds, = self.runtime.from_main([self.seconds + time.perf_counter() - start])
         return hessians
 
-    # The loop
-
     def progress(self) -> float:
         """Share of the run that is behind: of the steps or of the seconds, whichever is larger. Twice the
         slowest of late steps, and the time for calibration, stay unused: nothing may end after the limit."""
@@ -2260,8 +2241,7 @@ class Trainer:
                 self.step, self.loader_state = self.step + 1, state
                 first_bad = torch.where(terms["ce"].isfinite(), first_bad, first_bad.clamp(max=self.step))
                 if runtime.device.type == "cuda":  # the CPU runs two steps ahead at most: an honest clock
-                    fences.append(torch.cuda.Event())
-                    fences[-1].record()
+                    fences.append(torch.cuda.current_stream().record_event())
                     if len(fences) > 2:
                         fences.popleft().synchronize()
                 shown = self.step <= 10 or self.step == args.iterations or due(args.train_log_every)
@@ -2335,8 +2315,6 @@ class Trainer:
                 squares[module] = squares.get(module, 0.0) + float(grad.square().sum())
             self.log(f"grad_report step:{self.step} {term} "
                      + " ".join(f"{module}:{square ** 0.5:.3e}" for module, square in squares.items()))
-
-    # Checkpoints
 
     CHECKPOINTED = ("step", "seconds", "best", "loader_state", "loss_scale", "good_steps")
 
