@@ -1383,9 +1383,13 @@ class GPT(nn.Module):
         return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
 
 
-# Functions of the class, so that every model (trained, averaged, reloaded) shares one compiled graph.
-training_losses = GPT.losses
-scoring_logits = GPT.logits
+# Free functions, so that every instance of the model (trained, averaged, reloaded) shares one compiled graph.
+def training_losses(model: GPT, ids: Tensor, weights: Tensor, aux_inputs: Tensor | None) -> dict[str, Tensor]:
+    return model.losses(ids, weights, aux_inputs)
+
+
+def scoring_logits(model: GPT, ids: Tensor, take: Tensor, span: int) -> Tensor:
+    return model.logits(ids, take, span)
 
 
 # -----------------------------------------------------------------------------
