@@ -1441,9 +1441,10 @@ class Optimizers:
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of every optimizer, by name."""
-        adam, tables = self.adam.state_dict()["state"].items(), enumerate(self.tables.sums)
-        return self.muon.state() | {f"table.{i}": total for i, total in tables} | {
-            f"adam.{i}.{key}": torch.as_tensor(value) for i, entry in adam for key, value in entry.items()}
+        found = self.muon.state() | {f"table.{i}": total for i, total in enumerate(self.tables.sums)}
+        for i, entry in self.adam.state_dict()["state"].items():
+            found |= {f"adam.{i}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+        return found
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.muon.load_state(state)
