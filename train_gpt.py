@@ -141,9 +141,7 @@ class Hyperparameters:
     jepa_phase2_frac = Var(0.5, "share over which it ramps to the peak; 0 afterwards", low=0.0, high=1.0)
     _draft = "Draft heads"
     draft = Var(0, "ids that they guess beyond the next one; 0 = no heads", low=0, high=16, ship="model")
-    draft_dim = Var(256, "hidden width", low=1, ship="model")
-    draft_weight = Var(1.0, "weight of their loss", low=0.0)
-    draft_grad = Var(False, "it reaches the model; 0 = heads cost time, and no bit of the model changes")
+    draft_dim = Var(256, "their hidden width", low=1, ship="model")
     _optimizers = "Optimizers and schedule"
     iterations = Var(9000, "optimizer steps at most", low=1)
     max_wallclock_seconds = Var(600.0, "training time; 0 = no limit; progress = max(step, time)", low=0.0)
@@ -736,9 +734,8 @@ def open_tokenizer(args: Hyperparameters):
         raise UserError("TOKENIZER_PATH is set, but sentencepiece is not installed") from None
     except (OSError, RuntimeError) as error:
         raise UserError(f"TOKENIZER_PATH={args.tokenizer_path}: no SentencePiece model ({error})") from None
-    if tokenizer.vocab_size() != args.vocab_size:
-        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} has {tokenizer.vocab_size()} ids, "
-                        f"VOCAB_SIZE is {args.vocab_size}")
+    if (size := tokenizer.vocab_size()) != args.vocab_size:
+        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} has {size} ids, VOCAB_SIZE={args.vocab_size}")
     return tokenizer
 
 
@@ -1122,13 +1119,14 @@ class ChunkJEPA(nn.Module):
 
 
 class DraftHeads(nn.Module):
-    """A chain of guesses at the ids beyond the next one: link i takes in the i-th id after a position and
-    guesses the one behind it, from what the link before left of the position's state. (A head that does not
-    see the ids in between guesses blindly: Hydra, Ankner et al. 2024, after Medusa.) All links are one."""
+    """A chain of guesses at the ids beyond the next one: a link takes in the id that follows and guesses the
+    one behind it, from what the link before left of a position's state. (A head that does not see the ids
+    in between guesses blindly: Hydra, Ankner et al. 2024, after Medusa.) All links share their weights, and
+    nothing else learns from them: with and without heads, the model is the same to the last bit."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
-        self.args, self.link = args, LatentMLP(2 * args.model_dim, args.draft_dim, args.model_dim)
+        self.links, self.link = args.draft, LatentMLP(2 * args.model_dim, args.draft_dim, args.model_dim)
 
     def init_weights(self, generator: torch.Generator) -> None:
         nn.init.orthogonal_(self.link.fc1.weight, generator=generator)
@@ -1140,24 +1138,11 @@ class DraftHeads(nn.Module):
 
     def loss(self, model: GPT, x: Tensor, ids: Tensor) -> Tensor:
         """States x (B, T, D) of ids (B, T + 1) -> nats of a guess on true ids, a mean for each row (B,)."""
-        tokens, nats = model.embed(ids), []
-        if not self.args.draft_grad:
-            x, tokens = x.detach(), tokens.detach()
-        for i in range(1, self.args.draft + 1):
+        x, tokens, nats = x.detach(), model.embed(ids).detach(), []
+        for i in range(1, self.links + 1):
             x = self(x[:, :-1], tokens[:, i:-1])
-            logits = model.head(x, frozen=not self.args.draft_grad)
-            nats.append(F.cross_entropy(logits.mT, ids[:, i + 1 :], reduction="none").mean(1))
+            nats.append(F.cross_entropy(model.head(x, frozen=True).mT, ids[:, i + 1 :], reduction="none").mean(1))
         return torch.stack(nats).mean(0)
-
-    def guess(self, model: GPT, state: Tensor, token: int, count: int, temperature: float,
-              rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
-        """At most `count` ids to follow `token`, itself behind the position of `state` (D,); their laws."""
-        drafts, laws = [token], []
-        for _ in range(min(count, self.args.draft)):
-            state = self(state, model.embed(torch.tensor(drafts[-1], device=state.device)))
-            laws.append(law(model.head(state).cpu().numpy(), temperature))
-            drafts.append(chosen(laws[-1], rng))
-        return drafts[1:], laws
 
 
 # -----------------------------------------------------------------------------
@@ -1214,10 +1199,9 @@ class CausalSelfAttention(nn.Module):
         self.attend = ATTENTION[attention]
 
     def forward(self, x: Tensor, rotary: Tensor, where=None, past: KVCache | None = None) -> Tensor:
-        weights = [rounded(layer) for layer in (self.c_q, self.c_k, self.c_v)]
-        qkv = F.linear(x, torch.cat(weights).to(x.dtype))  # one wide product instead of three
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim))  # (B, T, H or K, d)
-                   for part in qkv.split([len(weight) for weight in weights], -1))
+        weight = torch.cat([rounded(layer) for layer in (self.c_q, self.c_k, self.c_v)])
+        qkv = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))  # one product for all three
+        q, k, v = qkv.split((len(self.q_gain), self.num_kv_heads, self.num_kv_heads), 2)  # (B, T, H or K, d)
         q, k = (rotate(rms_norm(part), rotary) for part in (q, k))
         q = q * self.q_gain.to(q.dtype)[:, None]
         y = sdpa_attention(q, *past.extend(self.layer, k, v), where) if past else self.attend(q, k, v, where)
@@ -1457,9 +1441,13 @@ class GPT(nn.Module):
         return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
 
 
-# Functions of the class, so that every model (trained, averaged, reloaded) shares one compiled graph.
-training_losses = GPT.losses
-scoring_logits = GPT.logits
+# Free functions, so that every instance of the model (trained, averaged, reloaded) shares one compiled graph.
+def training_losses(model: GPT, ids: Tensor, weights: Tensor, aux_inputs: Tensor | None) -> dict[str, Tensor]:
+    return model.losses(ids, weights, aux_inputs)
+
+
+def scoring_logits(model: GPT, ids: Tensor, take: Tensor, span: int) -> Tensor:
+    return model.logits(ids, take, span)
 
 
 # -----------------------------------------------------------------------------
@@ -1489,10 +1477,8 @@ class Muon:
     def __init__(self, params: list[nn.Parameter], args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime = args, runtime
         self.dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
-        by_shape: dict[tuple, list[nn.Parameter]] = {}
-        for p in params:
-            by_shape.setdefault(tuple(p.shape), []).append(p)
-        self.stacks = sorted(by_shape.values(), key=lambda members: -len(members) * members[0].numel())
+        stacks = [[p for p in params if p.shape == shape] for shape in dict.fromkeys(p.shape for p in params)]
+        self.stacks = sorted(stacks, key=lambda members: -len(members) * members[0].numel())
         self.momenta = [torch.zeros(-(-len(members) // runtime.world_size), *members[0].shape,
                                     device=runtime.device) for members in self.stacks]
 
@@ -1502,16 +1488,13 @@ class Muon:
         for members, momentum in zip(self.stacks, self.momenta):
             spare = len(momentum) * self.runtime.world_size - len(members)
             full = torch.stack(gradients(members) + [torch.zeros_like(members[0])] * spare).mul_(scale)
-            share = full[self._mine(len(momentum))]
+            share = full.split(len(momentum))[self.runtime.rank]
             if self.runtime.world_size > 1 and self.runtime.gloo:  # which has no reduce-scatter
                 self.pending.append(dist.all_reduce(full, async_op=True))
             elif self.runtime.world_size > 1:
                 share = torch.empty_like(momentum)
                 self.pending.append(dist.reduce_scatter_tensor(share, full, async_op=True))
             self.shares.append(share)
-
-    def _mine(self, share: int) -> slice:
-        return slice(self.runtime.rank * share, (self.runtime.rank + 1) * share)
 
     def square_norm(self) -> Tensor:
         """Waits for the reduction; the squared norm of all gradients of this group."""
@@ -1550,7 +1533,7 @@ class Muon:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for i, momentum in enumerate(self.momenta):
-            mine = state[f"muon.{i}"][self._mine(len(momentum))]
+            mine = state[f"muon.{i}"][self.runtime.rank * len(momentum) :][: len(momentum)]
             momentum.zero_()[: len(mine)].copy_(mine)
 
 
@@ -1592,18 +1575,16 @@ class Optimizers:
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
         keys = ("matrix", "embed", "head", "table", "aux", "scalar", "draft")
-        groups: dict[str, list[nn.Parameter]] = {key: [] for key in keys}
-        for name, p in model.named_parameters():
-            groups[self.group_of(name, p)].append(p)
+        named = [(self.group_of(name, p), p) for name, p in model.named_parameters()]
+        groups = {key: [p for group, p in named if group == key] for key in keys}
         self.muon = Muon(groups["matrix"], args, runtime)
         self.tables = RowAdagrad(groups["table"], args)
         rates = {"embed": args.tied_embed_lr if args.tie_embeddings else args.embed_lr, "head": args.head_lr,
                  "aux": args.jepa_lr, "scalar": args.scalar_lr, "draft": args.draft_lr}
-        self.adam = torch.optim.AdamW(
-            [{"params": groups[key], "lr": rate, "peak": rate,
-              "weight_decay": args.adam_wd * (key not in ("aux", "draft"))}
-             for key, rate in rates.items() if groups[key]],
-            betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
+        plain = {"aux", "draft"}  # no decay
+        adam = [{"params": groups[key], "lr": rate, "peak": rate, "weight_decay": args.adam_wd * (key not in plain)}
+                for key, rate in rates.items() if groups[key]]
+        self.adam = torch.optim.AdamW(adam, betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
         self.replicated = [p for key in keys[1:] for p in groups[key]]
         self.counted = len(self.replicated) - len(groups["draft"])
 
@@ -1815,9 +1796,7 @@ def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
 
 
 def pack(tensors: dict[str, np.ndarray], args: Hyperparameters, hessians: dict | None = None) -> bytes:
-    """Quantises and compresses: one self-describing file, no pickle.
-    Tensors of at least 2 dimensions and SMALL_TENSOR elements become integers with a step a row (a column of
-    a hash table), the rest fp16. Payload: all integers, then the fp16 numbers: all low bytes, all high bytes.
+    """Quantises by `quant_plan` and compresses in the order of `planes`: one self-describing file, no pickle.
     `hessians` {name: (C, C)} of the matrices that GPTQ is to round."""
     entries, codes, halves = [], [], []
     for name, weight in tensors.items():
@@ -1828,8 +1807,7 @@ def pack(tensors: dict[str, np.ndarray], args: Hyperparameters, hessians: dict |
                                  args.rate_by_class[kind], (hessians or {}).get(name))
             codes.append(np.moveaxis(q, axis, -1).tobytes())
         halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
-    split = np.concatenate(halves).view(np.uint8).reshape(-1, 2)
-    raw = b"".join(codes) + split[:, 0].tobytes() + split[:, 1].tobytes()
+    raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
     there = compressors()
     wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
     names = [name for name in sorted(there) if wanted in ("auto", name)]
@@ -1868,12 +1846,11 @@ def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
-    *coded, low, _ = planes(entries)
-    ends = np.cumsum([plane.slices * plane.places for plane in coded], dtype=np.int64)
-    *codes, split = np.split(np.frombuffer(raw, np.int8), ends)
-    if len(split) != 2 * low.places:
-        raise ValueError(f"{len(split) - 2 * low.places} bytes left over")
-    halves = np.ascontiguousarray(split.reshape(2, -1).T).view("<f2").reshape(-1)
+    *ends, length = np.cumsum([plane.slices * plane.places for plane in planes(entries)], dtype=np.int64)
+    if len(raw) != length:
+        raise ValueError(f"{len(raw) - length} bytes left over")
+    *codes, low, high = np.split(np.frombuffer(raw, np.int8), ends)
+    halves = np.stack((low, high), 1).view("<f2").reshape(-1)
     counts = [math.prod(shape) // (shape[axis] if bits else 1) for _, shape, bits, axis in entries]
     tensors = {}
     for (name, shape, bits, axis), numbers in zip(entries, np.split(halves, np.cumsum(counts))):
@@ -1913,8 +1890,7 @@ def load(artifact_path: str | Path, device: str | torch.device = "cpu", args: Hy
     found = {name: torch.from_numpy(array) for name, array in tensors.items()}
     model.load_state_dict(found, strict=False, assign=True)
     for module in model.modules():  # what is still without data is training-only
-        module._parameters = {name: None if p is not None and p.is_meta else p
-                              for name, p in module._parameters.items()}
+        module._parameters = {n: None if p is None or p.is_meta else p for n, p in module._parameters.items()}
     model.set_rotary()
     return model.to(device).eval()
 
@@ -2129,7 +2105,7 @@ class Stream:
         self.model, self.ids = model, []
         self.learner = TestTimeTraining(model) if model.args.ttt != "0" else None
         self.block, self.start, self.past, self.known = -1, 0, None, None
-        self.read, self.states = [], None  # ids of the window with the last drafts; states of what was asked
+        self.read, self.states = [], {}  # the last pass: ids of its window with drafts; {position: its state}
 
     @property
     def updates(self) -> int:
@@ -2154,13 +2130,13 @@ class Stream:
                 self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
             self.block, self.past = block, KVCache(self.model)
             self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
-        drafts = drafts[: args.eval_stride - 1 - place]
-        self.read = [*self.ids[self.start :], *drafts]
-        self.past.cut(len(self.read) - len(drafts) - 1)
+        self.read = [*self.ids[self.start :], *drafts[: args.eval_stride - 1 - place]]
+        self.past.cut(len(self.ids) - 1 - self.start)
         ids = torch.tensor([self.read], device=device)
         x, _ = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
-        self.states = x[0, -len(drafts) - 1 :]
-        return self.model.head(self.states.float()).log_softmax(-1).cpu().numpy()
+        states = x[0, len(self.ids) - 1 - self.start - len(self.read) :]
+        self.states = dict(enumerate(states, len(self.ids) - 1))
+        return self.model.head(states.float()).log_softmax(-1).cpu().numpy()
 
     def push(self, token: int) -> None:
         at = len(self.ids) - self.start
@@ -2203,28 +2179,40 @@ def chosen(p: np.ndarray, rng: np.random.Generator, draft: int | None = None, q=
     return int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))
 
 
+def drafted(reader: Stream, temperature: float, rng: np.random.Generator) -> list[tuple[int, np.ndarray]]:
+    """Ids that may follow a text, each with the law (V,) that it was drawn with: what followed a like text
+    before, else what the heads guess behind the newest id, which the last pass has not read."""
+    model, found, token = reader.model, [], reader.ids[-1]
+    if copied := repeated(reader.ids):
+        return [(token, np.arange(model.args.vocab_size) == token) for token in copied]
+    state = reader.states.get(len(reader.ids) - 2)  # of the position before the newest id
+    for _ in range(model.args.draft if state is not None else 0):
+        state = model.draft(state, model.embed(torch.tensor(token, device=state.device)))
+        q = law(model.head(state).cpu().numpy(), temperature)
+        token = chosen(q, rng)
+        found.append((token, q))
+    return found
+
+
 @torch.no_grad()
 def write(model: GPT, prompt: list[int], args: Hyperparameters) -> tuple[list[int], int, float]:
-    """(MAX_NEW_TOKENS ids that go on from a prompt, passes, seconds without those of the prompt). Each pass
-    reads the newest id and drafts behind it: what followed a like text before, else what the heads guess.
-    Those that the model takes join the text, and behind them the id that it writes itself."""
-    reader, rng, made, passes, state = Stream(model), np.random.default_rng(args.seed), [], 0, None
+    """(MAX_NEW_TOKENS ids that go on from a prompt, passes, seconds without those of the prompt). A pass reads
+    the newest id and drafts behind it: those that the model itself would have written join the text, and
+    behind them the id that it writes instead of the first other one."""
+    reader, rng, made, passes = Stream(model), np.random.default_rng(args.seed), [], 0
     for token in prompt:
         reader.push(token)
     reader.logprobs()
     began = time.perf_counter()
-    while (left := args.max_new_tokens - len(made)) > 0:
-        drafts = repeated(reader.ids)[: left - 1] if args.speculate else []
-        laws = [np.arange(args.vocab_size) == draft for draft in drafts]  # not drawn: all on one id
-        if args.speculate and model.draft is not None and state is not None and not drafts:
-            drafts, laws = model.draft.guess(model, state, reader.ids[-1], left - 1, args.temperature, rng)
-        for i, logprobs in enumerate(reader.ahead(drafts)):
-            given = zip(drafts[i : i + 1], laws[i : i + 1])
-            made.append(chosen(law(logprobs, args.temperature), rng, *next(given, ())))
+    while len(made) < args.max_new_tokens:
+        drafts = drafted(reader, args.temperature, rng) if args.speculate else []
+        drafts = drafts[: args.max_new_tokens - len(made) - 1] + [()]
+        for draft, logprobs in zip(drafts, reader.ahead([token for token, _ in drafts[:-1]])):
+            made.append(chosen(law(logprobs, args.temperature), rng, *draft))
             reader.push(made[-1])
-            if made[-1:] != drafts[i : i + 1]:
+            if draft[:1] != (made[-1],):
                 break
-        state, passes = reader.states[i], passes + 1
+        passes += 1
     return made, passes, time.perf_counter() - began
 
 
@@ -2283,8 +2271,6 @@ class Trainer:
         self.ema = EMA(self.model, self.args.ema_decay) if self.args.ema_enabled else None
         self.loss_scale, self.good_steps = (65536.0 if self.runtime.dtype == torch.float16 else 1.0), 0
 
-    # One step
-
     def micro_step(self, ids: Tensor, weights: Tensor, aux_inputs, aux_weights: dict[str, float]) -> dict:
         """Forward and backward of one micro-batch; gradients add up to those of the global batch's mean."""
         sums = self.losses(self.model, ids, weights, aux_inputs)
@@ -2301,7 +2287,7 @@ class Trainer:
             self.set_rounding(progress >= self.args.qat_start)
         aux = self.model.aux
         aux_inputs = aux.inputs(self.step, self.runtime.device) if aux is not None else None
-        aux_weights = (aux.weights(progress) if aux is not None else {}) | {"draft": self.args.draft_weight}
+        aux_weights = (aux.weights(progress) if aux is not None else {}) | {"draft": 1.0}
         parts = [self.micro_step(*batch, aux_inputs, aux_weights) for batch in zip(ids, weights)]
         norm = self.optimizers.reduce(1.0 / self.loss_scale)
         if self.runtime.dtype != torch.float16 or self.adapt_loss_scale(norm):
@@ -2388,8 +2374,6 @@ class Trainer:
         self.seconds, = self.runtime.from_main([self.seconds + time.perf_counter() - start])
         return hessians
 
-    # The loop
-
     def progress(self) -> float:
         """Share of the run that is behind: of the steps or of the seconds, whichever is larger. Twice the
         slowest of late steps, and the time for calibration, stay unused: nothing may end after the limit."""
@@ -2421,8 +2405,7 @@ class Trainer:
                 self.step, self.loader_state = self.step + 1, state
                 first_bad = torch.where(terms["ce"].isfinite(), first_bad, first_bad.clamp(max=self.step))
                 if runtime.device.type == "cuda":  # the CPU runs two steps ahead at most: an honest clock
-                    fences.append(torch.cuda.Event())
-                    fences[-1].record()
+                    fences.append(torch.cuda.current_stream().record_event())
                     if len(fences) > 2:
                         fences.popleft().synchronize()
                 shown = self.step <= 10 or self.step == args.iterations or due(args.train_log_every)
@@ -2497,8 +2480,6 @@ class Trainer:
                 squares[module] = squares.get(module, 0.0) + float(grad.square().sum())
             self.log(f"grad_report step:{self.step} {term} "
                      + " ".join(f"{module}:{square ** 0.5:.3e}" for module, square in squares.items()))
-
-    # Checkpoints
 
     CHECKPOINTED = ("step", "seconds", "best", "loader_state", "loss_scale", "good_steps")
 
