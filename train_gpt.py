@@ -124,6 +124,7 @@ class Hyperparameters:
     ngram_buckets = Var(65536, "rows of each table", low=2, ship="model")
     ngram_dim = Var(32, "width of a context's embedding", low=1, ship="model")
     ngram_hashes = Var(2, "tables that it is spread over, each with a hash", low=1, high=4, ship="model")
+    draft = Var(0, "ids that draft heads guess beyond the next; 0 = none", low=0, high=16, ship="model")
     _jepa = "Chunk JEPA (#832, corrected)"
     jepa_chunk_size = Var(8, "ids a latent covers; 0 = no JEPA module at all", low=0, ship="model")
     jepa_latent_dim = Var(256, "width of a chunk latent", low=1, ship="model")
@@ -139,9 +140,6 @@ class Hyperparameters:
     jepa_lambda_max = Var(0.001, "peak weight of the JEPA loss beside CE", low=0.0)
     jepa_phase1_frac = Var(0.3, "progress up to which its weight is 0", low=0.0, high=1.0)
     jepa_phase2_frac = Var(0.5, "share over which it ramps to the peak; 0 afterwards", low=0.0, high=1.0)
-    _draft = "Draft heads"
-    draft = Var(0, "ids that they guess beyond the next one; 0 = no heads", low=0, high=16, ship="model")
-    draft_dim = Var(256, "their hidden width", low=1, ship="model")
     _optimizers = "Optimizers and schedule"
     iterations = Var(9000, "optimizer steps at most", low=1)
     max_wallclock_seconds = Var(600.0, "training time; 0 = no limit; progress = max(step, time)", low=0.0)
@@ -198,11 +196,10 @@ class Hyperparameters:
     ttt_grad_clip = Var(1.0, "gradient norm of an update; 0 = no clip", low=0.0, ship="eval")
     eval_only = Var(False, "score ARTIFACT and nothing else")
     artifact = Var("", "path for EVAL_ONLY and GENERATE")
-    _generation = "Generation"
     generate = Var("", "a text, or its file, to go on from with the model in ARTIFACT")
     max_new_tokens = Var(256, "ids to write", low=1)
     temperature = Var(0.0, "0 = greedy", low=0.0)
-    speculate = Var(True, "read drafts in one pass: greedy the same text, else the same distribution")
+    speculate = Var(True, "several drafted ids a pass: the same text, sooner")
     _run = "Run"
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
     runs_path = Var("./runs", "where runs are kept")
@@ -225,12 +222,10 @@ class Hyperparameters:
     # Published variables of ideas that are gone: {name: (values that mean off, reason)}; () = ignored.
     RETIRED = {
         "SWA_ENABLED": (("0",), "EMA replaced it (-0.003 BPB in #375)"),
-        "SWA_EVERY": ((), "belongs to SWA_ENABLED"),
         "MTP_NUM_HEADS": (("0",), "multi-token heads cost +0.028 BPB in a 10-minute model; DRAFT costs none"),
-        "MTP_LOSS_WEIGHT": ((), "belongs to MTP_NUM_HEADS"),
         "MUON_BETA2": ((), "was never read by #832"),
         **dict.fromkeys(("QAT_ENABLED", "LATE_QAT"), (("0",), "QAT_START took its place")),
-        "QAT_THRESHOLD": ((), "belongs to QAT_ENABLED"),
+        **dict.fromkeys(("SWA_EVERY", "MTP_LOSS_WEIGHT", "QAT_THRESHOLD"), ((), "belongs to one of these")),
         "VAL_BATCH_SIZE": ((), "EVAL_BATCH_TOKENS took its place and does not change the score"),
         "CONTROL_TENSOR_NAME_PATTERNS": ((), "tensors are sorted by shape and module, not by name patterns"),
     }
@@ -1126,11 +1121,7 @@ class DraftHeads(nn.Module):
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
-        self.links, self.link = args.draft, LatentMLP(2 * args.model_dim, args.draft_dim, args.model_dim)
-
-    def init_weights(self, generator: torch.Generator) -> None:
-        nn.init.orthogonal_(self.link.fc1.weight, generator=generator)
-        nn.init.zeros_(self.link.fc2.weight)
+        self.links, self.link = args.draft, LatentMLP(2 * args.model_dim, args.model_dim, args.model_dim)
 
     def forward(self, state: Tensor, token: Tensor) -> Tensor:
         """state (..., D) of a position or of the link before, embedding (..., D) of an id -> (..., D)."""
@@ -1138,11 +1129,12 @@ class DraftHeads(nn.Module):
 
     def loss(self, model: GPT, x: Tensor, ids: Tensor) -> Tensor:
         """States x (B, T, D) of ids (B, T + 1) -> nats of a guess on true ids, a mean for each row (B,)."""
-        x, tokens, nats = x.detach(), model.embed(ids).detach(), []
+        x, tokens, nats = x.detach(), model.embed(ids).detach(), 0.0
         for i in range(1, self.links + 1):
             x = self(x[:, :-1], tokens[:, i:-1])
-            nats.append(F.cross_entropy(model.head(x, frozen=True).mT, ids[:, i + 1 :], reduction="none").mean(1))
-        return torch.stack(nats).mean(0)
+            logits = model.head(x, frozen=True).mT
+            nats = nats + F.cross_entropy(logits, ids[:, i + 1 :], reduction="none").mean(1) / self.links
+        return nats
 
 
 # -----------------------------------------------------------------------------
@@ -1370,8 +1362,10 @@ class GPT(nn.Module):
             block.mlp.proj.weight.zero_()
         for table in filter(None, (self.bigram, self.ngram)):
             nn.init.orthogonal_(table.proj.weight, generator=generator)
-        for part in filter(None, (self.aux, self.draft)):
-            part.init_weights(generator)
+        if self.aux is not None:
+            self.aux.init_weights(generator)
+        for layer in self.draft.link.children() if self.draft is not None else ():
+            nn.init.orthogonal_(layer.weight, generator=generator)
         if self.lm_head is not None:
             self.lm_head.weight.zero_()
 
@@ -1581,8 +1575,8 @@ class Optimizers:
         self.tables = RowAdagrad(groups["table"], args)
         rates = {"embed": args.tied_embed_lr if args.tie_embeddings else args.embed_lr, "head": args.head_lr,
                  "aux": args.jepa_lr, "scalar": args.scalar_lr, "draft": args.draft_lr}
-        plain = {"aux", "draft"}  # no decay
-        adam = [{"params": groups[key], "lr": rate, "peak": rate, "weight_decay": args.adam_wd * (key not in plain)}
+        decays = dict.fromkeys(("embed", "head", "scalar"), args.adam_wd)
+        adam = [{"params": groups[key], "lr": rate, "peak": rate, "weight_decay": decays.get(key, 0.0)}
                 for key, rate in rates.items() if groups[key]]
         self.adam = torch.optim.AdamW(adam, betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
         self.replicated = [p for key in keys[1:] for p in groups[key]]
@@ -2161,59 +2155,46 @@ def repeated(ids: list[int]) -> list[int]:
     return [ids[at + LOOKED_UP + i % (len(ids) - LOOKED_UP - at)] for at in found for i in range(COPIED)]
 
 
-def law(logprobs: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities (V,) at a temperature, fp64; at 0 all on the best id."""
-    shifted = (logprobs - logprobs.max()).astype(np.float64)
-    p = np.exp(shifted / temperature) if temperature else np.arange(len(shifted)) == shifted.argmax()
-    return p / p.sum()
+def picked(logits: np.ndarray, place: int, args: Hyperparameters) -> int:
+    """The id at a place of the text: the best or, at a TEMPERATURE, a draw (Gumbel). Its noise is that of the
+    place, whoever draws: what a drafter thinks likely comes true, and a text does not depend on drafts."""
+    if args.temperature:  # drafter-invariant speculation: Daliri et al. 2025
+        noise = np.random.default_rng([args.seed, place]).gumbel(size=len(logits))
+        logits = logits / args.temperature + noise
+    return int(logits.argmax())
 
 
-def chosen(p: np.ndarray, rng: np.random.Generator, draft: int | None = None, q=None) -> int:
-    """An id with probabilities p (V,), `draft`, drawn with probabilities q, if it can be: it is taken with
-    probability min(1, p / q), else one is drawn from (p - q)+, normalised (Leviathan et al. 2023)."""
-    if draft is not None:
-        if rng.random() * q[draft] < p[draft]:
-            return draft
-        p = np.maximum(p - q, 0) if (p > q).any() else p  # p is q but for rounding
-    sums = p.cumsum()
-    return int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))
-
-
-def drafted(reader: Stream, temperature: float, rng: np.random.Generator) -> list[tuple[int, np.ndarray]]:
-    """Ids that may follow a text, each with the law (V,) that it was drawn with: what followed a like text
-    before, else what the heads guess behind the newest id, which the last pass has not read."""
-    model, found, token = reader.model, [], reader.ids[-1]
+def drafted(reader: Stream, args: Hyperparameters) -> list[int]:
+    """What followed a like text before, else what the heads guess behind the newest id."""
+    model, drafts = reader.model, [reader.ids[-1]]
     if copied := repeated(reader.ids):
-        return [(token, np.arange(model.args.vocab_size) == token) for token in copied]
-    state = reader.states.get(len(reader.ids) - 2)  # of the position before the newest id
-    for _ in range(model.args.draft if state is not None else 0):
-        state = model.draft(state, model.embed(torch.tensor(token, device=state.device)))
-        q = law(model.head(state).cpu().numpy(), temperature)
-        token = chosen(q, rng)
-        found.append((token, q))
-    return found
+        return copied
+    state = reader.states.get(len(reader.ids) - 2)  # of the last position that has been read
+    while state is not None and len(drafts) <= model.args.draft:
+        state = model.draft(state, model.embed(torch.tensor(drafts[-1], device=state.device)))
+        place = len(reader.ids) + len(drafts) - 1
+        drafts.append(picked(model.head(state).cpu().numpy(), place, args))
+    return drafts[1:]
 
 
 @torch.no_grad()
 def write(model: GPT, prompt: list[int], args: Hyperparameters) -> tuple[list[int], int, float]:
-    """(MAX_NEW_TOKENS ids that go on from a prompt, passes, seconds without those of the prompt). A pass reads
-    the newest id and drafts behind it: those that the model itself would have written join the text, and
-    behind them the id that it writes instead of the first other one."""
-    reader, rng, made, passes = Stream(model), np.random.default_rng(args.seed), [], 0
+    """(MAX_NEW_TOKENS ids that go on from a prompt, passes, seconds without those of the prompt). A pass
+    reads the newest id and drafts behind it; those that the model picks too join the text, and behind them
+    the id that it picks instead."""
+    reader, passes = Stream(model), 0
     for token in prompt:
         reader.push(token)
     reader.logprobs()
     began = time.perf_counter()
-    while len(made) < args.max_new_tokens:
-        drafts = drafted(reader, args.temperature, rng) if args.speculate else []
-        drafts = drafts[: args.max_new_tokens - len(made) - 1] + [()]
-        for draft, logprobs in zip(drafts, reader.ahead([token for token, _ in drafts[:-1]])):
-            made.append(chosen(law(logprobs, args.temperature), rng, *draft))
-            reader.push(made[-1])
-            if draft[:1] != (made[-1],):
+    while (made := len(reader.ids) - len(prompt)) < args.max_new_tokens:
+        drafts = drafted(reader, args)[: args.max_new_tokens - made - 1] if args.speculate else []
+        for draft, logprobs in zip([*drafts, None], reader.ahead(drafts)):
+            reader.push(picked(logprobs, len(reader.ids), args))
+            if reader.ids[-1] != draft:
                 break
         passes += 1
-    return made, passes, time.perf_counter() - began
+    return reader.ids[len(prompt) :], passes, time.perf_counter() - began
 
 
 def generate(args: Hyperparameters, runtime: Runtime) -> int:
