@@ -1719,24 +1719,25 @@ def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
             models[plane.model] = 24 * shares + 0.02
         counts = models[plane.model]
         group = max(1, min(plane.period, CHUNK // plane.places))
-        for first in range(0, plane.slices, group):
-            if first % plane.period == 0:
-                seen, total = 0, np.zeros(plane.places, np.int64)
-                counts /= 16
-            context = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
-            context += min(seen.bit_length(), 3) * (len(CONTEXT_EDGES) + 1)  # age: 0, 1, 2 to 3, more
-            last = min(first + group, (first // plane.period + 1) * plane.period)
-            for left in range(0, plane.places, CHUNK):
-                here = context[left : left + CHUNK]
-                for level in np.unique(here):
-                    table, columns = counts[level], left + np.flatnonzero(here == level)
-                    part = block[first:last, columns]
-                    model = constriction.stream.model.Categorical(table, perfect=False)
-                    symbols = code(part.ravel(), model, plane.top)
-                    block[first:last, columns] = symbols.reshape(part.shape)
-                    table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
-            seen += last - first
-            total += np.abs(block[first:last].astype(np.int64)).sum(0)
+        for begin in range(0, plane.slices, plane.period):
+            seen, total = 0, np.zeros(plane.places, np.int64)
+            counts /= 16
+            end = min(begin + plane.period, plane.slices)
+            for first in range(begin, end, group):
+                context = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
+                context += min(seen.bit_length(), 3) * (len(CONTEXT_EDGES) + 1)  # age: 0, 1, 2 to 3, more
+                last = min(first + group, end)
+                for left in range(0, plane.places, CHUNK):
+                    here = context[left : left + CHUNK]
+                    for level in np.unique(here):
+                        table, columns = counts[level], left + np.flatnonzero(here == level)
+                        part = block[first:last, columns]
+                        model = constriction.stream.model.Categorical(table, perfect=False)
+                        symbols = code(part.ravel(), model, plane.top)
+                        block[first:last, columns] = symbols.reshape(part.shape)
+                        table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
+                seen += last - first
+                total += np.abs(block[first:last].astype(np.int64)).sum(0)
 
 
 def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:

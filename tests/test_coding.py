@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 
@@ -70,12 +70,15 @@ def layout(trunk, shapes, bits=6):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 90), st.integers(2, 8), st.floats(0.01, 60), st.integers(0, 2**32 - 1))
-def test_rans_returns_every_byte(trunk, rows, columns, bits, spread, seed):
+@given(st.integers(1, 70), st.integers(1, 400), st.integers(1, 20), st.integers(2, 8), st.floats(0.01, 60),
+       st.integers(0, 2**32 - 1))
+@example(3, 300, 8, 6, 2.0, 0)  # 3 slices at a time, of 8
+def test_rans_returns_every_byte(trunk, rows, columns, width, bits, spread, seed):
     rng = np.random.default_rng(seed)
     top = 2 ** (bits - 1) - 1
-    plan = layout(trunk, [("blocks.0.mlp.fc.weight", (rows, columns), 1), ("ngram.table", (3, columns, 4), 1)], bits)
-    q = np.clip(np.rint(rng.standard_normal(rows * columns + 12 * columns) * spread), -top, top).astype(np.int8)
+    plan = layout(trunk, [("blocks.0.mlp.fc.weight", (rows, columns), 1), ("ngram.table", (3, columns, width), 1)], bits)
+    size = (rows + 3 * width) * columns
+    q = np.clip(np.rint(rng.standard_normal(size) * spread), -top, top).astype(np.int8)
     raw = q.tobytes() + rng.bytes(2 * plan[-1].places)
     assert len(raw) == sum(plane.slices * plane.places for plane in plan)
     blob = trunk.rans_encode(raw, plan)
