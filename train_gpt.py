@@ -42,7 +42,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from numpy.lib.stride_tricks import sliding_window_view
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
@@ -249,10 +248,7 @@ class Hyperparameters:
         self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
-        reads = self.eval_only or self.generate
-        if reads and not self.artifact:
-            raise UserError("EVAL_ONLY and GENERATE read the model from ARTIFACT=FILE: it is not set")
-        if shipped or not reads:  # else the artifact's settings are still to come
+        if shipped or not (self.eval_only or self.generate):  # else the artifact's settings are still to come
             self._check()
 
     @classmethod
@@ -339,6 +335,7 @@ class Hyperparameters:
             (self.rank >= self.world_size, "rank", "world_size", "a rank is below the number of processes"),
             (self.qat_start < 1 and self.quant_clip != "std", "qat_start", "quant_clip", "trains with std"),
             (calibrates and not self.warmup_steps, "warmup_steps", "quant_round", "calibration is untimed"),
+            (self.generate and self.vocab_size != 260, "generate", "vocab_size", "other ids are no bytes"),
             (self.draft + 1 >= self.train_seq_len, "draft", "train_seq_len", "no row holds such a draft"),
         ]
         for bad, *names, why in problems:
@@ -473,8 +470,7 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None)
     """Causal attention spelt out: q (B, T, H, d), k, v (B, T, K, d) -> (B, T, H, d); where: document_mask."""
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
-    if where is None:
-        where = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1))
+    where = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1)) if where is None else where
     weights = scores.masked_fill(~where, -torch.inf).softmax(-1).to(v.dtype)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
@@ -720,20 +716,6 @@ def sha256_file(path: Path) -> str:
     return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()  # mapped: shards may be large
 
 
-def open_tokenizer(args: Hyperparameters):
-    """The SentencePiece model behind the ids."""
-    try:
-        from sentencepiece import SentencePieceProcessor
-        tokenizer = SentencePieceProcessor(model_file=args.tokenizer_path)
-    except ImportError:
-        raise UserError("TOKENIZER_PATH is set, but sentencepiece is not installed") from None
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path}: no SentencePiece model ({error})") from None
-    if (size := tokenizer.vocab_size()) != args.vocab_size:
-        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} has {size} ids, VOCAB_SIZE={args.vocab_size}")
-    return tokenizer
-
-
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary before one).
 
@@ -748,7 +730,15 @@ def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarr
         base[BYTE_OFFSET:] = 1
         edge[:BYTE_OFFSET] = True
         return base, space, edge
-    tokenizer = open_tokenizer(args)
+    try:
+        from sentencepiece import SentencePieceProcessor
+        tokenizer = SentencePieceProcessor(model_file=args.tokenizer_path)
+    except ImportError:
+        raise UserError("TOKENIZER_PATH is set, but sentencepiece is not installed") from None
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path}: no SentencePiece model ({error})") from None
+    if (size := tokenizer.vocab_size()) != args.vocab_size:
+        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} has {size} ids, VOCAB_SIZE={args.vocab_size}")
     dummy_prefix = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
     for i in range(args.vocab_size):
         piece = tokenizer.id_to_piece(i)
@@ -1115,9 +1105,8 @@ class ChunkJEPA(nn.Module):
 
 class DraftHeads(nn.Module):
     """A chain of guesses at the ids beyond the next one: a link takes in the id that follows and guesses the
-    one behind it, from what the link before left of a position's state. (A head that does not see the ids
-    in between guesses blindly: Hydra, Ankner et al. 2024, after Medusa.) All links share their weights, and
-    nothing else learns from them: with and without heads, the model is the same to the last bit."""
+    one behind it, from what the link before left of a position's state (Hydra, Ankner et al. 2024). Links
+    share their weights; nothing else learns from them, so the model is the same bit for bit without them."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
@@ -1318,8 +1307,8 @@ class KVCache:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values of new positions (1, n, K, d); returns those of all."""
         stop = self.length + k.size(1)
-        self.layers[layer, 0, :, self.length : stop], self.layers[layer, 1, :, self.length : stop] = k, v
-        return self.layers[layer, 0, :, :stop], self.layers[layer, 1, :, :stop]
+        self.layers[layer, :, :, self.length : stop] = torch.stack((k, v))
+        return self.layers[layer, :, :, :stop].unbind()
 
 
 class GPT(nn.Module):
@@ -1435,13 +1424,8 @@ class GPT(nn.Module):
         return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
 
 
-# Free functions, so that every instance of the model (trained, averaged, reloaded) shares one compiled graph.
-def training_losses(model: GPT, ids: Tensor, weights: Tensor, aux_inputs: Tensor | None) -> dict[str, Tensor]:
-    return model.losses(ids, weights, aux_inputs)
-
-
-def scoring_logits(model: GPT, ids: Tensor, take: Tensor, span: int) -> Tensor:
-    return model.logits(ids, take, span)
+# Functions of the class, so that every model (trained, averaged, reloaded) shares one compiled graph.
+training_losses, scoring_logits = GPT.losses, GPT.logits
 
 
 # -----------------------------------------------------------------------------
@@ -1553,18 +1537,9 @@ class RowAdagrad:
 
 
 class Optimizers:
-    """Which parameter goes where, one step for all of them, and what a checkpoint needs of them.
-
-    | group  | parameters                              | method     | rate                      |
-    |--------|-----------------------------------------|------------|---------------------------|
-    | matrix | 2-D weights of blocks, hash projections | Muon       | MATRIX_LR                 |
-    | embed  | tok_emb, bigram table                   | AdamW      | TIED_EMBED_LR or EMBED_LR |
-    | head   | lm_head                                 | AdamW      | HEAD_LR                   |
-    | table  | n-gram tables                           | RowAdagrad | NGRAM_LR                  |
-    | aux    | all of the auxiliary module             | AdamW      | JEPA_LR                   |
-    | scalar | gains, mixes, gates, skip weights       | AdamW      | SCALAR_LR                 |
-    | draft  | draft heads; not in the norm that clips | AdamW      | DRAFT_LR                  |
-    """
+    """Which parameter goes where (`group_of`), at which rate, one step for all of them, and what a checkpoint
+    needs. Muon moves the 2-D weights of blocks and hash projections, RowAdagrad n-gram tables, AdamW the
+    rest. Draft heads stay out of the norm that clips: the model is to move as it would without them."""
 
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
@@ -1619,9 +1594,6 @@ class Optimizers:
         self.adam.step()
         self.tables.step(args.ngram_lr * fall)
 
-    def zero_grad(self) -> None:
-        self.model.zero_grad(set_to_none=True)
-
     def state(self) -> dict[str, Tensor]:
         """Every tensor of every optimizer, by name."""
         found = self.muon.state() | {f"table.{i}": total for i, total in enumerate(self.tables.sums)}
@@ -1673,7 +1645,6 @@ class EMA:
 
 # magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of a JSON header, payload
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 2
-PREAMBLE_BYTES = len(ARTIFACT_MAGIC) + 32 + 6
 
 constriction = None  # rANS -> LZMA
 with contextlib.suppress(ImportError):
@@ -1820,8 +1791,6 @@ def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
     """The inverse of `pack`: (header, {name: fp32 array}). Raises UserError that names the file `where`."""
     if blob[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
         raise UserError(f"{where}: not an artifact of this family (it begins with {blob[:8]!r})")
-    if len(blob) < PREAMBLE_BYTES:
-        raise UserError(f"{where}: truncated after {len(blob)} bytes")
     body = blob[len(ARTIFACT_MAGIC) + 32 :]
     if hashlib.sha256(body).digest() != blob[len(ARTIFACT_MAGIC) : len(ARTIFACT_MAGIC) + 32]:
         raise UserError(f"{where}: its sha256 does not match: truncated or altered")
@@ -1866,6 +1835,8 @@ def shipped_settings(header: dict, where: str, environ: dict[str, str] | None = 
 
 
 def read_file(path: str | Path, what: str) -> bytes:
+    if not path:
+        raise UserError(f"{what}=FILE is not set")
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -2144,18 +2115,6 @@ class Stream:
 stream = Stream  # the name that every script of the family gives it
 
 
-LOOKED_UP, COPIED = 6, 16  # ids that have to recur before what followed them is a draft, and its length
-
-
-def repeated(ids: list[int]) -> list[int]:
-    """Prompt lookup: COPIED ids that followed when the last LOOKED_UP ids stood in the text before, or none;
-    where the text repeats with a shorter period, it goes round."""
-    text = np.array(ids)
-    places = sliding_window_view(text[:-1], LOOKED_UP) if len(text) > LOOKED_UP else text[:0, None]
-    found = np.flatnonzero((places == text[-LOOKED_UP:]).all(1))[-1:]
-    return [ids[at + LOOKED_UP + i % (len(ids) - LOOKED_UP - at)] for at in found for i in range(COPIED)]
-
-
 def picked(logits: np.ndarray, place: int, args: Hyperparameters) -> int:
     """The id at a place of the text: the best or, at a TEMPERATURE, a draw (Gumbel). Its noise is that of the
     place, whoever draws: what a drafter thinks likely comes true, and a text does not depend on drafts."""
@@ -2166,11 +2125,8 @@ def picked(logits: np.ndarray, place: int, args: Hyperparameters) -> int:
 
 
 def drafted(reader: Stream, args: Hyperparameters) -> list[int]:
-    """What followed a like text before, else what the heads guess behind the newest id."""
-    model, drafts = reader.model, [reader.ids[-1]]
-    if copied := repeated(reader.ids):
-        return copied
-    state = reader.states.get(len(reader.ids) - 2)  # of the last position that has been read
+    """What the heads guess behind the newest id, which no pass has read: from the position before it."""
+    model, drafts, state = reader.model, [reader.ids[-1]], reader.states.get(len(reader.ids) - 2)
     while state is not None and len(drafts) <= model.args.draft:
         state = model.draft(state, model.embed(torch.tensor(drafts[-1], device=state.device)))
         place = len(reader.ids) + len(drafts) - 1
@@ -2203,13 +2159,8 @@ def generate(args: Hyperparameters, runtime: Runtime) -> int:
     model, text = load(args.artifact, runtime.device, args, runtime.dtype), os.fsencode(args.generate)
     with contextlib.suppress(OSError, ValueError):  # a text is no path
         text = Path(args.generate).read_bytes()
-    if args.vocab_size == 260:
-        ids, decode = [byte + BYTE_OFFSET for byte in text], lambda ids: bytes(i - BYTE_OFFSET for i in ids)
-    else:
-        tokenizer = open_tokenizer(args)
-        ids, decode = tokenizer.encode(text.decode()), lambda ids: tokenizer.decode(ids).encode()
-    made, passes, seconds = write(model, [BOS_ID, *ids], args)
-    text = decode([i for i in made if i >= BYTE_OFFSET])
+    made, passes, seconds = write(model, [BOS_ID, *(byte + BYTE_OFFSET for byte in text)], args)
+    text = bytes(i - BYTE_OFFSET for i in made if i >= BYTE_OFFSET)
     sys.stdout.buffer.write(text.decode(errors="replace").encode() if sys.stdout.isatty() else text)
     print(f"\nids:{len(made)} bytes:{len(text)} passes:{passes} ids_per_pass:{len(made) / passes:.2f} "
           f"bytes_per_second:{len(text) / seconds:.1f}", file=sys.stderr)
@@ -2276,7 +2227,7 @@ class Trainer:
             self.optimizers.step(self.step, progress, norm)
             if self.ema is not None:
                 self.ema.update(self.step)
-        self.optimizers.zero_grad()
+        self.model.zero_grad()
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def set_rounding(self, on: bool) -> None:
@@ -2306,7 +2257,7 @@ class Trainer:
             self.try_shapes()
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), kept)
-        self.optimizers.zero_grad()
+        self.model.zero_grad()
         self.fresh_optimizers()
 
     def try_shapes(self) -> None:
@@ -2321,15 +2272,13 @@ class Trainer:
         if args.quant_round == "gptq":
             for _ in range(2):  # the second time is the one to go by
                 start = time.perf_counter()
-                self.input_moments(ids)["tok_emb.weight"].sum().item()  # waits for the device
+                self.input_moments(ids, {})["tok_emb.weight"].sum().item()  # waits for the device
                 seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
                 self.reserve, = self.runtime.from_main([seconds])  # ranks must agree on when to stop
 
     @torch.no_grad()
-    def input_moments(self, batch: Tensor, sums: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds this rank's X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
-        sums = {} if sums is None else sums
-
         def add(names: list[str], x: Tensor) -> None:
             x = x.flatten(0, -2).float()
             for name, product in zip(names, [x.T @ x] * len(names)):

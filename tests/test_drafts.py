@@ -9,13 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, assert_drafts_follow_score, enlivened, environment
-from family import load_script
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.stats import chisquare
 
-SCRIPT = load_script(ROOT / "train_gpt.py")  # where hypothesis forbids the fixture
 DRAFT = {"DRAFT": 3}
 
 
@@ -94,22 +90,6 @@ def test_drafts_that_came_true_are_not_read_again(trunk, tiny, ids):
         stream.push(token)
     stream.logprobs()
     assert lengths == [6, 1, 4, 1]
-
-
-@given(st.text("ab", max_size=40), st.integers(0, 3))
-@settings(max_examples=200, deadline=None)
-def test_prompt_lookup_by_brute_force(text, spare):
-    ids = list(map(ord, text + text[: spare + 6]))
-    last, places = ids[-SCRIPT.LOOKED_UP :], range(len(ids) - SCRIPT.LOOKED_UP - 1, -1, -1)
-    at = next((i for i in places if ids[i : i + SCRIPT.LOOKED_UP] == last and len(ids) > SCRIPT.LOOKED_UP), None)
-    drafts = SCRIPT.repeated(ids)
-    if at is None:
-        assert drafts == []
-    else:
-        whole = list(ids)
-        while len(whole) < len(ids) + SCRIPT.COPIED:
-            whole.append(whole[at + SCRIPT.LOOKED_UP + len(whole) - len(ids)])
-        assert drafts == whole[len(ids) :]
 
 
 def writer(trunk, model, prompt, **settings):
