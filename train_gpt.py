@@ -718,7 +718,6 @@ def sha256_file(path: Path) -> str:
 
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary before one).
-
     A target counts base[id] + (space[id] and not edge[previous id]). byte260: ids from 4 up are a byte each.
     SentencePiece: byte pieces 1, control, unknown and unused 0, others their UTF-8 length with U+2581 as one
     space; a leading one counts only where the previous id is no boundary: the dummy prefix stands there.
@@ -1001,7 +1000,6 @@ class LatentMLP(nn.Module):
 
 def sigreg(latents: Tensor, directions: Tensor, knots: int) -> Tensor:
     """Sketched test that latents are N(0, I): distance of characteristic functions along random directions.
-
     latents (G, N, d): G samples of N latents; directions (d, P), unit columns. Returns (G,) in fp32: the mean
     over P of sum_k w_k [(mean cos t_k p - phi_k)^2 + (mean sin t_k p)^2], phi_k = exp(-t_k^2 / 2), t on
     [0.2, 3], w_k = phi_k / sum(phi). Nothing is standardised, so a wrong scale costs (defect A5 of #832).
@@ -1104,9 +1102,9 @@ class ChunkJEPA(nn.Module):
 
 
 class DraftHeads(nn.Module):
-    """A chain of guesses at the ids beyond the next one: a link takes in the id that follows and guesses the
-    one behind it, from what the link before left of a position's state (Hydra, Ankner et al. 2024). Links
-    share their weights; nothing else learns from them, so the model is the same bit for bit without them."""
+    """A chain of guesses at the ids beyond the next: a link takes in the id that follows and guesses the one
+    behind it, from what the link before left of a position's state (after Hydra, Ankner et al. 2024). Links
+    share their weights; nothing else learns from them: the model is the same bit for bit without them."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
@@ -1249,8 +1247,7 @@ class HashEmbedding(nn.Module):
     The contexts: the last n ids for each n in `orders`; with `words` 1 the word so far, with 2 also that
     together with the word before it (after the word models of PAQ). Each owns a row in each of `hashes`
     tables of width dim / hashes, so that two contexts rarely share all of their rows. Nothing before the last
-    BOS counts: no document sees another. Tables start at zero and the projection does not, so both learn
-    (in #832 both were zero and stayed dead, defect A1)."""
+    BOS counts: no document sees another. Only tables start at zero: both stayed dead in #832 (defect A1)."""
 
     SALTS = (0x297A2D39, 0x1B873593, 0x6C078965, 0x5D588B65)  # 31 bits: products fit an int64
     WORD_REACH = 20  # ids that a word context looks back
@@ -1373,8 +1370,7 @@ class GPT(nn.Module):
             if table is not None:
                 x = x + table(tail, self.dtype)
         x = rms_norm(x)
-        if self.smear is not None:
-            x = self.smear(x, tail)
+        x = x if self.smear is None else self.smear(x, tail)
         x, rotary, where = x[:, -fresh:], rotary[:, known : known + fresh], None
         if past is not None:
             where = causal_mask(((ids == BOS_ID) & self.args.doc_mask).cumsum(1), fresh)
@@ -2039,8 +2035,7 @@ class Evaluator:
         result = {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / self.bytes, "targets": targets,
                   "bytes": self.bytes, "seconds": time.perf_counter() - start, "seq_len": length,
                   "stride": stride, "bits_by_class": bits}
-        if self.prefix:
-            result["prefix_bytes"] = self.prefix
+        result |= {"prefix_bytes": self.prefix} if self.prefix else {}
         if learner is not None:
             learner.restore()
             result |= {"updates": learner.updates, "adapt_seconds": learner.seconds}
@@ -2135,15 +2130,12 @@ def drafted(reader: Stream, args: Hyperparameters) -> list[int]:
 
 
 @torch.no_grad()
-def write(model: GPT, prompt: list[int], args: Hyperparameters) -> tuple[list[int], int, float]:
-    """(MAX_NEW_TOKENS ids that go on from a prompt, passes, seconds without those of the prompt). A pass
-    reads the newest id and drafts behind it; those that the model picks too join the text, and behind them
-    the id that it picks instead."""
+def write(model: GPT, prompt: list[int], args: Hyperparameters) -> tuple[list[int], int]:
+    """(MAX_NEW_TOKENS ids that go on from a prompt, passes). A pass reads the newest id and drafts behind it;
+    those that the model picks too join the text, and behind them the id that it picks instead."""
     reader, passes = Stream(model), 0
     for token in prompt:
         reader.push(token)
-    reader.logprobs()
-    began = time.perf_counter()
     while (made := len(reader.ids) - len(prompt)) < args.max_new_tokens:
         drafts = drafted(reader, args)[: args.max_new_tokens - made - 1] if args.speculate else []
         for draft, logprobs in zip([*drafts, None], reader.ahead(drafts)):
@@ -2151,7 +2143,7 @@ def write(model: GPT, prompt: list[int], args: Hyperparameters) -> tuple[list[in
             if reader.ids[-1] != draft:
                 break
         passes += 1
-    return reader.ids[len(prompt) :], passes, time.perf_counter() - began
+    return reader.ids[len(prompt) :], passes
 
 
 def generate(args: Hyperparameters, runtime: Runtime) -> int:
@@ -2159,11 +2151,12 @@ def generate(args: Hyperparameters, runtime: Runtime) -> int:
     model, text = load(args.artifact, runtime.device, args, runtime.dtype), os.fsencode(args.generate)
     with contextlib.suppress(OSError, ValueError):  # a text is no path
         text = Path(args.generate).read_bytes()
-    made, passes, seconds = write(model, [BOS_ID, *(byte + BYTE_OFFSET for byte in text)], args)
-    text = bytes(i - BYTE_OFFSET for i in made if i >= BYTE_OFFSET)
+    began = time.perf_counter()
+    made, passes = write(model, [BOS_ID, *(byte + BYTE_OFFSET for byte in text)], args)
+    seconds, text = time.perf_counter() - began, bytes(i - BYTE_OFFSET for i in made if i >= BYTE_OFFSET)
     sys.stdout.buffer.write(text.decode(errors="replace").encode() if sys.stdout.isatty() else text)
     print(f"\nids:{len(made)} bytes:{len(text)} passes:{passes} ids_per_pass:{len(made) / passes:.2f} "
-          f"bytes_per_second:{len(text) / seconds:.1f}", file=sys.stderr)
+          f"bytes_per_second:{len(text) / seconds:.1f} (the prompt's time in it)", file=sys.stderr)
     return 0
 
 
@@ -2363,7 +2356,7 @@ class Trainer:
             raise self.not_finite(step, "the loss")
 
     def not_finite(self, step: int, what: str) -> UserError:
-        last = self.checkpoint_path("last")
+        last = run_folder(self.args) / "last.safetensors"
         good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
         return UserError(f"step {step}: {what} is not finite; {good}")
 
@@ -2414,9 +2407,6 @@ class Trainer:
 
     CHECKPOINTED = ("step", "seconds", "best", "loader_state", "loss_scale", "good_steps")
 
-    def checkpoint_path(self, name: str) -> Path:
-        return run_folder(self.args) / f"{name}.safetensors"
-
     def save(self, name: str) -> None:
         """Weights, average, optimizers, RNG, loader position and clock: one safetensors file, atomically."""
         tensors = {f"model.{key}": p for key, p in self.model.named_parameters()}
@@ -2432,7 +2422,8 @@ class Trainer:
             meta = {key: getattr(self, key) for key in self.CHECKPOINTED} | {"config": self.args.shipped()}
             tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                        for key, value in tensors.items()}
-            write_atomic(self.checkpoint_path(name), safetensors_bytes(tensors, {"golf": json.dumps(meta)}))
+            blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
+            write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
 
     def restore(self, path: Path) -> None:
         try:
@@ -2494,7 +2485,7 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, eval
     with runtime.clock("warm-up"):
         trainer.warm_up()
     evaluator.logits, evaluator.losses = trainer.logits, trainer.losses
-    last = trainer.checkpoint_path("last")
+    last = run_folder(args) / "last.safetensors"
     if args.resume and (args.resume != "auto" or last.exists()):
         trainer.restore(last if args.resume == "auto" else Path(args.resume))
     for number in (signal.SIGTERM, signal.SIGINT):
