@@ -2,7 +2,8 @@
 
 Parent: the trunk, train_gpt.py.
 Idea:   the published configuration (13 x 512, live bigram hashes, no longer n-grams), and a chunk JEPA whose
-        loss, target, horizon, gradient paths and injection can each be switched: the ablation in the README.
+        loss, target, horizon, gradient paths and injection can each be switched: JEPA_CHUNK_SIZE=8 is #832's.
+        None was better than a plain model of equal size (README), so none is on.
 
 Run:    python train_gpt.py --help                               every variable, its default and its reason
         python train_gpt.py                                      one process, any device
@@ -122,8 +123,9 @@ class Hyperparameters:
     ngram_buckets = Var(65536, "rows of each table", low=2, ship="model")
     ngram_dim = Var(32, "width of a context's embedding", low=1, ship="model")
     ngram_hashes = Var(2, "tables that it is spread over, each with a hash", low=1, high=4, ship="model")
+    draft = Var(0, "ids that draft heads guess beyond the next; 0 = none", low=0, high=16, ship="model")
     _jepa = "Chunk JEPA (#832, corrected)"
-    jepa_chunk_size = Var(8, "ids a latent covers; 0 = no JEPA module at all", low=0, ship="model")
+    jepa_chunk_size = Var(0, "ids a latent covers, 8 in #832; 0 = no JEPA at all", low=0, ship="model")
     jepa_latent_dim = Var(256, "width of a chunk latent", low=1, ship="model")
     jepa_proj_hidden = Var(256, "hidden width of projector and predictor", low=1, ship="model")
     jepa_adapter = Var(True, "add the predicted latent to the stream", ship="model")
@@ -159,6 +161,7 @@ class Hyperparameters:
     scalar_lr = Var(0.025, "AdamW: gains, mixes, gates", low=0.0)
     ngram_lr = Var(0.035, "RowAdagrad: n-gram tables", low=0.0)
     jepa_lr = Var(0.001, "AdamW: projector, predictor, adapter", low=0.0)
+    draft_lr = Var(0.003, "AdamW: draft heads", low=0.0)
     adam_wd = Var(0.04, "decoupled weight decay of the embedding and scalar groups", low=0.0)
     beta1 = Var(0.9, "Adam", low=0.0, high=0.9999)
     beta2 = Var(0.95, "Adam", low=0.0, high=0.99999)
@@ -196,7 +199,11 @@ class Hyperparameters:
     ttt_momentum = Var(0.9, "kept from chunk to chunk", low=0.0, high=0.9999, ship="eval")
     ttt_grad_clip = Var(1.0, "gradient norm of an update; 0 = no clip", low=0.0, ship="eval")
     eval_only = Var(False, "score ARTIFACT and nothing else")
-    artifact = Var("", "path for EVAL_ONLY")
+    artifact = Var("", "path for EVAL_ONLY and GENERATE")
+    generate = Var("", "a text, or its file, to go on from with the model in ARTIFACT")
+    max_new_tokens = Var(256, "ids to write", low=1)
+    temperature = Var(0.0, "0 = greedy", low=0.0)
+    speculate = Var(True, "several drafted ids a pass: the same text, sooner")
     _run = "Run"
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
     runs_path = Var("./runs", "where runs are kept")
@@ -219,12 +226,10 @@ class Hyperparameters:
     # Published variables of ideas that are gone: {name: (values that mean off, reason)}; () = ignored.
     RETIRED = {
         "SWA_ENABLED": (("0",), "EMA replaced it (-0.003 BPB in #375)"),
-        "SWA_EVERY": ((), "belongs to SWA_ENABLED"),
-        "MTP_NUM_HEADS": (("0",), "multi-token heads cost +0.028 BPB in a 10-minute model"),
-        "MTP_LOSS_WEIGHT": ((), "belongs to MTP_NUM_HEADS"),
+        "MTP_NUM_HEADS": (("0",), "multi-token heads cost +0.028 BPB in a 10-minute model; DRAFT costs none"),
         "MUON_BETA2": ((), "was never read by #832"),
         **dict.fromkeys(("QAT_ENABLED", "LATE_QAT"), (("0",), "QAT_START took its place")),
-        "QAT_THRESHOLD": ((), "belongs to QAT_ENABLED"),
+        **dict.fromkeys(("SWA_EVERY", "MTP_LOSS_WEIGHT", "QAT_THRESHOLD"), ((), "belongs to one of these")),
         "VAL_BATCH_SIZE": ((), "EVAL_BATCH_TOKENS took its place and does not change the score"),
         "CONTROL_TENSOR_NAME_PATTERNS": ((), "tensors are sorted by shape and module, not by name patterns"),
     }
@@ -248,7 +253,7 @@ class Hyperparameters:
         self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
-        if shipped or not self.eval_only:  # otherwise the artifact's settings are still to come
+        if shipped or not (self.eval_only or self.generate):  # else the artifact's settings are still to come
             self._check()
 
     @classmethod
@@ -471,8 +476,7 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None)
     """Causal attention spelt out: q (B, T, H, d), k, v (B, T, K, d) -> (B, T, H, d); where: document_mask."""
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
-    if where is None:
-        where = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1))
+    where = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1)) if where is None else where
     weights = scores.masked_fill(~where, -torch.inf).softmax(-1).to(v.dtype)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
@@ -720,7 +724,6 @@ def sha256_file(path: Path) -> str:
 
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary before one).
-
     A target counts base[id] + (space[id] and not edge[previous id]). byte260: ids from 4 up are a byte each.
     SentencePiece: byte pieces 1, control, unknown and unused 0, others their UTF-8 length with U+2581 as one
     space; a leading one counts only where the previous id is no boundary: the dummy prefix stands there.
@@ -1120,6 +1123,29 @@ class ChunkJEPA(nn.Module):
         return ("projector.", "predictor.", "start", "injection.") if self.injection is not None else ()
 
 
+class DraftHeads(nn.Module):
+    """A chain of guesses at the ids beyond the next: a link takes in the id that follows and guesses the one
+    behind it, from what the link before left of a position's state (after Hydra, Ankner et al. 2024). Links
+    share their weights; nothing else learns from them: the model is the same bit for bit without them."""
+
+    def __init__(self, args: Hyperparameters):
+        super().__init__()
+        self.links, self.link = args.draft, LatentMLP(2 * args.model_dim, args.model_dim, args.model_dim)
+
+    def forward(self, state: Tensor, token: Tensor) -> Tensor:
+        """state (..., D) of a position or of the link before, embedding (..., D) of an id -> (..., D)."""
+        return rms_norm(state + self.link(torch.cat((state, rms_norm(token)), -1)))
+
+    def loss(self, model: GPT, x: Tensor, ids: Tensor) -> Tensor:
+        """States x (B, T, D) of ids (B, T + 1) -> nats of a guess on true ids, a mean for each row (B,)."""
+        x, tokens, nats = x.detach(), model.embed(ids).detach(), 0.0
+        for i in range(1, self.links + 1):
+            x = self(x[:, :-1], tokens[:, i:-1])
+            logits = model.head(x, frozen=True).mT
+            nats = nats + F.cross_entropy(logits, ids[:, i + 1 :], reduction="none").mean(1) / self.links
+        return nats
+
+
 # -----------------------------------------------------------------------------
 # MODEL
 # -----------------------------------------------------------------------------
@@ -1243,8 +1269,7 @@ class HashEmbedding(nn.Module):
     The contexts: the last n ids for each n in `orders`; with `words` 1 the word so far, with 2 also that
     together with the word before it (after the word models of PAQ). Each owns a row in each of `hashes`
     tables of width dim / hashes, so that two contexts rarely share all of their rows. Nothing before the last
-    BOS counts: no document sees another. Tables start at zero and the projection does not, so both learn
-    (in #832 both were zero and stayed dead, defect A1)."""
+    BOS counts: no document sees another. Only tables start at zero: both stayed dead in #832 (defect A1)."""
 
     SALTS = (0x297A2D39, 0x1B873593, 0x6C078965, 0x5D588B65)  # 31 bits: products fit an int64
     WORD_REACH = 20  # ids that a word context looks back
@@ -1294,11 +1319,15 @@ class KVCache:
         self.layers = torch.zeros(args.num_layers, 2, 1, *window, **like)
         self.states, self.length = torch.zeros(1, 0, args.model_dim, **like), 0
 
+    def cut(self, length: int) -> None:
+        """Forgets what lies behind the first `length` positions."""
+        self.states, self.length = self.states[:, :length], min(self.length, length)
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values of new positions (1, n, K, d); returns those of all."""
         stop = self.length + k.size(1)
-        self.layers[layer, 0, :, self.length : stop], self.layers[layer, 1, :, self.length : stop] = k, v
-        return self.layers[layer, 0, :, :stop], self.layers[layer, 1, :, :stop]
+        self.layers[layer, :, :, self.length : stop] = torch.stack((k, v))
+        return self.layers[layer, :, :, :stop].unbind()
 
 
 class GPT(nn.Module):
@@ -1319,6 +1348,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(layers))
         self.skip_weights = nn.Parameter(torch.ones(layers // 2, dim)) if args.unet_skips else None
         self.aux = ChunkJEPA(args) if args.jepa_chunk_size else None
+        self.draft = DraftHeads(args) if args.draft else None
         self.set_rotary()
         self.lm_head = None if args.tie_embeddings else CastedLinear(dim, args.vocab_size)
 
@@ -1342,8 +1372,13 @@ class GPT(nn.Module):
             nn.init.orthogonal_(table.proj.weight, generator=generator)
         if self.aux is not None:
             self.aux.init_weights(generator)
+        for layer in self.draft.link.children() if self.draft is not None else ():
+            nn.init.orthogonal_(layer.weight, generator=generator)
         if self.lm_head is not None:
             self.lm_head.weight.zero_()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, rounded(self.tok_emb)).to(self.dtype)
 
     def hidden(self, ids: Tensor, rotary: Tensor, aux_inputs: Tensor | None = None,
                past: KVCache | None = None) -> tuple[Tensor, dict]:
@@ -1385,10 +1420,10 @@ class GPT(nn.Module):
         kept = () if self.aux is None else tuple(f"aux.{prefix}" for prefix in self.aux.exported())
         return {n: p for n, p in self.named_parameters() if not n.startswith("aux.") or n.startswith(kept)}
 
-    def head(self, x: Tensor) -> Tensor:
-        """States -> capped logits in fp32."""
+    def head(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """States -> capped logits in fp32; `frozen`: no gradient for the head's own weight."""
         weight = rounded(self.tok_emb if self.lm_head is None else self.lm_head)
-        logits = F.linear(x, weight.to(x.dtype)).float()
+        logits = F.linear(x, (weight.detach() if frozen else weight).to(x.dtype)).float()
         cap = self.args.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -1397,6 +1432,9 @@ class GPT(nn.Module):
         x, terms = self.hidden(ids[:, :-1], self.rotary_train, aux_inputs)
         nats = F.cross_entropy(self.head(x).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
+        if self.draft is not None:
+            groups = len(next(iter(terms.values()), ids))
+            sums["draft"] = (self.draft.loss(self, x, ids) * weights).sum() * groups / len(ids)
         for name, value in terms.items():  # one value a group; the weights inside a group are equal
             sums[name] = (value * weights.view(len(value), -1).mean(1)).sum()
         return sums
@@ -1408,13 +1446,8 @@ class GPT(nn.Module):
         return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
 
 
-# Free functions, so that every instance of the model (trained, averaged, reloaded) shares one compiled graph.
-def training_losses(model: GPT, ids: Tensor, weights: Tensor, aux_inputs: Tensor | None) -> dict[str, Tensor]:
-    return model.losses(ids, weights, aux_inputs)
-
-
-def scoring_logits(model: GPT, ids: Tensor, take: Tensor, span: int) -> Tensor:
-    return model.logits(ids, take, span)
+# Functions of the class, so that every model (trained, averaged, reloaded) shares one compiled graph.
+training_losses, scoring_logits = GPT.losses, GPT.logits
 
 
 # -----------------------------------------------------------------------------
@@ -1526,17 +1559,9 @@ class RowAdagrad:
 
 
 class Optimizers:
-    """Which parameter goes where, one step for all of them, and what a checkpoint needs of them.
-
-    | group  | parameters                              | method     | rate                      |
-    |--------|-----------------------------------------|------------|---------------------------|
-    | matrix | 2-D weights of blocks, hash projections | Muon       | MATRIX_LR                 |
-    | embed  | tok_emb, bigram table                   | AdamW      | TIED_EMBED_LR or EMBED_LR |
-    | head   | lm_head                                 | AdamW      | HEAD_LR                   |
-    | table  | n-gram tables                           | RowAdagrad | NGRAM_LR                  |
-    | aux    | all of the auxiliary module             | AdamW      | JEPA_LR                   |
-    | scalar | gains, mixes, gates, skip weights       | AdamW      | SCALAR_LR                 |
-    """
+    """Which parameter goes where (`group_of`), at which rate, one step for all of them, and what a checkpoint
+    needs. Muon moves the 2-D weights of blocks and hash projections, RowAdagrad n-gram tables, AdamW the
+    rest. Draft heads stay out of the norm that clips: the model is to move as it would without them."""
 
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
@@ -1555,8 +1580,8 @@ class Optimizers:
 
     @staticmethod
     def group_of(name: str, p: nn.Parameter) -> str:
-        for prefix, group in (("aux.", "aux"), ("ngram.table", "table"), ("lm_head", "head"),
-                              ("tok_emb", "embed"), ("bigram.table", "embed")):
+        for prefix, group in (("aux.", "aux"), ("draft.", "draft"), ("ngram.table", "table"),
+                              ("lm_head", "head"), ("tok_emb", "embed"), ("bigram.table", "embed")):
             if name.startswith(prefix):
                 return group
         return "matrix" if p.ndim == 2 and name.endswith(".weight") else "scalar"
@@ -1574,7 +1599,7 @@ class Optimizers:
             flat = torch._utils._flatten_dense_tensors(grads)
             dist.all_reduce(flat)
             torch._foreach_copy_(grads, list(torch._utils._unflatten_dense_tensors(flat, grads)))
-        rest = torch.stack(torch._foreach_norm(grads)).square().sum()
+        rest = torch.stack(torch._foreach_norm(grads[: self.counted])).square().sum()
         return (self.muon.square_norm() + rest).sqrt()
 
     @torch.no_grad()
@@ -1591,9 +1616,6 @@ class Optimizers:
         for p in self.coarse:
             p.copy_(p.bfloat16())
         self.tables.step(args.ngram_lr * fall)
-
-    def zero_grad(self) -> None:
-        self.model.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of every optimizer, by name."""
@@ -1646,7 +1668,6 @@ class EMA:
 
 # magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of a JSON header, payload
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 2
-PREAMBLE_BYTES = len(ARTIFACT_MAGIC) + 32 + 6
 
 constriction = None  # rANS -> LZMA
 with contextlib.suppress(ImportError):
@@ -1692,24 +1713,25 @@ def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
             models[plane.model] = 24 * shares + 0.02
         counts = models[plane.model]
         group = max(1, min(plane.period, CHUNK // plane.places))
-        for first in range(0, plane.slices, group):
-            if first % plane.period == 0:
-                seen, total = 0, np.zeros(plane.places, np.int64)
-                counts /= 16
-            context = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
-            context += min(seen.bit_length(), 3) * (len(CONTEXT_EDGES) + 1)  # age: 0, 1, 2 to 3, more
-            last = min(first + group, (first // plane.period + 1) * plane.period)
-            for left in range(0, plane.places, CHUNK):
-                here = context[left : left + CHUNK]
-                for level in np.unique(here):
-                    table, columns = counts[level], left + np.flatnonzero(here == level)
-                    part = block[first:last, columns]
-                    model = constriction.stream.model.Categorical(table, perfect=False)
-                    symbols = code(part.ravel(), model, plane.top)
-                    block[first:last, columns] = symbols.reshape(part.shape)
-                    table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
-            seen += last - first
-            total += np.abs(block[first:last].astype(np.int64)).sum(0)
+        for begin in range(0, plane.slices, plane.period):
+            seen, total = 0, np.zeros(plane.places, np.int64)
+            counts /= 16
+            end = min(begin + plane.period, plane.slices)
+            for first in range(begin, end, group):
+                context = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
+                context += min(seen.bit_length(), 3) * (len(CONTEXT_EDGES) + 1)  # age: 0, 1, 2 to 3, more
+                last = min(first + group, end)
+                for left in range(0, plane.places, CHUNK):
+                    here = context[left : left + CHUNK]
+                    for level in np.unique(here):
+                        table, columns = counts[level], left + np.flatnonzero(here == level)
+                        part = block[first:last, columns]
+                        model = constriction.stream.model.Categorical(table, perfect=False)
+                        symbols = code(part.ravel(), model, plane.top)
+                        block[first:last, columns] = symbols.reshape(part.shape)
+                        table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
+                seen += last - first
+                total += np.abs(block[first:last].astype(np.int64)).sum(0)
 
 
 def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:
@@ -1792,8 +1814,6 @@ def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
     """The inverse of `pack`: (header, {name: fp32 array}). Raises UserError that names the file `where`."""
     if blob[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
         raise UserError(f"{where}: not an artifact of this family (it begins with {blob[:8]!r})")
-    if len(blob) < PREAMBLE_BYTES:
-        raise UserError(f"{where}: truncated after {len(blob)} bytes")
     body = blob[len(ARTIFACT_MAGIC) + 32 :]
     if hashlib.sha256(body).digest() != blob[len(ARTIFACT_MAGIC) : len(ARTIFACT_MAGIC) + 32]:
         raise UserError(f"{where}: its sha256 does not match: truncated or altered")
@@ -1838,6 +1858,8 @@ def shipped_settings(header: dict, where: str, environ: dict[str, str] | None = 
 
 
 def read_file(path: str | Path, what: str) -> bytes:
+    if not path:
+        raise UserError(f"{what}=FILE is not set")
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -2040,8 +2062,7 @@ class Evaluator:
         result = {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / self.bytes, "targets": targets,
                   "bytes": self.bytes, "seconds": time.perf_counter() - start, "seq_len": length,
                   "stride": stride, "bits_by_class": bits}
-        if self.prefix:
-            result["prefix_bytes"] = self.prefix
+        result |= {"prefix_bytes": self.prefix} if self.prefix else {}
         if learner is not None:
             learner.restore()
             result |= {"updates": learner.updates, "adapt_seconds": learner.seconds}
@@ -2072,35 +2093,98 @@ class Stream:
         self.model, self.ids = model, []
         self.learner = TestTimeTraining(model) if model.args.ttt != "0" else None
         self.block, self.start, self.past, self.known = -1, 0, None, None
+        self.read, self.states = [], {}  # the last pass: ids of its window with drafts; {position: its state}
 
     @property
     def updates(self) -> int:
         return self.learner.updates if self.learner else 0
 
-    @torch.no_grad()
     def logprobs(self) -> np.ndarray:
         """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it first."""
-        if not self.ids:
-            raise ValueError("push the first id (BOS) before asking for the second")
         if self.known is None:
-            args, device = self.model.args, self.model.tok_emb.weight.device
-            block = (len(self.ids) - 1) // args.eval_stride
-            if block != self.block:
-                if self.learner:
-                    self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
-                self.block, self.past = block, KVCache(self.model)
-                self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
-            ids = torch.tensor([self.ids[self.start :]], device=device)
-            x, _ = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
-            self.known = self.model.head(x[0, -1].float()).log_softmax(-1).cpu().numpy()
+            self.known = self.ahead(())[0]
         return self.known
 
+    @torch.no_grad()
+    def ahead(self, drafts: list[int]) -> np.ndarray:
+        """The same if `drafts` were to follow, in one pass: (n + 1, V) of the next id and of those behind the
+        first n drafts, as many as the window takes. What is then pushed as drafted is not read again."""
+        if not self.ids:
+            raise ValueError("push the first id (BOS) before asking for the second")
+        args, device = self.model.args, self.model.tok_emb.weight.device
+        block, place = divmod(len(self.ids) - 1, args.eval_stride)
+        if block != self.block:
+            if self.learner:
+                self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
+            self.block, self.past = block, KVCache(self.model)
+            self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
+        self.read = [*self.ids[self.start :], *drafts[: args.eval_stride - 1 - place]]
+        self.past.cut(len(self.ids) - 1 - self.start)
+        ids = torch.tensor([self.read], device=device)
+        x, _ = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
+        states = x[0, len(self.ids) - 1 - self.start - len(self.read) :]
+        self.states = dict(enumerate(states, len(self.ids) - 1))
+        return self.model.head(states.float()).log_softmax(-1).cpu().numpy()
+
     def push(self, token: int) -> None:
+        at = len(self.ids) - self.start
+        if self.past is not None and self.read[at : at + 1] != [token]:
+            self.past.cut(at)
         self.ids.append(int(token))
         self.known = None
 
 
 stream = Stream  # the name that every script of the family gives it
+
+
+def picked(logits: np.ndarray, place: int, args: Hyperparameters) -> int:
+    """The id at a place of the text: the best or, at a TEMPERATURE, a draw (Gumbel). Its noise is that of the
+    place, whoever draws: what a drafter thinks likely comes true, and a text does not depend on drafts."""
+    if args.temperature:  # drafter-invariant speculation: Daliri et al. 2025
+        noise = np.random.default_rng([args.seed, place]).gumbel(size=len(logits))
+        logits = logits / args.temperature + noise
+    return int(logits.argmax())
+
+
+def drafted(reader: Stream, args: Hyperparameters) -> list[int]:
+    """What the heads guess behind the newest id, which no pass has read: from the position before it."""
+    model, drafts, state = reader.model, [reader.ids[-1]], reader.states.get(len(reader.ids) - 2)
+    while state is not None and len(drafts) <= model.args.draft:
+        state = model.draft(state, model.embed(torch.tensor(drafts[-1], device=state.device)))
+        place = len(reader.ids) + len(drafts) - 1
+        drafts.append(picked(model.head(state).cpu().numpy(), place, args))
+    return drafts[1:]
+
+
+@torch.no_grad()
+def write(model: GPT, prompt: list[int], args: Hyperparameters) -> tuple[list[int], int]:
+    """(MAX_NEW_TOKENS ids that go on from a prompt, passes). A pass reads the newest id and drafts behind it;
+    those that the model picks too join the text, and behind them the id that it picks instead."""
+    reader, passes = Stream(model), 0
+    for token in prompt:
+        reader.push(token)
+    while (made := len(reader.ids) - len(prompt)) < args.max_new_tokens:
+        drafts = drafted(reader, args)[: args.max_new_tokens - made - 1] if args.speculate else []
+        for draft, logprobs in zip([*drafts, None], reader.ahead(drafts)):
+            reader.push(picked(logprobs, len(reader.ids), args))
+            if reader.ids[-1] != draft:
+                break
+        passes += 1
+    return reader.ids[len(prompt) :], passes
+
+
+def generate(args: Hyperparameters, runtime: Runtime) -> int:
+    """Writes what follows GENERATE to stdout, and numbers to stderr."""
+    model, text = load(args.artifact, runtime.device, args, runtime.dtype), os.fsencode(args.generate)
+    with contextlib.suppress(OSError, ValueError):  # a text is no path
+        text = Path(args.generate).read_bytes()
+    began = time.perf_counter()
+    made, passes = write(model, [BOS_ID, *(byte + BYTE_OFFSET for byte in text)], args)
+    seconds, text = time.perf_counter() - began, bytes(i - BYTE_OFFSET for i in made if i >= BYTE_OFFSET)
+    sys.stdout.buffer.write(text.decode(errors="replace").encode() if sys.stdout.isatty() else text)
+    print(f"\nids:{len(made)} bytes:{len(text)} passes:{passes} ids_per_pass:{len(made) / passes:.2f} "
+          f"bytes_per_second:{len(text) / seconds:.1f} (the prompt's time in it)", file=sys.stderr)
+    return 0
 
 
 # -----------------------------------------------------------------------------
@@ -2145,7 +2229,7 @@ class Trainer:
         sums = self.losses(self.model, ids, weights, aux_inputs)
         loss = sums["ce"] / (self.plan.rows * self.args.train_seq_len)
         for name, weight in aux_weights.items():
-            if weight:
+            if weight and name in sums:
                 loss = loss + weight / (self.plan.rows // self.plan.group) * sums[name]
         (loss * self.loss_scale).backward()
         return {name: value.detach() for name, value in sums.items()}
@@ -2156,14 +2240,14 @@ class Trainer:
             self.set_rounding(progress >= self.args.qat_start)
         aux = self.model.aux
         aux_inputs = aux.inputs(self.step, self.runtime.device) if aux is not None else None
-        aux_weights = aux.weights(progress) if aux is not None else {}
+        aux_weights = (aux.weights(progress) if aux is not None else {}) | {"draft": 1.0}
         parts = [self.micro_step(*batch, aux_inputs, aux_weights) for batch in zip(ids, weights)]
         norm = self.optimizers.reduce(1.0 / self.loss_scale)
         if self.runtime.dtype != torch.float16 or self.adapt_loss_scale(norm):
             self.optimizers.step(self.step, progress, norm)
             if self.ema is not None:
                 self.ema.update(self.step)
-        self.optimizers.zero_grad()
+        self.model.zero_grad()
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def set_rounding(self, on: bool) -> None:
@@ -2193,7 +2277,7 @@ class Trainer:
             self.try_shapes()
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), kept)
-        self.optimizers.zero_grad()
+        self.model.zero_grad()
         self.fresh_optimizers()
 
     def try_shapes(self) -> None:
@@ -2208,15 +2292,13 @@ class Trainer:
         if args.quant_round == "gptq":
             for _ in range(2):  # the second time is the one to go by
                 start = time.perf_counter()
-                self.input_moments(ids)["tok_emb.weight"].sum().item()  # waits for the device
+                self.input_moments(ids, {})["tok_emb.weight"].sum().item()  # waits for the device
                 seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
                 self.reserve, = self.runtime.from_main([seconds])  # ranks must agree on when to stop
 
     @torch.no_grad()
-    def input_moments(self, batch: Tensor, sums: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds this rank's X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
-        sums = {} if sums is None else sums
-
         def add(names: list[str], x: Tensor) -> None:
             x = x.flatten(0, -2).float()
             for name, product in zip(names, [x.T @ x] * len(names)):
@@ -2301,7 +2383,7 @@ class Trainer:
             raise self.not_finite(step, "the loss")
 
     def not_finite(self, step: int, what: str) -> UserError:
-        last = self.checkpoint_path("last")
+        last = run_folder(self.args) / "last.safetensors"
         good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
         return UserError(f"step {step}: {what} is not finite; {good}")
 
@@ -2313,7 +2395,8 @@ class Trainer:
         sums = self.runtime.all_reduce(torch.stack([terms[name].float() for name in names])).tolist()
         means = {name: total / (self.plan.rows // self.plan.group) for name, total in zip(names, sums)}
         loss = means.pop("ce") / (self.plan.group * self.args.train_seq_len)
-        extra = self.model.aux.report(means) if self.model.aux is not None else {}
+        extra = {"draft": means.pop("draft")} if self.model.draft is not None else {}
+        extra |= self.model.aux.report(means) if self.model.aux is not None else {}
         self.log(f"step:{self.step}/{self.args.iterations} train_loss:{loss:.4f} {self.timing(seconds)}"
                  + "".join(f" {name}:{value:.5f}" for name, value in extra.items()))
         self.log.metrics(step=self.step, train_loss=loss, train_seconds=seconds, progress=progress,
@@ -2351,9 +2434,6 @@ class Trainer:
 
     CHECKPOINTED = ("step", "seconds", "best", "loader_state", "loss_scale", "good_steps")
 
-    def checkpoint_path(self, name: str) -> Path:
-        return run_folder(self.args) / f"{name}.safetensors"
-
     def save(self, name: str) -> None:
         """Weights, average, optimizers, RNG, loader position and clock: one safetensors file, atomically."""
         tensors = {f"model.{key}": p for key, p in self.model.named_parameters()}
@@ -2369,7 +2449,8 @@ class Trainer:
             meta = {key: getattr(self, key) for key in self.CHECKPOINTED} | {"config": self.args.shipped()}
             tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                        for key, value in tensors.items()}
-            write_atomic(self.checkpoint_path(name), safetensors_bytes(tensors, {"golf": json.dumps(meta)}))
+            blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
+            write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
 
     def restore(self, path: Path) -> None:
         try:
@@ -2431,7 +2512,7 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, eval
     with runtime.clock("warm-up"):
         trainer.warm_up()
     evaluator.logits, evaluator.losses = trainer.logits, trainer.losses
-    last = trainer.checkpoint_path("last")
+    last = run_folder(args) / "last.safetensors"
     if args.resume and (args.resume != "auto" or last.exists()):
         trainer.restore(last if args.resume == "auto" else Path(args.resume))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -2511,10 +2592,12 @@ def main() -> int:
         if sys.argv[1:]:
             raise UserError(f"{sys.argv[1]!r}: settings are environment variables, `--help` lists them")
         args = Hyperparameters(os.environ)
-        if args.eval_only:
+        if args.eval_only or args.generate:
             header, _ = unpack(read_file(args.artifact, "ARTIFACT"), args.artifact)
             args = shipped_settings(header, args.artifact, os.environ)
         runtime = Runtime(args)
+        if args.generate:
+            return generate(args, runtime)
         started, = runtime.from_main([time.time()])
         args.run_id = args.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{args.seed}", time.localtime(started))
         data = Dataset(args, verify=runtime.main)

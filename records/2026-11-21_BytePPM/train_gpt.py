@@ -121,6 +121,7 @@ class Hyperparameters:
     ngram_buckets = Var(65536, "rows of each table", low=2, ship="model")
     ngram_dim = Var(32, "width of a context's embedding", low=1, ship="model")
     ngram_hashes = Var(2, "tables that it is spread over, each with a hash", low=1, high=4, ship="model")
+    draft = Var(0, "ids that draft heads guess beyond the next; 0 = none", low=0, high=16, ship="model")
     _optimizers = "Optimizers and schedule"
     iterations = Var(9000, "optimizer steps at most", low=1)
     max_wallclock_seconds = Var(600.0, "training time; 0 = no limit; progress = max(step, time)", low=0.0)
@@ -138,6 +139,7 @@ class Hyperparameters:
     head_lr = Var(0.008, "AdamW: output head when untied", low=0.0)
     scalar_lr = Var(0.025, "AdamW: gains, mixes, gates", low=0.0)
     ngram_lr = Var(0.035, "RowAdagrad: n-gram tables", low=0.0)
+    draft_lr = Var(0.003, "AdamW: draft heads", low=0.0)
     adam_wd = Var(0.04, "decoupled weight decay of the embedding and scalar groups", low=0.0)
     beta1 = Var(0.9, "Adam", low=0.0, high=0.9999)
     beta2 = Var(0.95, "Adam", low=0.0, high=0.99999)
@@ -178,7 +180,11 @@ class Hyperparameters:
     ppm_order = Var(6, "longest context in bytes", low=1, high=15, ship="eval")
     mix_rows = Var(18, "binary: log2 of the 64-byte rows in each of 8 tables", low=4, high=26, ship="eval")
     eval_only = Var(False, "score ARTIFACT and nothing else")
-    artifact = Var("", "path for EVAL_ONLY")
+    artifact = Var("", "path for EVAL_ONLY and GENERATE")
+    generate = Var("", "a text, or its file, to go on from with the model in ARTIFACT")
+    max_new_tokens = Var(256, "ids to write", low=1)
+    temperature = Var(0.0, "0 = greedy", low=0.0)
+    speculate = Var(True, "several drafted ids a pass: the same text, sooner")
     _run = "Run"
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
     runs_path = Var("./runs", "where runs are kept")
@@ -230,7 +236,7 @@ class Hyperparameters:
         self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
-        if shipped or not self.eval_only:  # otherwise the artifact's settings are still to come
+        if shipped or not (self.eval_only or self.generate):  # else the artifact's settings are still to come
             self._check()
 
     @classmethod
@@ -463,8 +469,7 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None)
     """Causal attention spelt out: q (B, T, H, d), k, v (B, T, K, d) -> (B, T, H, d); where: document_mask."""
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
-    if where is None:
-        where = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1))
+    where = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1)) if where is None else where
     weights = scores.masked_fill(~where, -torch.inf).softmax(-1).to(v.dtype)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
@@ -712,7 +717,6 @@ def sha256_file(path: Path) -> str:
 
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary before one).
-
     A target counts base[id] + (space[id] and not edge[previous id]). byte260: ids from 4 up are a byte each.
     SentencePiece: byte pieces 1, control, unknown and unused 0, others their UTF-8 length with U+2581 as one
     space; a leading one counts only where the previous id is no boundary: the dummy prefix stands there.
@@ -977,7 +981,42 @@ def rounded(owner: nn.Module) -> Tensor:
 # -----------------------------------------------------------------------------
 # AUXILIARY OBJECTIVES
 # -----------------------------------------------------------------------------
-# None: the network of this record learns from cross-entropy alone.
+
+
+class LatentMLP(nn.Module):
+    """W2 silu(RMSNorm(W1 x)), no biases; the projector and the predictor of #832."""
+
+    def __init__(self, dim_in: int, hidden: int, dim_out: int):
+        super().__init__()
+        self.fc1 = CastedLinear(dim_in, hidden)
+        self.fc2 = CastedLinear(hidden, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(rms_norm(self.fc1(x))))
+
+
+class DraftHeads(nn.Module):
+    """A chain of guesses at the ids beyond the next: a link takes in the id that follows and guesses the one
+    behind it, from what the link before left of a position's state (after Hydra, Ankner et al. 2024). Links
+    share their weights; nothing else learns from them: the model is the same bit for bit without them."""
+
+    def __init__(self, args: Hyperparameters):
+        super().__init__()
+        self.links, self.link = args.draft, LatentMLP(2 * args.model_dim, args.model_dim, args.model_dim)
+
+    def forward(self, state: Tensor, token: Tensor) -> Tensor:
+        """state (..., D) of a position or of the link before, embedding (..., D) of an id -> (..., D)."""
+        return rms_norm(state + self.link(torch.cat((state, rms_norm(token)), -1)))
+
+    def loss(self, model: GPT, x: Tensor, ids: Tensor) -> Tensor:
+        """States x (B, T, D) of ids (B, T + 1) -> nats of a guess on true ids, a mean for each row (B,)."""
+        x, tokens, nats = x.detach(), model.embed(ids).detach(), 0.0
+        for i in range(1, self.links + 1):
+            x = self(x[:, :-1], tokens[:, i:-1])
+            logits = model.head(x, frozen=True).mT
+            nats = nats + F.cross_entropy(logits, ids[:, i + 1 :], reduction="none").mean(1) / self.links
+        return nats
+
 
 # -----------------------------------------------------------------------------
 # MODEL
@@ -1102,8 +1141,7 @@ class HashEmbedding(nn.Module):
     The contexts: the last n ids for each n in `orders`; with `words` 1 the word so far, with 2 also that
     together with the word before it (after the word models of PAQ). Each owns a row in each of `hashes`
     tables of width dim / hashes, so that two contexts rarely share all of their rows. Nothing before the last
-    BOS counts: no document sees another. Tables start at zero and the projection does not, so both learn
-    (in #832 both were zero and stayed dead, defect A1)."""
+    BOS counts: no document sees another. Only tables start at zero: both stayed dead in #832 (defect A1)."""
 
     SALTS = (0x297A2D39, 0x1B873593, 0x6C078965, 0x5D588B65)  # 31 bits: products fit an int64
     WORD_REACH = 20  # ids that a word context looks back
@@ -1153,11 +1191,15 @@ class KVCache:
         self.layers = torch.zeros(args.num_layers, 2, 1, *window, **like)
         self.length = 0
 
+    def cut(self, length: int) -> None:
+        """Forgets what lies behind the first `length` positions."""
+        self.length = min(self.length, length)
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values of new positions (1, n, K, d); returns those of all."""
         stop = self.length + k.size(1)
-        self.layers[layer, 0, :, self.length : stop], self.layers[layer, 1, :, self.length : stop] = k, v
-        return self.layers[layer, 0, :, :stop], self.layers[layer, 1, :, :stop]
+        self.layers[layer, :, :, self.length : stop] = torch.stack((k, v))
+        return self.layers[layer, :, :, :stop].unbind()
 
 
 class GPT(nn.Module):
@@ -1177,6 +1219,7 @@ class GPT(nn.Module):
         self.smear = SmearGate(dim) if args.smear_gate else None
         self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(layers))
         self.skip_weights = nn.Parameter(torch.ones(layers // 2, dim)) if args.unet_skips else None
+        self.draft = DraftHeads(args) if args.draft else None
         self.set_rotary()
         self.lm_head = None if args.tie_embeddings else CastedLinear(dim, args.vocab_size)
 
@@ -1198,8 +1241,13 @@ class GPT(nn.Module):
             block.mlp.proj.weight.zero_()
         for table in filter(None, (self.bigram, self.ngram)):
             nn.init.orthogonal_(table.proj.weight, generator=generator)
+        for layer in self.draft.link.children() if self.draft is not None else ():
+            nn.init.orthogonal_(layer.weight, generator=generator)
         if self.lm_head is not None:
             self.lm_head.weight.zero_()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, rounded(self.tok_emb)).to(self.dtype)
 
     def hidden(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
         """ids (B, T) -> normalised states (B, T, D).
@@ -1207,7 +1255,7 @@ class GPT(nn.Module):
         known = 0 if past is None else past.length
         fresh = ids.size(1) - known
         tail = ids[:, max(0, known - self.reach) :]  # an embedding depends on some ids before its own
-        x = F.embedding(tail, rounded(self.tok_emb)).to(self.dtype)
+        x = self.embed(tail)
         for table in (self.bigram, self.ngram):
             if table is not None:
                 x = x + table(tail, self.dtype)
@@ -1234,18 +1282,21 @@ class GPT(nn.Module):
         """Parameters that scoring needs, by name: all of them."""
         return dict(self.named_parameters())
 
-    def head(self, x: Tensor) -> Tensor:
-        """States -> capped logits in fp32."""
+    def head(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """States -> capped logits in fp32; `frozen`: no gradient for the head's own weight."""
         weight = rounded(self.tok_emb if self.lm_head is None else self.lm_head)
-        logits = F.linear(x, weight.to(x.dtype)).float()
+        logits = F.linear(x, (weight.detach() if frozen else weight).to(x.dtype)).float()
         cap = self.args.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def losses(self, ids: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """ids (B, T + 1), weights (B,) -> {"ce": weighted nats over all targets}."""
+        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats over all targets, and "draft"."""
         x = self.hidden(ids[:, :-1], self.rotary_train)
         nats = F.cross_entropy(self.head(x).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        return {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
+        sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
+        if self.draft is not None:
+            sums["draft"] = (self.draft.loss(self, x, ids) * weights).sum()
+        return sums
 
     def logits(self, ids: Tensor, take: Tensor, span: int) -> Tensor:
         """fp32 logits (B, span, V) of positions take[b] ... take[b] + span - 1 in row b of ids (B, T)."""
@@ -1254,13 +1305,8 @@ class GPT(nn.Module):
         return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
 
 
-# Free functions, so that every instance of the model (trained, averaged, reloaded) shares one compiled graph.
-def training_losses(model: GPT, ids: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    return model.losses(ids, weights)
-
-
-def scoring_logits(model: GPT, ids: Tensor, take: Tensor, span: int) -> Tensor:
-    return model.logits(ids, take, span)
+# Functions of the class, so that every model (trained, averaged, reloaded) shares one compiled graph.
+training_losses, scoring_logits = GPT.losses, GPT.logits
 
 
 # -----------------------------------------------------------------------------
@@ -1372,36 +1418,29 @@ class RowAdagrad:
 
 
 class Optimizers:
-    """Which parameter goes where, one step for all of them, and what a checkpoint needs of them.
-
-    | group  | parameters                              | method     | rate                      |
-    |--------|-----------------------------------------|------------|---------------------------|
-    | matrix | 2-D weights of blocks, hash projections | Muon       | MATRIX_LR                 |
-    | embed  | tok_emb, bigram table                   | AdamW      | TIED_EMBED_LR or EMBED_LR |
-    | head   | lm_head                                 | AdamW      | HEAD_LR                   |
-    | table  | n-gram tables                           | RowAdagrad | NGRAM_LR                  |
-    | scalar | gains, mixes, gates, skip weights       | AdamW      | SCALAR_LR                 |
-    """
+    """Which parameter goes where (`group_of`), at which rate, one step for all of them, and what a checkpoint
+    needs. Muon moves the 2-D weights of blocks and hash projections, RowAdagrad n-gram tables, AdamW the
+    rest. Draft heads stay out of the norm that clips: the model is to move as it would without them."""
 
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
-        keys = ("matrix", "embed", "head", "table", "scalar")
-        groups: dict[str, list[nn.Parameter]] = {key: [] for key in keys}
-        for name, p in model.named_parameters():
-            groups[self.group_of(name, p)].append(p)
+        keys = ("matrix", "embed", "head", "table", "scalar", "draft")
+        named = [(self.group_of(name, p), p) for name, p in model.named_parameters()]
+        groups = {key: [p for group, p in named if group == key] for key in keys}
         self.muon = Muon(groups["matrix"], args, runtime)
         self.tables = RowAdagrad(groups["table"], args)
         rates = {"embed": args.tied_embed_lr if args.tie_embeddings else args.embed_lr, "head": args.head_lr,
-                 "scalar": args.scalar_lr}
-        self.adam = torch.optim.AdamW(
-            [{"params": groups[key], "lr": rate, "peak": rate, "weight_decay": args.adam_wd}
-             for key, rate in rates.items() if groups[key]],
-            betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
+                 "scalar": args.scalar_lr, "draft": args.draft_lr}
+        adam = [{"params": groups[key], "lr": rate, "peak": rate,
+                 "weight_decay": args.adam_wd * (key != "draft")}
+                for key, rate in rates.items() if groups[key]]
+        self.adam = torch.optim.AdamW(adam, betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
         self.replicated = [p for key in keys[1:] for p in groups[key]]
+        self.counted = len(self.replicated) - len(groups["draft"])
 
     @staticmethod
     def group_of(name: str, p: nn.Parameter) -> str:
-        for prefix, group in (("ngram.table", "table"), ("lm_head", "head"),
+        for prefix, group in (("draft.", "draft"), ("ngram.table", "table"), ("lm_head", "head"),
                               ("tok_emb", "embed"), ("bigram.table", "embed")):
             if name.startswith(prefix):
                 return group
@@ -1420,7 +1459,7 @@ class Optimizers:
             flat = torch._utils._flatten_dense_tensors(grads)
             dist.all_reduce(flat)
             torch._foreach_copy_(grads, list(torch._utils._unflatten_dense_tensors(flat, grads)))
-        rest = torch.stack(torch._foreach_norm(grads)).square().sum()
+        rest = torch.stack(torch._foreach_norm(grads[: self.counted])).square().sum()
         return (self.muon.square_norm() + rest).sqrt()
 
     @torch.no_grad()
@@ -1435,9 +1474,6 @@ class Optimizers:
             group["lr"] = group["peak"] * fall
         self.adam.step()
         self.tables.step(args.ngram_lr * fall)
-
-    def zero_grad(self) -> None:
-        self.model.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of every optimizer, by name."""
@@ -1490,7 +1526,6 @@ class EMA:
 
 # magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of a JSON header, payload
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 2
-PREAMBLE_BYTES = len(ARTIFACT_MAGIC) + 32 + 6
 
 constriction = None  # rANS -> LZMA
 with contextlib.suppress(ImportError):
@@ -1536,24 +1571,25 @@ def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
             models[plane.model] = 24 * shares + 0.02
         counts = models[plane.model]
         group = max(1, min(plane.period, CHUNK // plane.places))
-        for first in range(0, plane.slices, group):
-            if first % plane.period == 0:
-                seen, total = 0, np.zeros(plane.places, np.int64)
-                counts /= 16
-            context = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
-            context += min(seen.bit_length(), 3) * (len(CONTEXT_EDGES) + 1)  # age: 0, 1, 2 to 3, more
-            last = min(first + group, (first // plane.period + 1) * plane.period)
-            for left in range(0, plane.places, CHUNK):
-                here = context[left : left + CHUNK]
-                for level in np.unique(here):
-                    table, columns = counts[level], left + np.flatnonzero(here == level)
-                    part = block[first:last, columns]
-                    model = constriction.stream.model.Categorical(table, perfect=False)
-                    symbols = code(part.ravel(), model, plane.top)
-                    block[first:last, columns] = symbols.reshape(part.shape)
-                    table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
-            seen += last - first
-            total += np.abs(block[first:last].astype(np.int64)).sum(0)
+        for begin in range(0, plane.slices, plane.period):
+            seen, total = 0, np.zeros(plane.places, np.int64)
+            counts /= 16
+            end = min(begin + plane.period, plane.slices)
+            for first in range(begin, end, group):
+                context = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
+                context += min(seen.bit_length(), 3) * (len(CONTEXT_EDGES) + 1)  # age: 0, 1, 2 to 3, more
+                last = min(first + group, end)
+                for left in range(0, plane.places, CHUNK):
+                    here = context[left : left + CHUNK]
+                    for level in np.unique(here):
+                        table, columns = counts[level], left + np.flatnonzero(here == level)
+                        part = block[first:last, columns]
+                        model = constriction.stream.model.Categorical(table, perfect=False)
+                        symbols = code(part.ravel(), model, plane.top)
+                        block[first:last, columns] = symbols.reshape(part.shape)
+                        table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
+                seen += last - first
+                total += np.abs(block[first:last].astype(np.int64)).sum(0)
 
 
 def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:
@@ -1636,8 +1672,6 @@ def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
     """The inverse of `pack`: (header, {name: fp32 array}). Raises UserError that names the file `where`."""
     if blob[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
         raise UserError(f"{where}: not an artifact of this family (it begins with {blob[:8]!r})")
-    if len(blob) < PREAMBLE_BYTES:
-        raise UserError(f"{where}: truncated after {len(blob)} bytes")
     body = blob[len(ARTIFACT_MAGIC) + 32 :]
     if hashlib.sha256(body).digest() != blob[len(ARTIFACT_MAGIC) : len(ARTIFACT_MAGIC) + 32]:
         raise UserError(f"{where}: its sha256 does not match: truncated or altered")
@@ -1682,6 +1716,8 @@ def shipped_settings(header: dict, where: str, environ: dict[str, str] | None = 
 
 
 def read_file(path: str | Path, what: str) -> bytes:
+    if not path:
+        raise UserError(f"{what}=FILE is not set")
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -2405,6 +2441,7 @@ class Stream:
         self.model, self.ids = model, []
         self.learner = TestTimeTraining(model) if model.args.ttt != "0" else None
         self.block, self.start, self.past, self.known = -1, 0, None, None
+        self.read, self.states = [], {}  # the last pass: ids of its window with drafts; {position: its state}
         self.mixture = Mixture(model.args)
 
     @property
@@ -2415,32 +2452,99 @@ class Stream:
         """fp64 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it first."""
         return self.mixture.distribution(self.network())
 
-    @torch.no_grad()
     def network(self) -> np.ndarray:
         """The network's part, fp32."""
+        if self.known is None:
+            self.known = self.rows(())[0]
+        return self.known
+
+    def ahead(self, drafts: list[int]):
+        """The same if `drafts` were to follow, the network in one pass: of the next id and of those behind
+        the first drafts, as many as the window takes. The mixture learns from an id before it says anything
+        of the next: push the draft before you ask on. What is pushed as drafted is not read again."""
+        for self.known in self.rows(drafts):
+            yield self.mixture.distribution(self.known)
+
+    @torch.no_grad()
+    def rows(self, drafts: list[int]) -> np.ndarray:
         if not self.ids:
             raise ValueError("push the first id (BOS) before asking for the second")
-        if self.known is None:
-            args, device = self.model.args, self.model.tok_emb.weight.device
-            block = (len(self.ids) - 1) // args.eval_stride
-            if block != self.block:
-                if self.learner:
-                    self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
-                self.block, self.past = block, KVCache(self.model)
-                self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
-            ids = torch.tensor([self.ids[self.start :]], device=device)
-            x = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
-            self.known = self.model.head(x[0, -1].float()).log_softmax(-1).cpu().numpy()
-        return self.known
+        args, device = self.model.args, self.model.tok_emb.weight.device
+        block, place = divmod(len(self.ids) - 1, args.eval_stride)
+        if block != self.block:
+            if self.learner:
+                self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
+            self.block, self.past = block, KVCache(self.model)
+            self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
+        self.read = [*self.ids[self.start :], *drafts[: args.eval_stride - 1 - place]]
+        self.past.cut(len(self.ids) - 1 - self.start)
+        ids = torch.tensor([self.read], device=device)
+        x = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
+        states = x[0, len(self.ids) - 1 - self.start - len(self.read) :]
+        self.states = dict(enumerate(states, len(self.ids) - 1))
+        return self.model.head(states.float()).log_softmax(-1).cpu().numpy()
 
     def push(self, token: int) -> None:
         if self.ids and self.mixture.weight:  # it learns from what the network thought
             self.mixture.push(int(token), self.network())
+        at = len(self.ids) - self.start
+        if self.past is not None and self.read[at : at + 1] != [token]:
+            self.past.cut(at)
         self.ids.append(int(token))
         self.known = None
 
 
 stream = Stream  # the name that every script of the family gives it
+
+
+def picked(logits: np.ndarray, place: int, args: Hyperparameters) -> int:
+    """The id at a place of the text: the best or, at a TEMPERATURE, a draw (Gumbel). Its noise is that of the
+    place, whoever draws: what a drafter thinks likely comes true, and a text does not depend on drafts."""
+    if args.temperature:  # drafter-invariant speculation: Daliri et al. 2025
+        noise = np.random.default_rng([args.seed, place]).gumbel(size=len(logits))
+        logits = logits / args.temperature + noise
+    return int(logits.argmax())
+
+
+def drafted(reader: Stream, args: Hyperparameters) -> list[int]:
+    """What the heads guess behind the newest id, which no pass has read: from the position before it."""
+    model, drafts, state = reader.model, [reader.ids[-1]], reader.states.get(len(reader.ids) - 2)
+    while state is not None and len(drafts) <= model.args.draft:
+        state = model.draft(state, model.embed(torch.tensor(drafts[-1], device=state.device)))
+        place = len(reader.ids) + len(drafts) - 1
+        drafts.append(picked(model.head(state).cpu().numpy(), place, args))
+    return drafts[1:]
+
+
+@torch.no_grad()
+def write(model: GPT, prompt: list[int], args: Hyperparameters) -> tuple[list[int], int]:
+    """(MAX_NEW_TOKENS ids that go on from a prompt, passes). A pass reads the newest id and drafts behind it;
+    those that the model picks too join the text, and behind them the id that it picks instead."""
+    reader, passes = Stream(model), 0
+    for token in prompt:
+        reader.push(token)
+    while (made := len(reader.ids) - len(prompt)) < args.max_new_tokens:
+        drafts = drafted(reader, args)[: args.max_new_tokens - made - 1] if args.speculate else []
+        for draft, logprobs in zip([*drafts, None], reader.ahead(drafts)):
+            reader.push(picked(logprobs, len(reader.ids), args))
+            if reader.ids[-1] != draft:
+                break
+        passes += 1
+    return reader.ids[len(prompt) :], passes
+
+
+def generate(args: Hyperparameters, runtime: Runtime) -> int:
+    """Writes what follows GENERATE to stdout, and numbers to stderr."""
+    model, text = load(args.artifact, runtime.device, args, runtime.dtype), os.fsencode(args.generate)
+    with contextlib.suppress(OSError, ValueError):  # a text is no path
+        text = Path(args.generate).read_bytes()
+    began = time.perf_counter()
+    made, passes = write(model, [BOS_ID, *(byte + BYTE_OFFSET for byte in text)], args)
+    seconds, text = time.perf_counter() - began, bytes(i - BYTE_OFFSET for i in made if i >= BYTE_OFFSET)
+    sys.stdout.buffer.write(text.decode(errors="replace").encode() if sys.stdout.isatty() else text)
+    print(f"\nids:{len(made)} bytes:{len(text)} passes:{passes} ids_per_pass:{len(made) / passes:.2f} "
+          f"bytes_per_second:{len(text) / seconds:.1f} (the prompt's time in it)", file=sys.stderr)
+    return 0
 
 
 # -----------------------------------------------------------------------------
@@ -2486,6 +2590,8 @@ class Trainer:
         """Forward and backward of one micro-batch; gradients add up to those of the global batch's mean."""
         sums = self.losses(self.model, ids, weights)
         loss = sums["ce"] / (self.plan.rows * self.args.train_seq_len)
+        if "draft" in sums:
+            loss = loss + sums["draft"] / self.plan.rows
         (loss * self.loss_scale).backward()
         return {name: value.detach() for name, value in sums.items()}
 
@@ -2499,7 +2605,7 @@ class Trainer:
             self.optimizers.step(self.step, progress, norm)
             if self.ema is not None:
                 self.ema.update(self.step)
-        self.optimizers.zero_grad()
+        self.model.zero_grad()
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def set_rounding(self, on: bool) -> None:
@@ -2529,7 +2635,7 @@ class Trainer:
             self.try_shapes()
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), kept)
-        self.optimizers.zero_grad()
+        self.model.zero_grad()
         self.fresh_optimizers()
 
     def try_shapes(self) -> None:
@@ -2544,7 +2650,7 @@ class Trainer:
         if args.quant_round == "gptq":
             for _ in range(2):  # the second time is the one to go by
                 start = time.perf_counter()
-                self.input_moments(ids)["tok_emb.weight"].sum().item()  # waits for the device
+                self.input_moments(ids, {})["tok_emb.weight"].sum().item()  # waits for the device
                 seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
                 self.reserve, = self.runtime.from_main([seconds])  # ranks must agree on when to stop
 
@@ -2635,7 +2741,7 @@ class Trainer:
             raise self.not_finite(step, "the loss")
 
     def not_finite(self, step: int, what: str) -> UserError:
-        last = self.checkpoint_path("last")
+        last = run_folder(self.args) / "last.safetensors"
         good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
         return UserError(f"step {step}: {what} is not finite; {good}")
 
@@ -2643,11 +2749,14 @@ class Trainer:
         return f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(self.step, 1):.2f}ms"
 
     def log_step(self, terms: dict[str, Tensor], seconds: float, progress: float) -> None:
-        total, = self.runtime.all_reduce(terms["ce"].float().reshape(1)).tolist()
-        loss = total / (self.plan.rows * self.args.train_seq_len)
-        self.log(f"step:{self.step}/{self.args.iterations} train_loss:{loss:.4f} {self.timing(seconds)}")
+        total, *draft = self.runtime.all_reduce(torch.stack([x.float() for x in terms.values()])).tolist()
+        loss, extra = total / (self.plan.rows * self.args.train_seq_len), {}
+        if draft:
+            extra["draft"] = draft[0] / self.plan.rows
+        self.log(f"step:{self.step}/{self.args.iterations} train_loss:{loss:.4f} {self.timing(seconds)}"
+                 + "".join(f" {name}:{value:.5f}" for name, value in extra.items()))
         self.log.metrics(step=self.step, train_loss=loss, train_seconds=seconds, progress=progress,
-                         rate=rate_at(progress, self.args))
+                         rate=rate_at(progress, self.args), **extra)
 
     def validate(self, evaluator: Evaluator) -> None:
         """Scores the raw weights; the best so far are kept in `best.safetensors`."""
@@ -2665,9 +2774,6 @@ class Trainer:
 
     CHECKPOINTED = ("step", "seconds", "best", "loader_state", "loss_scale", "good_steps")
 
-    def checkpoint_path(self, name: str) -> Path:
-        return run_folder(self.args) / f"{name}.safetensors"
-
     def save(self, name: str) -> None:
         """Weights, average, optimizers, RNG, loader position and clock: one safetensors file, atomically."""
         tensors = {f"model.{key}": p for key, p in self.model.named_parameters()}
@@ -2683,7 +2789,8 @@ class Trainer:
             meta = {key: getattr(self, key) for key in self.CHECKPOINTED} | {"config": self.args.shipped()}
             tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                        for key, value in tensors.items()}
-            write_atomic(self.checkpoint_path(name), safetensors_bytes(tensors, {"golf": json.dumps(meta)}))
+            blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
+            write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
 
     def restore(self, path: Path) -> None:
         try:
@@ -2745,7 +2852,7 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, eval
     with runtime.clock("warm-up"):
         trainer.warm_up()
     evaluator.logits, evaluator.losses = trainer.logits, trainer.losses
-    last = trainer.checkpoint_path("last")
+    last = run_folder(args) / "last.safetensors"
     if args.resume and (args.resume != "auto" or last.exists()):
         trainer.restore(last if args.resume == "auto" else Path(args.resume))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -2827,10 +2934,12 @@ def main() -> int:
         if sys.argv[1:]:
             raise UserError(f"{sys.argv[1]!r}: settings are environment variables, `--help` lists them")
         args = Hyperparameters(os.environ)
-        if args.eval_only:
+        if args.eval_only or args.generate:
             header, _ = unpack(read_file(args.artifact, "ARTIFACT"), args.artifact)
             args = shipped_settings(header, args.artifact, os.environ)
         runtime = Runtime(args)
+        if args.generate:
+            return generate(args, runtime)
         started, = runtime.from_main([time.time()])
         args.run_id = args.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{args.seed}", time.localtime(started))
         data = Dataset(args, verify=runtime.main)

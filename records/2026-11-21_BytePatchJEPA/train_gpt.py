@@ -1,9 +1,10 @@
 """BytePatchJEPA: a byte decoder, conditioned on patches of bytes that an encoder with a latent goal reads.
 
 Parent: the trunk (`train_gpt.py` of the repository).
-Idea:   the bytes read so far are cut into patches of 8 (#696). An encoder reads whole patches and foresees
-        the latent of the next; a JEPA loss and SIGReg shape it; a causal byte decoder is given it everywhere.
-        PATCH_SIZE=0 is the decoder alone; PATCH_CONDITION and PATCH_SPLIT take the idea apart.
+Idea:   the bytes read so far are cut into patches, at spaces and after 8 bytes (#696: after 8). An encoder
+        reads whole patches and foresees the latent of the next; a JEPA loss and SIGReg shape it; a causal
+        byte decoder is given it everywhere. PATCH_SIZE=0 is the decoder alone; PATCH_CONDITION and
+        PATCH_SPLIT take the idea apart.
 
 Run:    python train_gpt.py --help                               every variable, its default and its reason
         torchrun --standalone --nproc_per_node=8 train_gpt.py    the contest: 8xH100, 600 s, 16,000,000 bytes
@@ -108,18 +109,19 @@ class Hyperparameters:
     decoder_layers = Var(7, "decoder: blocks", low=1, ship="model")
     decoder_heads = Var(4, "decoder: heads, each with its own keys and values", low=1, ship="model")
     patch_size = Var(8, "ids a patch at most; 0 = no encoder at all, the decoder alone", low=0, ship="model")
-    patch_split = Var("fixed", "space: a patch also ends with a space or newline",
+    patch_split = Var("space", "space: a patch also ends with a space or newline",
                       choices=("fixed", "space"), ship="model")
     patch_condition = Var("latent", "what the decoder is given: predicted latent, encoder's state, or both",
                           choices=("latent", "context", "both"), ship="model")
-    logit_softcap = Var(0.0, "cap * tanh(logits / cap); 0 = none", low=0.0, ship="model")
+    logit_softcap = Var(30.0, "cap * tanh(logits / cap); 0 = none", low=0.0, ship="model")
     qk_gain_init = Var(1.5, "initial per-head gain on RMS-normalised queries", ship="model")
     rope_base = Var(10000.0, "rotary base", low=1.0, ship="model")
     rope_dims = Var(0, "rotated dimensions a head; 0 = all (#315)", low=0, ship="model")
-    ln_scale = Var(False, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
-    xsa_last_n = Var(0, "last layers of a stack that drop their own value direction (XSA, #265)", low=0,
+    ln_scale = Var(True, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
+    xsa_last_n = Var(4, "last layers of a stack that drop their own value direction (XSA, #265)", low=0,
                      ship="model")
     resid_mix = Var(True, "each block mixes its input with the embedding", ship="model")
+    draft = Var(0, "ids that draft heads guess beyond the next; 0 = none", low=0, high=16, ship="model")
     _jepa = "Patch JEPA (#696, corrected)"
     latent_dim = Var(192, "width of a patch latent", low=1, ship="model")
     jepa_pred_weight = Var(0.5, "weight of the latent prediction loss; 0 = off", low=0.0)
@@ -139,15 +141,16 @@ class Hyperparameters:
     muon_momentum_warmup_start = Var(0.92, "momentum at step 0", low=0.0, high=0.9999)
     muon_momentum_warmup_steps = Var(1500, "steps from start to final momentum", low=0)
     muon_backend_steps = Var(5, "Newton-Schulz steps", low=1)
-    muon_wd = Var(0.0, "decoupled weight decay of Muon, times its rate", low=0.0)
-    embed_lr = Var(0.1, "AdamW: embeddings of bytes and of places in a patch", low=0.0)
-    head_lr = Var(0.02, "AdamW: output head", low=0.0)
+    muon_wd = Var(0.04, "decoupled weight decay of Muon, times its rate", low=0.0)
+    embed_lr = Var(0.03, "AdamW: embeddings of bytes and of places in a patch", low=0.0)
+    head_lr = Var(0.01, "AdamW: output head", low=0.0)
     scalar_lr = Var(0.025, "AdamW: gains, mixes, the first latent", low=0.0)
-    adam_wd = Var(0.0, "decoupled weight decay of all AdamW groups", low=0.0)
+    draft_lr = Var(0.003, "AdamW: draft heads", low=0.0)
+    adam_wd = Var(0.04, "decoupled weight decay of all AdamW groups", low=0.0)
     beta1 = Var(0.9, "Adam", low=0.0, high=0.9999)
     beta2 = Var(0.95, "Adam", low=0.0, high=0.99999)
     adam_eps = Var(1e-8, "Adam", low=0.0)
-    grad_clip_norm = Var(0.0, "global gradient norm after reduction; 0 = no clip", low=0.0)
+    grad_clip_norm = Var(0.3, "global gradient norm after reduction; 0 = no clip", low=0.0)
     ema_enabled = Var(True, "score and export an average of the weights")
     ema_decay = Var(0.997, "decay a step, reached as (1 + t) / (10 + t)", low=0.0, high=0.99999)
     seed = Var(1337, "weights, shuffling and SIGReg directions", low=0)
@@ -181,7 +184,11 @@ class Hyperparameters:
     ttt_momentum = Var(0.9, "kept from chunk to chunk", low=0.0, high=0.9999, ship="eval")
     ttt_grad_clip = Var(1.0, "gradient norm of an update; 0 = no clip", low=0.0, ship="eval")
     eval_only = Var(False, "score ARTIFACT and nothing else")
-    artifact = Var("", "path for EVAL_ONLY")
+    artifact = Var("", "path for EVAL_ONLY and GENERATE")
+    generate = Var("", "a text, or its file, to go on from with the model in ARTIFACT")
+    max_new_tokens = Var(256, "ids to write", low=1)
+    temperature = Var(0.0, "0 = greedy", low=0.0)
+    speculate = Var(True, "several drafted ids a pass: the same text, sooner")
     _run = "Run"
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
     runs_path = Var("./runs", "where runs are kept")
@@ -205,7 +212,7 @@ class Hyperparameters:
     RETIRED = {
         "SWA_ENABLED": (("0",), "EMA replaced it (-0.003 BPB in #375)"),
         "SWA_EVERY": ((), "belongs to SWA_ENABLED"),
-        "MTP_NUM_HEADS": (("0",), "multi-token heads cost +0.028 BPB in a 10-minute model"),
+        "MTP_NUM_HEADS": (("0",), "multi-token heads cost +0.028 BPB in a 10-minute model; DRAFT costs none"),
         "MTP_LOSS_WEIGHT": ((), "belongs to MTP_NUM_HEADS"),
         "MUON_BETA2": ((), "was never read by #832"),
         **dict.fromkeys(("QAT_ENABLED", "LATE_QAT"), (("0",), "LATE_QAT_THRESHOLD took its place")),
@@ -243,7 +250,7 @@ class Hyperparameters:
         self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
-        if shipped or not self.eval_only:  # otherwise the artifact's settings are still to come
+        if shipped or not (self.eval_only or self.generate):  # else the artifact's settings are still to come
             self._check()
 
     @classmethod
@@ -336,7 +343,8 @@ class Hyperparameters:
             (self.late_qat_threshold and self.quant_clip != "std", "late_qat_threshold", "quant_clip",
              "trains with std"),
             (calibrates and not self.warmup_steps, "warmup_steps", "quant_round", "calibration is untimed"),
-            (self.eval_only and not self.artifact, "eval_only", "artifact", "which artifact?"),
+            (self.generate and self.vocab_size != 260, "generate", "vocab_size", "other ids are no bytes"),
+            (self.draft + 1 >= self.train_seq_len, "draft", "train_seq_len", "no row holds such a draft"),
         ]
         for bad, *names, why in problems:
             if bad:
@@ -1088,6 +1096,29 @@ class PatchJEPA(nn.Module):
         return ("predictor.", "start_latent", "from_") if self.from_latent is not None else ("from_",)
 
 
+class DraftHeads(nn.Module):
+    """A chain of guesses at the ids beyond the next: a link takes in the id that follows and guesses the one
+    behind it, from what the link before left of a position's state (after Hydra, Ankner et al. 2024). Links
+    share their weights; nothing else learns from them: the model is the same bit for bit without them."""
+
+    def __init__(self, args: Hyperparameters):
+        super().__init__()
+        self.links, self.link = args.draft, LatentMLP(2 * args.model_dim, args.model_dim, args.model_dim)
+
+    def forward(self, state: Tensor, token: Tensor) -> Tensor:
+        """state (..., D) of a position or of the link before, embedding (..., D) of an id -> (..., D)."""
+        return rms_norm(state + self.link(torch.cat((state, rms_norm(token)), -1)))
+
+    def loss(self, model: GPT, x: Tensor, ids: Tensor) -> Tensor:
+        """States x (B, T, D) of ids (B, T + 1) -> nats of a guess on true ids, a mean for each row (B,)."""
+        x, tokens, nats = x.detach(), model.embed(ids).detach(), 0.0
+        for i in range(1, self.links + 1):
+            x = self(x[:, :-1], tokens[:, i:-1])
+            logits = model.head(x, frozen=True).mT
+            nats = nats + F.cross_entropy(logits, ids[:, i + 1 :], reduction="none").mean(1) / self.links
+        return nats
+
+
 # -----------------------------------------------------------------------------
 # MODEL
 # -----------------------------------------------------------------------------
@@ -1238,6 +1269,15 @@ class KVCache(StackCache):
         self.given = torch.zeros(1, 0, args.model_dim, dtype=model.dtype, device=self.layers.device)
         self.passes = [StackCache(args, patch_room(args.eval_seq_len, args), model)
                        for _ in range(args.encoder_repeats if args.patch_size else 0)]
+        self.complete = None  # (1, T): patches of the ids read last, up to each
+
+    def cut(self, length: int) -> None:
+        """Forgets what lies behind the first `length` positions, and the patches that end there."""
+        self.length = min(self.length, length)
+        done = int(self.complete[0, length - 1]) if self.complete is not None and length else 0
+        for stack in self.passes:
+            stack.length = min(stack.length, done)
+        self.given = self.given[:, : done + 1]
 
 
 class PatchEncoder(nn.Module):
@@ -1287,6 +1327,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(decoder, i, attention) for i in range(decoder.num_layers))
         self.set_rotary()
         self.lm_head = CastedLinear(args.model_dim, args.vocab_size)
+        self.draft = DraftHeads(args) if args.draft else None
 
     def set_rotary(self) -> None:
         """Tables for training and scoring windows, which may have different lengths, (2, T, 1, n): columns of
@@ -1301,8 +1342,9 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> None:
         """As in #696: uniform matrices, small normal embeddings, zero output projections of blocks."""
         generator = torch.Generator().manual_seed(seed)
+        own = set(self.draft.modules()) if self.draft is not None else ()
         for module in self.modules():
-            if isinstance(module, CastedLinear):
+            if isinstance(module, CastedLinear) and module not in own:
                 bound = module.weight.size(1) ** -0.5
                 module.weight.uniform_(-bound, bound, generator=generator)
             elif isinstance(module, nn.Embedding):
@@ -1312,6 +1354,11 @@ class GPT(nn.Module):
             block.mlp.proj.weight.zero_()
         if self.aux is not None and self.aux.start_latent is not None:
             self.aux.start_latent.normal_(0, 0.02, generator=generator)
+        for layer in self.draft.link.children() if self.draft is not None else ():
+            nn.init.orthogonal_(layer.weight, generator=generator)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, rounded(self.tok_emb)).to(self.dtype)
 
     def hidden(self, ids: Tensor, rotary: Tensor, aux_inputs: Tensor | None = None,
                past: KVCache | None = None) -> tuple[Tensor, dict]:
@@ -1320,9 +1367,11 @@ class GPT(nn.Module):
         known = 0 if past is None else past.length
         length, fresh = rotary.size(1), ids.size(1) - known
         rotary, patch_rotary = rotary.split(self.rotary_widths, -1)
-        x, terms = F.embedding(ids[:, known:], rounded(self.tok_emb)).to(self.dtype), {}
+        x, terms = self.embed(ids[:, known:]), {}
         if self.encoder is not None:
             patches, complete = cut_into_patches(ids, patch_room(length, self.args), self.args)
+            if past is not None:
+                past.complete = complete
             given, terms = self.conditions(patches, complete[:, -1:], patch_rotary, aux_inputs, past)
             first = given.size(1) * torch.arange(len(ids), device=ids.device)[:, None]
             x = x + F.embedding(first + complete[:, known:], given.flatten(0, 1))
@@ -1354,9 +1403,10 @@ class GPT(nn.Module):
         kept = () if self.aux is None else tuple(f"aux.{prefix}" for prefix in self.aux.exported())
         return {n: p for n, p in self.named_parameters() if not n.startswith("aux.") or n.startswith(kept)}
 
-    def head(self, x: Tensor) -> Tensor:
-        """States -> logits in fp32, capped if LOGIT_SOFTCAP says so."""
-        logits = F.linear(x, rounded(self.lm_head).to(x.dtype)).float()
+    def head(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """States -> logits in fp32, capped if LOGIT_SOFTCAP says so; `frozen`: no gradient for its weight."""
+        weight = rounded(self.lm_head)
+        logits = F.linear(x, (weight.detach() if frozen else weight).to(x.dtype)).float()
         cap = self.args.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -1365,6 +1415,9 @@ class GPT(nn.Module):
         x, terms = self.hidden(ids[:, :-1], self.rotary_train, aux_inputs)
         nats = F.cross_entropy(self.head(x).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
+        if self.draft is not None:
+            groups = len(next(iter(terms.values()), ids))
+            sums["draft"] = (self.draft.loss(self, x, ids) * weights).sum() * groups / len(ids)
         for name, value in terms.items():  # one value a group; the weights inside a group are equal
             sums[name] = (value * weights.view(len(value), -1).mean(1)).sum()
         return sums
@@ -1376,13 +1429,8 @@ class GPT(nn.Module):
         return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
 
 
-# Free functions, so that every instance of the model (trained, averaged, reloaded) shares one compiled graph.
-def training_losses(model: GPT, ids: Tensor, weights: Tensor, aux_inputs: Tensor | None) -> dict[str, Tensor]:
-    return model.losses(ids, weights, aux_inputs)
-
-
-def scoring_logits(model: GPT, ids: Tensor, take: Tensor, span: int) -> Tensor:
-    return model.logits(ids, take, span)
+# Functions of the class, so that every model (trained, averaged, reloaded) shares one compiled graph.
+training_losses, scoring_logits = GPT.losses, GPT.logits
 
 
 # -----------------------------------------------------------------------------
@@ -1486,28 +1534,31 @@ class Optimizers:
     | embed  | bytes of decoder and encoder, places in a patch    | AdamW  | EMBED_LR  |
     | head   | lm_head                                            | AdamW  | HEAD_LR   |
     | scalar | gains, mixes, the first latent                     | AdamW  | SCALAR_LR |
+    | draft  | draft heads; not in the norm that clips            | AdamW  | DRAFT_LR  |
     """
 
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
-        keys = ("matrix", "embed", "head", "scalar")
+        keys = ("matrix", "embed", "head", "scalar", "draft")
         groups: dict[str, list[nn.Parameter]] = {key: [] for key in keys}
         for name, p in model.named_parameters():
             groups[self.group_of(name, p)].append(p)
         self.muon = Muon(groups["matrix"], args, runtime)
-        rates = {"embed": args.embed_lr, "head": args.head_lr, "scalar": args.scalar_lr}
+        rates = {"embed": args.embed_lr, "head": args.head_lr, "scalar": args.scalar_lr,
+                 "draft": args.draft_lr}
         self.adam = torch.optim.AdamW(
-            [{"params": groups[key], "lr": rate, "peak": rate, "weight_decay": args.adam_wd}
-             for key, rate in rates.items()],
+            [{"params": groups[key], "lr": rate, "peak": rate,
+              "weight_decay": args.adam_wd * (key != "draft")} for key, rate in rates.items() if groups[key]],
             betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
         self.replicated = [p for key in keys[1:] for p in groups[key]]
+        self.counted = len(self.replicated) - len(groups["draft"])
 
     @staticmethod
     def group_of(name: str, p: nn.Parameter) -> str:
         if name.endswith(("tok_emb.weight", "patch_pos.weight")):
             return "embed"
-        if name.startswith("lm_head"):
-            return "head"
+        if name.startswith(("lm_head", "draft.")):
+            return "head" if name.startswith("lm_head") else "draft"
         return "matrix" if p.ndim == 2 and name.endswith(".weight") else "scalar"
 
     @torch.no_grad()
@@ -1523,7 +1574,7 @@ class Optimizers:
             flat = torch._utils._flatten_dense_tensors(grads)
             dist.all_reduce(flat)
             torch._foreach_copy_(grads, list(torch._utils._unflatten_dense_tensors(flat, grads)))
-        rest = torch.stack(torch._foreach_norm(grads)).square().sum()
+        rest = torch.stack(torch._foreach_norm(grads[: self.counted])).square().sum()
         return (self.muon.square_norm() + rest).sqrt()
 
     @torch.no_grad()
@@ -1537,9 +1588,6 @@ class Optimizers:
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * fall
         self.adam.step()
-
-    def zero_grad(self) -> None:
-        self.model.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of every optimizer, by name."""
@@ -1590,7 +1638,6 @@ class EMA:
 
 # magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of a JSON header, payload
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 2
-PREAMBLE_BYTES = len(ARTIFACT_MAGIC) + 32 + 6
 
 constriction = None  # rANS -> LZMA
 with contextlib.suppress(ImportError):
@@ -1636,24 +1683,25 @@ def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
             models[plane.model] = 24 * shares + 0.02
         counts = models[plane.model]
         group = max(1, min(plane.period, CHUNK // plane.places))
-        for first in range(0, plane.slices, group):
-            if first % plane.period == 0:
-                seen, total = 0, np.zeros(plane.places, np.int64)
-                counts /= 16
-            context = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
-            context += min(seen.bit_length(), 3) * (len(CONTEXT_EDGES) + 1)  # age: 0, 1, 2 to 3, more
-            last = min(first + group, (first // plane.period + 1) * plane.period)
-            for left in range(0, plane.places, CHUNK):
-                here = context[left : left + CHUNK]
-                for level in np.unique(here):
-                    table, columns = counts[level], left + np.flatnonzero(here == level)
-                    part = block[first:last, columns]
-                    model = constriction.stream.model.Categorical(table, perfect=False)
-                    symbols = code(part.ravel(), model, plane.top)
-                    block[first:last, columns] = symbols.reshape(part.shape)
-                    table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
-            seen += last - first
-            total += np.abs(block[first:last].astype(np.int64)).sum(0)
+        for begin in range(0, plane.slices, plane.period):
+            seen, total = 0, np.zeros(plane.places, np.int64)
+            counts /= 16
+            end = min(begin + plane.period, plane.slices)
+            for first in range(begin, end, group):
+                context = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
+                context += min(seen.bit_length(), 3) * (len(CONTEXT_EDGES) + 1)  # age: 0, 1, 2 to 3, more
+                last = min(first + group, end)
+                for left in range(0, plane.places, CHUNK):
+                    here = context[left : left + CHUNK]
+                    for level in np.unique(here):
+                        table, columns = counts[level], left + np.flatnonzero(here == level)
+                        part = block[first:last, columns]
+                        model = constriction.stream.model.Categorical(table, perfect=False)
+                        symbols = code(part.ravel(), model, plane.top)
+                        block[first:last, columns] = symbols.reshape(part.shape)
+                        table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
+                seen += last - first
+                total += np.abs(block[first:last].astype(np.int64)).sum(0)
 
 
 def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:
@@ -1734,8 +1782,6 @@ def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
     """The inverse of `pack`: (header, {name: fp32 array}). Raises UserError that names the file `where`."""
     if blob[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
         raise UserError(f"{where}: not an artifact of this family (it begins with {blob[:8]!r})")
-    if len(blob) < PREAMBLE_BYTES:
-        raise UserError(f"{where}: truncated after {len(blob)} bytes")
     body = blob[len(ARTIFACT_MAGIC) + 32 :]
     if hashlib.sha256(body).digest() != blob[len(ARTIFACT_MAGIC) : len(ARTIFACT_MAGIC) + 32]:
         raise UserError(f"{where}: its sha256 does not match: truncated or altered")
@@ -1780,6 +1826,8 @@ def shipped_settings(header: dict, where: str, environ: dict[str, str] | None = 
 
 
 def read_file(path: str | Path, what: str) -> bytes:
+    if not path:
+        raise UserError(f"{what}=FILE is not set")
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -1983,8 +2031,7 @@ class Evaluator:
         result = {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / self.bytes, "targets": targets,
                   "bytes": self.bytes, "seconds": time.perf_counter() - start, "seq_len": length,
                   "stride": stride, "bits_by_class": bits}
-        if self.prefix:
-            result["prefix_bytes"] = self.prefix
+        result |= {"prefix_bytes": self.prefix} if self.prefix else {}
         if learner is not None:
             learner.restore()
             result |= {"updates": learner.updates, "adapt_seconds": learner.seconds}
@@ -2015,35 +2062,98 @@ class Stream:
         self.model, self.ids = model, []
         self.learner = TestTimeTraining(model) if model.args.ttt != "0" else None
         self.block, self.start, self.past, self.known = -1, 0, None, None
+        self.read, self.states = [], {}  # the last pass: ids of its window with drafts; {position: its state}
 
     @property
     def updates(self) -> int:
         return self.learner.updates if self.learner else 0
 
-    @torch.no_grad()
     def logprobs(self) -> np.ndarray:
         """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it first."""
-        if not self.ids:
-            raise ValueError("push the first id (BOS) before asking for the second")
         if self.known is None:
-            args, device = self.model.args, self.model.tok_emb.weight.device
-            block = (len(self.ids) - 1) // args.eval_stride
-            if block != self.block:
-                if self.learner:
-                    self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
-                self.block, self.past = block, KVCache(self.model)
-                self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
-            ids = torch.tensor([self.ids[self.start :]], device=device)
-            x, _ = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
-            self.known = self.model.head(x[0, -1].float()).log_softmax(-1).cpu().numpy()
+            self.known = self.ahead(())[0]
         return self.known
 
+    @torch.no_grad()
+    def ahead(self, drafts: list[int]) -> np.ndarray:
+        """The same if `drafts` were to follow, in one pass: (n + 1, V) of the next id and of those behind the
+        first n drafts, as many as the window takes. What is then pushed as drafted is not read again."""
+        if not self.ids:
+            raise ValueError("push the first id (BOS) before asking for the second")
+        args, device = self.model.args, self.model.tok_emb.weight.device
+        block, place = divmod(len(self.ids) - 1, args.eval_stride)
+        if block != self.block:
+            if self.learner:
+                self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
+            self.block, self.past = block, KVCache(self.model)
+            self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
+        self.read = [*self.ids[self.start :], *drafts[: args.eval_stride - 1 - place]]
+        self.past.cut(len(self.ids) - 1 - self.start)
+        ids = torch.tensor([self.read], device=device)
+        x, _ = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
+        states = x[0, len(self.ids) - 1 - self.start - len(self.read) :]
+        self.states = dict(enumerate(states, len(self.ids) - 1))
+        return self.model.head(states.float()).log_softmax(-1).cpu().numpy()
+
     def push(self, token: int) -> None:
+        at = len(self.ids) - self.start
+        if self.past is not None and self.read[at : at + 1] != [token]:
+            self.past.cut(at)
         self.ids.append(int(token))
         self.known = None
 
 
 stream = Stream  # the name that every script of the family gives it
+
+
+def picked(logits: np.ndarray, place: int, args: Hyperparameters) -> int:
+    """The id at a place of the text: the best or, at a TEMPERATURE, a draw (Gumbel). Its noise is that of the
+    place, whoever draws: what a drafter thinks likely comes true, and a text does not depend on drafts."""
+    if args.temperature:  # drafter-invariant speculation: Daliri et al. 2025
+        noise = np.random.default_rng([args.seed, place]).gumbel(size=len(logits))
+        logits = logits / args.temperature + noise
+    return int(logits.argmax())
+
+
+def drafted(reader: Stream, args: Hyperparameters) -> list[int]:
+    """What the heads guess behind the newest id, which no pass has read: from the position before it."""
+    model, drafts, state = reader.model, [reader.ids[-1]], reader.states.get(len(reader.ids) - 2)
+    while state is not None and len(drafts) <= model.args.draft:
+        state = model.draft(state, model.embed(torch.tensor(drafts[-1], device=state.device)))
+        place = len(reader.ids) + len(drafts) - 1
+        drafts.append(picked(model.head(state).cpu().numpy(), place, args))
+    return drafts[1:]
+
+
+@torch.no_grad()
+def write(model: GPT, prompt: list[int], args: Hyperparameters) -> tuple[list[int], int]:
+    """(MAX_NEW_TOKENS ids that go on from a prompt, passes). A pass reads the newest id and drafts behind it;
+    those that the model picks too join the text, and behind them the id that it picks instead."""
+    reader, passes = Stream(model), 0
+    for token in prompt:
+        reader.push(token)
+    while (made := len(reader.ids) - len(prompt)) < args.max_new_tokens:
+        drafts = drafted(reader, args)[: args.max_new_tokens - made - 1] if args.speculate else []
+        for draft, logprobs in zip([*drafts, None], reader.ahead(drafts)):
+            reader.push(picked(logprobs, len(reader.ids), args))
+            if reader.ids[-1] != draft:
+                break
+        passes += 1
+    return reader.ids[len(prompt) :], passes
+
+
+def generate(args: Hyperparameters, runtime: Runtime) -> int:
+    """Writes what follows GENERATE to stdout, and numbers to stderr."""
+    model, text = load(args.artifact, runtime.device, args, runtime.dtype), os.fsencode(args.generate)
+    with contextlib.suppress(OSError, ValueError):  # a text is no path
+        text = Path(args.generate).read_bytes()
+    began = time.perf_counter()
+    made, passes = write(model, [BOS_ID, *(byte + BYTE_OFFSET for byte in text)], args)
+    seconds, text = time.perf_counter() - began, bytes(i - BYTE_OFFSET for i in made if i >= BYTE_OFFSET)
+    sys.stdout.buffer.write(text.decode(errors="replace").encode() if sys.stdout.isatty() else text)
+    print(f"\nids:{len(made)} bytes:{len(text)} passes:{passes} ids_per_pass:{len(made) / passes:.2f} "
+          f"bytes_per_second:{len(text) / seconds:.1f} (the prompt's time in it)", file=sys.stderr)
+    return 0
 
 
 # -----------------------------------------------------------------------------
@@ -2088,7 +2198,7 @@ class Trainer:
         sums = self.losses(self.model, ids, weights, aux_inputs)
         loss = sums["ce"] / (self.plan.rows * self.args.train_seq_len)
         for name, weight in aux_weights.items():
-            if weight:
+            if weight and name in sums:
                 loss = loss + weight / (self.plan.rows // self.plan.group) * sums[name]
         (loss * self.loss_scale).backward()
         return {name: value.detach() for name, value in sums.items()}
@@ -2099,14 +2209,14 @@ class Trainer:
             self.set_rounding(rate_at(progress, self.args) < self.args.late_qat_threshold)
         aux = self.model.aux
         aux_inputs = aux.inputs(self.step, self.runtime.device) if aux is not None else None
-        aux_weights = aux.weights(progress) if aux is not None else {}
+        aux_weights = (aux.weights(progress) if aux is not None else {}) | {"draft": 1.0}
         parts = [self.micro_step(*batch, aux_inputs, aux_weights) for batch in zip(ids, weights)]
         norm = self.optimizers.reduce(1.0 / self.loss_scale)
         if self.runtime.dtype != torch.float16 or self.adapt_loss_scale(norm):
             self.optimizers.step(self.step, progress, norm)
             if self.ema is not None:
                 self.ema.update(self.step)
-        self.optimizers.zero_grad()
+        self.model.zero_grad()
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def set_rounding(self, on: bool) -> None:
@@ -2136,7 +2246,7 @@ class Trainer:
             self.try_shapes()
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), kept)
-        self.optimizers.zero_grad()
+        self.model.zero_grad()
         self.fresh_optimizers()
 
     def try_shapes(self) -> None:
@@ -2244,7 +2354,7 @@ class Trainer:
             raise self.not_finite(step, "the loss")
 
     def not_finite(self, step: int, what: str) -> UserError:
-        last = self.checkpoint_path("last")
+        last = run_folder(self.args) / "last.safetensors"
         good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
         return UserError(f"step {step}: {what} is not finite; {good}")
 
@@ -2256,7 +2366,8 @@ class Trainer:
         sums = self.runtime.all_reduce(torch.stack([terms[name].float() for name in names])).tolist()
         means = {name: total / (self.plan.rows // self.plan.group) for name, total in zip(names, sums)}
         loss = means.pop("ce") / (self.plan.group * self.args.train_seq_len)
-        extra = self.model.aux.report(means) if self.model.aux is not None else {}
+        extra = {"draft": means.pop("draft")} if self.model.draft is not None else {}
+        extra |= self.model.aux.report(means) if self.model.aux is not None else {}
         self.log(f"step:{self.step}/{self.args.iterations} train_loss:{loss:.4f} {self.timing(seconds)}"
                  + "".join(f" {name}:{value:.5f}" for name, value in extra.items()))
         self.log.metrics(step=self.step, train_loss=loss, train_seconds=seconds, progress=progress,
@@ -2294,9 +2405,6 @@ class Trainer:
 
     CHECKPOINTED = ("step", "seconds", "best", "loader_state", "loss_scale", "good_steps")
 
-    def checkpoint_path(self, name: str) -> Path:
-        return run_folder(self.args) / f"{name}.safetensors"
-
     def save(self, name: str) -> None:
         """Weights, average, optimizers, RNG, loader position and clock: one safetensors file, atomically."""
         tensors = {f"model.{key}": p for key, p in self.model.named_parameters()}
@@ -2312,7 +2420,8 @@ class Trainer:
             meta = {key: getattr(self, key) for key in self.CHECKPOINTED} | {"config": self.args.shipped()}
             tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                        for key, value in tensors.items()}
-            write_atomic(self.checkpoint_path(name), safetensors_bytes(tensors, {"golf": json.dumps(meta)}))
+            blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
+            write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
 
     def restore(self, path: Path) -> None:
         try:
@@ -2374,7 +2483,7 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, eval
     with runtime.clock("warm-up"):
         trainer.warm_up()
     evaluator.logits, evaluator.losses = trainer.logits, trainer.losses
-    last = trainer.checkpoint_path("last")
+    last = run_folder(args) / "last.safetensors"
     if args.resume and (args.resume != "auto" or last.exists()):
         trainer.restore(last if args.resume == "auto" else Path(args.resume))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -2454,10 +2563,12 @@ def main() -> int:
         if sys.argv[1:]:
             raise UserError(f"{sys.argv[1]!r}: settings are environment variables, `--help` lists them")
         args = Hyperparameters(os.environ)
-        if args.eval_only:
+        if args.eval_only or args.generate:
             header, _ = unpack(read_file(args.artifact, "ARTIFACT"), args.artifact)
             args = shipped_settings(header, args.artifact, os.environ)
         runtime = Runtime(args)
+        if args.generate:
+            return generate(args, runtime)
         started, = runtime.from_main([time.time()])
         args.run_id = args.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{args.seed}", time.localtime(started))
         data = Dataset(args, verify=runtime.main)

@@ -153,6 +153,7 @@ class Hyperparameters:
     heads_grad = Var(False, "the heads' losses reach the backbone, as published")
     head_positions = Var(64, "positions a row at which heads are trained; 0 = all, as published", low=0)
     export_heads = Var(False, "the heads stay in the artifact", ship="model")
+    draft = Var(0, "ids that draft heads guess beyond the next; 0 = none", low=0, high=16, ship="model")
     _optimizers = "Optimizers and schedule"
     iterations = Var(9000, "optimizer steps at most", low=1)
     max_wallclock_seconds = Var(600.0, "training time; 0 = no limit; progress = max(step, time)", low=0.0)
@@ -167,6 +168,7 @@ class Hyperparameters:
     muon_wd = Var(0.04, "decoupled weight decay of Muon, times its rate", low=0.0)
     tied_embed_lr = Var(0.015, "AdamW: embeddings of bytes, positions and slots", low=0.0)
     scalar_lr = Var(0.01, "AdamW: norms, biases, convolutions, decays", low=0.0)
+    draft_lr = Var(0.003, "AdamW: draft heads", low=0.0)
     adam_wd = Var(0.04, "decoupled weight decay of the embeddings", low=0.0)
     beta1 = Var(0.9, "Adam", low=0.0, high=0.9999)
     beta2 = Var(0.95, "Adam", low=0.0, high=0.99999)
@@ -1029,6 +1031,29 @@ class SpeculativeHeads(nn.Module):
         return ("",) if self.args.export_heads else ()
 
 
+class DraftHeads(nn.Module):
+    """A chain of guesses at the ids beyond the next: a link takes in the id that follows and guesses the one
+    behind it, from what the link before left of a position's state (after Hydra, Ankner et al. 2024). Links
+    share their weights; nothing else learns from them: the model is the same bit for bit without them."""
+
+    def __init__(self, args: Hyperparameters):
+        super().__init__()
+        self.links, self.link = args.draft, LatentMLP(2 * args.model_dim, args.model_dim, args.model_dim)
+
+    def forward(self, state: Tensor, token: Tensor) -> Tensor:
+        """state (..., D) of a position or of the link before, embedding (..., D) of an id -> (..., D)."""
+        return rms_norm(state + self.link(torch.cat((state, rms_norm(token)), -1)))
+
+    def loss(self, model: GPT, x: Tensor, ids: Tensor) -> Tensor:
+        """States x (B, T, D) of ids (B, T + 1) -> nats of a guess on true ids, a mean for each row (B,)."""
+        x, tokens, nats = x.detach(), model.embed(ids).detach(), 0.0
+        for i in range(1, self.links + 1):
+            x = self(x[:, :-1], tokens[:, i:-1])
+            logits = model.head(x, frozen=True).mT
+            nats = nats + F.cross_entropy(logits, ids[:, i + 1 :], reduction="none").mean(1) / self.links
+        return nats
+
+
 # -----------------------------------------------------------------------------
 # MODEL
 # -----------------------------------------------------------------------------
@@ -1223,11 +1248,15 @@ class KVCache:
         self.layers = torch.zeros(len(model.blocks) - len(self.mambas), 2, 1, *window, **like)
         self.rewind(0)
 
+    def cut(self, length: int) -> None:
+        """Forgets what lies behind the first `length` positions."""
+        self.states, self.length = self.states[:, :length], min(self.length, length)
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values of new positions (1, n, K, d); returns those of all."""
         stop = self.length + k.size(1)
-        self.layers[layer, 0, :, self.length : stop], self.layers[layer, 1, :, self.length : stop] = k, v
-        return self.layers[layer, 0, :, :stop], self.layers[layer, 1, :, :stop]
+        self.layers[layer, :, :, self.length : stop] = torch.stack((k, v))
+        return self.layers[layer, :, :, :stop].unbind()
 
     def resume(self, layer: int) -> tuple[Tensor, Tensor]:
         """Inputs of a Mamba block's convolution and its state, both behind the last position."""
@@ -1305,6 +1334,9 @@ class GPT(nn.Module):
             elif p.ndim == 2:
                 p.normal_(0, std, generator=generator)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, rounded(self.tok_emb)).to(self.dtype)
+
     def hidden(self, ids: Tensor, rotary: Tensor | None, past: KVCache | None = None,
                tree: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """ids (B, T) -> normalised states (B, T, D). With `past`, ids (1, n) are those that follow it; with
@@ -1352,13 +1384,8 @@ class GPT(nn.Module):
         return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
 
 
-# Free functions, so that every instance of the model (trained, averaged, reloaded) shares one compiled graph.
-def training_losses(model: GPT, ids: Tensor, weights: Tensor, aux_inputs: Tensor | None) -> dict[str, Tensor]:
-    return model.losses(ids, weights, aux_inputs)
-
-
-def scoring_logits(model: GPT, ids: Tensor, take: Tensor, span: int) -> Tensor:
-    return model.logits(ids, take, span)
+# Functions of the class, so that every model (trained, averaged, reloaded) shares one compiled graph.
+training_losses, scoring_logits = GPT.losses, GPT.logits
 
 
 # -----------------------------------------------------------------------------
@@ -1517,9 +1544,6 @@ class Optimizers:
             group["lr"] = group["peak"] * fall
         self.adam.step()
 
-    def zero_grad(self) -> None:
-        self.model.zero_grad(set_to_none=True)
-
     def state(self) -> dict[str, Tensor]:
         """Every tensor of every optimizer, by name."""
         found = {f"part{i}.{key}": value for i, muon in enumerate(self.muons)
@@ -1571,7 +1595,6 @@ class EMA:
 
 # magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of a JSON header, payload
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 2
-PREAMBLE_BYTES = len(ARTIFACT_MAGIC) + 32 + 6
 
 constriction = None  # rANS -> LZMA
 with contextlib.suppress(ImportError):
@@ -1617,24 +1640,25 @@ def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
             models[plane.model] = 24 * shares + 0.02
         counts = models[plane.model]
         group = max(1, min(plane.period, CHUNK // plane.places))
-        for first in range(0, plane.slices, group):
-            if first % plane.period == 0:
-                seen, total = 0, np.zeros(plane.places, np.int64)
-                counts /= 16
-            context = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
-            context += min(seen.bit_length(), 3) * (len(CONTEXT_EDGES) + 1)  # age: 0, 1, 2 to 3, more
-            last = min(first + group, (first // plane.period + 1) * plane.period)
-            for left in range(0, plane.places, CHUNK):
-                here = context[left : left + CHUNK]
-                for level in np.unique(here):
-                    table, columns = counts[level], left + np.flatnonzero(here == level)
-                    part = block[first:last, columns]
-                    model = constriction.stream.model.Categorical(table, perfect=False)
-                    symbols = code(part.ravel(), model, plane.top)
-                    block[first:last, columns] = symbols.reshape(part.shape)
-                    table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
-            seen += last - first
-            total += np.abs(block[first:last].astype(np.int64)).sum(0)
+        for begin in range(0, plane.slices, plane.period):
+            seen, total = 0, np.zeros(plane.places, np.int64)
+            counts /= 16
+            end = min(begin + plane.period, plane.slices)
+            for first in range(begin, end, group):
+                context = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
+                context += min(seen.bit_length(), 3) * (len(CONTEXT_EDGES) + 1)  # age: 0, 1, 2 to 3, more
+                last = min(first + group, end)
+                for left in range(0, plane.places, CHUNK):
+                    here = context[left : left + CHUNK]
+                    for level in np.unique(here):
+                        table, columns = counts[level], left + np.flatnonzero(here == level)
+                        part = block[first:last, columns]
+                        model = constriction.stream.model.Categorical(table, perfect=False)
+                        symbols = code(part.ravel(), model, plane.top)
+                        block[first:last, columns] = symbols.reshape(part.shape)
+                        table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
+                seen += last - first
+                total += np.abs(block[first:last].astype(np.int64)).sum(0)
 
 
 def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:
@@ -1711,8 +1735,6 @@ def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
     """The inverse of `pack`: (header, {name: fp32 array}). Raises UserError that names the file `where`."""
     if blob[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
         raise UserError(f"{where}: not an artifact of this family (it begins with {blob[:8]!r})")
-    if len(blob) < PREAMBLE_BYTES:
-        raise UserError(f"{where}: truncated after {len(blob)} bytes")
     body = blob[len(ARTIFACT_MAGIC) + 32 :]
     if hashlib.sha256(body).digest() != blob[len(ARTIFACT_MAGIC) : len(ARTIFACT_MAGIC) + 32]:
         raise UserError(f"{where}: its sha256 does not match: truncated or altered")
@@ -1757,6 +1779,8 @@ def shipped_settings(header: dict, where: str, environ: dict[str, str] | None = 
 
 
 def read_file(path: str | Path, what: str) -> bytes:
+    if not path:
+        raise UserError(f"{what}=FILE is not set")
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -2153,7 +2177,31 @@ class Stream:
             self.known = self.model.head(x[0, -1].float()).log_softmax(-1).cpu().numpy()
         return self.known
 
+    @torch.no_grad()
+    def ahead(self, drafts: list[int]) -> np.ndarray:
+        """The same if `drafts` were to follow, in one pass: (n + 1, V) of the next id and of those behind the
+        first n drafts, as many as the window takes. What is then pushed as drafted is not read again."""
+        if not self.ids:
+            raise ValueError("push the first id (BOS) before asking for the second")
+        args, device = self.model.args, self.model.tok_emb.weight.device
+        block, place = divmod(len(self.ids) - 1, args.eval_stride)
+        if block != self.block:
+            if self.learner:
+                self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
+            self.block, self.past = block, KVCache(self.model)
+            self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
+        self.read = [*self.ids[self.start :], *drafts[: args.eval_stride - 1 - place]]
+        self.past.cut(len(self.ids) - 1 - self.start)
+        ids = torch.tensor([self.read], device=device)
+        x, _ = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
+        states = x[0, len(self.ids) - 1 - self.start - len(self.read) :]
+        self.states = dict(enumerate(states, len(self.ids) - 1))
+        return self.model.head(states.float()).log_softmax(-1).cpu().numpy()
+
     def push(self, token: int) -> None:
+        at = len(self.ids) - self.start
+        if self.past is not None and self.read[at : at + 1] != [token]:
+            self.past.cut(at)
         self.ids.append(int(token))
         self.known = None
 
@@ -2501,6 +2549,42 @@ def read_prompts(args: Hyperparameters) -> dict[str, bytes]:
     return found
 
 
+def picked(logits: np.ndarray, place: int, args: Hyperparameters) -> int:
+    """The id at a place of the text: the best or, at a TEMPERATURE, a draw (Gumbel). Its noise is that of the
+    place, whoever draws: what a drafter thinks likely comes true, and a text does not depend on drafts."""
+    if args.temperature:  # drafter-invariant speculation: Daliri et al. 2025
+        noise = np.random.default_rng([args.seed, place]).gumbel(size=len(logits))
+        logits = logits / args.temperature + noise
+    return int(logits.argmax())
+
+
+def drafted(reader: Stream, args: Hyperparameters) -> list[int]:
+    """What the heads guess behind the newest id, which no pass has read: from the position before it."""
+    model, drafts, state = reader.model, [reader.ids[-1]], reader.states.get(len(reader.ids) - 2)
+    while state is not None and len(drafts) <= model.args.draft:
+        state = model.draft(state, model.embed(torch.tensor(drafts[-1], device=state.device)))
+        place = len(reader.ids) + len(drafts) - 1
+        drafts.append(picked(model.head(state).cpu().numpy(), place, args))
+    return drafts[1:]
+
+
+@torch.no_grad()
+def write(model: GPT, prompt: list[int], args: Hyperparameters) -> tuple[list[int], int]:
+    """(MAX_NEW_TOKENS ids that go on from a prompt, passes). A pass reads the newest id and drafts behind it;
+    those that the model picks too join the text, and behind them the id that it picks instead."""
+    reader, passes = Stream(model), 0
+    for token in prompt:
+        reader.push(token)
+    while (made := len(reader.ids) - len(prompt)) < args.max_new_tokens:
+        drafts = drafted(reader, args)[: args.max_new_tokens - made - 1] if args.speculate else []
+        for draft, logprobs in zip([*drafts, None], reader.ahead(drafts)):
+            reader.push(picked(logprobs, len(reader.ids), args))
+            if reader.ids[-1] != draft:
+                break
+        passes += 1
+    return reader.ids[len(prompt) :], passes
+
+
 def generate(args: Hyperparameters, runtime: Runtime) -> int:
     """Writes what follows GENERATE to stdout and numbers to stderr; with GENERATE_BENCH bench.json."""
     model, special = open_model(args.artifact, runtime.device, args), args.vocab_size - 256
@@ -2615,7 +2699,7 @@ class Trainer:
             self.try_shapes()
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), kept)
-        self.optimizers.zero_grad()
+        self.model.zero_grad()
         self.fresh_optimizers()
 
     def try_shapes(self) -> None:
@@ -2630,7 +2714,7 @@ class Trainer:
         if args.quant_round == "gptq":
             for _ in range(2):  # the second time is the one to go by
                 start = time.perf_counter()
-                self.input_moments(ids)["tok_emb.weight"].sum().item()  # waits for the device
+                self.input_moments(ids, {})["tok_emb.weight"].sum().item()  # waits for the device
                 seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
                 self.reserve, = self.runtime.from_main([seconds])  # ranks must agree on when to stop
 
@@ -2720,7 +2804,7 @@ class Trainer:
             raise self.not_finite(step, "the loss")
 
     def not_finite(self, step: int, what: str) -> UserError:
-        last = self.checkpoint_path("last")
+        last = run_folder(self.args) / "last.safetensors"
         good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
         return UserError(f"step {step}: {what} is not finite; {good}")
 
@@ -2732,7 +2816,8 @@ class Trainer:
         sums = self.runtime.all_reduce(torch.stack([terms[name].float() for name in names])).tolist()
         means = {name: total / (self.plan.rows // self.plan.group) for name, total in zip(names, sums)}
         loss = means.pop("ce") / (self.plan.group * self.args.train_seq_len)
-        extra = self.model.aux.report(means) if self.model.aux is not None else {}
+        extra = {"draft": means.pop("draft")} if self.model.draft is not None else {}
+        extra |= self.model.aux.report(means) if self.model.aux is not None else {}
         self.log(f"step:{self.step}/{self.args.iterations} train_loss:{loss:.4f} {self.timing(seconds)}"
                  + "".join(f" {name}:{value:.5f}" for name, value in extra.items()))
         self.log.metrics(step=self.step, train_loss=loss, train_seconds=seconds, progress=progress,
@@ -2756,9 +2841,6 @@ class Trainer:
 
     CHECKPOINTED = ("step", "seconds", "best", "loader_state")
 
-    def checkpoint_path(self, name: str) -> Path:
-        return run_folder(self.args) / f"{name}.safetensors"
-
     def save(self, name: str) -> None:
         """Weights, average, optimizers, RNG, loader position and clock: one safetensors file, atomically."""
         tensors = {f"model.{key}": p for key, p in self.model.named_parameters()}
@@ -2774,7 +2856,8 @@ class Trainer:
             meta = {key: getattr(self, key) for key in self.CHECKPOINTED} | {"config": self.args.shipped()}
             tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                        for key, value in tensors.items()}
-            write_atomic(self.checkpoint_path(name), safetensors_bytes(tensors, {"golf": json.dumps(meta)}))
+            blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
+            write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
 
     def restore(self, path: Path) -> None:
         meta, state = read_checkpoint(path, "RESUME")
