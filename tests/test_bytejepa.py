@@ -85,7 +85,7 @@ def test_every_tensor_of_an_arm_learns_or_is_meant_not_to(arm):
         (sums["ce"] / 256 + sum(sums[name] for name in weights)).backward()
         if step < 2:
             optimizers.step(step, 0.0, optimizers.reduce(1.0))
-            optimizers.zero_grad()
+            model.zero_grad()
     dead = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
     frozen = {"random": {name for name, _ in model.named_parameters()
                          if name.startswith("aux.") and "injection" not in name}}

@@ -131,7 +131,7 @@ def test_every_tensor_learns(trunk, tiny):
         (sums["ce"] / 256 + sums["jepa_pred"] + sums["sigreg"]).backward()
         if step < 2:
             optimizers.step(step, 0.0, optimizers.reduce(1.0))
-            optimizers.zero_grad()
+            model.zero_grad()
     dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert not dead
 

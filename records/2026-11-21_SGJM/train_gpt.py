@@ -153,7 +153,6 @@ class Hyperparameters:
     heads_grad = Var(False, "the heads' losses reach the backbone, as published")
     head_positions = Var(64, "positions a row at which heads are trained; 0 = all, as published", low=0)
     export_heads = Var(False, "the heads stay in the artifact", ship="model")
-    draft = Var(0, "ids that draft heads guess beyond the next; 0 = none", low=0, high=16, ship="model")
     _optimizers = "Optimizers and schedule"
     iterations = Var(9000, "optimizer steps at most", low=1)
     max_wallclock_seconds = Var(600.0, "training time; 0 = no limit; progress = max(step, time)", low=0.0)
@@ -168,7 +167,6 @@ class Hyperparameters:
     muon_wd = Var(0.04, "decoupled weight decay of Muon, times its rate", low=0.0)
     tied_embed_lr = Var(0.015, "AdamW: embeddings of bytes, positions and slots", low=0.0)
     scalar_lr = Var(0.01, "AdamW: norms, biases, convolutions, decays", low=0.0)
-    draft_lr = Var(0.003, "AdamW: draft heads", low=0.0)
     adam_wd = Var(0.04, "decoupled weight decay of the embeddings", low=0.0)
     beta1 = Var(0.9, "Adam", low=0.0, high=0.9999)
     beta2 = Var(0.95, "Adam", low=0.0, high=0.99999)
@@ -1031,29 +1029,6 @@ class SpeculativeHeads(nn.Module):
         return ("",) if self.args.export_heads else ()
 
 
-class DraftHeads(nn.Module):
-    """A chain of guesses at the ids beyond the next: a link takes in the id that follows and guesses the one
-    behind it, from what the link before left of a position's state (after Hydra, Ankner et al. 2024). Links
-    share their weights; nothing else learns from them: the model is the same bit for bit without them."""
-
-    def __init__(self, args: Hyperparameters):
-        super().__init__()
-        self.links, self.link = args.draft, LatentMLP(2 * args.model_dim, args.model_dim, args.model_dim)
-
-    def forward(self, state: Tensor, token: Tensor) -> Tensor:
-        """state (..., D) of a position or of the link before, embedding (..., D) of an id -> (..., D)."""
-        return rms_norm(state + self.link(torch.cat((state, rms_norm(token)), -1)))
-
-    def loss(self, model: GPT, x: Tensor, ids: Tensor) -> Tensor:
-        """States x (B, T, D) of ids (B, T + 1) -> nats of a guess on true ids, a mean for each row (B,)."""
-        x, tokens, nats = x.detach(), model.embed(ids).detach(), 0.0
-        for i in range(1, self.links + 1):
-            x = self(x[:, :-1], tokens[:, i:-1])
-            logits = model.head(x, frozen=True).mT
-            nats = nats + F.cross_entropy(logits, ids[:, i + 1 :], reduction="none").mean(1) / self.links
-        return nats
-
-
 # -----------------------------------------------------------------------------
 # MODEL
 # -----------------------------------------------------------------------------
@@ -1248,10 +1223,6 @@ class KVCache:
         self.layers = torch.zeros(len(model.blocks) - len(self.mambas), 2, 1, *window, **like)
         self.rewind(0)
 
-    def cut(self, length: int) -> None:
-        """Forgets what lies behind the first `length` positions."""
-        self.states, self.length = self.states[:, :length], min(self.length, length)
-
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values of new positions (1, n, K, d); returns those of all."""
         stop = self.length + k.size(1)
@@ -1333,9 +1304,6 @@ class GPT(nn.Module):
                 p.uniform_(-(p.size(1) ** -0.5), p.size(1) ** -0.5, generator=generator)
             elif p.ndim == 2:
                 p.normal_(0, std, generator=generator)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, rounded(self.tok_emb)).to(self.dtype)
 
     def hidden(self, ids: Tensor, rotary: Tensor | None, past: KVCache | None = None,
                tree: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -2177,31 +2145,7 @@ class Stream:
             self.known = self.model.head(x[0, -1].float()).log_softmax(-1).cpu().numpy()
         return self.known
 
-    @torch.no_grad()
-    def ahead(self, drafts: list[int]) -> np.ndarray:
-        """The same if `drafts` were to follow, in one pass: (n + 1, V) of the next id and of those behind the
-        first n drafts, as many as the window takes. What is then pushed as drafted is not read again."""
-        if not self.ids:
-            raise ValueError("push the first id (BOS) before asking for the second")
-        args, device = self.model.args, self.model.tok_emb.weight.device
-        block, place = divmod(len(self.ids) - 1, args.eval_stride)
-        if block != self.block:
-            if self.learner:
-                self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
-            self.block, self.past = block, KVCache(self.model)
-            self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
-        self.read = [*self.ids[self.start :], *drafts[: args.eval_stride - 1 - place]]
-        self.past.cut(len(self.ids) - 1 - self.start)
-        ids = torch.tensor([self.read], device=device)
-        x, _ = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
-        states = x[0, len(self.ids) - 1 - self.start - len(self.read) :]
-        self.states = dict(enumerate(states, len(self.ids) - 1))
-        return self.model.head(states.float()).log_softmax(-1).cpu().numpy()
-
     def push(self, token: int) -> None:
-        at = len(self.ids) - self.start
-        if self.past is not None and self.read[at : at + 1] != [token]:
-            self.past.cut(at)
         self.ids.append(int(token))
         self.known = None
 
@@ -2549,42 +2493,6 @@ def read_prompts(args: Hyperparameters) -> dict[str, bytes]:
     return found
 
 
-def picked(logits: np.ndarray, place: int, args: Hyperparameters) -> int:
-    """The id at a place of the text: the best or, at a TEMPERATURE, a draw (Gumbel). Its noise is that of the
-    place, whoever draws: what a drafter thinks likely comes true, and a text does not depend on drafts."""
-    if args.temperature:  # drafter-invariant speculation: Daliri et al. 2025
-        noise = np.random.default_rng([args.seed, place]).gumbel(size=len(logits))
-        logits = logits / args.temperature + noise
-    return int(logits.argmax())
-
-
-def drafted(reader: Stream, args: Hyperparameters) -> list[int]:
-    """What the heads guess behind the newest id, which no pass has read: from the position before it."""
-    model, drafts, state = reader.model, [reader.ids[-1]], reader.states.get(len(reader.ids) - 2)
-    while state is not None and len(drafts) <= model.args.draft:
-        state = model.draft(state, model.embed(torch.tensor(drafts[-1], device=state.device)))
-        place = len(reader.ids) + len(drafts) - 1
-        drafts.append(picked(model.head(state).cpu().numpy(), place, args))
-    return drafts[1:]
-
-
-@torch.no_grad()
-def write(model: GPT, prompt: list[int], args: Hyperparameters) -> tuple[list[int], int]:
-    """(MAX_NEW_TOKENS ids that go on from a prompt, passes). A pass reads the newest id and drafts behind it;
-    those that the model picks too join the text, and behind them the id that it picks instead."""
-    reader, passes = Stream(model), 0
-    for token in prompt:
-        reader.push(token)
-    while (made := len(reader.ids) - len(prompt)) < args.max_new_tokens:
-        drafts = drafted(reader, args)[: args.max_new_tokens - made - 1] if args.speculate else []
-        for draft, logprobs in zip([*drafts, None], reader.ahead(drafts)):
-            reader.push(picked(logprobs, len(reader.ids), args))
-            if reader.ids[-1] != draft:
-                break
-        passes += 1
-    return reader.ids[len(prompt) :], passes
-
-
 def generate(args: Hyperparameters, runtime: Runtime) -> int:
     """Writes what follows GENERATE to stdout and numbers to stderr; with GENERATE_BENCH bench.json."""
     model, special = open_model(args.artifact, runtime.device, args), args.vocab_size - 256
@@ -2681,7 +2589,7 @@ class Trainer:
         self.optimizers.step(self.step, progress, self.optimizers.reduce())
         if self.ema is not None:
             self.ema.update(self.step)
-        self.optimizers.zero_grad()
+        self.model.zero_grad()
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def warm_up(self) -> None:
@@ -2816,8 +2724,7 @@ class Trainer:
         sums = self.runtime.all_reduce(torch.stack([terms[name].float() for name in names])).tolist()
         means = {name: total / (self.plan.rows // self.plan.group) for name, total in zip(names, sums)}
         loss = means.pop("ce") / (self.plan.group * self.args.train_seq_len)
-        extra = {"draft": means.pop("draft")} if self.model.draft is not None else {}
-        extra |= self.model.aux.report(means) if self.model.aux is not None else {}
+        extra = self.model.aux.report(means) if self.model.aux is not None else {}
         self.log(f"step:{self.step}/{self.args.iterations} train_loss:{loss:.4f} {self.timing(seconds)}"
                  + "".join(f" {name}:{value:.5f}" for name, value in extra.items()))
         self.log.metrics(step=self.step, train_loss=loss, train_seconds=seconds, progress=progress,
@@ -2914,7 +2821,7 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, eval
     with runtime.clock("warm-up"):
         trainer.warm_up()
     evaluator.logits = trainer.logits
-    last = trainer.checkpoint_path("last")
+    last = run_folder(args) / "last.safetensors"
     if args.resume and (args.resume != "auto" or last.exists()):
         trainer.restore(last if args.resume == "auto" else Path(args.resume))
     for number in (signal.SIGTERM, signal.SIGINT):
