@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, assert_causal, assert_stream_follows_score, enlivened
+from conftest import ROOT, TINY, assert_causal, assert_drafts_follow_score, assert_stream_follows_score, enlivened
 from family import load_script
 from test_model import ABSENT, CHANGED, PUBLISHED
 
@@ -173,6 +173,12 @@ def test_the_weight_can_fall_instead_of_rise():
 def test_decoding_follows_the_scorer(arm, corpus):
     ids = np.fromfile(next(corpus.glob("*_val_*.bin")), "<u2", offset=1024)[:150].astype(np.int64)
     assert_stream_follows_score(section, alive(tiny(**ARMS[arm], EVAL_STRIDE=16)).eval(), ids)
+
+
+@pytest.mark.parametrize("arm", ["text", "published"])
+def test_a_pass_over_drafts_is_the_scorer(arm, corpus):
+    ids = np.fromfile(next(corpus.glob("*_val_*.bin")), "<u2", offset=1024)[:150].astype(np.int64)
+    assert_drafts_follow_score(section, alive(tiny(**ARMS[arm], EVAL_STRIDE=16)).eval(), ids)
 
 
 @pytest.mark.parametrize("arm", ["text", "published"])

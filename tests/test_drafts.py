@@ -169,4 +169,4 @@ def test_generate_from_the_command_line(run, tmp_path, corpus):
         texts.add(output.split("\nids:")[0])
     assert len(texts) == 1
     code, output, _ = run(GENERATE="text", RUN_ID="none")
-    assert code == 2 and "ARTIFACT=FILE: it is not set" in output
+    assert code == 2 and "ARTIFACT=FILE is not set" in output
