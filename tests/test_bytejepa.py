@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, assert_causal, assert_drafts_follow_score, assert_stream_follows_score, enlivened
+from conftest import (
+    ROOT,
+    TINY,
+    assert_causal,
+    assert_drafts_follow_score,
+    assert_stream_follows_score,
+    enlivened,
+)
 from family import load_script
 from test_model import ABSENT, CHANGED, PUBLISHED
 

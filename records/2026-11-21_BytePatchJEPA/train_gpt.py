@@ -974,10 +974,10 @@ SIGREG_ROWS = 32  # of #696: its statistic is scaled by so many samples, and its
 class LatentMLP(nn.Module):
     """W2 silu(W1 RMSNorm(x)), no biases; the projector and the predictor of #696."""
 
-    def __init__(self, dim: int, latent: int):
+    def __init__(self, dim_in: int, hidden: int, dim_out: int):
         super().__init__()
-        self.fc1 = CastedLinear(dim, 2 * dim)
-        self.fc2 = CastedLinear(2 * dim, latent)
+        self.fc1 = CastedLinear(dim_in, hidden)
+        self.fc2 = CastedLinear(hidden, dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.silu(self.fc1(rms_norm(x))))
@@ -1032,8 +1032,8 @@ class PatchJEPA(nn.Module):
     def __init__(self, args: Hyperparameters):
         super().__init__()
         self.args, dim, latent = args, args.model_dim, args.latent_dim
-        self.projector = LatentMLP(dim, latent)
-        self.predictor = LatentMLP(dim, latent)
+        self.projector = LatentMLP(dim, 2 * dim, latent)
+        self.predictor = LatentMLP(dim, 2 * dim, latent)
         by_latent = args.patch_condition != "context"
         self.start_latent = nn.Parameter(torch.empty(latent)) if by_latent else None
         self.from_latent = CastedLinear(latent, dim) if by_latent else None
