@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, environment
+from family import load_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,6 +98,21 @@ def test_unpack_gives_what_the_quantiser_gives(trunk, packed, tiny, compressor):
         else:
             weight = weight.astype(np.float16).astype(np.float32)
         assert np.array_equal(found[name], weight)
+
+
+@pytest.mark.parametrize(
+    "folder", [".", *sorted(path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("records/*/train_gpt.py"))])
+def test_an_artifact_asks_nothing_of_the_training_batch(folder):
+    """Rows of 56 ids fill no default batch: of no interest to a script that scores."""
+    about, script = ROOT / folder / "submission.json", load_script(ROOT / folder)
+    if about.exists() and json.loads(about.read_text()).get("frozen"):
+        pytest.skip("a frozen record keeps the defect")
+    rows = {"TRAIN_SEQ_LEN": "56", "EVAL_STRIDE": "8", "TTT_CHUNK_TOKENS": "64"}
+    shipped = script.Hyperparameters({**rows, "TRAIN_BATCH_TOKENS": "448"}).shipped()
+    assert script.Hyperparameters().train_batch_tokens % 56
+    assert script.Hyperparameters({}, shipped).train_seq_len == 56
+    with pytest.raises(script.UserError, match="TRAIN_BATCH_TOKENS"):
+        script.Hyperparameters({**rows, "TRAIN_BATCH_TOKENS": "450"})
 
 
 def test_default_configuration_fits_its_budget(trunk):

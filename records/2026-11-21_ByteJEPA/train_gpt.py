@@ -254,7 +254,7 @@ class Hyperparameters:
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
         if shipped or not (self.eval_only or self.generate):  # else the artifact's settings are still to come
-            self._check()
+            self._check(trains=not shipped)
 
     @classmethod
     def vars(cls) -> dict[str, Var]:
@@ -316,10 +316,10 @@ class Hyperparameters:
                                 f"{'|'.join(TENSOR_CLASSES)} and NUMBER from {low} to {high}")
         return values
 
-    def _check(self) -> None:
+    def _check(self, trains: bool) -> None:
         """Refuses combinations that cannot work, with both values in the message."""
         head_dim, rope = self.model_dim // self.num_heads, self.rope_dims
-        rows, spare = divmod(self.train_batch_tokens, self.train_seq_len)
+        rows, spare = divmod(self.train_batch_tokens, self.train_seq_len) if trains else (0, 0)
         chunk, group = self.jepa_chunk_size, self.jepa_sigreg_group
         calibrates = self.quant_round == "gptq" and self.max_wallclock_seconds and not self.eval_only
         problems = [

@@ -267,7 +267,7 @@ class Hyperparameters:
         self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
         others = self.eval_only, self.eval_gate, self.generate_bench, self.generate
         if shipped or not any(others):  # else the file's settings are still to come
-            self._check()
+            self._check(trains=not shipped)
 
     @classmethod
     def vars(cls) -> dict[str, Var]:
@@ -319,10 +319,11 @@ class Hyperparameters:
                                 f"{'|'.join(TENSOR_CLASSES)} and NUMBER from {low} to {high}")
         return values
 
-    def _check(self) -> None:
+    def _check(self, trains: bool) -> None:
         """Refuses combinations that cannot work, with both values in the message."""
         head_dim, rope = self.model_dim // self.num_heads, self.rope_dims
-        spare, learned = self.train_batch_tokens % self.train_seq_len, self.positions == "learned"
+        spare = trains and self.train_batch_tokens % self.train_seq_len
+        learned = self.positions == "learned"
         calibrates = self.quant_round == "gptq" and self.max_wallclock_seconds and not self.eval_only
         inner = self.mamba_expand * self.model_dim
         problems = [
