@@ -8,7 +8,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import pytest
+# Two workers with a thread for every core each wait for one another at every barrier: the suite took minutes for what takes seconds.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402 (torch, which plugins may load, reads the variable once)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
