@@ -11,7 +11,7 @@ from pathlib import Path
 # Two workers with a thread for every core each wait for one another at every barrier: the suite took minutes for what takes seconds.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402 (torch, which plugins may load, reads the variable once)
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
