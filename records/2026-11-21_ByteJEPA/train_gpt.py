@@ -1565,17 +1565,19 @@ class Optimizers:
 
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
-        keys = ("matrix", "embed", "head", "table", "aux", "scalar")
+        keys = ("matrix", "embed", "head", "table", "aux", "scalar", "draft")
         named = [(self.group_of(name, p), p) for name, p in model.named_parameters()]
         groups = {key: [p for group, p in named if group == key] for key in keys}
         self.muon = Muon(groups["matrix"], args, runtime)
         self.tables = RowAdagrad(groups["table"], args)
         rates = {"embed": args.tied_embed_lr if args.tie_embeddings else args.embed_lr, "head": args.head_lr,
-                 "aux": args.jepa_lr, "scalar": args.scalar_lr}
+                 "aux": args.jepa_lr, "scalar": args.scalar_lr, "draft": args.draft_lr}
+        decays = dict.fromkeys(("aux", "draft"), 0.0)
         adam = [{"params": groups[key], "lr": rate, "peak": rate,
-                 "weight_decay": args.adam_wd * (key != "aux")} for key, rate in rates.items() if groups[key]]
+                 "weight_decay": decays.get(key, args.adam_wd)} for key, rate in rates.items() if groups[key]]
         self.adam = torch.optim.AdamW(adam, betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
         self.replicated = [p for key in keys[1:] for p in groups[key]]
+        self.counted = len(self.replicated) - len(groups["draft"])
         self.coarse = groups["embed"] + groups["aux"] if args.bf16_masters else []
 
     @staticmethod
