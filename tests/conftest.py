@@ -1,5 +1,6 @@
 """What the tests share: the trunk as a module, a small real corpus, and runs of the real script in a subprocess."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -178,3 +179,23 @@ def assert_stream_follows_score(script, model, ids):
         assert nats[t] == pytest.approx(-vectors[t][ids[t + 1]], abs=1e-6)
         stream.push(ids[t + 1])
     return stream
+
+
+def assert_drafts_follow_score(script, model, ids) -> None:
+    """Drafts right, wrong and in part right, asked for or not: what a pass over them says is what `score` says."""
+    import numpy as np
+
+    rng, t = np.random.default_rng(0), 0
+    _, vectors = script.score(model, ids, range(len(ids) - 1))
+    stream = script.stream(model)
+    stream.push(ids[0])
+    while t < len(ids) - 1:
+        right = int(rng.integers(0, 5))
+        drafts = [*ids[t + 1 : t + 1 + right], *rng.integers(4, 260, int(rng.integers(0, 3)))]
+        if rng.random() < 0.3:
+            assert np.abs(stream.logprobs() - vectors[t]).max() < 1e-4, t
+        for row in itertools.islice(stream.ahead(drafts), right + 1):  # lazy where a mixture learns on the way
+            if t < len(ids) - 1:
+                assert np.abs(row - vectors[t]).max() < 1e-4, t
+                stream.push(ids[t + 1])
+                t += 1

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, assert_causal, assert_stream_follows_score, enlivened
+from conftest import (
+    ROOT,
+    TINY,
+    assert_causal,
+    assert_drafts_follow_score,
+    assert_stream_follows_score,
+    enlivened,
+)
 from family import load_script
 from test_model import ABSENT, CHANGED, PUBLISHED
 
@@ -85,7 +92,7 @@ def test_every_tensor_of_an_arm_learns_or_is_meant_not_to(arm):
         (sums["ce"] / 256 + sum(sums[name] for name in weights)).backward()
         if step < 2:
             optimizers.step(step, 0.0, optimizers.reduce(1.0))
-            optimizers.zero_grad()
+            model.zero_grad()
     dead = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
     frozen = {"random": {name for name, _ in model.named_parameters()
                          if name.startswith("aux.") and "injection" not in name}}
@@ -173,6 +180,12 @@ def test_the_weight_can_fall_instead_of_rise():
 def test_decoding_follows_the_scorer(arm, corpus):
     ids = np.fromfile(next(corpus.glob("*_val_*.bin")), "<u2", offset=1024)[:150].astype(np.int64)
     assert_stream_follows_score(section, alive(tiny(**ARMS[arm], EVAL_STRIDE=16)).eval(), ids)
+
+
+@pytest.mark.parametrize("arm", ["text", "published"])
+def test_a_pass_over_drafts_is_the_scorer(arm, corpus):
+    ids = np.fromfile(next(corpus.glob("*_val_*.bin")), "<u2", offset=1024)[:150].astype(np.int64)
+    assert_drafts_follow_score(section, alive(tiny(**ARMS[arm], EVAL_STRIDE=16)).eval(), ids)
 
 
 @pytest.mark.parametrize("arm", ["text", "published"])

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_stream_follows_score, enlivened
+from conftest import ROOT, assert_drafts_follow_score, assert_stream_follows_score, enlivened
 from family import load_script
 
 RECORD, = (ROOT / "records").glob("*_BytePatchJEPA")
@@ -18,8 +18,8 @@ SMALL = {
     "NUM_LAYERS": 2, "ENCODER_REPEATS": 2, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "DECODER_LAYERS": 2,
     "DECODER_HEADS": 2, "LATENT_DIM": 16, "SIGREG_NUM_PROJ": 16, "SIGREG_GROUP": 2, "TRAIN_SEQ_LEN": 61,
     "TRAIN_BATCH_TOKENS": 488, "EVAL_STRIDE": 16, "EVAL_BATCH_TOKENS": 2048, "TTT": 0, "TTT_CHUNK_TOKENS": 1024,
-    "ROPE_DIMS": 0, "XSA_LAST_N": 0, "LN_SCALE": 0, "LOGIT_SOFTCAP": 0, "PATCH_SPLIT": "fixed",
-    "JEPA_CHUNK_SIZE": "", "NGRAM_ORDERS": "", "BIGRAM_VOCAB_SIZE": "",
+    "ROPE_DIMS": 0, "XSA_LAST_N": 0, "LN_SCALE": 0, "LOGIT_SOFTCAP": 0,
+    "PATCH_SPLIT": "fixed", "JEPA_CHUNK_SIZE": "", "NGRAM_ORDERS": "", "BIGRAM_VOCAB_SIZE": "",
 }
 SPACE, TTT = {"PATCH_SPLIT": "space"}, {"TTT": "sgd", "TTT_CHUNK_TOKENS": 32, "TTT_LR": 0.05, "TTT_BATCH_ROWS": 2}
 VARIANTS = [
@@ -196,6 +196,28 @@ def test_cached_decoding_equals_the_full_forward_everywhere(ids, overrides):
     assert (stream.updates > 0) == ("TTT" in overrides)
 
 
+@pytest.mark.parametrize("overrides", [{}, SPACE, {**SPACE, "PATCH_CONDITION": "both"}, {"PATCH_SIZE": 0}], ids=str)
+def test_a_pass_over_drafts_is_the_scorer(ids, overrides):
+    assert_drafts_follow_score(section, alive(**overrides), ids)
+
+
+def test_draft_heads_leave_the_model_as_it_is():
+    plain, heads = (section.GPT(settings(**more)) for more in ({}, {"DRAFT": 2}))
+    for model in (plain, heads):
+        model.init_weights(3)
+    tensors = dict(heads.named_parameters())
+    assert all(torch.equal(p, tensors[name]) for name, p in plain.named_parameters())
+    rows = torch.randint(4, 260, (8, settings().train_seq_len + 1), generator=torch.Generator().manual_seed(1))
+    inputs = heads.aux.inputs(0, rows.device)
+    found = heads.losses(rows, torch.ones(8), inputs)
+    assert torch.equal(found["ce"], plain.losses(rows, torch.ones(8), inputs)["ce"])
+    found["draft"].backward()
+    assert {name for name, p in tensors.items() if p.grad is not None and p.grad.any()} <= {
+        name for name in tensors if name.startswith("draft.")}
+    optimizers = section.Optimizers(heads, heads.args, section.Runtime(heads.args))
+    assert len(optimizers.replicated) - optimizers.counted == 2
+
+
 @pytest.mark.parametrize("overrides", [{}, SPACE], ids=str)
 def test_decoding_encodes_each_patch_once(ids, overrides, monkeypatch):
     model, seen = alive(EVAL_SEQ_LEN=61, EVAL_STRIDE=61, **overrides), []
@@ -347,7 +369,7 @@ def test_training_rounds_everything_as_the_exporter_does():
 def test_gptq_has_the_inputs_of_every_matrix(ids, overrides):
     args = settings(DEVICE="cpu", DTYPE="fp32", MODEL_DIM=64, **overrides)
     trainer = section.Trainer(args, None, section.Runtime(args), None)
-    sums = trainer.input_moments(torch.from_numpy(np.stack([ids[:62], ids[62:124]]))[None])
+    sums = trainer.input_moments(torch.from_numpy(np.stack([ids[:62], ids[62:124]]))[None], {})
     matrices = {name: p for name, p in trainer.model.exported().items()
                 if section.quant_plan(name, p.shape, args)[0] and "tok_emb" not in name}
     for name, p in matrices.items():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, environment
+from conftest import ROOT, TINY, assert_drafts_follow_score, environment
 from family import load_script
 
 RECORD, = (ROOT / "records").glob("*_BytePPM")
@@ -305,6 +305,12 @@ def test_score_and_stream_agree_on_the_mixture(model, monkeypatch, settings):
         if t in vectors:
             assert np.abs(vectors[t] - logprobs).max() < 1e-4 and abs(nats[t] + vectors[t][ids[t + 1]]) < 1e-9
         stream.push(ids[t + 1])
+
+
+@pytest.mark.parametrize("mix", ["binary", "ppm"])
+def test_drafts_go_through_the_mixture(model, monkeypatch, mix):
+    monkeypatch.setattr(model.args, "mix", mix)
+    assert_drafts_follow_score(section, model, text(3, 150))
 
 
 def test_weight_zero_reproduces_the_network(model, monkeypatch):

@@ -494,7 +494,7 @@ def saved(folder, name: str, heads: int = 1, **overrides):
     if name == "checkpoint":
         trainer = section.Trainer(args, None, section.Runtime(args), section.Log(None))
         trainer.save("final")
-        return trainer.checkpoint_path("final")
+        return folder / "made" / "final.safetensors"
     model = section.GPT(args)
     model.init_weights(0)
     path = folder / f"{name}.bin"

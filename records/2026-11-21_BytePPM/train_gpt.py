@@ -67,25 +67,19 @@ class Var:
     def accepted(self) -> str:
         if self.choices:
             return " | ".join(self.choices)
-        if isinstance(self.default, bool):
-            return "0 | 1"
-        kind = {int: "an integer", float: "a number", str: "a text"}[type(self.default)]
-        low = "" if self.low is None else f" from {self.low}"
-        return kind + low + ("" if self.high is None else f" to {self.high}")
+        kind = {bool: "0 | 1", int: "an integer", float: "a number", str: "a text"}[type(self.default)]
+        bounds = {"from": self.low, "to": self.high}
+        return kind + "".join(f" {word} {bound}" for word, bound in bounds.items() if bound is not None)
 
     def parse(self, text: str):
         word, kind, words = text.strip(), type(self.default), {"0": 0, "1": 1, "false": 0, "true": 1}
-        try:
+        with contextlib.suppress(ValueError, KeyError):
             value = bool(words[word.lower()]) if kind is bool else kind(word)
-        except (ValueError, KeyError):
-            value = None
-        good = value is not None and (not self.choices or value in self.choices)
-        if good and not isinstance(value, str):
             low, high = (bound if bound is not None else value for bound in (self.low, self.high))
-            good = math.isfinite(value) and low <= value <= high
-        if not good:
-            raise UserError(f"{self.name}={text!r} is not accepted: {self.accepted()} ({self.why})")
-        return value
+            finite = kind is str or math.isfinite(value)
+            if finite and low <= value <= high and value in (self.choices or [value]):
+                return value
+        raise UserError(f"{self.name}={text!r} is not accepted: {self.accepted()} ({self.why})")
 
 
 class Hyperparameters:
@@ -127,6 +121,7 @@ class Hyperparameters:
     ngram_buckets = Var(65536, "rows of each table", low=2, ship="model")
     ngram_dim = Var(32, "width of a context's embedding", low=1, ship="model")
     ngram_hashes = Var(2, "tables that it is spread over, each with a hash", low=1, high=4, ship="model")
+    draft = Var(0, "ids that draft heads guess beyond the next; 0 = none", low=0, high=16, ship="model")
     _optimizers = "Optimizers and schedule"
     iterations = Var(9000, "optimizer steps at most", low=1)
     max_wallclock_seconds = Var(600.0, "training time; 0 = no limit; progress = max(step, time)", low=0.0)
@@ -144,6 +139,7 @@ class Hyperparameters:
     head_lr = Var(0.008, "AdamW: output head when untied", low=0.0)
     scalar_lr = Var(0.025, "AdamW: gains, mixes, gates", low=0.0)
     ngram_lr = Var(0.035, "RowAdagrad: n-gram tables", low=0.0)
+    draft_lr = Var(0.003, "AdamW: draft heads", low=0.0)
     adam_wd = Var(0.04, "decoupled weight decay of the embedding and scalar groups", low=0.0)
     beta1 = Var(0.9, "Adam", low=0.0, high=0.9999)
     beta2 = Var(0.95, "Adam", low=0.0, high=0.99999)
@@ -184,7 +180,11 @@ class Hyperparameters:
     ppm_order = Var(6, "longest context in bytes", low=1, high=15, ship="eval")
     mix_rows = Var(18, "binary: log2 of the 64-byte rows in each of 8 tables", low=4, high=26, ship="eval")
     eval_only = Var(False, "score ARTIFACT and nothing else")
-    artifact = Var("", "path for EVAL_ONLY")
+    artifact = Var("", "path for EVAL_ONLY and GENERATE")
+    generate = Var("", "a text, or its file, to go on from with the model in ARTIFACT")
+    max_new_tokens = Var(256, "ids to write", low=1)
+    temperature = Var(0.0, "0 = greedy", low=0.0)
+    speculate = Var(True, "several drafted ids a pass: the same text, sooner")
     _run = "Run"
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
     runs_path = Var("./runs", "where runs are kept")
@@ -217,7 +217,6 @@ class Hyperparameters:
         "CONTROL_TENSOR_NAME_PATTERNS": ((), "tensors are sorted by shape and module, not by name patterns"),
     }
 
-
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`. `shipped`, the settings in an artifact, replaces the defaults of what it names."""
         environ = environ or {}
@@ -237,7 +236,7 @@ class Hyperparameters:
         self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
-        if shipped or not self.eval_only:  # otherwise the artifact's settings are still to come
+        if shipped or not (self.eval_only or self.generate):  # else the artifact's settings are still to come
             self._check(trains=not shipped)
 
     @classmethod
@@ -424,10 +423,8 @@ class Runtime:
     def clock(self, phase: str):
         """Adds what the block takes to a phase; nothing is on two clocks at once."""
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.clocks[phase] = self.clocks.get(phase, 0.0) + time.perf_counter() - start
+        yield
+        self.clocks[phase] = self.clocks.get(phase, 0.0) + time.perf_counter() - start
 
     def device_name(self) -> str:
         if self.device.type == "cuda":
@@ -472,8 +469,7 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None)
     """Causal attention spelt out: q (B, T, H, d), k, v (B, T, K, d) -> (B, T, H, d); where: document_mask."""
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
-    if where is None:
-        where = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1))
+    where = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1)) if where is None else where
     weights = scores.masked_fill(~where, -torch.inf).softmax(-1).to(v.dtype)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
@@ -608,18 +604,16 @@ class Log:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, text: str, console: bool = True) -> None:
+    def __call__(self, text: str, console: bool = True, name: str = "log.txt") -> None:
         if self.folder is None:
             return
         if console:
             print(text, flush=True)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(text + "\n")
 
     def metrics(self, **values) -> None:
-        if self.folder is not None:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+        self(json.dumps(values), False, "metrics.jsonl")
 
 
 def progress_bar(items, total: int, what: str, show: bool):
@@ -648,8 +642,7 @@ def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.nd
     header = np.fromfile(path, dtype="<i4", count=256)
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise UserError(f"{path}: header {header[:2]} is not a shard's, {SHARD_MAGIC} {SHARD_VERSION}")
-    if header[2] < 0 or size != HEADER_BYTES + 2 * int(header[2]):
-        room = (size - HEADER_BYTES) / 2
+    if header[2] != (room := (size - HEADER_BYTES) / 2):
         raise UserError(f"{path}: the header promises {header[2]} ids, the file has room for {room:g}")
     ids = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
     check_ids(ids[:checked], vocab_size, path)
@@ -719,16 +712,11 @@ class Dataset:
 
 
 def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()  # mapped: shards may be large
 
 
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary before one).
-
     A target counts base[id] + (space[id] and not edge[previous id]). byte260: ids from 4 up are a byte each.
     SentencePiece: byte pieces 1, control, unknown and unused 0, others their UTF-8 length with U+2581 as one
     space; a leading one counts only where the previous id is no boundary: the dummy prefix stands there.
@@ -747,9 +735,8 @@ def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarr
         raise UserError("TOKENIZER_PATH is set, but sentencepiece is not installed") from None
     except (OSError, RuntimeError) as error:
         raise UserError(f"TOKENIZER_PATH={args.tokenizer_path}: no SentencePiece model ({error})") from None
-    if tokenizer.vocab_size() != args.vocab_size:
-        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} has {tokenizer.vocab_size()} ids, "
-                        f"VOCAB_SIZE is {args.vocab_size}")
+    if (size := tokenizer.vocab_size()) != args.vocab_size:
+        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} has {size} ids, VOCAB_SIZE={args.vocab_size}")
     dummy_prefix = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
     for i in range(args.vocab_size):
         piece = tokenizer.id_to_piece(i)
@@ -770,21 +757,18 @@ def target_bytes(ids: np.ndarray, tables: tuple[np.ndarray, np.ndarray, np.ndarr
 
 def class_table(vocab_size: int) -> np.ndarray:
     """Class of each id, an index into BYTE_CLASSES, for the bits-by-class report."""
-    def name_of(byte: int) -> str:
+    names = ["special"] * BYTE_OFFSET + ["token"] * (vocab_size - BYTE_OFFSET)
+    for byte in range(256) if vocab_size == 260 else ():
         text = chr(byte)
         tests = {"non-ascii": byte > 127, "newline": text in "\r\n", "space": text.isspace(),
                  "digit": text.isdigit(), "lower": text.islower(), "upper": text.isupper()}
-        return next((name for name, found in tests.items() if found), "punctuation")
-    names = ["special"] * BYTE_OFFSET + ["token"] * (vocab_size - BYTE_OFFSET)
-    if vocab_size == 260:
-        names[BYTE_OFFSET:] = map(name_of, range(256))
+        names[BYTE_OFFSET + byte] = next((name for name, found in tests.items() if found), "punctuation")
     return np.array([BYTE_CLASSES.index(name) for name in names])
 
 
 class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
     """How a global batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group` rows.
     Every rank runs the same shapes: slots beyond the batch repeat its first group with weight 0."""
-
 
     @classmethod
     def make(cls, args: Hyperparameters, world_size: int) -> BatchPlan:
@@ -793,15 +777,12 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
         micro_steps = -(-rows // (world_size * at_most))
         return cls(rows, 1, -(-rows // (world_size * micro_steps)), micro_steps, world_size)
 
-    def slots(self, micro_step: int, rank: int) -> tuple[list[int], list[float]]:
+    def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers inside the global batch for one forward, and a weight for each."""
-        first = (micro_step * self.world_size + rank) * self.groups
-        numbers, weights = [], []
-        for group in range(first, first + self.groups):
-            real = group < self.rows // self.group
-            numbers += [(group if real else 0) * self.group + i for i in range(self.group)]
-            weights += [float(real)] * self.group
-        return numbers, weights
+        first = (micro_step * self.world_size + rank) * self.groups * self.group
+        numbers = np.arange(first, first + self.groups * self.group)
+        real = numbers < self.rows  # which is a whole number of groups
+        return np.where(real, numbers, numbers % self.group), real.astype(np.float32)
 
 
 class Loader:
@@ -872,7 +853,6 @@ class Loader:
         def work() -> tuple[Tensor, Tensor, dict]:
             *tensors, state = self.next()
             return *(x.pin_memory() if device.type == "cuda" else x for x in tensors), state
-
         with ThreadPoolExecutor(1) as thread:
             ahead = deque(thread.submit(work) for _ in range(2))
             while True:
@@ -1001,7 +981,42 @@ def rounded(owner: nn.Module) -> Tensor:
 # -----------------------------------------------------------------------------
 # AUXILIARY OBJECTIVES
 # -----------------------------------------------------------------------------
-# None: the network of this record learns from cross-entropy alone.
+
+
+class LatentMLP(nn.Module):
+    """W2 silu(RMSNorm(W1 x)), no biases; the projector and the predictor of #832."""
+
+    def __init__(self, dim_in: int, hidden: int, dim_out: int):
+        super().__init__()
+        self.fc1 = CastedLinear(dim_in, hidden)
+        self.fc2 = CastedLinear(hidden, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(rms_norm(self.fc1(x))))
+
+
+class DraftHeads(nn.Module):
+    """A chain of guesses at the ids beyond the next: a link takes in the id that follows and guesses the one
+    behind it, from what the link before left of a position's state (after Hydra, Ankner et al. 2024). Links
+    share their weights; nothing else learns from them: the model is the same bit for bit without them."""
+
+    def __init__(self, args: Hyperparameters):
+        super().__init__()
+        self.links, self.link = args.draft, LatentMLP(2 * args.model_dim, args.model_dim, args.model_dim)
+
+    def forward(self, state: Tensor, token: Tensor) -> Tensor:
+        """state (..., D) of a position or of the link before, embedding (..., D) of an id -> (..., D)."""
+        return rms_norm(state + self.link(torch.cat((state, rms_norm(token)), -1)))
+
+    def loss(self, model: GPT, x: Tensor, ids: Tensor) -> Tensor:
+        """States x (B, T, D) of ids (B, T + 1) -> nats of a guess on true ids, a mean for each row (B,)."""
+        x, tokens, nats = x.detach(), model.embed(ids).detach(), 0.0
+        for i in range(1, self.links + 1):
+            x = self(x[:, :-1], tokens[:, i:-1])
+            logits = model.head(x, frozen=True).mT
+            nats = nats + F.cross_entropy(logits, ids[:, i + 1 :], reduction="none").mean(1) / self.links
+        return nats
+
 
 # -----------------------------------------------------------------------------
 # MODEL
@@ -1057,10 +1072,9 @@ class CausalSelfAttention(nn.Module):
         self.attend = ATTENTION[attention]
 
     def forward(self, x: Tensor, rotary: Tensor, where=None, past: KVCache | None = None) -> Tensor:
-        weights = [rounded(layer) for layer in (self.c_q, self.c_k, self.c_v)]
-        qkv = F.linear(x, torch.cat(weights).to(x.dtype))  # one wide product instead of three
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim))  # (B, T, H or K, d)
-                   for part in qkv.split([len(weight) for weight in weights], -1))
+        weight = torch.cat([rounded(layer) for layer in (self.c_q, self.c_k, self.c_v)])
+        qkv = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))  # one product for all three
+        q, k, v = qkv.split((len(self.q_gain), self.num_kv_heads, self.num_kv_heads), 2)  # (B, T, H or K, d)
         q, k = (rotate(rms_norm(part), rotary) for part in (q, k))
         q = q * self.q_gain.to(q.dtype)[:, None]
         y = sdpa_attention(q, *past.extend(self.layer, k, v), where) if past else self.attend(q, k, v, where)
@@ -1095,12 +1109,11 @@ class Block(nn.Module):
         self.ln_scale = (layer + 1) ** -0.5 if args.ln_scale else 1.0
 
     def forward(self, x: Tensor, x0: Tensor, rotary: Tensor, where, past: KVCache | None) -> Tensor:
-        attn_scale, mlp_scale = self.attn_scale.to(x.dtype), self.mlp_scale.to(x.dtype)
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
-        x = x + attn_scale * self.attn(rms_norm(x) * self.ln_scale, rotary, where, past)
-        return x + mlp_scale * self.mlp(rms_norm(x) * self.ln_scale)
+        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.ln_scale, rotary, where, past)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.ln_scale)
 
 
 class SmearGate(nn.Module):
@@ -1128,8 +1141,7 @@ class HashEmbedding(nn.Module):
     The contexts: the last n ids for each n in `orders`; with `words` 1 the word so far, with 2 also that
     together with the word before it (after the word models of PAQ). Each owns a row in each of `hashes`
     tables of width dim / hashes, so that two contexts rarely share all of their rows. Nothing before the last
-    BOS counts: no document sees another. Tables start at zero and the projection does not, so both learn
-    (in #832 both were zero and stayed dead, defect A1)."""
+    BOS counts: no document sees another. Only tables start at zero: both stayed dead in #832 (defect A1)."""
 
     SALTS = (0x297A2D39, 0x1B873593, 0x6C078965, 0x5D588B65)  # 31 bits: products fit an int64
     WORD_REACH = 20  # ids that a word context looks back
@@ -1179,11 +1191,15 @@ class KVCache:
         self.layers = torch.zeros(args.num_layers, 2, 1, *window, **like)
         self.length = 0
 
+    def cut(self, length: int) -> None:
+        """Forgets what lies behind the first `length` positions."""
+        self.length = min(self.length, length)
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values of new positions (1, n, K, d); returns those of all."""
         stop = self.length + k.size(1)
-        self.layers[layer, 0, :, self.length : stop], self.layers[layer, 1, :, self.length : stop] = k, v
-        return self.layers[layer, 0, :, :stop], self.layers[layer, 1, :, :stop]
+        self.layers[layer, :, :, self.length : stop] = torch.stack((k, v))
+        return self.layers[layer, :, :, :stop].unbind()
 
 
 class GPT(nn.Module):
@@ -1203,6 +1219,7 @@ class GPT(nn.Module):
         self.smear = SmearGate(dim) if args.smear_gate else None
         self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(layers))
         self.skip_weights = nn.Parameter(torch.ones(layers // 2, dim)) if args.unet_skips else None
+        self.draft = DraftHeads(args) if args.draft else None
         self.set_rotary()
         self.lm_head = None if args.tie_embeddings else CastedLinear(dim, args.vocab_size)
 
@@ -1224,8 +1241,13 @@ class GPT(nn.Module):
             block.mlp.proj.weight.zero_()
         for table in filter(None, (self.bigram, self.ngram)):
             nn.init.orthogonal_(table.proj.weight, generator=generator)
+        for layer in self.draft.link.children() if self.draft is not None else ():
+            nn.init.orthogonal_(layer.weight, generator=generator)
         if self.lm_head is not None:
             self.lm_head.weight.zero_()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, rounded(self.tok_emb)).to(self.dtype)
 
     def hidden(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
         """ids (B, T) -> normalised states (B, T, D).
@@ -1233,7 +1255,7 @@ class GPT(nn.Module):
         known = 0 if past is None else past.length
         fresh = ids.size(1) - known
         tail = ids[:, max(0, known - self.reach) :]  # an embedding depends on some ids before its own
-        x = F.embedding(tail, rounded(self.tok_emb)).to(self.dtype)
+        x = self.embed(tail)
         for table in (self.bigram, self.ngram):
             if table is not None:
                 x = x + table(tail, self.dtype)
@@ -1260,18 +1282,21 @@ class GPT(nn.Module):
         """Parameters that scoring needs, by name: all of them."""
         return dict(self.named_parameters())
 
-    def head(self, x: Tensor) -> Tensor:
-        """States -> capped logits in fp32."""
+    def head(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """States -> capped logits in fp32; `frozen`: no gradient for the head's own weight."""
         weight = rounded(self.tok_emb if self.lm_head is None else self.lm_head)
-        logits = F.linear(x, weight.to(x.dtype)).float()
+        logits = F.linear(x, (weight.detach() if frozen else weight).to(x.dtype)).float()
         cap = self.args.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def losses(self, ids: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """ids (B, T + 1), weights (B,) -> {"ce": weighted nats over all targets}."""
+        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats over all targets, and "draft"."""
         x = self.hidden(ids[:, :-1], self.rotary_train)
         nats = F.cross_entropy(self.head(x).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        return {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
+        sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
+        if self.draft is not None:
+            sums["draft"] = (self.draft.loss(self, x, ids) * weights).sum()
+        return sums
 
     def logits(self, ids: Tensor, take: Tensor, span: int) -> Tensor:
         """fp32 logits (B, span, V) of positions take[b] ... take[b] + span - 1 in row b of ids (B, T)."""
@@ -1280,13 +1305,8 @@ class GPT(nn.Module):
         return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
 
 
-# Free functions, so that every instance of the model (trained, averaged, reloaded) shares one compiled graph.
-def training_losses(model: GPT, ids: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    return model.losses(ids, weights)
-
-
-def scoring_logits(model: GPT, ids: Tensor, take: Tensor, span: int) -> Tensor:
-    return model.logits(ids, take, span)
+# Functions of the class, so that every model (trained, averaged, reloaded) shares one compiled graph.
+training_losses, scoring_logits = GPT.losses, GPT.logits
 
 
 # -----------------------------------------------------------------------------
@@ -1311,20 +1331,15 @@ class Muon:
 
     Matrices of equal shape form one stack; each rank owns a share of it, receives the share's summed gradient
     (reduce-scatter), orthogonalises it and sends it round (all-gather) while it works on the next stack.
-    update = NS(g + mu * m), m <- mu * m + g;  p <- p * (1 - rate * wd) - rate * sqrt(max(1, r / c)) * update.
-    """
+    update = NS(g + mu m), m <- mu m + g; p <- (1 - rate wd) p - rate sqrt(max(1, r / c)) update."""
 
     def __init__(self, params: list[nn.Parameter], args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime = args, runtime
         self.dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
-        by_shape: dict[tuple, list[nn.Parameter]] = {}
-        for p in params:
-            by_shape.setdefault(tuple(p.shape), []).append(p)
-        self.stacks = sorted(by_shape.values(), key=lambda members: -len(members) * members[0].numel())
+        stacks = [[p for p in params if p.shape == shape] for shape in dict.fromkeys(p.shape for p in params)]
+        self.stacks = sorted(stacks, key=lambda members: -len(members) * members[0].numel())
         self.momenta = [torch.zeros(-(-len(members) // runtime.world_size), *members[0].shape,
                                     device=runtime.device) for members in self.stacks]
-        self.shares: list[Tensor] = []
-        self.pending: list = []
 
     def start_reduction(self, scale: float) -> None:
         """Begins to sum `scale` times the gradients over ranks."""
@@ -1332,16 +1347,13 @@ class Muon:
         for members, momentum in zip(self.stacks, self.momenta):
             spare = len(momentum) * self.runtime.world_size - len(members)
             full = torch.stack(gradients(members) + [torch.zeros_like(members[0])] * spare).mul_(scale)
-            share = full[self._mine(len(momentum))]
+            share = full.split(len(momentum))[self.runtime.rank]
             if self.runtime.world_size > 1 and self.runtime.gloo:  # which has no reduce-scatter
                 self.pending.append(dist.all_reduce(full, async_op=True))
             elif self.runtime.world_size > 1:
                 share = torch.empty_like(momentum)
                 self.pending.append(dist.reduce_scatter_tensor(share, full, async_op=True))
             self.shares.append(share)
-
-    def _mine(self, share: int) -> slice:
-        return slice(self.runtime.rank * share, (self.runtime.rank + 1) * share)
 
     def square_norm(self) -> Tensor:
         """Waits for the reduction; the squared norm of all gradients of this group."""
@@ -1355,32 +1367,32 @@ class Muon:
             share.mul_(clip)
             buffer.mul_(momentum).add_(share)
             mine = newton_schulz(share.add_(buffer, alpha=momentum), self.args.muon_backend_steps, self.dtype)
-            flying.append((members, *self._gather(mine)))
-        for members, update, wait in flying:
-            wait()
+            flying.append((members, self._gather(mine)))
+        for members, update in flying:
             factor = max(1.0, members[0].size(0) / members[0].size(1)) ** 0.5
             torch._foreach_mul_(members, 1 - rate * self.args.muon_wd)
-            torch._foreach_add_(members, update[: len(members)].unbind(), alpha=-rate * factor)
+            torch._foreach_add_(members, update()[: len(members)].unbind(), alpha=-rate * factor)
 
-    def _gather(self, share: Tensor) -> tuple:
-        """Starts to collect every rank's share of a stack: (the stack, the function that waits for it)."""
+    def _gather(self, share: Tensor):
+        """Starts to collect every rank's share of a stack; returns the function that waits for the stack."""
         if self.runtime.world_size == 1:
-            return share, lambda: None
+            return lambda: share
         full = share.new_empty(len(share) * self.runtime.world_size, *share.shape[1:])
-        return full, dist.all_gather_into_tensor(full, share.contiguous(), async_op=True).wait
+        work = dist.all_gather_into_tensor(full, share.contiguous(), async_op=True)
+
+        def whole() -> Tensor:
+            work.wait()
+            return full
+        return whole
 
     def state(self) -> dict[str, Tensor]:
         """Momenta of all ranks, for a checkpoint that any number of ranks can read."""
-        found = {}
-        for i, (members, momentum) in enumerate(zip(self.stacks, self.momenta)):
-            full, wait = self._gather(momentum)
-            wait()
-            found[f"muon.{i}"] = full[: len(members)]
-        return found
+        return {f"muon.{i}": self._gather(momentum)()[: len(members)]
+                for i, (members, momentum) in enumerate(zip(self.stacks, self.momenta))}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for i, momentum in enumerate(self.momenta):
-            mine = state[f"muon.{i}"][self._mine(len(momentum))]
+            mine = state[f"muon.{i}"][self.runtime.rank * len(momentum) :][: len(momentum)]
             momentum.zero_()[: len(mine)].copy_(mine)
 
 
@@ -1406,36 +1418,29 @@ class RowAdagrad:
 
 
 class Optimizers:
-    """Which parameter goes where, one step for all of them, and what a checkpoint needs of them.
-
-    | group  | parameters                              | method     | rate                      |
-    |--------|-----------------------------------------|------------|---------------------------|
-    | matrix | 2-D weights of blocks, hash projections | Muon       | MATRIX_LR                 |
-    | embed  | tok_emb, bigram table                   | AdamW      | TIED_EMBED_LR or EMBED_LR |
-    | head   | lm_head                                 | AdamW      | HEAD_LR                   |
-    | table  | n-gram tables                           | RowAdagrad | NGRAM_LR                  |
-    | scalar | gains, mixes, gates, skip weights       | AdamW      | SCALAR_LR                 |
-    """
+    """Which parameter goes where (`group_of`), at which rate, one step for all of them, and what a checkpoint
+    needs. Muon moves the 2-D weights of blocks and hash projections, RowAdagrad n-gram tables, AdamW the
+    rest. Draft heads stay out of the norm that clips: the model is to move as it would without them."""
 
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
-        keys = ("matrix", "embed", "head", "table", "scalar")
-        groups: dict[str, list[nn.Parameter]] = {key: [] for key in keys}
-        for name, p in model.named_parameters():
-            groups[self.group_of(name, p)].append(p)
+        keys = ("matrix", "embed", "head", "table", "scalar", "draft")
+        named = [(self.group_of(name, p), p) for name, p in model.named_parameters()]
+        groups = {key: [p for group, p in named if group == key] for key in keys}
         self.muon = Muon(groups["matrix"], args, runtime)
         self.tables = RowAdagrad(groups["table"], args)
         rates = {"embed": args.tied_embed_lr if args.tie_embeddings else args.embed_lr, "head": args.head_lr,
-                 "scalar": args.scalar_lr}
-        self.adam = torch.optim.AdamW(
-            [{"params": groups[key], "lr": rate, "peak": rate, "weight_decay": args.adam_wd}
-             for key, rate in rates.items() if groups[key]],
-            betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
+                 "scalar": args.scalar_lr, "draft": args.draft_lr}
+        adam = [{"params": groups[key], "lr": rate, "peak": rate,
+                 "weight_decay": args.adam_wd * (key != "draft")}
+                for key, rate in rates.items() if groups[key]]
+        self.adam = torch.optim.AdamW(adam, betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
         self.replicated = [p for key in keys[1:] for p in groups[key]]
+        self.counted = len(self.replicated) - len(groups["draft"])
 
     @staticmethod
     def group_of(name: str, p: nn.Parameter) -> str:
-        for prefix, group in (("ngram.table", "table"), ("lm_head", "head"),
+        for prefix, group in (("draft.", "draft"), ("ngram.table", "table"), ("lm_head", "head"),
                               ("tok_emb", "embed"), ("bigram.table", "embed")):
             if name.startswith(prefix):
                 return group
@@ -1445,16 +1450,16 @@ class Optimizers:
     def reduce(self, scale: float) -> Tensor:
         """Sums `scale` times all gradients over ranks; returns the global norm (before clipping)."""
         self.muon.start_reduction(scale)
-        for p, g in zip(self.replicated, gradients(self.replicated)):
-            p.grad = g
-        grads = [p.grad for p in self.replicated]
+        grads = gradients(self.replicated)
+        for p, grad in zip(self.replicated, grads):
+            p.grad = grad
         if scale != 1.0:
             torch._foreach_mul_(grads, scale)
         if self.runtime.world_size > 1:
             flat = torch._utils._flatten_dense_tensors(grads)
             dist.all_reduce(flat)
             torch._foreach_copy_(grads, list(torch._utils._unflatten_dense_tensors(flat, grads)))
-        rest = torch.stack(torch._foreach_norm(grads)).square().sum()
+        rest = torch.stack(torch._foreach_norm(grads[: self.counted])).square().sum()
         return (self.muon.square_norm() + rest).sqrt()
 
     @torch.no_grad()
@@ -1469,9 +1474,6 @@ class Optimizers:
             group["lr"] = group["peak"] * fall
         self.adam.step()
         self.tables.step(args.ngram_lr * fall)
-
-    def zero_grad(self) -> None:
-        self.model.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of every optimizer, by name."""
@@ -1512,16 +1514,10 @@ class EMA:
     def update(self, step: int) -> None:
         torch._foreach_lerp_(self.average, self.live, 1.0 - min(self.decay, (1 + step) / (10 + step)))
 
-    @contextlib.contextmanager
     @torch.no_grad()
-    def applied(self):
-        """The model holds the average inside the block."""
-        kept = [p.detach().clone() for p in self.live]
+    def apply(self) -> None:
+        """From here on the model holds the average."""
         torch._foreach_copy_(self.live, self.average)
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(self.live, kept)
 
 
 # -----------------------------------------------------------------------------
@@ -1530,7 +1526,6 @@ class EMA:
 
 # magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of a JSON header, payload
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 2
-PREAMBLE_BYTES = len(ARTIFACT_MAGIC) + 32 + 6
 
 constriction = None  # rANS -> LZMA
 with contextlib.suppress(ImportError):
@@ -1538,7 +1533,6 @@ with contextlib.suppress(ImportError):
 
 CHUNK = 1024  # symbols coded under one state of the models
 CONTEXT_EDGES = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512])  # 16 * |q|
-
 
 # Integers in [-top, top] as they lie in the raw payload, a byte each: slices x places. `model` names what
 # they share statistics with; every `period` slices the history of a place begins anew.
@@ -1587,9 +1581,8 @@ def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
                 last = min(first + group, end)
                 for left in range(0, plane.places, CHUNK):
                     here = context[left : left + CHUNK]
-                    order = np.argsort(here, kind="stable")
-                    for columns in np.split(order, np.flatnonzero(np.diff(here[order])) + 1):
-                        table, columns = counts[here[columns[0]]], left + columns
+                    for level in np.unique(here):
+                        table, columns = counts[level], left + np.flatnonzero(here == level)
                         part = block[first:last, columns]
                         model = constriction.stream.model.Categorical(table, perfect=False)
                         symbols = code(part.ravel(), model, plane.top)
@@ -1627,8 +1620,7 @@ def compressors() -> dict[str, tuple]:
              "zlib": (lambda raw, _: zlib.compress(raw, 9), lambda blob, _: zlib.decompress(blob))}
     with contextlib.suppress(ImportError):
         import zstandard
-        found["zstd"] = (lambda raw, _: zstandard.ZstdCompressor(level=22).compress(raw),
-                         lambda blob, _: zstandard.ZstdDecompressor().decompress(blob))
+        found["zstd"] = lambda raw, _: zstandard.compress(raw, 22), lambda blob, _: zstandard.decompress(blob)
     return found | ({"rans": (rans_encode, rans_decode)} if constriction else {})
 
 
@@ -1651,9 +1643,7 @@ def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
 
 
 def pack(tensors: dict[str, np.ndarray], args: Hyperparameters, hessians: dict | None = None) -> bytes:
-    """Quantises and compresses: one self-describing file, no pickle.
-    Tensors of at least 2 dimensions and SMALL_TENSOR elements become integers with a step a row (a column of
-    a hash table), the rest fp16. Payload: all integers, then the fp16 numbers: all low bytes, all high bytes.
+    """Quantises by `quant_plan` and compresses in the order of `planes`: one self-describing file, no pickle.
     `hessians` {name: (C, C)} of the matrices that GPTQ is to round."""
     entries, codes, halves = [], [], []
     for name, weight in tensors.items():
@@ -1664,13 +1654,12 @@ def pack(tensors: dict[str, np.ndarray], args: Hyperparameters, hessians: dict |
                                  args.rate_by_class[kind], (hessians or {}).get(name))
             codes.append(np.moveaxis(q, axis, -1).tobytes())
         halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
-    split = np.concatenate(halves).view(np.uint8).reshape(-1, 2)
-    raw = b"".join(codes) + split[:, 0].tobytes() + split[:, 1].tobytes()
+    raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
     there = compressors()
     wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
-    if wanted != "auto" and wanted not in there:
+    names = [name for name in sorted(there) if wanted in ("auto", name)]
+    if not names:
         raise UserError(f"COMPRESSOR={wanted} is not installed; there is {', '.join(sorted(there))}")
-    names = sorted(there) if wanted == "auto" else [wanted]
     blobs = {name: there[name][0](raw, planes(entries)) for name in names}
     name = min(names, key=lambda name: len(blobs[name]))
     header = {"config": args.shipped(), "tensors": entries, "compressor": name}
@@ -1683,8 +1672,6 @@ def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
     """The inverse of `pack`: (header, {name: fp32 array}). Raises UserError that names the file `where`."""
     if blob[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
         raise UserError(f"{where}: not an artifact of this family (it begins with {blob[:8]!r})")
-    if len(blob) < PREAMBLE_BYTES:
-        raise UserError(f"{where}: truncated after {len(blob)} bytes")
     body = blob[len(ARTIFACT_MAGIC) + 32 :]
     if hashlib.sha256(body).digest() != blob[len(ARTIFACT_MAGIC) : len(ARTIFACT_MAGIC) + 32]:
         raise UserError(f"{where}: its sha256 does not match: truncated or altered")
@@ -1704,12 +1691,11 @@ def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
-    *coded, low, _ = planes(entries)
-    ends = np.cumsum([plane.slices * plane.places for plane in coded], dtype=np.int64)
-    *codes, split = np.split(np.frombuffer(raw, np.int8), ends)
-    if len(split) != 2 * low.places:
-        raise ValueError(f"{len(split) - 2 * low.places} bytes left over")
-    halves = np.ascontiguousarray(split.reshape(2, -1).T).view("<f2").reshape(-1)
+    *ends, length = np.cumsum([plane.slices * plane.places for plane in planes(entries)], dtype=np.int64)
+    if len(raw) != length:
+        raise ValueError(f"{len(raw) - length} bytes left over")
+    *codes, low, high = np.split(np.frombuffer(raw, np.int8), ends)
+    halves = np.stack((low, high), 1).view("<f2").reshape(-1)
     counts = [math.prod(shape) // (shape[axis] if bits else 1) for _, shape, bits, axis in entries]
     tensors = {}
     for (name, shape, bits, axis), numbers in zip(entries, np.split(halves, np.cumsum(counts))):
@@ -1730,6 +1716,8 @@ def shipped_settings(header: dict, where: str, environ: dict[str, str] | None = 
 
 
 def read_file(path: str | Path, what: str) -> bytes:
+    if not path:
+        raise UserError(f"{what}=FILE is not set")
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -1749,8 +1737,7 @@ def load(artifact_path: str | Path, device: str | torch.device = "cpu", args: Hy
     found = {name: torch.from_numpy(array) for name, array in tensors.items()}
     model.load_state_dict(found, strict=False, assign=True)
     for module in model.modules():  # what is still without data is training-only
-        module._parameters = {name: None if p is not None and p.is_meta else p
-                              for name, p in module._parameters.items()}
+        module._parameters = {n: None if p is None or p.is_meta else p for n, p in module._parameters.items()}
     model.set_rotary()
     return model.to(device).eval()
 
@@ -2454,6 +2441,7 @@ class Stream:
         self.model, self.ids = model, []
         self.learner = TestTimeTraining(model) if model.args.ttt != "0" else None
         self.block, self.start, self.past, self.known = -1, 0, None, None
+        self.read, self.states = [], {}  # the last pass: ids of its window with drafts; {position: its state}
         self.mixture = Mixture(model.args)
 
     @property
@@ -2464,32 +2452,99 @@ class Stream:
         """fp64 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it first."""
         return self.mixture.distribution(self.network())
 
-    @torch.no_grad()
     def network(self) -> np.ndarray:
         """The network's part, fp32."""
+        if self.known is None:
+            self.known = self.rows(())[0]
+        return self.known
+
+    def ahead(self, drafts: list[int]):
+        """The same if `drafts` were to follow, the network in one pass: of the next id and of those behind
+        the first drafts, as many as the window takes. The mixture learns from an id before it says anything
+        of the next: push the draft before you ask on. What is pushed as drafted is not read again."""
+        for self.known in self.rows(drafts):
+            yield self.mixture.distribution(self.known)
+
+    @torch.no_grad()
+    def rows(self, drafts: list[int]) -> np.ndarray:
         if not self.ids:
             raise ValueError("push the first id (BOS) before asking for the second")
-        if self.known is None:
-            args, device = self.model.args, self.model.tok_emb.weight.device
-            block = (len(self.ids) - 1) // args.eval_stride
-            if block != self.block:
-                if self.learner:
-                    self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
-                self.block, self.past = block, KVCache(self.model)
-                self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
-            ids = torch.tensor([self.ids[self.start :]], device=device)
-            x = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
-            self.known = self.model.head(x[0, -1].float()).log_softmax(-1).cpu().numpy()
-        return self.known
+        args, device = self.model.args, self.model.tok_emb.weight.device
+        block, place = divmod(len(self.ids) - 1, args.eval_stride)
+        if block != self.block:
+            if self.learner:
+                self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
+            self.block, self.past = block, KVCache(self.model)
+            self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
+        self.read = [*self.ids[self.start :], *drafts[: args.eval_stride - 1 - place]]
+        self.past.cut(len(self.ids) - 1 - self.start)
+        ids = torch.tensor([self.read], device=device)
+        x = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
+        states = x[0, len(self.ids) - 1 - self.start - len(self.read) :]
+        self.states = dict(enumerate(states, len(self.ids) - 1))
+        return self.model.head(states.float()).log_softmax(-1).cpu().numpy()
 
     def push(self, token: int) -> None:
         if self.ids and self.mixture.weight:  # it learns from what the network thought
             self.mixture.push(int(token), self.network())
+        at = len(self.ids) - self.start
+        if self.past is not None and self.read[at : at + 1] != [token]:
+            self.past.cut(at)
         self.ids.append(int(token))
         self.known = None
 
 
 stream = Stream  # the name that every script of the family gives it
+
+
+def picked(logits: np.ndarray, place: int, args: Hyperparameters) -> int:
+    """The id at a place of the text: the best or, at a TEMPERATURE, a draw (Gumbel). Its noise is that of the
+    place, whoever draws: what a drafter thinks likely comes true, and a text does not depend on drafts."""
+    if args.temperature:  # drafter-invariant speculation: Daliri et al. 2025
+        noise = np.random.default_rng([args.seed, place]).gumbel(size=len(logits))
+        logits = logits / args.temperature + noise
+    return int(logits.argmax())
+
+
+def drafted(reader: Stream, args: Hyperparameters) -> list[int]:
+    """What the heads guess behind the newest id, which no pass has read: from the position before it."""
+    model, drafts, state = reader.model, [reader.ids[-1]], reader.states.get(len(reader.ids) - 2)
+    while state is not None and len(drafts) <= model.args.draft:
+        state = model.draft(state, model.embed(torch.tensor(drafts[-1], device=state.device)))
+        place = len(reader.ids) + len(drafts) - 1
+        drafts.append(picked(model.head(state).cpu().numpy(), place, args))
+    return drafts[1:]
+
+
+@torch.no_grad()
+def write(model: GPT, prompt: list[int], args: Hyperparameters) -> tuple[list[int], int]:
+    """(MAX_NEW_TOKENS ids that go on from a prompt, passes). A pass reads the newest id and drafts behind it;
+    those that the model picks too join the text, and behind them the id that it picks instead."""
+    reader, passes = Stream(model), 0
+    for token in prompt:
+        reader.push(token)
+    while (made := len(reader.ids) - len(prompt)) < args.max_new_tokens:
+        drafts = drafted(reader, args)[: args.max_new_tokens - made - 1] if args.speculate else []
+        for draft, logprobs in zip([*drafts, None], reader.ahead(drafts)):
+            reader.push(picked(logprobs, len(reader.ids), args))
+            if reader.ids[-1] != draft:
+                break
+        passes += 1
+    return reader.ids[len(prompt) :], passes
+
+
+def generate(args: Hyperparameters, runtime: Runtime) -> int:
+    """Writes what follows GENERATE to stdout, and numbers to stderr."""
+    model, text = load(args.artifact, runtime.device, args, runtime.dtype), os.fsencode(args.generate)
+    with contextlib.suppress(OSError, ValueError):  # a text is no path
+        text = Path(args.generate).read_bytes()
+    began = time.perf_counter()
+    made, passes = write(model, [BOS_ID, *(byte + BYTE_OFFSET for byte in text)], args)
+    seconds, text = time.perf_counter() - began, bytes(i - BYTE_OFFSET for i in made if i >= BYTE_OFFSET)
+    sys.stdout.buffer.write(text.decode(errors="replace").encode() if sys.stdout.isatty() else text)
+    print(f"\nids:{len(made)} bytes:{len(text)} passes:{passes} ids_per_pass:{len(made) / passes:.2f} "
+          f"bytes_per_second:{len(text) / seconds:.1f} (the prompt's time in it)", file=sys.stderr)
+    return 0
 
 
 # -----------------------------------------------------------------------------
@@ -2535,6 +2590,8 @@ class Trainer:
         """Forward and backward of one micro-batch; gradients add up to those of the global batch's mean."""
         sums = self.losses(self.model, ids, weights)
         loss = sums["ce"] / (self.plan.rows * self.args.train_seq_len)
+        if "draft" in sums:
+            loss = loss + sums["draft"] / self.plan.rows
         (loss * self.loss_scale).backward()
         return {name: value.detach() for name, value in sums.items()}
 
@@ -2548,7 +2605,7 @@ class Trainer:
             self.optimizers.step(self.step, progress, norm)
             if self.ema is not None:
                 self.ema.update(self.step)
-        self.optimizers.zero_grad()
+        self.model.zero_grad()
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def set_rounding(self, on: bool) -> None:
@@ -2578,7 +2635,7 @@ class Trainer:
             self.try_shapes()
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), kept)
-        self.optimizers.zero_grad()
+        self.model.zero_grad()
         self.fresh_optimizers()
 
     def try_shapes(self) -> None:
@@ -2593,7 +2650,7 @@ class Trainer:
         if args.quant_round == "gptq":
             for _ in range(2):  # the second time is the one to go by
                 start = time.perf_counter()
-                self.input_moments(ids)["tok_emb.weight"].sum().item()  # waits for the device
+                self.input_moments(ids, {})["tok_emb.weight"].sum().item()  # waits for the device
                 seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
                 self.reserve, = self.runtime.from_main([seconds])  # ranks must agree on when to stop
 
@@ -2628,8 +2685,6 @@ class Trainer:
         self.seconds, = self.runtime.from_main([self.seconds + time.perf_counter() - start])
         return hessians
 
-    # The loop
-
     def progress(self) -> float:
         """Share of the run that is behind: of the steps or of the seconds, whichever is larger. Twice the
         slowest of late steps, and the time for calibration, stay unused: nothing may end after the limit."""
@@ -2640,47 +2695,42 @@ class Trainer:
     def run(self, evaluator: Evaluator) -> None:
         """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
         args, runtime = self.args, self.runtime
-        batches = Loader(self.data, args, self.plan, runtime.rank, self.loader_state).prefetch(runtime.device)
+        loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
         first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of the first non-finite loss
         fences: deque = deque()
-        cadence = {"log": args.train_log_every, "save": args.checkpoint_every,
-                   "validate": args.val_loss_every}
         started = time.perf_counter() - self.seconds
-        try:
+
+        def due(every: int) -> bool:
+            return every > 0 and self.step % every == 0
+        with contextlib.closing(loader.prefetch(runtime.device)) as batches:
             while True:
                 now = time.perf_counter() - started
                 slowest = max(now - self.seconds, 0.99 * self.slowest)
                 self.seconds, self.slowest, stop = runtime.from_main([now, slowest, float(self.signal)])
-                progress = self.progress()
                 if stop:
                     raise Stopped(int(stop))
-                if progress >= 1.0:
+                if (progress := self.progress()) >= 1.0:
                     break
                 ids, weights, state = next(batches)
                 terms = self.train_step(ids, weights, progress)
                 self.step, self.loader_state = self.step + 1, state
                 first_bad = torch.where(terms["ce"].isfinite(), first_bad, first_bad.clamp(max=self.step))
                 if runtime.device.type == "cuda":  # the CPU runs two steps ahead at most: an honest clock
-                    fences.append(torch.cuda.Event())
-                    fences[-1].record()
+                    fences.append(torch.cuda.current_stream().record_event())
                     if len(fences) > 2:
                         fences.popleft().synchronize()
-                every = {name: n and self.step % n == 0 for name, n in cadence.items()}
-                shown = self.step <= 10 or self.step == args.iterations or every["log"]
-                if shown or every["save"]:
+                shown = self.step <= 10 or self.step == args.iterations or due(args.train_log_every)
+                if shown or due(args.checkpoint_every):
                     self.refuse_non_finite(first_bad)
                 if shown:
                     self.log_step(terms, time.perf_counter() - started, progress)
-                if every["save"]:
+                if due(args.checkpoint_every):
                     self.seconds = time.perf_counter() - started
                     self.save("last")
-                if every["validate"] and self.step < args.iterations:  # the end has its own
-                    pause = time.perf_counter()
-                    self.seconds = pause - started
+                if due(args.val_loss_every) and self.step < args.iterations:  # the end has its own
+                    self.seconds = time.perf_counter() - started
                     self.validate(evaluator)
-                    started += time.perf_counter() - pause
-        finally:
-            batches.close()
+                    started = time.perf_counter() - self.seconds
         self.refuse_non_finite(first_bad)  # waits for the device
         self.seconds, = runtime.from_main([time.perf_counter() - started])
         runtime.clocks["training"] = self.seconds
@@ -2691,7 +2741,7 @@ class Trainer:
             raise self.not_finite(step, "the loss")
 
     def not_finite(self, step: int, what: str) -> UserError:
-        last = self.checkpoint_path("last")
+        last = run_folder(self.args) / "last.safetensors"
         good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
         return UserError(f"step {step}: {what} is not finite; {good}")
 
@@ -2699,11 +2749,14 @@ class Trainer:
         return f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(self.step, 1):.2f}ms"
 
     def log_step(self, terms: dict[str, Tensor], seconds: float, progress: float) -> None:
-        total, = self.runtime.all_reduce(terms["ce"].float().reshape(1)).tolist()
-        loss = total / (self.plan.rows * self.args.train_seq_len)
-        self.log(f"step:{self.step}/{self.args.iterations} train_loss:{loss:.4f} {self.timing(seconds)}")
+        total, *draft = self.runtime.all_reduce(torch.stack([x.float() for x in terms.values()])).tolist()
+        loss, extra = total / (self.plan.rows * self.args.train_seq_len), {}
+        if draft:
+            extra["draft"] = draft[0] / self.plan.rows
+        self.log(f"step:{self.step}/{self.args.iterations} train_loss:{loss:.4f} {self.timing(seconds)}"
+                 + "".join(f" {name}:{value:.5f}" for name, value in extra.items()))
         self.log.metrics(step=self.step, train_loss=loss, train_seconds=seconds, progress=progress,
-                         rate=rate_at(progress, self.args))
+                         rate=rate_at(progress, self.args), **extra)
 
     def validate(self, evaluator: Evaluator) -> None:
         """Scores the raw weights; the best so far are kept in `best.safetensors`."""
@@ -2719,12 +2772,7 @@ class Trainer:
                  f"val_bpb:{result['val_bpb']:.4f} {self.timing(self.seconds)}")
         self.log.metrics(step=self.step, val_loss=result["val_loss"], val_bpb=result["val_bpb"])
 
-    # Checkpoints
-
     CHECKPOINTED = ("step", "seconds", "best", "loader_state", "loss_scale", "good_steps")
-
-    def checkpoint_path(self, name: str) -> Path:
-        return run_folder(self.args) / f"{name}.safetensors"
 
     def save(self, name: str) -> None:
         """Weights, average, optimizers, RNG, loader position and clock: one safetensors file, atomically."""
@@ -2741,7 +2789,8 @@ class Trainer:
             meta = {key: getattr(self, key) for key in self.CHECKPOINTED} | {"config": self.args.shipped()}
             tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                        for key, value in tensors.items()}
-            write_atomic(self.checkpoint_path(name), safetensors_bytes(tensors, {"golf": json.dumps(meta)}))
+            blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
+            write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
 
     def restore(self, path: Path) -> None:
         try:
@@ -2783,12 +2832,10 @@ def git_commit() -> str:
 def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
     """Source, versions, settings and data: the log alone says what ran."""
     log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
-    for warning in args.warnings:
-        log(f"warning: {warning}")
-    log(f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} "
-        f"commit:{git_commit()}")
-    for note in runtime.notes:
-        log(note)
+    versions = f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__}"
+    warnings = [f"warning: {warning}" for warning in args.warnings]
+    for line in [*warnings, f"{versions} commit:{git_commit()}", *runtime.notes]:
+        log(line)
     log("settings " + json.dumps(args.settings()), console=False)
     log("data " + json.dumps(fingerprint))
 
@@ -2805,7 +2852,7 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, eval
     with runtime.clock("warm-up"):
         trainer.warm_up()
     evaluator.logits, evaluator.losses = trainer.logits, trainer.losses
-    last = trainer.checkpoint_path("last")
+    last = run_folder(args) / "last.safetensors"
     if args.resume and (args.resume != "auto" or last.exists()):
         trainer.restore(last if args.resume == "auto" else Path(args.resume))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -2823,18 +2870,18 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, eval
     with runtime.clock("validation"):
         trainer.log_validation(evaluator.report("final_raw", trainer.model))
         trainer.save("final")
-    with trainer.ema.applied() if trainer.ema else contextlib.nullcontext():
-        if trainer.ema:
-            with runtime.clock("validation"):
-                evaluator.report("final_ema", trainer.model)
-        with runtime.clock("calibration"):
-            hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
-        with runtime.clock("compression"):
-            tensors = {name: p.detach().cpu().numpy() for name, p in trainer.model.exported().items()}
-            artifact = run_folder(args) / "artifact.bin"
-            if runtime.main:
-                write_atomic(artifact, pack(tensors, args, hessians))
-            runtime.all_reduce(torch.zeros(1))  # the others wait for the file
+    if trainer.ema is not None:
+        trainer.ema.apply()
+        with runtime.clock("validation"):
+            evaluator.report("final_ema", trainer.model)
+    with runtime.clock("calibration"):
+        hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
+    with runtime.clock("compression"):
+        tensors = {name: p.detach().cpu().numpy() for name, p in trainer.model.exported().items()}
+        artifact = run_folder(args) / "artifact.bin"
+        if runtime.main:
+            write_atomic(artifact, pack(tensors, args, hessians))
+        runtime.all_reduce(torch.zeros(1))  # the others wait for the file
     shipped = sum(map(np.size, tensors.values()))
     log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
     return {"artifact": str(artifact), "params": params, "params_shipped": shipped, "steps": trainer.step,
@@ -2887,10 +2934,12 @@ def main() -> int:
         if sys.argv[1:]:
             raise UserError(f"{sys.argv[1]!r}: settings are environment variables, `--help` lists them")
         args = Hyperparameters(os.environ)
-        if args.eval_only:
+        if args.eval_only or args.generate:
             header, _ = unpack(read_file(args.artifact, "ARTIFACT"), args.artifact)
             args = shipped_settings(header, args.artifact, os.environ)
         runtime = Runtime(args)
+        if args.generate:
+            return generate(args, runtime)
         started, = runtime.from_main([time.time()])
         args.run_id = args.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{args.seed}", time.localtime(started))
         data = Dataset(args, verify=runtime.main)

@@ -75,25 +75,19 @@ class Var:
     def accepted(self) -> str:
         if self.choices:
             return " | ".join(self.choices)
-        if isinstance(self.default, bool):
-            return "0 | 1"
-        kind = {int: "an integer", float: "a number", str: "a text"}[type(self.default)]
-        low = "" if self.low is None else f" from {self.low}"
-        return kind + low + ("" if self.high is None else f" to {self.high}")
+        kind = {bool: "0 | 1", int: "an integer", float: "a number", str: "a text"}[type(self.default)]
+        bounds = {"from": self.low, "to": self.high}
+        return kind + "".join(f" {word} {bound}" for word, bound in bounds.items() if bound is not None)
 
     def parse(self, text: str):
         word, kind, words = text.strip(), type(self.default), {"0": 0, "1": 1, "false": 0, "true": 1}
-        try:
+        with contextlib.suppress(ValueError, KeyError):
             value = bool(words[word.lower()]) if kind is bool else kind(word)
-        except (ValueError, KeyError):
-            value = None
-        good = value is not None and (not self.choices or value in self.choices)
-        if good and not isinstance(value, str):
             low, high = (bound if bound is not None else value for bound in (self.low, self.high))
-            good = math.isfinite(value) and low <= value <= high
-        if not good:
-            raise UserError(f"{self.name}={text!r} is not accepted: {self.accepted()} ({self.why})")
-        return value
+            finite = kind is str or math.isfinite(value)
+            if finite and low <= value <= high and value in (self.choices or [value]):
+                return value
+        raise UserError(f"{self.name}={text!r} is not accepted: {self.accepted()} ({self.why})")
 
 
 # The published sizes, field by field; the variable of a field's name overrides it.
@@ -245,7 +239,6 @@ class Hyperparameters:
         "VAL_BATCH_SIZE": ((), "EVAL_BATCH_TOKENS took its place and does not change the score"),
         "CONTROL_TENSOR_NAME_PATTERNS": ((), "tensors are sorted by shape and module, not by name patterns"),
     }
-
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`. `shipped`, the settings in an artifact, replaces the defaults of what it names."""
@@ -448,10 +441,8 @@ class Runtime:
     def clock(self, phase: str):
         """Adds what the block takes to a phase; nothing is on two clocks at once."""
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.clocks[phase] = self.clocks.get(phase, 0.0) + time.perf_counter() - start
+        yield
+        self.clocks[phase] = self.clocks.get(phase, 0.0) + time.perf_counter() - start
 
     def device_name(self) -> str:
         if self.device.type == "cuda":
@@ -540,18 +531,16 @@ class Log:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, text: str, console: bool = True) -> None:
+    def __call__(self, text: str, console: bool = True, name: str = "log.txt") -> None:
         if self.folder is None:
             return
         if console:
             print(text, flush=True)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(text + "\n")
 
     def metrics(self, **values) -> None:
-        if self.folder is not None:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+        self(json.dumps(values), False, "metrics.jsonl")
 
 
 # -----------------------------------------------------------------------------
@@ -572,8 +561,7 @@ def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.nd
     header = np.fromfile(path, dtype="<i4", count=256)
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise UserError(f"{path}: header {header[:2]} is not a shard's, {SHARD_MAGIC} {SHARD_VERSION}")
-    if header[2] < 0 or size != HEADER_BYTES + 2 * int(header[2]):
-        room = (size - HEADER_BYTES) / 2
+    if header[2] != (room := (size - HEADER_BYTES) / 2):
         raise UserError(f"{path}: the header promises {header[2]} ids, the file has room for {room:g}")
     ids = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
     check_ids(ids[:checked], vocab_size, path)
@@ -650,11 +638,7 @@ class Dataset:
 
 
 def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()  # mapped: shards may be large
 
 
 def byte_tables(args: Hyperparameters) -> np.ndarray:
@@ -682,7 +666,6 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
     """How a global batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group` rows.
     Every rank runs the same shapes: slots beyond the batch repeat its first group with weight 0."""
 
-
     @classmethod
     def make(cls, args: Hyperparameters, world_size: int) -> BatchPlan:
         group = args.row_group
@@ -692,15 +675,12 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
         micro_steps = -(-total // (world_size * at_most))
         return cls(rows, group, -(-total // (world_size * micro_steps)), micro_steps, world_size)
 
-    def slots(self, micro_step: int, rank: int) -> tuple[list[int], list[float]]:
+    def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers inside the global batch for one forward, and a weight for each."""
-        first = (micro_step * self.world_size + rank) * self.groups
-        numbers, weights = [], []
-        for group in range(first, first + self.groups):
-            real = group < self.rows // self.group
-            numbers += [(group if real else 0) * self.group + i for i in range(self.group)]
-            weights += [float(real)] * self.group
-        return numbers, weights
+        first = (micro_step * self.world_size + rank) * self.groups * self.group
+        numbers = np.arange(first, first + self.groups * self.group)
+        real = numbers < self.rows  # which is a whole number of groups
+        return np.where(real, numbers, numbers % self.group), real.astype(np.float32)
 
 
 class Loader:
@@ -761,7 +741,6 @@ class Loader:
         def work() -> tuple[Tensor, Tensor, dict]:
             *tensors, state = self.next()
             return *(x.pin_memory() if device.type == "cuda" else x for x in tensors), state
-
         with ThreadPoolExecutor(1) as thread:
             ahead = deque(thread.submit(work) for _ in range(2))
             while True:
@@ -1248,8 +1227,8 @@ class KVCache:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values of new positions (1, n, K, d); returns those of all."""
         stop = self.length + k.size(1)
-        self.layers[layer, 0, :, self.length : stop], self.layers[layer, 1, :, self.length : stop] = k, v
-        return self.layers[layer, 0, :, :stop], self.layers[layer, 1, :, :stop]
+        self.layers[layer, :, :, self.length : stop] = torch.stack((k, v))
+        return self.layers[layer, :, :, :stop].unbind()
 
     def resume(self, layer: int) -> tuple[Tensor, Tensor]:
         """Inputs of a Mamba block's convolution and its state, both behind the last position."""
@@ -1374,13 +1353,8 @@ class GPT(nn.Module):
         return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
 
 
-# Free functions, so that every instance of the model (trained, averaged, reloaded) shares one compiled graph.
-def training_losses(model: GPT, ids: Tensor, weights: Tensor, aux_inputs: Tensor | None) -> dict[str, Tensor]:
-    return model.losses(ids, weights, aux_inputs)
-
-
-def scoring_logits(model: GPT, ids: Tensor, take: Tensor, span: int) -> Tensor:
-    return model.logits(ids, take, span)
+# Functions of the class, so that every model (trained, averaged, reloaded) shares one compiled graph.
+training_losses, scoring_logits = GPT.losses, GPT.logits
 
 
 # -----------------------------------------------------------------------------
@@ -1405,20 +1379,15 @@ class Muon:
 
     Matrices of equal shape form one stack; each rank owns a share of it, receives the share's summed gradient
     (reduce-scatter), orthogonalises it and sends it round (all-gather) while it works on the next stack.
-    update = NS(g + mu * m), m <- mu * m + g;  p <- p * (1 - rate * wd) - rate * sqrt(max(1, r / c)) * update.
-    """
+    update = NS(g + mu m), m <- mu m + g; p <- (1 - rate wd) p - rate sqrt(max(1, r / c)) update."""
 
     def __init__(self, params: list[nn.Parameter], args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime = args, runtime
         self.dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
-        by_shape: dict[tuple, list[nn.Parameter]] = {}
-        for p in params:
-            by_shape.setdefault(tuple(p.shape), []).append(p)
-        self.stacks = sorted(by_shape.values(), key=lambda members: -len(members) * members[0].numel())
+        stacks = [[p for p in params if p.shape == shape] for shape in dict.fromkeys(p.shape for p in params)]
+        self.stacks = sorted(stacks, key=lambda members: -len(members) * members[0].numel())
         self.momenta = [torch.zeros(-(-len(members) // runtime.world_size), *members[0].shape,
                                     device=runtime.device) for members in self.stacks]
-        self.shares: list[Tensor] = []
-        self.pending: list = []
 
     def start_reduction(self) -> None:
         """Begins to sum the gradients over ranks."""
@@ -1426,16 +1395,13 @@ class Muon:
         for members, momentum in zip(self.stacks, self.momenta):
             spare = len(momentum) * self.runtime.world_size - len(members)
             full = torch.stack(gradients(members) + [torch.zeros_like(members[0])] * spare)
-            share = full[self._mine(len(momentum))]
+            share = full.split(len(momentum))[self.runtime.rank]
             if self.runtime.world_size > 1 and self.runtime.gloo:  # which has no reduce-scatter
                 self.pending.append(dist.all_reduce(full, async_op=True))
             elif self.runtime.world_size > 1:
                 share = torch.empty_like(momentum)
                 self.pending.append(dist.reduce_scatter_tensor(share, full, async_op=True))
             self.shares.append(share)
-
-    def _mine(self, share: int) -> slice:
-        return slice(self.runtime.rank * share, (self.runtime.rank + 1) * share)
 
     def square_norm(self) -> Tensor:
         """Waits for the reduction; the squared norm of all gradients of this group."""
@@ -1449,32 +1415,32 @@ class Muon:
             share.mul_(clip)
             buffer.mul_(momentum).add_(share)
             mine = newton_schulz(share.add_(buffer, alpha=momentum), self.args.muon_backend_steps, self.dtype)
-            flying.append((members, *self._gather(mine)))
-        for members, update, wait in flying:
-            wait()
+            flying.append((members, self._gather(mine)))
+        for members, update in flying:
             factor = max(1.0, members[0].size(0) / members[0].size(1)) ** 0.5
             torch._foreach_mul_(members, 1 - rate * self.args.muon_wd)
-            torch._foreach_add_(members, update[: len(members)].unbind(), alpha=-rate * factor)
+            torch._foreach_add_(members, update()[: len(members)].unbind(), alpha=-rate * factor)
 
-    def _gather(self, share: Tensor) -> tuple:
-        """Starts to collect every rank's share of a stack: (the stack, the function that waits for it)."""
+    def _gather(self, share: Tensor):
+        """Starts to collect every rank's share of a stack; returns the function that waits for the stack."""
         if self.runtime.world_size == 1:
-            return share, lambda: None
+            return lambda: share
         full = share.new_empty(len(share) * self.runtime.world_size, *share.shape[1:])
-        return full, dist.all_gather_into_tensor(full, share.contiguous(), async_op=True).wait
+        work = dist.all_gather_into_tensor(full, share.contiguous(), async_op=True)
+
+        def whole() -> Tensor:
+            work.wait()
+            return full
+        return whole
 
     def state(self) -> dict[str, Tensor]:
         """Momenta of all ranks, for a checkpoint that any number of ranks can read."""
-        found = {}
-        for i, (members, momentum) in enumerate(zip(self.stacks, self.momenta)):
-            full, wait = self._gather(momentum)
-            wait()
-            found[f"muon.{i}"] = full[: len(members)]
-        return found
+        return {f"muon.{i}": self._gather(momentum)()[: len(members)]
+                for i, (members, momentum) in enumerate(zip(self.stacks, self.momenta))}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for i, momentum in enumerate(self.momenta):
-            mine = state[f"muon.{i}"][self._mine(len(momentum))]
+            mine = state[f"muon.{i}"][self.runtime.rank * len(momentum) :][: len(momentum)]
             momentum.zero_()[: len(mine)].copy_(mine)
 
 
@@ -1547,9 +1513,6 @@ class Optimizers:
             group["lr"] = group["peak"] * fall
         self.adam.step()
 
-    def zero_grad(self) -> None:
-        self.model.zero_grad(set_to_none=True)
-
     def state(self) -> dict[str, Tensor]:
         """Every tensor of every optimizer, by name."""
         found = {f"part{i}.{key}": value for i, muon in enumerate(self.muons)
@@ -1589,16 +1552,10 @@ class EMA:
     def update(self, step: int) -> None:
         torch._foreach_lerp_(self.average, self.live, 1.0 - min(self.decay, (1 + step) / (10 + step)))
 
-    @contextlib.contextmanager
     @torch.no_grad()
-    def applied(self):
-        """The model holds the average inside the block."""
-        kept = [p.detach().clone() for p in self.live]
+    def apply(self) -> None:
+        """From here on the model holds the average."""
         torch._foreach_copy_(self.live, self.average)
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(self.live, kept)
 
 
 # -----------------------------------------------------------------------------
@@ -1607,7 +1564,6 @@ class EMA:
 
 # magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of a JSON header, payload
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 2
-PREAMBLE_BYTES = len(ARTIFACT_MAGIC) + 32 + 6
 
 constriction = None  # rANS -> LZMA
 with contextlib.suppress(ImportError):
@@ -1615,7 +1571,6 @@ with contextlib.suppress(ImportError):
 
 CHUNK = 1024  # symbols coded under one state of the models
 CONTEXT_EDGES = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512])  # 16 * |q|
-
 
 # Integers in [-top, top] as they lie in the raw payload, a byte each: slices x places. `model` names what
 # they share statistics with; every `period` slices the history of a place begins anew.
@@ -1664,9 +1619,8 @@ def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
                 last = min(first + group, end)
                 for left in range(0, plane.places, CHUNK):
                     here = context[left : left + CHUNK]
-                    order = np.argsort(here, kind="stable")
-                    for columns in np.split(order, np.flatnonzero(np.diff(here[order])) + 1):
-                        table, columns = counts[here[columns[0]]], left + columns
+                    for level in np.unique(here):
+                        table, columns = counts[level], left + np.flatnonzero(here == level)
                         part = block[first:last, columns]
                         model = constriction.stream.model.Categorical(table, perfect=False)
                         symbols = code(part.ravel(), model, plane.top)
@@ -1732,13 +1686,12 @@ def pack(tensors: dict[str, np.ndarray], args: Hyperparameters, hessians: dict |
             q, weight = quantise(weight, bits, args.k_by_class[kind], axis, (hessians or {}).get(name))
             codes.append(np.moveaxis(q, axis, -1).tobytes())
         halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
-    split = np.concatenate(halves).view(np.uint8).reshape(-1, 2)
-    raw = b"".join(codes) + split[:, 0].tobytes() + split[:, 1].tobytes()
+    raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
     there = compressors()
     wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
-    if wanted != "auto" and wanted not in there:
+    names = [name for name in sorted(there) if wanted in ("auto", name)]
+    if not names:
         raise UserError(f"COMPRESSOR={wanted} is not installed; there is {', '.join(sorted(there))}")
-    names = sorted(there) if wanted == "auto" else [wanted]
     blobs = {name: there[name][0](raw, planes(entries)) for name in names}
     name = min(names, key=lambda name: len(blobs[name]))
     header = {"config": args.shipped(), "tensors": entries, "compressor": name}
@@ -1751,8 +1704,6 @@ def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
     """The inverse of `pack`: (header, {name: fp32 array}). Raises UserError that names the file `where`."""
     if blob[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
         raise UserError(f"{where}: not an artifact of this family (it begins with {blob[:8]!r})")
-    if len(blob) < PREAMBLE_BYTES:
-        raise UserError(f"{where}: truncated after {len(blob)} bytes")
     body = blob[len(ARTIFACT_MAGIC) + 32 :]
     if hashlib.sha256(body).digest() != blob[len(ARTIFACT_MAGIC) : len(ARTIFACT_MAGIC) + 32]:
         raise UserError(f"{where}: its sha256 does not match: truncated or altered")
@@ -1772,12 +1723,11 @@ def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
-    *coded, low, _ = planes(entries)
-    ends = np.cumsum([plane.slices * plane.places for plane in coded], dtype=np.int64)
-    *codes, split = np.split(np.frombuffer(raw, np.int8), ends)
-    if len(split) != 2 * low.places:
-        raise ValueError(f"{len(split) - 2 * low.places} bytes left over")
-    halves = np.ascontiguousarray(split.reshape(2, -1).T).view("<f2").reshape(-1)
+    *ends, length = np.cumsum([plane.slices * plane.places for plane in planes(entries)], dtype=np.int64)
+    if len(raw) != length:
+        raise ValueError(f"{len(raw) - length} bytes left over")
+    *codes, low, high = np.split(np.frombuffer(raw, np.int8), ends)
+    halves = np.stack((low, high), 1).view("<f2").reshape(-1)
     counts = [math.prod(shape) // (shape[axis] if bits else 1) for _, shape, bits, axis in entries]
     tensors = {}
     for (name, shape, bits, axis), numbers in zip(entries, np.split(halves, np.cumsum(counts))):
@@ -1798,6 +1748,8 @@ def shipped_settings(header: dict, where: str, environ: dict[str, str] | None = 
 
 
 def read_file(path: str | Path, what: str) -> bytes:
+    if not path:
+        raise UserError(f"{what}=FILE is not set")
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -2619,8 +2571,6 @@ class Trainer:
         self.optimizers = Optimizers(self.model, self.args, self.runtime)
         self.ema = EMA(self.model, self.args.ema_decay) if self.args.ema_enabled else None
 
-    # One step
-
     def micro_step(self, ids: Tensor, weights: Tensor, aux_inputs, aux_weights: dict[str, float]) -> dict:
         """Forward and backward of one micro-batch; gradients add up to those of the global batch's mean."""
         sums = self.losses(self.model, ids, weights, aux_inputs)
@@ -2640,7 +2590,7 @@ class Trainer:
         self.optimizers.step(self.step, progress, self.optimizers.reduce())
         if self.ema is not None:
             self.ema.update(self.step)
-        self.optimizers.zero_grad()
+        self.model.zero_grad()
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def warm_up(self) -> None:
@@ -2658,7 +2608,7 @@ class Trainer:
             self.try_shapes()
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), kept)
-        self.optimizers.zero_grad()
+        self.model.zero_grad()
         self.fresh_optimizers()
 
     def try_shapes(self) -> None:
@@ -2673,7 +2623,7 @@ class Trainer:
         if args.quant_round == "gptq":
             for _ in range(2):  # the second time is the one to go by
                 start = time.perf_counter()
-                self.input_moments(ids)["tok_emb.weight"].sum().item()  # waits for the device
+                self.input_moments(ids, {})["tok_emb.weight"].sum().item()  # waits for the device
                 seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
                 self.reserve, = self.runtime.from_main([seconds])  # ranks must agree on when to stop
 
@@ -2707,8 +2657,6 @@ class Trainer:
         self.seconds, = self.runtime.from_main([self.seconds + time.perf_counter() - start])
         return hessians
 
-    # The loop
-
     def progress(self) -> float:
         """Share of the run that is behind: of the steps or of the seconds, whichever is larger. Twice the
         slowest of late steps, and the time for calibration, stay unused: nothing may end after the limit."""
@@ -2719,47 +2667,42 @@ class Trainer:
     def run(self, evaluator: Evaluator) -> None:
         """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
         args, runtime = self.args, self.runtime
-        batches = Loader(self.data, args, self.plan, runtime.rank, self.loader_state).prefetch(runtime.device)
+        loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
         first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of the first non-finite loss
         fences: deque = deque()
-        cadence = {"log": args.train_log_every, "save": args.checkpoint_every,
-                   "validate": args.val_loss_every}
         started = time.perf_counter() - self.seconds
-        try:
+
+        def due(every: int) -> bool:
+            return every > 0 and self.step % every == 0
+        with contextlib.closing(loader.prefetch(runtime.device)) as batches:
             while True:
                 now = time.perf_counter() - started
                 slowest = max(now - self.seconds, 0.99 * self.slowest)
                 self.seconds, self.slowest, stop = runtime.from_main([now, slowest, float(self.signal)])
-                progress = self.progress()
                 if stop:
                     raise Stopped(int(stop))
-                if progress >= 1.0:
+                if (progress := self.progress()) >= 1.0:
                     break
                 ids, weights, state = next(batches)
                 terms = self.train_step(ids, weights, progress)
                 self.step, self.loader_state = self.step + 1, state
                 first_bad = torch.where(terms["ce"].isfinite(), first_bad, first_bad.clamp(max=self.step))
                 if runtime.device.type == "cuda":  # the CPU runs two steps ahead at most: an honest clock
-                    fences.append(torch.cuda.Event())
-                    fences[-1].record()
+                    fences.append(torch.cuda.current_stream().record_event())
                     if len(fences) > 2:
                         fences.popleft().synchronize()
-                every = {name: n and self.step % n == 0 for name, n in cadence.items()}
-                shown = self.step <= 10 or self.step == args.iterations or every["log"]
-                if shown or every["save"]:
+                shown = self.step <= 10 or self.step == args.iterations or due(args.train_log_every)
+                if shown or due(args.checkpoint_every):
                     self.refuse_non_finite(first_bad)
                 if shown:
                     self.log_step(terms, time.perf_counter() - started, progress)
-                if every["save"]:
+                if due(args.checkpoint_every):
                     self.seconds = time.perf_counter() - started
                     self.save("last")
-                if every["validate"] and self.step < args.iterations:  # the end has its own
-                    pause = time.perf_counter()
-                    self.seconds = pause - started
+                if due(args.val_loss_every) and self.step < args.iterations:  # the end has its own
+                    self.seconds = time.perf_counter() - started
                     self.validate(evaluator)
-                    started += time.perf_counter() - pause
-        finally:
-            batches.close()
+                    started = time.perf_counter() - self.seconds
         self.refuse_non_finite(first_bad)  # waits for the device
         self.seconds, = runtime.from_main([time.perf_counter() - started])
         runtime.clocks["training"] = self.seconds
@@ -2770,7 +2713,7 @@ class Trainer:
             raise self.not_finite(step, "the loss")
 
     def not_finite(self, step: int, what: str) -> UserError:
-        last = self.checkpoint_path("last")
+        last = run_folder(self.args) / "last.safetensors"
         good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
         return UserError(f"step {step}: {what} is not finite; {good}")
 
@@ -2806,9 +2749,6 @@ class Trainer:
 
     CHECKPOINTED = ("step", "seconds", "best", "loader_state")
 
-    def checkpoint_path(self, name: str) -> Path:
-        return run_folder(self.args) / f"{name}.safetensors"
-
     def save(self, name: str) -> None:
         """Weights, average, optimizers, RNG, loader position and clock: one safetensors file, atomically."""
         tensors = {f"model.{key}": p for key, p in self.model.named_parameters()}
@@ -2824,7 +2764,8 @@ class Trainer:
             meta = {key: getattr(self, key) for key in self.CHECKPOINTED} | {"config": self.args.shipped()}
             tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                        for key, value in tensors.items()}
-            write_atomic(self.checkpoint_path(name), safetensors_bytes(tensors, {"golf": json.dumps(meta)}))
+            blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
+            write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
 
     def restore(self, path: Path) -> None:
         meta, state = read_checkpoint(path, "RESUME")
@@ -2861,12 +2802,10 @@ def git_commit() -> str:
 def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
     """Source, versions, settings and data: the log alone says what ran."""
     log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
-    for warning in args.warnings:
-        log(f"warning: {warning}")
-    log(f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} "
-        f"commit:{git_commit()}")
-    for note in runtime.notes:
-        log(note)
+    versions = f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__}"
+    warnings = [f"warning: {warning}" for warning in args.warnings]
+    for line in [*warnings, f"{versions} commit:{git_commit()}", *runtime.notes]:
+        log(line)
     log("settings " + json.dumps(args.settings()), console=False)
     log("data " + json.dumps(fingerprint))
 
@@ -2883,7 +2822,7 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, eval
     with runtime.clock("warm-up"):
         trainer.warm_up()
     evaluator.logits = trainer.logits
-    last = trainer.checkpoint_path("last")
+    last = run_folder(args) / "last.safetensors"
     if args.resume and (args.resume != "auto" or last.exists()):
         trainer.restore(last if args.resume == "auto" else Path(args.resume))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -2900,18 +2839,18 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, eval
     with runtime.clock("validation"):
         trainer.log_validation(evaluator.report("final_raw", trainer.model))
         trainer.save("final")
-    with trainer.ema.applied() if trainer.ema else contextlib.nullcontext():
-        if trainer.ema:
-            with runtime.clock("validation"):
-                evaluator.report("final_ema", trainer.model)
-        with runtime.clock("calibration"):
-            hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
-        with runtime.clock("compression"):
-            tensors = {name: p.detach().cpu().numpy() for name, p in trainer.model.exported().items()}
-            artifact = run_folder(args) / "artifact.bin"
-            if runtime.main:
-                write_atomic(artifact, pack(tensors, args, hessians))
-            runtime.all_reduce(torch.zeros(1))  # the others wait for the file
+    if trainer.ema is not None:
+        trainer.ema.apply()
+        with runtime.clock("validation"):
+            evaluator.report("final_ema", trainer.model)
+    with runtime.clock("calibration"):
+        hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
+    with runtime.clock("compression"):
+        tensors = {name: p.detach().cpu().numpy() for name, p in trainer.model.exported().items()}
+        artifact = run_folder(args) / "artifact.bin"
+        if runtime.main:
+            write_atomic(artifact, pack(tensors, args, hessians))
+        runtime.all_reduce(torch.zeros(1))  # the others wait for the file
     shipped = sum(map(np.size, tensors.values()))
     log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
     return {"artifact": str(artifact), "params": params, "params_shipped": shipped, "steps": trainer.step,
