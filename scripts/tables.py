@@ -8,7 +8,8 @@ A marker pair `<!-- table: KIND FOLDER [ARGUMENT] -->` ... `<!-- end -->` names 
 `bench` (what scripts/bench.py --json wrote), `classes` (bits by byte class), `sweep` (training loss of single runs, `sweep.json`),
 `passes` (every scoring pass against the one before it that it adds to, seeds paired), `coders` and `curve` (what scripts/rate.py wrote), `proofs` (what codec.py prove
 --json wrote), `plan` (fit.py --check --json), `gain` (a mixture's gain by training steps), `rows` (any JSON file {"header": [...],
-"rows": [[...]], "note": "..."} that a tool wrote).
+"rows": [[...]], "note": "..."} that a tool wrote), `generation` (bench.json of GENERATE_BENCH), `gate` (gate.json of EVAL_GATE), `ranking` (what
+sweep.py --collect wrote of a named set) and `history` (validation during a run, from its metrics.jsonl).
 
 `headline`, `seeds` and `passes` say in a line of their own where the seeds were measured with another script than the folder's: *stale*.
 Verdicts are those of scripts/stats.py. Exit code 2: a file or a number that a table needs is missing. The root README's table of records is
@@ -305,10 +306,70 @@ def sweep(folder: Path, _) -> str:
     )
 
 
+def generation(folder: Path, argument: str | None) -> str:
+    """Plain and speculative decoding, prompt by prompt, from the bench.json of GENERATE_BENCH."""
+    found = read_json(folder / (argument or "bench.json"))
+    rows = []
+    for kind, title in (("greedy", "greedy"), ("sampled", "T = 1")):
+        for name, result in found[kind].items():
+            plain, ours = result["ar"], result["speculation"]
+            rows.append([f"{name}, {title}", f"{plain['bytes_per_second']:.0f}", f"{ours['bytes_per_second']:.0f}",
+                         f"**{result['ratio']:.2f}**", f"{ours['bytes_per_pass']:.2f}",
+                         " ".join(f"{100 * share:.0f}" for share in ours["acceptance"][:4]),
+                         f"{ours['verification']:.0%}", f"{ours['drafting']:.0%}", f"{plain['looping']:.0%}", f"{ours['looping']:.0%}"])
+    settings, greedy = found["settings"], found["summary"]["greedy"]
+    heads = "suffix drafts alone" if not found["heads"] else f"drafter {settings['DRAFTER']}"
+    return markdown_table(["prompt", "plain, bytes/s", "with drafts", "ratio", "bytes a pass", "accepted at 1, 2, 3, 4, %",
+                           "verifying", "drafting", "looping, plain", "with drafts"], rows) + (
+        f"\n\n{settings['MAX_NEW_TOKENS']} bytes a prompt, median of {settings['BENCH_REPEATS']} runs of each kind in turn; {heads}; "
+        f"{found['device']}, {found['threads']} threads, {found['dtype'].removeprefix('torch.')}, torch {found['torch']}. Greedy texts that differ: "
+        f"{greedy['mismatches']}, and {greedy['near_ties']} at a near tie.")
+
+
+def gate(folder: Path, argument: str | None) -> str:
+    """The published conditions and the honest ones, from the gate.json of EVAL_GATE."""
+    found = read_json(folder / (argument or "gate.json"))
+    rows = [[f"{kind}: `{each['name']}`", "-" if each["value"] is None else f"{each['value']:.4f}", each["wanted"],
+             "pass" if each["passed"] else f"fail ({each['why']})" if each["why"] else "fail"]
+            for kind in ("published", "honest") for each in found[kind]["conditions"]]
+    sizes = [f"{found[name]['params']:,} parameters, {found[name]['steps']:,} steps" for name in ("sgjm", "baseline")]
+    return markdown_table(["condition", "value", "wanted", "verdict"], rows) + (
+        f"\n\nSGJM: {sizes[0]}; baseline: {sizes[1]}; data `{found['dataset']['name']}`; {found['honest']['merge']['merged_pairs']:,} merged pairs "
+        f"of {found['honest']['merge']['pairs']:,}.")
+
+
+def ranking(folder: Path, argument: str | None) -> str:
+    """Arms of a named set with their evaluations, means over seeds, best composite score first."""
+    if argument is None:
+        raise Misuse(f"{folder}: the name of a set is needed behind the folder")
+    found = read_json(folder / "sweeps" / f"{argument}.summary.json")
+    titles = [title for title in found["ranked"][0]["shown"] if any(row["shown"][title] is not None for row in found["ranked"])]
+    rows = [[f"`{row['arm']}`", *("" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+                                  for value in (row["score"], *(row["shown"][title] for title in titles)))] for row in found["ranked"]]
+    return markdown_table(["arm", "score", *titles], rows) + f"\n\nMeans over {len(found['ranked'][0]['scores'])} seeds."
+
+
+def history(folder: Path, argument: str | None) -> str:
+    """Validation of the raw weights during a run, at most 12 of its places and the best of all."""
+    path = folder / (argument or "metrics.jsonl")
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise Misuse(f"{path}: {getattr(error, 'strerror', error)}") from None
+    lines = [line for line in lines if "val_bpb" in line and "step" in line]
+    if not lines:
+        raise Misuse(f"{path}: no validation in it; VAL_LOSS_EVERY is to be set")
+    best = min(lines, key=lambda line: line["val_bpb"])
+    few = [line for i, line in enumerate(lines) if i % -(-len(lines) // 12) == 0 or line in (best, lines[-1])]
+    return markdown_table(["step", *(f"{line['step']:,}" for line in few)], [
+        ["BPB", *(f"**{line['val_bpb']:.4f}**" if line is best else f"{line['val_bpb']:.4f}" for line in few)],
+        ["nats a byte", *(f"{line['val_bpb'] * math.log(2):.4f}" for line in few)]])
+
+
 KINDS = {
     "headline": sentence, "seeds": seeds, "ablation": ablation, "bench": bench, "classes": classes,
     "sweep": sweep, "passes": passes, "coders": coders, "curve": curve, "proofs": proofs, "plan": plan, "gain": gain,
-    "rows": plain_rows,
+    "rows": plain_rows, "generation": generation, "gate": gate, "ranking": ranking, "history": history,
 }
 
 

@@ -458,6 +458,10 @@ def test_a_named_set_lies_beside_the_script_and_its_summary_too(place, capsys):
     summary = json.loads((sets / "rates.summary.json").read_text())
     assert code == 0 and summary == {"sweep": "rates", **found}
     assert sorted(json.loads((place / "A" / "ablations" / "arms.json").read_text())) == ["base", "more", "odd", "plain"]
+    table = tables.ranking(place / "A", "rates")
+    best = found["ranked"][0]
+    assert table.splitlines()[2].startswith(f"| `{best['arm']}` | {best['score']:.4f} |")
+    assert "gone" not in table and table.endswith("Means over 2 seeds.")  # a title that no arm has a number for
     with pytest.raises(Misuse, match="--named x: A offers rates$"):  # the summary is no set
         sweep.main(["A", "--named", "x"])
 

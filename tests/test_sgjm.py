@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import tables
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
@@ -592,6 +593,9 @@ def test_a_run_trains_packs_and_scores_the_same_again(run, tmp_path):
     assert train_losses(output)[-1] < train_losses(output)[0]
     folder = tmp_path / "runs" / "test"
     assert all((folder / f"{name}.safetensors").exists() for name in ("best", "final"))
+    told = re.findall(r"step:(\d+)/\d+ val_loss:\S+ val_bpb:(\S+)", output)
+    table = tables.history(folder, None)
+    assert told and all(bpb in table for _, bpb in told) and "| step | " + " | ".join(step for step, _ in told) in table
     model, nats = reloaded(folder / "artifact.bin", batch(1, 80)[0].numpy())
     assert model.aux is None and np.isfinite(nats).all()
     assert metrics["params_shipped"] == sum(p.numel() for p in model.parameters()) < metrics["params"]

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import tables
 import test_sgjm
 import torch
 from test_sgjm import section
@@ -348,6 +349,9 @@ def test_two_checkpoints_are_judged(judge, pair, monkeypatch):
     val = section.Dataset(settings(DATA_PATH=report["settings"]["DATA_PATH"]), verify=False).val[:2001]
     assert honest["val_bpb"][0] == pytest.approx(section.score(model, val)[0].sum() / math.log(2) / 2000, rel=1e-6)
     assert judge(SGJM=pair[0], BASELINE=pair[1])[2]["honest"]["merge"] == honest["merge"]  # the same again
+    table = tables.gate(section.Path(report["settings"]["RUNS_PATH"]) / "gate", None)
+    assert f"| honest: `bytes_per_pass` | {honest['bytes_per_pass']:.4f} | >= 1.5000 |" in table
+    assert "| honest: `speed_up` | - | > 1.0000 | fail (not measured) |" in table
 
 
 def test_all_honest_conditions_make_exit_code_0(judge, pair, tmp_path, monkeypatch):

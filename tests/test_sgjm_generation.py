@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tables
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -594,6 +595,9 @@ def test_the_bench_measures_both_ways_in_turn(command, tmp_path, monkeypatch):
             for part in (plain, fast):
                 assert 0 < part["drafting"] + part["verification"] <= 1 and 0 <= part["looping"] <= 1
                 assert all(0 <= share <= 1 for share in part["acceptance"]) and part["acceptance"] == sorted(part["acceptance"])[::-1] or part is fast
+    result = found["greedy"]["prose"]
+    row = next(line for line in tables.generation(folder, None).splitlines() if line.startswith("| prose, greedy |"))
+    assert f"**{result['ratio']:.2f}** | {result['speculation']['bytes_per_pass']:.2f}" in row
     kinds = section.read_prompts(section.Hyperparameters({}))
     assert all(len(text) == 256 for text in kinds.values()) and kinds["prose"].isascii() and b"assert " in kinds["code"]
 

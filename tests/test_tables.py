@@ -68,6 +68,7 @@ def test_a_table_without_its_files_is_refused(tmp_path, kind):
 def test_missing_files_numbers_and_kinds_are_named(record, tmp_path):
     folder = record()
     for kind, name in (("sweep", "sweep.json"), ("bench", "bench.json"), ("plan", "plan.json"),
+                       ("generation", "bench.json"), ("gate", "gate.json"), ("history", "metrics.jsonl"),
                        ("ablation", "ablations/arms.json")):
         with pytest.raises(Misuse, match=f"{folder / name}: No such file"):
             tables.rewrite(readme(tmp_path, kind), tmp_path)
@@ -76,6 +77,11 @@ def test_missing_files_numbers_and_kinds_are_named(record, tmp_path):
             tables.rewrite(readme(tmp_path, kind), tmp_path)
     with pytest.raises(Misuse, match="table kind nonsense is not one of headline, "):
         tables.rewrite(readme(tmp_path, "nonsense"), tmp_path)
+    with pytest.raises(Misuse, match="the name of a set is needed"):
+        tables.rewrite(readme(tmp_path, "ranking"), tmp_path)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "train_loss": 2.0}\n')
+    with pytest.raises(Misuse, match="no validation in it; VAL_LOSS_EVERY"):
+        tables.rewrite(readme(tmp_path, "history"), tmp_path)
     run = folder / "seed1" / "metrics.json"
     run.write_text(run.read_text().replace("ms_per_step", "renamed"))
     with pytest.raises(Misuse, match="table seeds of records/2026-01-02_A: its files have no 'ms_per_step'"):
