@@ -383,10 +383,12 @@ def rewrite(path: Path, root: Path = ROOT) -> str:
         start, kind, folder, argument, end = match.groups()
         if kind not in KINDS:
             raise Misuse(f"{path}: table kind {kind} is not one of {', '.join(KINDS)}")
-        if is_draft(root / folder):
-            return f"{start}Not measured yet.\n{end}"
         try:
             return f"{start}{KINDS[kind](root / folder, argument)}\n{end}"
+        except Misuse:
+            if not any(map(is_draft, (root / folder, (root / folder).parent))):
+                raise
+            return f"{start}Not measured yet.\n{end}"
         except KeyError as error:
             raise Misuse(f"{path}: table {kind} of {folder}: its files have no {error}") from None
 

@@ -108,3 +108,15 @@ def test_tables_take_the_evaluations_that_the_runs_have(record, tmp_path):
 
 def test_verdicts_are_those_of_the_statistics():
     assert tables.verdict is stats.verdict
+
+
+def test_a_draft_shows_what_has_been_measured(tmp_path):
+    folder = tmp_path / "records" / "2026-01-02_A"
+    (folder / "measured").mkdir(parents=True)
+    (folder / "submission.json").write_text('{"draft": true}')
+    (folder / "measured" / "rows.json").write_text('{"header": ["a"], "rows": [["one"]]}')
+    path = tmp_path / "README.md"
+    path.write_text("".join(f"<!-- table: {table} -->\n<!-- end -->\n" for table in (
+        "seeds records/2026-01-02_A", "rows records/2026-01-02_A/measured", "gate records/2026-01-02_A/measured")))
+    assert [text.splitlines()[1] for text in tables.rewrite(path, tmp_path).split("<!-- table")[1:]] == [
+        "Not measured yet.", "| a |", "Not measured yet."]
