@@ -23,6 +23,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import site
 import sys
@@ -42,11 +43,16 @@ try:
 except ImportError:
     tqdm = None
 
+sys.path.append(str(Path(__file__).resolve().parent))  # tools and tests load this file by its path
+import caseops
+
 SHARD_MAGIC, SHARD_VERSION, SHARD_TOKENS = 20240520, 1, 100_000_000
 PAD_ID, BOS_ID, EOS_ID, UNK_ID, BYTE_OFFSET = 0, 1, 2, 3, 4
 # The contest's validation split: the first 50,000 documents, in one place for both sides.
 VAL_DOCUMENTS_FINEWEB = 50_000
 SHINGLE, OVERLAP_LIMIT = 64, 0.30
+# Of a sidecar, beside `.bin`: nothing that looks for shards may take one for ids.
+SIDECAR = ".bytes"
 SPACE = "\u2581"  # SentencePiece's mark for a space
 TINYSHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -441,10 +447,14 @@ def source_fineweb(args: argparse.Namespace) -> Corpus:
 class ByteTokenizer:
     """byte260: PAD BOS EOS UNK, then byte value + 4. An identity on any file."""
 
-    name, vocab_size, path, sha256 = "byte260", 260, None, None
+    name, vocab_size, path, sha256, notes = "byte260", 260, None, None, {}
 
     def encode(self, document: bytes) -> np.ndarray:
         return np.frombuffer(document, np.uint8).astype(np.uint16) + BYTE_OFFSET
+
+    def encode_sized(self, document: bytes) -> tuple[np.ndarray, None]:
+        """Ids and the sidecar of BOS and ids: none here, an id's bytes are known."""
+        return self.encode(document), None
 
     def normalised_bytes(self, document: bytes) -> int:
         return len(document)
@@ -453,6 +463,8 @@ class ByteTokenizer:
 class PieceTokenizer:
     """A SentencePiece model. Those trained here (identity normalisation, byte fallback, no dummy prefix) lose nothing:
     a literal U+2581, which SentencePiece cannot tell from a space, is written as its three byte pieces."""
+
+    notes: dict = {}  # what the manifest says on top
 
     def __init__(self, model: Path, variant: str):
         try:
@@ -481,6 +493,10 @@ class PieceTokenizer:
             ids += (self.mark if i else []) + self.model.encode(part)
         return np.array(ids, np.uint16)
 
+    def encode_sized(self, document: bytes) -> tuple[np.ndarray, np.ndarray | None]:
+        """Ids and the sidecar of BOS and ids: none here, a table of the pieces has an id's bytes."""
+        return self.encode(document), None
+
     def normalised_bytes(self, document: bytes) -> int:
         """UTF-8 length of what the ids decode to; the document's own for models trained here."""
         return (
@@ -490,14 +506,69 @@ class PieceTokenizer:
         )
 
 
-def train_pieces(documents: Iterator[bytes], size: int, folder: Path, limit: int = 40_000_000) -> Path:
-    """A BPE model of `size` ids on the first `limit` bytes of the training documents (the last few are never seen)."""
+class CaseOpsTokenizer(PieceTokenizer):
+    """A SentencePiece model of text in CaseOps form (`caseops.py`): takes plain documents, counts their bytes.
+
+    A model that normalises, as the field's does, is used as it is: a literal U+2581 is its space, and bytes go by the
+    pieces' surfaces. One that keeps everything has a table of them.
+    """
+
+    PROBE = "  a\t\n \ufb01 \U0010fffd  "  # white space to fold, a ligature, a character that no vocabulary has
+
+    def __init__(self, model: Path, variant: str):
+        super().__init__(model, variant)
+        try:
+            self.operators = caseops.operator_ids(self.model)
+        except ValueError as error:
+            raise UserError(f"{model}: {error}") from None
+        self.lossless = self.model.decode(self.model.encode(self.PROBE)) == self.PROBE
+        self.lengths = piece_bytes(str(model))[2]
+        names = ("title", "allcaps", "capnext", "escape")
+        operators = dict(zip(names, self.operators.tolist()))
+        self.notes = {"caseops": {"transform": caseops.NAME, "operators": operators, "sidecar": SIDECAR}}
+
+    def encode(self, document: bytes) -> np.ndarray:
+        return super().encode(caseops.encode(document.decode("utf-8")).encode("utf-8"))
+
+    def encode_sized(self, document: bytes) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            if self.lossless:
+                ids = self.encode(document)
+                sizes = caseops.sidecar_of_ids(ids, self.lengths, self.operators)
+            else:
+                text = caseops.encode(document.decode("utf-8"))
+                pieces = self.model.encode(text, return_type="offset_mapping")
+                ids, ends = np.array(pieces["ids"], np.uint16), [end for _, end in pieces["offsets"]]
+                sizes = caseops.sidecar(text, ids, ends, self.operators)
+        except ValueError as error:
+            raise UserError(f"{self.path.name}: document {document[:40]!r}...: {error}") from None
+        if (counted := int(sizes.sum(dtype=np.int64))) != len(document):
+            raise UserError(
+                f"{self.path.name}: document {document[:40]!r}...: "
+                f"its ids stand for {counted} of {len(document)} bytes"
+            )
+        return ids, sizes
+
+    def normalised_bytes(self, document: bytes) -> int:
+        if self.lossless:
+            return len(document)
+        return len(caseops.decode(self.model.decode(self.encode(document).tolist()), strict=False).encode())
+
+
+def train_pieces(
+    documents: Iterator[bytes], size: int, folder: Path, limit: int = 40_000_000, with_caseops: bool = False
+) -> Path:
+    """A BPE model of `size` ids on the first `limit` bytes of the training documents (the last few are never seen).
+
+    `with_caseops`: of the documents in CaseOps form, with its operators as user-defined symbols.
+    """
     try:
         import sentencepiece
     except ImportError:
         raise UserError("training a tokenizer needs the sentencepiece package") from None
-    prefix = folder / f"sp{size}"
-    pieces = (text for document in take_bytes(documents, limit) for text in slices(document.decode("utf-8")))
+    prefix = folder / (f"sp{size}-caseops" if with_caseops else f"sp{size}")
+    texts = (document.decode("utf-8") for document in take_bytes(documents, limit))
+    pieces = (part for text in texts for part in slices(caseops.encode(text) if with_caseops else text))
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=pieces,
@@ -516,9 +587,10 @@ def train_pieces(documents: Iterator[bytes], size: int, folder: Path, limit: int
             character_coverage=0.9995,
             hard_vocab_limit=False,
             minloglevel=2,
+            **({"user_defined_symbols": list(caseops.OPERATORS)} if with_caseops else {}),
         )
     except RuntimeError as error:
-        raise UserError(f"variant sp{size}: {error}") from None
+        raise UserError(f"variant {prefix.name}: {error}") from None
     prefix.with_suffix(".vocab").unlink(missing_ok=True)
     return prefix.with_suffix(".model")
 
@@ -613,7 +685,7 @@ class OverlapScan:
 
 
 class Shard:
-    """One file of ids, written as they come: memory holds none of it. The header, their number, comes last."""
+    """One file of ids, or of their sidecar, written as they come: memory holds none of it. The header comes last."""
 
     def __init__(self, path: Path):
         self.path, self.tokens = path, 0
@@ -636,16 +708,18 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes `<prefix>_<split>_NNNNNN.bin` files of at most `shard_tokens` ids."""
+    """Writes `<prefix>_<split>_NNNNNN.bin` files of at most `shard_tokens` ids, with a sidecar where one is given."""
 
     def __init__(self, folder: Path, prefix: str, split: str, shard_tokens: int):
         self.folder, self.prefix, self.split, self.limit = folder, prefix, split, shard_tokens
         self.entries: list[dict] = []
         self.shard: Shard | None = None
+        self.sidecar: Shard | None = None
         self.tokens = self.documents = self.bytes = 0
         self.first = self.last = ""
 
-    def add(self, ids: np.ndarray, document: bytes) -> None:
+    def add(self, ids: np.ndarray, sizes: np.ndarray | None, document: bytes) -> None:
+        """A document: its ids, and the bytes that BOS and each id account for (a sidecar) or None."""
         key = digest(document).hex()
         self.first, self.last = self.first or key, key
         self.documents += 1
@@ -656,15 +730,23 @@ class ShardWriter:
             if self.shard is None:
                 name = f"{self.prefix}_{self.split}_{len(self.entries):06d}.bin"
                 self.shard = Shard(self.folder / name)
+                self.sidecar = Shard((self.folder / name).with_suffix(SIDECAR)) if sizes is not None else None
             room = self.limit - self.shard.tokens
             self.shard.write(ids[:room])
+            if sizes is not None:
+                self.sidecar.write(sizes[:room])
+                sizes = sizes[room:]
             ids = ids[room:]
             if self.shard.tokens == self.limit:
                 self.close_shard()
 
     def close_shard(self) -> None:
         if self.shard is not None:
-            self.entries.append(self.shard.close(self.split))
+            entry = self.shard.close(self.split)
+            if self.sidecar is not None:
+                sidecar = self.sidecar.close(self.split)
+                entry |= {"sidecar": sidecar["file"], "sidecar_sha256": sidecar["sha256"]}
+            self.entries.append(entry)
             self.shard = None
 
     def summary(self) -> dict:
@@ -729,7 +811,7 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
                     )
                 yielded += 1
                 continue
-            train.add(tokenizer.encode(document), document)
+            train.add(*tokenizer.encode_sized(document), document)
             if scan:
                 scan.add_training(document)
         train.close_shard()
@@ -745,7 +827,7 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
         for number, document in enumerate(bar(corpus.val(), "validation")):
             if scan and drop[number]:
                 continue
-            val.add(tokenizer.encode(document), document)
+            val.add(*tokenizer.encode_sized(document), document)
             normalised += tokenizer.normalised_bytes(document)
         val.close_shard()
         if not val.documents:
@@ -776,6 +858,7 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
                 "documents_dropped": int(drop.sum()),
                 "train_documents_equal_to_val_skipped": yielded,
             },
+            **tokenizer.notes,
             "shards": train.entries + val.entries,
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -786,19 +869,22 @@ def make_tokenizer(args: argparse.Namespace, corpus: Corpus, folder: Path) -> By
     """The variant's tokenizer; a SentencePiece model travels with the shards."""
     if args.variant == "byte260":
         return ByteTokenizer()
-    if not (args.variant.startswith("sp") and args.variant[2:].isdigit()):
-        raise UserError(f"--variant {args.variant}: byte260 or sp<N>, for example sp1024")
-    size = int(args.variant[2:])
+    known = re.fullmatch(r"sp(\d+)(-caseops)?", args.variant, re.ASCII)
+    if not known:
+        raise UserError(f"--variant {args.variant}: byte260, sp<N> or sp<N>-caseops, for example sp1024")
+    size, with_caseops = int(known[1]), bool(known[2])
+    kind = CaseOpsTokenizer if with_caseops else PieceTokenizer
     if args.tokenizer:
         copied = folder / Path(args.tokenizer).name
         if not Path(args.tokenizer).is_file():
             raise UserError(f"--tokenizer {args.tokenizer}: no such file")
         shutil.copyfile(args.tokenizer, copied)
-        tokenizer = PieceTokenizer(copied, args.variant)
+        tokenizer = kind(copied, args.variant)
     else:
         if not 300 <= size <= 65536:
             raise UserError(f"--variant {args.variant}: from sp300 (256 bytes and a few pieces) to sp65536")
-        tokenizer = PieceTokenizer(train_pieces(corpus.train(), size, folder), args.variant)
+        trained = train_pieces(corpus.train(), size, folder, with_caseops=with_caseops)
+        tokenizer = kind(trained, args.variant)
     if tokenizer.vocab_size != size:
         raise UserError(f"--variant {args.variant}: the model has {tokenizer.vocab_size} ids")
     return tokenizer
@@ -869,6 +955,11 @@ def convert(args: argparse.Namespace) -> dict:
         raise UserError(f"convert --variant {args.variant}: byte260 is what a table can make")
     if not args.tokenizer:
         raise UserError("convert needs --tokenizer, the model behind the shards")
+    with contextlib.suppress(ValueError):
+        caseops.operator_ids(PieceTokenizer(Path(args.tokenizer), "sp").model)
+        raise UserError(
+            f"convert --tokenizer {args.tokenizer}: a CaseOps model, whose pieces are not the text's bytes"
+        )
     table = piece_bytes(args.tokenizer)
     dummy_prefix = not PieceTokenizer(Path(args.tokenizer), "sp").lossless
     target = Path(args.out) if args.out else Path(args.out_root) / f"{source.name}_byte260"
@@ -971,7 +1062,7 @@ SOURCES = {
 
 def parse(argv: list[str]) -> argparse.Namespace:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--variant", default="byte260", help="byte260 or sp<N>, for example sp1024")
+    shared.add_argument("--variant", default="byte260", help="byte260, sp<N> or sp<N>-caseops, for example sp1024")
     shared.add_argument("--tokenizer", default="", help="a .model to use instead of training one")
     shared.add_argument("--out", default="", help="folder to write (default: OUT_ROOT/<source>_<variant>)")
     shared.add_argument("--out-root", default="data/datasets", help="where folders go by default")
