@@ -289,6 +289,8 @@ def test_shards_and_sidecars_hold_the_documents(prepare, prepare_files, jsonl):
     model = prepare.CaseOpsTokenizer(out / "sp340-caseops.model", "sp340-caseops").model
     assert manifest["variant"] == "sp340-caseops" and manifest["tokenizer"] == "sp340-caseops.model"
     assert manifest["vocab_size"] == 340 == model.vocab_size()
+    learned = [model.id_to_piece(i) for i in range(340) if not model.is_byte(i)]
+    assert "the" in learned and not re.search("[A-Z]", "".join(learned))  # trained on text in CaseOps form
     assert manifest["caseops"] == {
         "transform": "lossless_caps_caseops_v1", "sidecar": ".bytes",
         "operators": {"title": 4, "allcaps": 5, "capnext": 6, "escape": 7},
