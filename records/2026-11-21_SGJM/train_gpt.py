@@ -221,7 +221,7 @@ class Hyperparameters:
     device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
     dtype = Var("auto", "of activations; weights stay fp32", choices=("auto", "fp32", "bf16"))
     compile = Var("auto", "auto: on GPUs, and on CPUs when it pays", choices=("auto", "0", "1"))
-    attention = Var("auto", "first rung", choices=("auto", "fa3", "fa2", "sdpa", "math"))
+    attention = Var("auto", "first rung", choices=("auto", "fa3", "fa2", "cpu", "sdpa", "math"))
     strict_env = Var(True, "refuse variables that look misspelt; 0 = only warn")
     _launcher = "Set by the launcher (torchrun)"
     rank = Var(0, "rank of this process", low=0)
@@ -494,6 +494,61 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None)
     return y.transpose(1, 2)
 
 
+QUERY_BLOCK = 128  # queries that the CPU's attention takes at a time
+KEPT_LENGTH = 1024  # longest row whose attention weights are kept for the backward: they grow with its square
+
+
+def query_blocks(x: Tensor, groups: int) -> list[Tensor]:
+    """x (B, H, T, n) -> for each block of queries (B * groups, H / groups * queries, n)."""
+    return [part.reshape(len(x) * groups, -1, x.size(3)) for part in x.split(QUERY_BLOCK, 2)]
+
+
+class BlockedAttention(torch.autograd.Function):
+    """Causal attention for CPUs: blocks of queries meet the keys up to their own end. The weights are kept in
+    the input's dtype, so that the backward computes no score and no exponential again: for rows of some
+    hundred ids both ways are faster than torch's flash kernel, whose backward recomputes."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, H, T, d), k and v (B, K, T, d) -> (B, H, T, d)"""
+        (batch, heads, length, dim), kv = q.shape, k.size(1)
+        keys, values, out, kept = k.flatten(0, 1), v.flatten(0, 1), [], []
+        at = torch.arange(length, device=q.device)
+        for i, query in enumerate(query_blocks(q * dim**-0.5, kv)):
+            stop = min((i + 1) * QUERY_BLOCK, length)
+            ahead = (at[:stop] > at[i * QUERY_BLOCK : stop, None]).repeat(heads // kv, 1)
+            scores = torch.bmm(query, keys[:, :stop].mT).float().masked_fill(ahead, -torch.inf)
+            kept.append(scores.softmax(-1).to(q.dtype))
+            out.append(torch.bmm(kept[i], values[:, :stop]).view(batch, heads, -1, dim))
+        out = torch.cat(out, 2)
+        ctx.save_for_backward(q, k, v, out, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, *kept = ctx.saved_tensors
+        (batch, heads, _, dim), kv, scale = q.shape, k.size(1), q.size(3) ** -0.5
+        keys, values, grad_q = k.flatten(0, 1), v.flatten(0, 1), []
+        grad_k, grad_v = torch.zeros_like(keys).float(), torch.zeros_like(values).float()
+        delta = (grad.float() * out.float()).sum(-1, keepdim=True)
+        blocks = (query_blocks(x, kv) for x in (q * scale, grad, delta))
+        for query, above, shift, weights in zip(*blocks, kept):
+            stop = weights.size(2)
+            scores = torch.bmm(above, values[:, :stop].mT).float() - shift
+            scores = (weights.float() * scores).to(q.dtype)
+            grad_q.append(torch.bmm(scores, keys[:, :stop]).view(batch, heads, -1, dim) * scale)
+            grad_k[:, :stop] += torch.bmm(scores.mT, query)
+            grad_v[:, :stop] += torch.bmm(weights.mT, above)
+        return torch.cat(grad_q, 2), grad_k.to(q.dtype).view(k.shape), grad_v.to(q.dtype).view(v.shape)
+
+
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
+    """The CPU's rung: blocks of queries, weights kept; torch's kernel for long rows and masks."""
+    if where is not None or q.size(1) > KEPT_LENGTH:
+        return sdpa_attention(q, k, v, where)
+    return BlockedAttention.apply(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
 def flash_attention(package: str):
     """FlashAttention 2 or 3."""
     def attend(q: Tensor, k: Tensor, v: Tensor, where: None = None) -> Tensor:
@@ -503,14 +558,15 @@ def flash_attention(package: str):
 
 
 ATTENTION = {"fa3": flash_attention("flash_attn_interface"), "fa2": flash_attention("flash_attn"),
-             "sdpa": sdpa_attention, "math": math_attention}
+             "cpu": cpu_attention, "sdpa": sdpa_attention, "math": math_attention}
 
 
 def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
     """The first rung, from `wanted` down, that runs forward and backward here and agrees with `math`."""
     ladder = list(ATTENTION)[0 if wanted == "auto" else list(ATTENTION).index(wanted) :]
     gpu, half = device.type == "cuda", dtype == torch.bfloat16
-    fits = {"fa3": gpu and half, "fa2": gpu and half, "sdpa": True, "math": True}
+    fits = {"fa3": gpu and half, "fa2": gpu and half, "cpu": device.type == "cpu" and half, "sdpa": True,
+            "math": True}
     for name in filter(fits.get, ladder):
         with contextlib.suppress(Exception):  # a missing package, a card that it refuses, an old signature
             generator = torch.Generator().manual_seed(0)
