@@ -44,6 +44,7 @@ from family import (
     FINDINGS,
     FINE,
     OF_THE_PROCESS,
+    ROOT,
     TRUNK,
     Misuse,
     command,
@@ -65,6 +66,14 @@ TAIL_LINES = 8
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def without_places(run: Path, name: str) -> bytes:
+    """A file of a run, its folders named as if it had been started from the repository: a record tells no machine's paths."""
+    text = (run / name).read_bytes()
+    for place, word in ((run.parent.absolute(), "runs"), (Path.cwd(), "."), (ROOT, ".")):
+        text = text.replace(str(place).encode() + b"/", word.encode() + b"/").replace(f'"{place}"'.encode(), f'"{word}"'.encode())
+    return text
 
 
 def sha256(path: Path) -> str:
@@ -447,7 +456,7 @@ def collect_seeds(jobs: list[Job], folder: Path) -> None:
             fresh.mkdir()
             for name in COLLECTED:
                 if (job.folder / name).exists():
-                    shutil.copy(job.folder / name, fresh)
+                    (fresh / name).write_bytes(without_places(job.folder, name))
             if place.exists():
                 place.rename(Path(temporary) / "before")
             fresh.rename(place)

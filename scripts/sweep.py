@@ -57,6 +57,7 @@ from run_seeds import (
     say,
     settings_of,
     variables,
+    without_places,
 )
 from stats import read_run
 
@@ -295,7 +296,7 @@ def collect_arms(jobs: list[Job], folder: Path, names: dict[str, str], labels: d
     for job in good:
         name = names[job.arm]
         (place / name).mkdir(parents=True, exist_ok=True)
-        write_atomic(place / name / f"seed{job.seed}.json", (job.folder / "metrics.json").read_bytes())
+        write_atomic(place / name / f"seed{job.seed}.json", without_places(job.folder, "metrics.json"))
         notes.setdefault(name, labels[job.arm])
     if good:
         write_atomic(index, f"{json.dumps(notes, indent=1, ensure_ascii=False)}\n".encode())

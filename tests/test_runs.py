@@ -380,6 +380,16 @@ def test_seeds_are_collected_whole(go, place):
         assert json.loads((found / "metrics.json").read_text())["seed"] == seed
 
 
+def test_a_collected_run_tells_no_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "elsewhere" / "a"
+    run.mkdir(parents=True)
+    told = {"artifact": f"{run}/artifact.bin", "RUNS_PATH": str(run.parent), "DATA_PATH": f"{tmp_path}/data/books", "name": "books"}
+    (run / "metrics.json").write_text(json.dumps(told))
+    found = json.loads(run_seeds.without_places(run, "metrics.json"))
+    assert found == {"artifact": "runs/a/artifact.bin", "RUNS_PATH": "runs", "DATA_PATH": "./data/books", "name": "books"}
+
+
 def test_the_tables_name_arms_verdicts_and_failures(place, capsys):
     assert sweep.main(["A", "--seeds", "1,2", "--grid", "MODE=x,fail"]) == 1
     out = capsys.readouterr().out

@@ -446,6 +446,7 @@ def test_lookup_writes_a_loop_in_few_passes():
     text, writer = write(Cycle(), [0, 1, 2, 3, 4, 0, 1, 2], 170)
     assert text == ("\x03\x04\x00\x01\x02" * 34) and writer.read[0] <= 12
     assert section.looping(text) == 1.0 and section.looping(text[:7] + "abcdefgh" + text[:7]) == 0.0
+    assert section.looping("".join(map(chr, range(52))) * 4) == 1.0
     assert section.looping("a" * 8) == 0.0 and section.looping("xyz" + "a" * 9 + "uvw") == pytest.approx(0.6)
 
 

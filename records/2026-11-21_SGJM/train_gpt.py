@@ -2496,9 +2496,9 @@ class Generator:
 
 
 def looping(text: str) -> float:
-    """Share of a text that repeats what stands up to 32 ids before, for twice as many ids, and 8 at least."""
+    """Share of a text that repeats what stands some ids before, for twice as many ids, and 8 at least."""
     ids, found = np.array(list(map(ord, text))), np.zeros(len(text), bool)
-    for period in range(1, 33):
+    for period in range(1, len(ids) // 3 + 1):
         edges = np.flatnonzero(np.diff(np.pad((ids[period:] == ids[:-period]).astype(int), 1)))
         for start, stop in zip(edges[::2], edges[1::2]):
             if stop - start >= max(2 * period, 8):
