@@ -1,4 +1,5 @@
 # make train      from nothing to a scored artifact on this machine, about three minutes on two cores
+# make train-mlx  the same in MLX: through Metal on Apple Silicon; shortened on Linux, where MLX's CPU build is slow
 # make test       everything that CI runs but the linter; WORKERS=1 for one test at a time
 # make bench      step time and its share of the machine's matmul rate
 # make audit      is every number legal? probes of every script at a tiny size, one to three minutes each
@@ -10,7 +11,7 @@ PY := $(VENV)/bin/python
 RUN := $(shell date +%Y%m%d-%H%M%S)-train
 CORPUS := data/datasets/stdlib_byte260
 
-.PHONY: train data test lint audit bench gpu-check clean
+.PHONY: train train-mlx data test lint audit bench gpu-check clean
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
@@ -18,7 +19,7 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements.txt requirements-dev.txt $(VENV)/.installed
+$(VENV)/.installed-dev: requirements.txt requirements-mlx.txt requirements-dev.txt $(VENV)/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
@@ -28,15 +29,31 @@ $(CORPUS)/manifest.json: $(VENV)/.installed
 data: $(CORPUS)/manifest.json
 
 # The overrides are the whole configuration: change them here, or put others in front of torchrun.
+SMALL := NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 \
+  NGRAM_BUCKETS=16384 NGRAM_DIM=16 TRAIN_SEQ_LEN=256 TRAIN_BATCH_TOKENS=8192 ITERATIONS=240 WARMDOWN_ITERS=120 \
+  MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_STEPS=60 EMA_DECAY=0.98 TRAIN_LOG_EVERY=40 \
+  EVAL_STRIDE=128 MAX_WALLCLOCK_SECONDS=0 EVAL_BUDGET_SECONDS=0
+
 train: data
-	env DATA_PATH=$(CORPUS) RUN_ID=$(RUN) NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 \
-	  NGRAM_BUCKETS=16384 NGRAM_DIM=16 TRAIN_SEQ_LEN=256 TRAIN_BATCH_TOKENS=8192 ITERATIONS=240 WARMDOWN_ITERS=120 \
-	  MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_STEPS=60 EMA_DECAY=0.98 TRAIN_LOG_EVERY=40 \
-	  EVAL_STRIDE=128 MAX_WALLCLOCK_SECONDS=0 EVAL_BUDGET_SECONDS=0 $(TRAIN) \
+	env DATA_PATH=$(CORPUS) RUN_ID=$(RUN) $(SMALL) $(TRAIN) \
 	  $(VENV)/bin/torchrun --standalone --nproc_per_node=1 train_gpt.py
 	@echo "--- the same artifact, scored by a fresh process"
 	env DATA_PATH=$(CORPUS) RUN_ID=$(RUN)-again EVAL_ONLY=1 ARTIFACT=runs/$(RUN)/artifact.bin EVAL_BUDGET_SECONDS=0 \
 	  $(PY) train_gpt.py
+
+$(VENV)/.installed-mlx: requirements-mlx.txt $(VENV)/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-mlx.txt
+	touch $@
+
+# A 27th of the text where MLX multiplies at some GFLOP/s.
+SOME := VAL_BYTES=8192 EVAL_BATCH_TOKENS=4096
+SHORT := $(if $(filter Darwin,$(shell uname)),,TRAIN_BATCH_TOKENS=1024 ITERATIONS=72 WARMDOWN_ITERS=36 $(SOME))
+
+train-mlx: data $(VENV)/.installed-mlx
+	env DATA_PATH=$(CORPUS) RUN_ID=$(RUN)-mlx $(SMALL) $(SHORT) $(TRAIN) $(PY) train_gpt_mlx.py
+	@echo "--- the same artifact, scored by a fresh process"
+	env DATA_PATH=$(CORPUS) RUN_ID=$(RUN)-mlx-again EVAL_ONLY=1 ARTIFACT=runs/$(RUN)-mlx/artifact.bin \
+	  EVAL_BUDGET_SECONDS=0 $(filter $(SOME),$(SHORT)) $(PY) train_gpt_mlx.py
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

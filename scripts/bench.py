@@ -2,9 +2,10 @@
 
     python scripts/bench.py                     three sizes, then sequence and batch doubled
     python scripts/bench.py --script RECORD --compile 0 --steps 20 --json out.json
+    python scripts/bench.py --twin --compile 0 --json out.json   the trunk beside train_gpt_mlx.py: 4 x 128, 2,048 bytes a step, fp32
     NUM_LAYERS=6 MODEL_DIM=192 python scripts/bench.py --one      the configuration of the environment
 
-The matmul (2048^3, or 8192^3 on a GPU, in the dtype of the run) is timed in the same process between the steps,
+The matmul (2048^3, or 8192^3 on a GPU, 1024^3 with MLX on a CPU, in the dtype of the run) is timed in the same process between the steps,
 since machines are noisy: quote the ratio. Model FLOP a byte = 6 * (matrices + V * D) + 6 * L * T * D, the causal
 half of attention included; embeddings looked up are free. Every configuration runs in a process of its own, so
 that its peak memory is its own.
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 
-from family import TRUNK, Misuse, command, load_script, markdown_table
+from family import ROOT, TRUNK, Misuse, command, load_script, markdown_table
 
 # The warm-up tries scoring too: EVAL_BATCH_TOKENS left to DEVICE_BATCH_TOKENS would add 8 GB and a minute to it.
 BASE = {
@@ -35,31 +36,89 @@ SIZES = {
     "6 x 384": {"NUM_LAYERS": 6, "MODEL_DIM": 384, "NUM_HEADS": 6, "NUM_KV_HEADS": 3},
 }
 BENCH = SIZES["6 x 192 (bench)"]
+# MLX's CPU build multiplies some ten times slower than torch.
+TWIN = {**SIZES["4 x 128"], "DTYPE": "fp32", "TRAIN_BATCH_TOKENS": 2048, "EVAL_BATCH_TOKENS": 2048, "NGRAM_BUCKETS": 4096}
 LENGTHS = {"TRAIN_SEQ_LEN": (256, 512, 1024, 2048), "TRAIN_BATCH_TOKENS": (4096, 8192, 16384, 32768)}
 
 
-def matmul_rate(torch, device, dtype, seconds: float = 0.5) -> float:
+class Torch:
+    """What timing needs of a framework: arrays, a product, and the end of what was begun."""
+
+    name = "torch"
+
+    def __init__(self, module, runtime):
+        self.torch, self.device, self.dtype = module.torch, runtime.device, runtime.dtype
+        self.version, self.size = module.torch.__version__, 8192 if runtime.device.type == "cuda" else 2048
+        self.on_cpu = runtime.device.type == "cpu"
+
+    def ids(self, shape: tuple, vocab_size: int):
+        return self.torch.randint(4, vocab_size, shape).to(self.device)
+
+    def ones(self, shape: tuple):
+        return self.torch.ones(shape, device=self.device)
+
+    def square(self):
+        return self.torch.randn(self.size, self.size, device=self.device).to(self.dtype)
+
+    def wait(self, arrays=()) -> None:
+        if not self.on_cpu:
+            getattr(self.torch, self.device.type).synchronize()
+
+    def matrices(self, trainer) -> int:
+        return sum(p.numel() for stack in trainer.optimizers.muon.stacks for p in stack)
+
+    def parameters(self, model) -> int:
+        return sum(p.numel() for p in model.parameters())
+
+    def compiled(self, module, trainer) -> bool:
+        return trainer.losses is not module.training_losses
+
+
+class Mlx(Torch):
+    name = "mlx"
+
+    def __init__(self, module, runtime):
+        self.mx, self.dtype, self.version = module.mx, runtime.dtype, module.mx.__version__
+        self.on_cpu = runtime.device == module.mx.cpu
+        self.size = 1024 if self.on_cpu else 8192
+
+    def ids(self, shape: tuple, vocab_size: int):
+        return self.mx.random.randint(4, vocab_size, shape)
+
+    def ones(self, shape: tuple):
+        return self.mx.ones(shape)
+
+    def square(self):
+        return self.mx.random.normal((self.size, self.size)).astype(self.dtype)
+
+    def wait(self, arrays=()) -> None:
+        self.mx.eval(arrays)  # what nobody asks for is never computed
+        self.mx.synchronize()
+
+    def matrices(self, trainer) -> int:
+        params = trainer.model.named_parameters()
+        return sum(params[name].size for stack in trainer.optimizers.muon.stacks for name in stack)
+
+    def parameters(self, model) -> int:
+        return sum(p.size for p in model.named_parameters().values())
+
+    def compiled(self, module, trainer) -> bool:
+        return trainer.gradients is not module.training_gradients
+
+
+def matmul_rate(kit: Torch, seconds: float = 0.5) -> float:
     """FLOP/s of a square product: the best of several runs in a short while."""
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device).to(dtype)
-    best, until = 0.0, time.perf_counter() + seconds
+    a, best, until = kit.square(), 0.0, time.perf_counter() + seconds
+    kit.wait([a])
     while time.perf_counter() < until:
         start = time.perf_counter()
-        for _ in range(3):
-            a @ a
-        wait(torch, device)
-        best = max(best, 3 * 2 * size**3 / (time.perf_counter() - start))
+        kit.wait([a @ a for _ in range(3)])
+        best = max(best, 3 * 2 * kit.size**3 / (time.perf_counter() - start))
     return best
 
 
-def wait(torch, device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
-def flop_per_byte(trainer) -> float:
+def flop_per_byte(trainer, matrices: int) -> float:
     args = trainer.args
-    matrices = sum(p.numel() for stack in trainer.optimizers.muon.stacks for p in stack)
     head = args.vocab_size * args.model_dim
     return 6 * (matrices + head) + 6 * args.num_layers * args.train_seq_len * args.model_dim
 
@@ -67,27 +126,27 @@ def flop_per_byte(trainer) -> float:
 def measure(script: str, steps: int) -> dict:
     """Times `steps` training steps of the environment's configuration on made-up ids."""
     module = load_script(script)
-    torch = module.torch
     args = module.Hyperparameters(os.environ)
     runtime = module.Runtime(args)
+    kit = (Torch if hasattr(module, "torch") else Mlx)(module, runtime)
     before = runtime.peak_memory_mb()
     trainer = module.Trainer(args, None, runtime, print)
     shape = (trainer.plan.micro_steps, trainer.plan.groups * trainer.plan.group, args.train_seq_len + 1)
-    ids = torch.randint(4, args.vocab_size, shape).to(runtime.device)
-    weights = torch.ones(shape[:2], device=runtime.device)
+    ids, weights = kit.ids(shape, args.vocab_size), kit.ones(shape[:2])
     compiling = time.perf_counter()
     trainer.try_shapes()
-    wait(torch, runtime.device)
+    kit.wait()
     compiling = time.perf_counter() - compiling
-    times, rates = [], [matmul_rate(torch, runtime.device, runtime.dtype)]
+    times, rates = [], [matmul_rate(kit)]
     for step in range(steps):
         start = time.perf_counter()
         trainer.train_step(ids, weights, 0.0)
-        wait(torch, runtime.device)
+        kit.wait()
         times.append(time.perf_counter() - start)
         if step % 5 == 4:
-            rates.append(matmul_rate(torch, runtime.device, runtime.dtype, 0.2))
-    seconds, flop = statistics.median(times), flop_per_byte(trainer) * args.train_batch_tokens
+            rates.append(matmul_rate(kit, 0.2))
+    seconds = statistics.median(times)
+    flop = flop_per_byte(trainer, kit.matrices(trainer)) * args.train_batch_tokens
     rate = statistics.median(rates)
     return {
         "step_ms": 1e3 * seconds,
@@ -97,13 +156,13 @@ def measure(script: str, steps: int) -> dict:
         "matmul_flop_per_second": rate,
         "ratio": flop / seconds / rate,
         "warm_up_seconds": compiling,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "memory_mb": runtime.peak_memory_mb() - (before if runtime.device.type == "cpu" else 0),
+        "parameters": kit.parameters(trainer.model),
+        "memory_mb": runtime.peak_memory_mb() - (before if kit.on_cpu else 0),
         "device": runtime.device_name(),
         "dtype": str(runtime.dtype),
         "attention": runtime.attention,
-        "compile": trainer.losses is not module.training_losses,
-        "torch": torch.__version__,
+        "compile": kit.compiled(module, trainer),
+        kit.name: kit.version,
     }
 
 
@@ -125,8 +184,9 @@ def measure_apart(options: argparse.Namespace, name: str, overrides: dict) -> di
 def describe(name: str, result: dict) -> list:
     return [
         name, f"{result['parameters'] / 1e6:.2f} M", f"{result['step_ms']:.0f}",
-        f"{result['tokens_per_second'] / 1e3:.1f} k", f"{result['flop_per_second'] / 1e9:.0f}",
-        f"{result['matmul_flop_per_second'] / 1e9:.0f}", f"{result['ratio']:.3f}",
+        f"{result['tokens_per_second'] / 1e3:.1f} k",
+        *(f"{rate:.{int(rate < 10)}f}" for rate in (result[key] / 1e9 for key in ("flop_per_second", "matmul_flop_per_second"))),
+        f"{result['ratio']:.3f}",
         f"{result['memory_mb']:.0f}",
     ]
 
@@ -135,9 +195,10 @@ HEADER = ["model", "parameters", "ms a step", "bytes/s", "GFLOP/s", "matmul GFLO
 
 
 def machine(result: dict) -> str:
+    kind = "mlx" if "mlx" in result else "torch"
     return (
-        f"{result['device']}, {result['dtype'].removeprefix('torch.')}, attention `{result['attention']}`, "
-        f"compiled: {'yes' if result['compile'] else 'no'}, torch {result['torch']}."
+        f"{result['device']}, {result['dtype'].rpartition('.')[2]}, attention `{result['attention']}`, "
+        f"compiled: {'yes' if result['compile'] else 'no'}, {kind} {result[kind]}."
     )
 
 
@@ -152,8 +213,25 @@ def doublings(scaling: dict[str, dict[str, dict]]) -> list[list[str]]:
     return rows
 
 
+def twins(results: dict) -> str:
+    """What `--twin --json` writes, {"twins": {script: numbers}, "settings", "load", "cores"}, as Markdown."""
+    found, settings = results["twins"], results["settings"]
+    versions = {name: next(f"{kind} {result[kind]}" for kind in ("torch", "mlx") if kind in result)
+                for name, result in found.items()}
+    rows = [describe(f"`{name}` ({versions[name]})", result) for name, result in found.items()]
+    torch, mlx = found.values()
+    slower, rate = mlx["step_ms"] / torch["step_ms"], torch["matmul_flop_per_second"] / mlx["matmul_flop_per_second"]
+    note = (f"{settings['NUM_LAYERS']} layers x {settings['MODEL_DIM']}, {settings['TRAIN_BATCH_TOKENS']:,} bytes a step in rows of "
+            f"{settings['TRAIN_SEQ_LEN']}, {settings['DTYPE']}, compiled: {'yes' if mlx['compile'] else 'no'}, {torch['device']}, OMP_NUM_THREADS="
+            f"{results['threads']}; load before the run {results['load']:.1f} on {results['cores']} cores. "
+            f"The twin's step takes {slower:.1f} times as long; its framework multiplies {rate:.1f} times slower.")
+    return f"{markdown_table(['script', *HEADER[1:]], rows)}\n\n{note}"
+
+
 def report(results: dict) -> str:
-    """What `--json` writes, {"sizes", "scaling"}, as Markdown."""
+    """What `--json` writes, {"sizes", "scaling"} or that of `--twin`, as Markdown."""
+    if "twins" in results:
+        return twins(results)
     sizes = [describe(name, result) for name, result in results["sizes"].items()]
     tables = [
         markdown_table(HEADER, sizes),
@@ -170,6 +248,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--compile", default="auto", choices=("auto", "0", "1"))
     parser.add_argument("--one", action="store_true", help="only the configuration of the environment")
+    parser.add_argument("--twin", action="store_true", help="the trunk and the MLX twin, side by side")
     parser.add_argument("--raw", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--json", default="", help="also write all numbers to this file")
     options = parser.parse_args()
@@ -178,16 +257,23 @@ def main() -> int:
         table = markdown_table(HEADER, [describe("environment", result)])
         print(json.dumps(result) if options.raw else f"{machine(result)}\n\n{table}")
         return 0
-    results = {
-        "sizes": {name: measure_apart(options, name, overrides) for name, overrides in SIZES.items()},
-        "scaling": {
-            variable: {
-                str(value): measure_apart(options, f"{variable}={value}", {**BENCH, variable: value})
-                for value in values
-            }
-            for variable, values in LENGTHS.items()
-        },
-    }
+    if options.twin:
+        results = {"load": os.getloadavg()[0], "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS", "unset"),
+                   "settings": {**BASE, **TWIN}, "twins": {}}
+        for name in ("train_gpt.py", "train_gpt_mlx.py"):
+            options.script = str(ROOT / name)
+            results["twins"][name] = measure_apart(options, name, TWIN)
+    else:
+        results = {
+            "sizes": {name: measure_apart(options, name, overrides) for name, overrides in SIZES.items()},
+            "scaling": {
+                variable: {
+                    str(value): measure_apart(options, f"{variable}={value}", {**BENCH, variable: value})
+                    for value in values
+                }
+                for variable, values in LENGTHS.items()
+            },
+        }
     print(report(results))
     if options.json:
         with open(options.json, "w") as file:
