@@ -296,7 +296,8 @@ def collect_arms(jobs: list[Job], folder: Path, names: dict[str, str], labels: d
     for job in good:
         name = names[job.arm]
         (place / name).mkdir(parents=True, exist_ok=True)
-        write_atomic(place / name / f"seed{job.seed}.json", without_places(job.folder, "metrics.json"))
+        metrics = (job.folder / "metrics.json").read_bytes()
+        write_atomic(place / name / f"seed{job.seed}.json", without_places(metrics, job.folder.parent))
         notes.setdefault(name, labels[job.arm])
     if good:
         write_atomic(index, f"{json.dumps(notes, indent=1, ensure_ascii=False)}\n".encode())
@@ -367,7 +368,7 @@ def main(argv: list[str] | None = None) -> int:
         if whole:
             (folder / "sweeps").mkdir(exist_ok=True)
             text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
-            write_atomic(folder / "sweeps" / f"{path.stem}.summary.json", text.encode())
+            write_atomic(folder / "sweeps" / f"{path.stem}.summary.json", without_places(text.encode(), jobs[0].folder.parent))
 
     return carry_out(options, script, known, arms, base, collect, after if plan.cards or plan.evaluate else None)
 
