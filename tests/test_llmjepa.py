@@ -90,11 +90,12 @@ def test_the_error_is_that_of_the_span_that_follows(overrides):
         guesses.append(aux.fc2(F.gelu(aux.fc1(context[-1]) + aux.bias1)) + aux.bias2)
         targets.append(inside.mean(0))
     guesses, targets = (torch.stack(part).view(3, 2, -1) for part in (guesses, targets))
-    errors, spreads = (guesses - targets).square().mean((1, 2)), targets.var(1).mean(-1)
-    assert torch.allclose(found["jepa_error"], 2 * errors.sum() / 2, rtol=1e-3)
-    assert torch.allclose(found["latent_var"], spreads.sum(), rtol=1e-3)
-    expected = (errors / spreads).sum() if args.jepa_norm else errors.sum()
-    assert torch.allclose(found["jepa"], expected, rtol=1e-3)
+    errors = (guesses - targets).square().mean(2)
+    if args.jepa_norm:
+        errors = 2 - 2 * F.cosine_similarity(guesses, targets, dim=2)
+        targets = F.normalize(targets, dim=2) * targets.size(2) ** 0.5
+    assert torch.allclose(found["jepa"], errors.mean(1).sum(), rtol=1e-3)
+    assert torch.allclose(found["latent_var"], targets.var(1).mean(-1).sum(), rtol=1e-3)
 
 
 def test_spans_are_drawn_anew_and_stay_inside_a_row():

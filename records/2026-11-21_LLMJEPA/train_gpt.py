@@ -134,12 +134,12 @@ class Hyperparameters:
     jepa_span = Var(0, "ids of a span; 0 = a quarter of a row", low=0)
     jepa_hidden = Var(1024, "hidden width of the predictor", low=1)
     jepa_warmup_steps = Var(100, "steps (as a share of ITERATIONS) before the error counts", low=0)
-    jepa_norm = Var(True, "error of normalised states, in units of their variance; 0 = raw, as published")
+    jepa_norm = Var(True, "error of normalised states: 2 - 2 cos; 0 = raw, as published")
     jepa_target = Var("context", "states of the span in its text, or of the span alone, as published",
                       choices=("context", "alone"))
     jepa_layers = Var(0, "last layers that the error reaches; 0 = all", low=0)
     jepa_backbone_grad = Var(True, "the error reaches the model; 0 = the predictor alone")
-    jepa_group = Var(4, "rows whose targets are compared in one variance, on any number of ranks", low=2)
+    jepa_group = Var(4, "rows that have a variance (latent_var), on any number of ranks", low=2)
     jepa_first_frac = Var(0.0, "progress up to which the error is all there is, no CE", low=0.0, high=1.0)
     _optimizers = "Optimizers and schedule"
     iterations = Var(9000, "optimizer steps at most", low=1)
@@ -1011,8 +1011,8 @@ class SpanJEPA(nn.Module):
       report(means)          what the step line says about the mean terms
 
     With s the first position of a span, the guess is W2 gelu(W1 h[s - 1] + b1) + b2, the target z = the mean
-    of h over the span, without gradient: |guess - z|^2, in units of the variance of z among the rows of a
-    group. h is normalised; published are raw states, whose scale runs away with the loss."""
+    of h over the span, without gradient; the error is their mean squared difference. h, z and guess have an
+    RMS of 1, so that it is 2 - 2 cos(guess, z); published are raw states, whose scale runs away with it."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
@@ -1052,19 +1052,19 @@ class SpanJEPA(nn.Module):
         context = rms_norm(context) if args.jepa_norm else context
         guess = self.fc2(F.gelu(self.fc1(context) + self.bias1.to(x.dtype))) + self.bias2.to(x.dtype)
         target, guess = (part.float().unflatten(0, (-1, args.jepa_group)) for part in (target, guess))
-        error, spread = (guess - target).square().mean((1, 2)), target.var(1).mean(-1)
-        return {"jepa": error / (spread + 1e-6) if args.jepa_norm else error,
-                "jepa_error": error.detach(), "latent_var": spread}
+        if args.jepa_norm:
+            target, guess = rms_norm(target), rms_norm(guess)
+        return {"jepa": (guess - target).square().mean((1, 2)), "latent_var": target.var(1).mean(-1)}
 
     def weights(self, progress: float) -> dict[str, float]:
         args = self.args
         on = progress * args.iterations >= args.jepa_warmup_steps or progress < args.jepa_first_frac
         return {"ce": float(progress >= args.jepa_first_frac), "jepa": args.jepa_lambda * on,
-                "jepa_error": 0.0, "latent_var": 0.0}
+                "latent_var": 0.0}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         """R^2 against the mean of a group: 0 for who says that mean."""
-        r2 = 1 - means["jepa_error"] / max(means["latent_var"], 1e-12)
+        r2 = 1 - means["jepa"] / max(means["latent_var"], 1e-12)
         return {"jepa_loss": means["jepa"], "jepa_r2": r2, "latent_var": means["latent_var"]}
 
 
