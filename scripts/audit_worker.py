@@ -107,6 +107,8 @@ def serve(script: str, artifact: str, adapter: str) -> None:
                     found.args.eval_batch_tokens = int(
                         os.environ.get("EVAL_BATCH_TOKENS", found.args.eval_batch_tokens)
                     )
+                if os.environ.get("TOKENIZER_PATH") and hasattr(getattr(found, "args", None), "tokenizer_path"):
+                    found.args.tokenizer_path = os.environ["TOKENIZER_PATH"]  # what ids spell, for a mixture
                 return found
 
             def score(ids, positions):

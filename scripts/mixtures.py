@@ -6,6 +6,10 @@
 Rows: the network alone; PPM-D alone; fixed weights; the learned gate; the control (the network alone through the binary mixer: no
 contexts, no match); the binary mixer; published rules that are no probability, marked INVALID, with what their "probabilities" sum to;
 and, with --train, a context mixer without a network that first reads as many training bytes as the network did. MB/s is processor time.
+
+For a record whose mixture is over token ids (BiJEPAX; --tokenizer names its model, and a sidecar beside the shard holds the
+bytes): the network alone, the control, the tilt, the mixture, and what the published rule of #2080 would have claimed of the same
+log-probabilities, marked INVALID, with the largest sum over ids that it implies at sampled positions.
 """
 
 from __future__ import annotations
@@ -102,6 +106,137 @@ def invalid_sums(script, ids, logprobs, at: int, rules: dict) -> dict[str, float
     return {name: float(np.mean(values)) for name, values in sums.items()}
 
 
+# -----------------------------------------------------------------------------
+# A MIXTURE OVER TOKEN IDS
+# -----------------------------------------------------------------------------
+
+
+class Published:
+    """The rule of #2080, INVALID: each byte of an id gets p(id)^(1 / bytes), whatever the byte, mixed with a byte PPM.
+
+    Orders 5 to 0 without exclusion; the network's weight is .18 where the favourite of the longest known context has
+    more than .80 of its counts, else .999; ids without bytes are dropped with all that they say. No part of a score.
+    """
+
+    HIGH, LOW, THRESHOLD, ORDER = 0.999, 0.18, 0.80, 5
+
+    def __init__(self, spelled: list[tuple]):
+        self.spelled, self.history, self.counts = spelled, (), {}
+
+    def byte(self, history: tuple, x: int, network: float) -> float:
+        """What the rule calls the probability of byte x; learns nothing."""
+        sure, escape, p = None, 1.0, None
+        for order in range(min(self.ORDER, len(history)), -1, -1):
+            seen = self.counts.get(history[len(history) - order :])
+            if not seen:
+                continue
+            total = sum(seen.values())
+            sure = max(seen.values()) / total if sure is None else sure
+            if x in seen:
+                p = escape * (2 * seen[x] - 1) / (2 * total)
+                break
+            escape *= len(seen) / (2 * total)
+        p = max(escape / 256 if p is None else p, 1e-20)
+        weight = self.LOW if sure is not None and sure > self.THRESHOLD else self.HIGH
+        return weight * network + (1 - weight) * p
+
+    def book(self, token: int, logprob: float, size: int) -> float:
+        """Nats that the rule books for an id of `size` bytes; counts them afterwards, byte by byte."""
+        word = self.spelled[token]
+        if size <= 0 or not word:
+            return 0.0
+        word, nats = (*word[:size], *(word[-1:] * (size - len(word)))), 0.0
+        for x in word:
+            nats -= math.log(self.byte(self.history, x, math.exp(logprob / size)))
+            for order in range(min(self.ORDER, len(self.history)) + 1):
+                seen = self.counts.setdefault(self.history[len(self.history) - order :], {})
+                seen[x] = seen.get(x, 0) + 1
+            self.history = (*self.history, x)[-self.ORDER :]
+        return nats
+
+    def total(self, logprobs: np.ndarray) -> float:
+        """What the rule's numbers for all ids with bytes sum to; the others, dropped, would come on top at 1 each.
+        An id's own bytes are not counted on the way through it."""
+        total = 0.0
+        for token, word in enumerate(self.spelled):
+            history, p, network = self.history, 1.0, math.exp(logprobs[token] / max(len(word), 1))
+            for x in word:
+                p *= self.byte(history, x, network)
+                history = (*history, x)[-self.ORDER :]
+            total += p if word else 0.0
+        return total
+
+
+def control(script, found):
+    """The mixture without contexts: what the mixer makes of the network alone, given no proposals either."""
+    mixer, inputs = found.mixer, 1 + len(script.RUNS)
+    weights = np.zeros((len(mixer.weights), inputs), np.float32)
+    weights[:16, 0] = 1
+    groups, levels = mixer.row.shape[0], len(mixer.inputs)
+    found.mixer = mixer._replace(
+        table=mixer.table[:0], contexts=mixer.contexts[:0], trust=mixer.trust[:0], weights=weights,
+        row=np.zeros((groups, 0), np.int64), check=np.zeros((groups, 0), np.int64), met=np.zeros((groups, 0), np.int64),
+        inputs=np.zeros((levels, inputs + 1)), used=np.zeros((levels, inputs + 2), np.int64))
+    return found
+
+
+def token_table(script, artifact: str, tokenizer: str, ids: np.ndarray, sizes: np.ndarray | None, samples: int, log) -> dict:
+    """Rows for a record whose mixture is over token ids. `sizes` (targets,): bytes of each target, of the sidecar."""
+    header, _ = script.unpack(script.read_file(artifact, "ARTIFACT"), artifact)
+    args = script.shipped_settings(header, artifact, {"TOKENIZER_PATH": tokenizer, "MIX": "binary", "PPM_WEIGHT": "1"})
+    runtime = script.Runtime(args)
+    model = script.load(artifact, runtime.device, args, runtime.dtype, runtime.attention)
+    found, count = script.Mixture(args), len(ids) - 1
+    sizes = script.target_bytes(ids, script.byte_tables(args)) if sizes is None else sizes
+    values, at, kept = np.empty((count, found.width)), {}, 0.0
+    wanted = {*np.linspace(count // 2, count - 1, samples, dtype=int).tolist()} if samples else set()
+    for first, stop, logprobs, _ in script.scored(model, ids, args.eval_seq_len, args.eval_stride,
+                                                  max(1, 16384 // args.eval_seq_len), show="network"):
+        kept -= time.process_time()
+        values[first:stop] = found.distil(ids, first, stop, logprobs).numpy()
+        kept += time.process_time()
+        at |= {t: logprobs[t - first].float().cpu().numpy() for t in wanted if first <= t < stop}
+    own, span, rows = values[:, 0], math.log(2) * sizes.sum(), []
+    base = -own.sum() / span
+
+    def add(name: str, nats: float, speed: str = "") -> None:
+        rows.append([name, f"{nats / span:.4f}", f"{base - nats / span:+.4f}", speed])
+        log(rows[-1])
+
+    add("network alone", -own.sum())
+    silent = values.copy()
+    silent[:, 1 : 1 + 2 * len(script.RUNS)] = 0
+    add("control: network alone through the mixer", control(script, script.Mixture(args)).score(ids[1:], silent)[-1].sum())
+    script.Mixture(args).score(ids[1:50], values[:49])  # compiled
+    found, parts, speeds, milliseconds = script.Mixture(args), [], [], []
+    stops = [*np.linspace(0, count, 21, dtype=int)]
+    for first, stop in zip(stops[:-1], stops[1:]):
+        start = time.process_time()
+        parts.append(found.score(ids[first + 1 : stop + 1], values[first:stop]))
+        speeds.append(sizes[first:stop].sum() / (time.process_time() - start) / 1e6)
+        for t in (t for t in sorted(at) if first <= t < stop):
+            start = time.perf_counter()
+            found.distribution(at[t], values[t, None, 1 : 1 + 2 * len(script.RUNS)])
+            milliseconds.append(1e3 * (time.perf_counter() - start))
+    tilt, mixed = np.concatenate(parts, 1).sum(1)
+    add("tilt (`MIX=tilt`)", tilt)
+    add("**mixture (`MIX=binary`)**", mixed, f"{max(speeds):.2f} (median {np.median(speeds):.2f})")
+    spelled = [word if word[0] < 256 else () for word in script.spelling(args)]
+    rule, claimed, sums, dropped = Published(spelled), 0.0, [], 0.0
+    for t in range(count):
+        if t in at:
+            sums.append(rule.total(at[t]))
+        claimed += rule.book(int(ids[t + 1]), own[t], int(sizes[t]))
+        dropped -= own[t] if sizes[t] <= 0 else 0.0
+    largest = f"; its numbers sum to {np.mean(sums):.2f}, at most {max(sums):.2f}" if sums else ""
+    add(f"INVALID: what the rule of #2080 would claim{largest}", claimed)
+    add("INVALID: the same, with the ids that it drops paid for", claimed + dropped)
+    note = (f"{count:,} targets of {sizes.sum():,} bytes, one artifact; MB/s: best (and median) of 20 parts on one thread, from "
+            f"what is distilled of log-probabilities, which took {1e6 * kept / count:.0f} us an id; a distribution over all ids: "
+            f"{min(milliseconds, default=0):.1f} ms (median {np.median(milliseconds or [0]):.1f}).")
+    return {"header": HEADER, "rows": rows, "targets": count, "note": note}
+
+
 def table(script, artifact: str, ids: np.ndarray, train: np.ndarray | None, log) -> dict:
     logprobs = network_logprobs(script, artifact, ids)
     ids = ids[1:].astype(np.int64)
@@ -160,22 +295,38 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--targets", type=int, default=250_000, help="how many of its targets (default: %(default)s)")
     parser.add_argument("--train", metavar="SHARD", help="training text for a context mixer without a network")
     parser.add_argument("--train-ids", type=int, default=4_915_200, help="how much of it (default: %(default)s)")
+    parser.add_argument("--tokenizer", help="SentencePiece model of a record over token ids")
+    parser.add_argument("--samples", type=int, default=12, help="positions at which the INVALID rule is summed (default: %(default)s)")
     parser.add_argument("--out", help="write the table here as JSON")
     options = parser.parse_args(argv)
     script = load_script(options.record)
     if not hasattr(script, "Mixture"):
         print(f"error: {options.record}: this record has no mixture", file=sys.stderr)
         return 2
+
+    def show(row: list) -> None:
+        print(row, file=sys.stderr, flush=True)
+
     try:
+        if hasattr(script, "vocabulary_tree"):
+            ids = np.array(script.open_shard(Path(options.shard), 1 << 16)[: options.targets + 1])
+            sidecar = Path(options.shard).with_suffix(".bytes")
+            sizes = np.array(script.open_shard(sidecar, 1 << 16)[1 : len(ids)]).astype(int) if sidecar.exists() else None
+            found = token_table(script, options.artifact, options.tokenizer or "", ids, sizes, options.samples, show)
+            return written(script, found, options.out)
         ids = np.array(script.open_shard(Path(options.shard), 260)[: options.targets + 1])
         train = np.array(script.open_shard(Path(options.train), 260)[: options.train_ids]) if options.train else None
-        found = table(script, options.artifact, ids, train, lambda row: print(row, file=sys.stderr, flush=True))
+        found = table(script, options.artifact, ids, train, show)
     except (script.UserError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(markdown_table(found["header"], found["rows"]))
-    if options.out:
-        script.write_atomic(Path(options.out), json.dumps(found, indent=1).encode())
+    return written(script, found, options.out)
+
+
+def written(script, found: dict, out: str | None) -> int:
+    print(markdown_table(found["header"], found["rows"]) + "\n\n" + found["note"])
+    if out:
+        script.write_atomic(Path(out), json.dumps(found, indent=1).encode())
     return 0
 
 

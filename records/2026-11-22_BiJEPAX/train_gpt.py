@@ -1,0 +1,2991 @@
+"""BiJEPAX: a token model of case-factored text, recurrent in depth, and a mixture that sums to one.
+
+Parent: ../../train_gpt.py, the trunk.
+Idea:   #2080 on SP8192 with CaseOps, its defects mended: layers that run three times, two lanes, a latent
+        objective that looks 4 ids ahead and back in the middle of the run, and byte statistics mixed in by a
+        walk over the tree of the vocabulary, so that the scores are probabilities of ids.
+
+Run:    python train_gpt.py --help                               every variable, its default and its reason
+        python train_gpt.py                                      one process, any device
+        torchrun --standalone --nproc_per_node=8 train_gpt.py    the contest: 8xH100, 600 s, 16,000,000 bytes
+        RESUME=auto RUN_ID=name torchrun ...                     go on from runs/name/last.safetensors
+        EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py            score an artifact and nothing else
+
+The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs torch,
+numpy and safetensors, the mixture (PPM_WEIGHT=1) numba; constriction, zstandard, sentencepiece, tqdm and
+FlashAttention are used if installed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import ctypes
+import difflib
+import hashlib
+import importlib
+import json
+import lzma
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections import deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+# -----------------------------------------------------------------------------
+# HYPERPARAMETERS
+# -----------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A mistake in the environment or in a file. `main` prints it as one line and exits with code 2."""
+
+
+class Var:
+    """One environment variable, of its default's type; `why` is the unit and the reason. `ship` marks what an
+    artifact has to carry: "model" builds the network, "eval" only says how it is scored."""
+
+    def __init__(self, default, why: str, *, low=None, high=None, choices=(), ship: str = ""):
+        self.default, self.why, self.low, self.high = default, why, low, high
+        self.choices, self.ship = choices, ship
+
+    def __set_name__(self, owner, name: str) -> None:
+        self.name = name.upper()
+
+    def accepted(self) -> str:
+        if self.choices:
+            return " | ".join(self.choices)
+        kind = {bool: "0 | 1", int: "an integer", float: "a number", str: "a text"}[type(self.default)]
+        bounds = {"from": self.low, "to": self.high}
+        return kind + "".join(f" {word} {bound}" for word, bound in bounds.items() if bound is not None)
+
+    def parse(self, text: str):
+        word, kind, words = text.strip(), type(self.default), {"0": 0, "1": 1, "false": 0, "true": 1}
+        with contextlib.suppress(ValueError, KeyError):
+            value = bool(words[word.lower()]) if kind is bool else kind(word)
+            low, high = (bound if bound is not None else value for bound in (self.low, self.high))
+            finite = kind is str or math.isfinite(value)
+            if finite and low <= value <= high and value in (self.choices or [value]):
+                return value
+        raise UserError(f"{self.name}={text!r} is not accepted: {self.accepted()} ({self.why})")
+
+
+class Hyperparameters:
+    """Every setting of a run, read from the environment once; nothing below this class reads it again."""
+
+    _data = "Data"
+    data_path = Var("./data/datasets/fineweb10B_sp8192_caseops", "folder of *_train_*.bin, *_val_*.bin")
+    tokenizer_path = Var("", "SentencePiece .model behind the shards; byte260 needs none")
+    vocab_size = Var(8192, "ids; 260 = PAD BOS EOS UNK + 256 bytes", low=5, high=65536, ship="model")
+    train_seq_len = Var(2048, "tokens a training row", low=2, ship="model")
+    train_batch_tokens = Var(786432, "tokens an optimizer step, over all ranks and micro-steps", low=2)
+    device_batch_tokens = Var(98304, "tokens a forward on one device: the one out-of-memory knob", low=1)
+    train_order = Var("sequential", "order of rows within an epoch", choices=("sequential", "shuffled"))
+    train_align = Var("stream", "document: rows begin at BOS if they can", choices=("stream", "document"))
+    verify_data = Var("auto", "check shards by manifest.json; auto: up to 2 GB", choices=("auto", "0", "1"))
+    _model = "Model"
+    num_layers = Var(11, "transformer blocks", low=1, ship="model")
+    model_dim = Var(512, "width of the residual stream", low=8, ship="model")
+    num_heads = Var(8, "query heads", low=1, ship="model")
+    num_kv_heads = Var(4, "key/value heads (grouped-query attention)", low=1, ship="model")
+    mlp_mult = Var(4.0, "MLP hidden width / model width, fractions allowed", low=0.0, ship="model")
+    leaky_slope = Var(0.3, "negative slope of the MLP's squared LeakyReLU; 0 = ReLU^2", ship="model")
+    tied_embed_init_std = Var(0.005, "std of the token embedding at init", low=0.0)
+    logit_softcap = Var(30.0, "cap * tanh(logits / cap); 0 = none", low=0.0, ship="model")
+    qk_gain_init = Var(5.25, "initial per-head gain on RMS-normalised queries", ship="model")
+    rope_base = Var(10000.0, "rotary base", low=1.0, ship="model")
+    rope_dims = Var(16, "rotated dimensions a head; 0 = all (#315)", low=0, ship="model")
+    ln_scale = Var(True, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
+    doc_mask = Var(True, "attention stays inside a document, in training and in scoring", ship="model")
+    xsa_last_n = Var(11, "last layers that drop their own value direction (XSA, #265)", low=0, ship="model")
+    gate_window = Var(12, "channels that SmearGate and head gates read; 0 = neither", low=0, ship="model")
+    gate_scale = Var(0.5, "of the head gates' logits", ship="model")
+    loop_first = Var(3, "first layer of the repeated segment; NUM_LAYERS or more = none", low=0, ship="model")
+    loop_last = Var(5, "its last layer", low=0, ship="model")
+    loop_extra = Var(2, "times that it runs again; 0 = no recurrence", low=0, ship="model")
+    loop_start = Var(0.35, "progress from which it does; 1 = never", low=0.0, high=1.0, ship="model")
+    parallel_start = Var(8, "first layer of two lanes; NUM_LAYERS or more = none", low=0, ship="model")
+    _bijepax = "BIJEPAX-lite (#2080, corrected)"
+    bijepax_enabled = Var(True, "states predict states some ids ahead and back")
+    bijepax_weight = Var(0.01, "peak weight of the mean of both directions beside CE", low=0.0)
+    bijepax_start_frac = Var(0.35, "progress at which it begins to rise from 0", low=0.0, high=1.0)
+    bijepax_end_frac = Var(0.80, "progress at which it is back at 0", low=0.0, high=1.0)
+    bijepax_fwd_hops = Var("4", "distances ahead, with commas; 0 = none")
+    bijepax_bwd_hops = Var("4", "distances back, with commas; 0 = none")
+    bijepax_head_dim = Var(32, "hidden width of a head", low=1)
+    bijepax_stride = Var(64, "ids from one pair of a hop to the next", low=1)
+    bijepax_lr = Var(0.001, "Adam: heads, constant and unclipped", low=0.0)
+    _optimizers = "Optimizers and schedule"
+    iterations = Var(20000, "optimizer steps at most", low=1)
+    max_wallclock_seconds = Var(600.0, "training time; 0 = no limit; progress = max(step, time)", low=0.0)
+    warmdown_iters = Var(17000, "steps (as a share of ITERATIONS) over which the rate falls", low=0)
+    min_lr = Var(0.1, "the rate never falls below this share of the peak", low=0.0, high=1.0)
+    warmup_steps = Var(2, "throw-away steps that compile every shape, outside the clock", low=0)
+    matrix_lr = Var(0.026, "Muon: block matrices", low=0.0)
+    muon_momentum = Var(0.97, "final momentum", low=0.0, high=0.9999)
+    muon_momentum_warmup_start = Var(0.92, "momentum at step 0", low=0.0, high=0.9999)
+    muon_momentum_warmup_steps = Var(1500, "steps from start to final momentum", low=0)
+    muon_backend_steps = Var(5, "steps of Polar Express", low=1, high=5)
+    muon_wd = Var(0.095, "decoupled weight decay of Muon, times its rate", low=0.0)
+    tied_embed_lr = Var(0.03, "AdamW: token embedding", low=0.0)
+    scalar_lr = Var(0.02, "AdamW: gains, mixes, gates", low=0.0)
+    embed_wd = Var(0.085, "decoupled weight decay of the embedding", low=0.0)
+    adam_wd = Var(0.02, "decoupled weight decay of the scalar group", low=0.0)
+    beta1 = Var(0.9, "Adam", low=0.0, high=0.9999)
+    beta2 = Var(0.99, "Adam", low=0.0, high=0.99999)
+    adam_eps = Var(1e-8, "Adam", low=0.0)
+    grad_clip_norm = Var(0.3, "global gradient norm after reduction; 0 = no clip", low=0.0)
+    ema_enabled = Var(True, "score and export an average of the weights")
+    ema_decay = Var(0.9965, "decay a step, reached as (1 + t) / (10 + t)", low=0.0, high=0.99999)
+    seed = Var(1337, "weights and shuffling", low=0)
+    _artifact = "Artifact"
+    bits = Var("embed:7,attn:6,mlp:6,other:6", "bit width by tensor class")
+    quant_k = Var("embed:14,attn:13,mlp:12.5,other:12.85", "step = k * std / top: the size knob")
+    quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
+    gptq_batches = Var(2, "training batches behind them, on the training clock", low=1)
+    awq_groups = Var(1, "groups of 64 columns that are rounded to 8 bits, the most salient (#1908)", low=0)
+    lqer_top_k = Var(1, "matrices whose error is corrected by a product, the worst (#1797)", low=0)
+    lqer_rank = Var(4, "inner width of these products", low=1)
+    compressor = Var("auto", "auto keeps the smallest", choices=("auto", "rans", "zstd", "lzma", "zlib"))
+    artifact_budget_bytes = Var(16_000_000, "code + model, decimal bytes; 0 = no limit", low=0)
+    _evaluation = "Evaluation"
+    eval_seq_len = Var(0, "window length; 0 = TRAIN_SEQ_LEN", low=0, ship="eval")
+    eval_stride = Var(512, "targets scored a window in the sliding pass", low=1, ship="eval")
+    eval_batch_tokens = Var(0, "tokens a scoring forward; 0 = DEVICE_BATCH_TOKENS", low=0)
+    val_bytes = Var(0, "score only this prefix of the validation text; 0 = all", low=0)
+    val_loss_every = Var(0, "validation of the raw weights every so many steps; 0 = at the end only", low=0)
+    eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", low=0.0)
+    ttt = Var("0", "learn from text once it is scored: all weights by sgd; adapters of a document; or both",
+              choices=("0", "sgd", "lora", "phased"), ship="eval")
+    ttt_adapt = Var(True, "0 = the same pass without learning: its control", ship="eval")
+    ttt_modules = Var("blocks", "modules that learn, exact paths with commas", ship="eval")
+    ttt_chunk_tokens = Var(32768, "targets scored before they are learned from", low=1, ship="eval")
+    ttt_batch_rows = Var(16, "rows of TRAIN_SEQ_LEN an update, over all ranks", low=1, ship="eval")
+    ttt_epochs = Var(1, "passes over each chunk", low=1, ship="eval")
+    ttt_lr = Var(0.002, "rate of SGD at the first chunk", low=0.0, ship="eval")
+    ttt_decay_chunks = Var(0, "rate falls as 1 / sqrt(1 + chunks / this); 0 = constant", low=0, ship="eval")
+    ttt_momentum = Var(0.9, "kept from chunk to chunk", low=0.0, high=0.9999, ship="eval")
+    ttt_grad_clip = Var(1.0, "gradient norm of an update; 0 = no clip", low=0.0, ship="eval")
+    ttt_doc_chunk = Var(64, "lora: targets of a document from step to step", low=1, ship="eval")
+    ttt_lora_modules = Var("attn.proj,mlp.fc,mlp.proj,tok_emb", "lora: ends of the names; tok_emb: logits",
+                           ship="eval")
+    ttt_lora_rank = Var(96, "lora: inner width", low=1, ship="eval")
+    ttt_lora_alpha = Var(144.0, "lora: the product counts alpha / rank times", low=0.0, ship="eval")
+    ttt_lora_lr = Var(1e-4, "lora: rate of AdamW, whose beta1 is 0", low=0.0, ship="eval")
+    ttt_lora_wd = Var(1.0, "lora: decoupled weight decay", low=0.0, ship="eval")
+    mix = Var("binary", "headline: mixed bit by bit, or the tilt", choices=("binary", "tilt"), ship="eval")
+    ppm_weight = Var(1, "0 = network alone, 1 = mixed, its weights learned", low=0, high=1, ship="eval")
+    ppm_order = Var(5, "longest context in bytes", low=1, high=15, ship="eval")
+    mix_rows = Var(20, "log2 of the 64-byte rows in each of 7 tables", low=4, high=26, ship="eval")
+    eval_only = Var(False, "score ARTIFACT and nothing else")
+    artifact = Var("", "path for EVAL_ONLY")
+    _run = "Run"
+    run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
+    runs_path = Var("./runs", "where runs are kept")
+    resume = Var("", "auto, or a checkpoint file")
+    checkpoint_every = Var(0, "steps between checkpoints; 0 = only on a signal", low=0)
+    train_log_every = Var(200, "steps between log lines; the first ten are always shown", low=1)
+    grad_report_every = Var(0, "steps between gradient attribution reports; 0 = none", low=0)
+    device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
+    dtype = Var("auto", "of activations; weights stay fp32", choices=("auto", "fp32", "bf16", "fp16"))
+    compile = Var("auto", "auto: on GPUs, and on CPUs when it pays", choices=("auto", "0", "1"))
+    attention = Var("auto", "first rung", choices=("auto", "fa3", "fa2", "flex", "cpu", "sdpa", "math"))
+    strict_env = Var(True, "refuse variables that look misspelt; 0 = only warn")
+    _launcher = "Set by the launcher (torchrun)"
+    rank = Var(0, "rank of this process", low=0)
+    local_rank = Var(0, "rank on this machine", low=0)
+    world_size = Var(1, "processes", low=1)
+    master_addr = Var("", "rendezvous host")
+    master_port = Var("", "rendezvous port")
+
+    # Published variables of ideas that are gone: {name: (values that mean off, reason)}; () = ignored.
+    RETIRED = {
+        "SWA_ENABLED": (("0",), "EMA replaced it (-0.003 BPB in #375)"),
+        "MTP_NUM_HEADS": (("0",), "multi-token heads cost +0.028 BPB in a 10-minute model"),
+        "MUON_BETA2": ((), "was never read by #832"),
+        "BIJEPAX_CYCLE": (("0",), "was off in #2080, and a cycle is two of its hops"),
+        "DISABLE_COMPILE": (("0",), "COMPILE took its place"),
+        "LQER_ENABLED": (("1",), "LQER_TOP_K=0 switches it off"),
+        "VAL_BATCH_SIZE": ((), "EVAL_BATCH_TOKENS took its place and does not change the score"),
+        "CONTROL_TENSOR_NAME_PATTERNS": ((), "tensors are sorted by shape and module, not by name patterns"),
+    }
+
+    def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
+        """Reads `environ`. `shipped`, the settings in an artifact, replaces the defaults of what it names."""
+        environ = environ or {}
+        self.warnings: list[str] = []
+        self._refuse_retired_and_misspelt(environ)
+        for name, var in self.vars().items():
+            value = (shipped or {}).get(var.name, var.default)
+            if environ.get(var.name, "") != "":
+                value = var.parse(environ[var.name])
+                if shipped and var.ship == "model" and value != shipped[var.name]:
+                    raise UserError(f"{var.name}={value} contradicts the artifact, which was made with "
+                                    f"{shipped[var.name]}: leave it unset")
+            setattr(self, name, value)
+        self.hops = []
+        if not shipped:  # no artifact has heads
+            back = self._parse_hops("bijepax_bwd_hops")
+            self.hops = self._parse_hops("bijepax_fwd_hops") + [-n for n in back]
+        self.bits_by_class = self._parse_classes("bits", int, 2, 8)
+        self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
+        self.eval_seq_len = self.eval_seq_len or self.train_seq_len
+        self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
+        if shipped or not self.eval_only:  # else the artifact's settings are still to come
+            self._check(trains=not shipped)
+
+    @classmethod
+    def vars(cls) -> dict[str, Var]:
+        return {name: var for name, var in vars(cls).items() if isinstance(var, Var)}
+
+    @classmethod
+    def help(cls) -> str:
+        lines = [__doc__.strip()]
+        for name, item in vars(cls).items():
+            if isinstance(item, Var):
+                default = int(item.default) if isinstance(item.default, bool) else item.default
+                lines.append(f"  {item.name:<28} {default!s:<14} {item.why} [{item.accepted()}]")
+            elif isinstance(item, str) and not name.startswith("__"):
+                lines.append(f"\n{item}")
+        lines.append("\nAccepted from published command lines, without effect")
+        lines += [f"  {name:<28} {why}" for name, (_, why) in cls.RETIRED.items()]
+        return "\n".join(lines)
+
+    def settings(self) -> dict:
+        return {var.name: getattr(self, name) for name, var in self.vars().items()}
+
+    def shipped(self) -> dict:
+        """What an artifact must carry to be rebuilt and scored."""
+        return {var.name: getattr(self, name) for name, var in self.vars().items() if var.ship}
+
+    def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
+        known = {var.name for var in self.vars().values()} | set(self.RETIRED)
+        for name, value in environ.items():
+            if name in self.RETIRED:
+                off, why = self.RETIRED[name]
+                if off and value not in ("", *off):
+                    raise UserError(f"{name}={value!r} is retired: {why}; unset it or use {' or '.join(off)}")
+            elif name not in known and (near := difflib.get_close_matches(name, known, 1, cutoff=0.87)):
+                message = f"{name} is not a variable of this script; did you mean {near[0]}?"
+                if environ.get("STRICT_ENV", "1") != "0":
+                    raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
+                self.warnings.append(message)
+
+    def _parse_hops(self, name: str) -> list[int]:
+        parts, most = [part.strip() for part in getattr(self, name).split(",")], self.train_seq_len - 1
+        hops = [int(part) if part.isdecimal() else -1 for part in parts]
+        if hops == [0]:
+            return []
+        if any(not 1 <= n <= most for n in hops) or len(set(hops)) != len(hops):
+            raise UserError(f"{name.upper()}={getattr(self, name)!r} is not accepted: different integers "
+                            f"from 1 to {most}, with commas, below TRAIN_SEQ_LEN, or 0 for none")
+        return hops
+
+    def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
+        """`embed:8,mlp:6` -> {"embed": 8, ...}; classes that are not named keep the default."""
+        var, values = self.vars()[name], {}
+        for part in f"{var.default},{getattr(self, name)}".split(","):
+            key, _, number = part.strip().partition(":")
+            values[key] = low - 1
+            with contextlib.suppress(ValueError):
+                values[key] = kind(number)
+            if key not in TENSOR_CLASSES or not low <= values[key] <= high:
+                raise UserError(f"{var.name}: {part.strip()!r} is not accepted: CLASS:NUMBER with CLASS in "
+                                f"{'|'.join(TENSOR_CLASSES)} and NUMBER from {low} to {high}")
+        return values
+
+    def _check(self, trains: bool) -> None:
+        """Refuses combinations that cannot work, with both values in the message."""
+        head_dim, rope = self.model_dim // self.num_heads, self.rope_dims
+        rows, spare = divmod(self.train_batch_tokens, self.train_seq_len) if trains else (0, 0)
+        calibrates = self.quant_round == "gptq" and self.max_wallclock_seconds and not self.eval_only
+        loops = self.loop_extra and self.loop_start < 1
+        problems = [
+            (self.model_dim % self.num_heads, "model_dim", "num_heads", "no whole width for a head"),
+            (self.num_heads % self.num_kv_heads, "num_heads", "num_kv_heads", "no equal groups of heads"),
+            (head_dim % 2, "model_dim", "num_heads", f"head width {head_dim} is odd, rotary needs pairs"),
+            (rope % 2 or rope > head_dim, "rope_dims", "num_heads", f"odd or wider than a head, {head_dim}"),
+            (spare, "train_batch_tokens", "train_seq_len", "the batch is not a whole number of rows"),
+            (self.eval_stride > self.eval_seq_len, "eval_stride", "eval_seq_len", "the stride skips targets"),
+            (self.ttt == "sgd" and self.ttt_chunk_tokens % self.eval_stride, "ttt_chunk_tokens",
+             "eval_stride", "a chunk is not a whole number of windows"),
+            (self.bijepax_start_frac > self.bijepax_end_frac, "bijepax_start_frac", "bijepax_end_frac",
+             "it ends before it begins"),
+            (self.ttt in ("lora", "phased") and self.ttt_doc_chunk > self.eval_seq_len,
+             "ttt_doc_chunk", "eval_seq_len", "no window holds it"),
+            (self.ttt in ("lora", "phased") and self.ppm_weight, "ttt", "ppm_weight",
+             "documents are scored out of order, which no mixture can follow"),
+            (loops and self.loop_last < self.loop_first, "loop_first", "loop_last", "an empty segment"),
+            (loops and self.loop_first < self.parallel_start <= min(self.loop_last, self.num_layers - 1),
+             "loop_last", "parallel_start", "the repeated layers have to end before the lanes begin"),
+            (self.gate_window > self.model_dim, "gate_window", "model_dim", "there are no such channels"),
+            (self.rank >= self.world_size, "rank", "world_size", "a rank is below the number of processes"),
+            (calibrates and not self.warmup_steps, "warmup_steps", "quant_round", "calibration is untimed"),
+        ]
+        for bad, *names, why in problems:
+            if bad:
+                pair = ", ".join(f"{name.upper()}={getattr(self, name)}" for name in names)
+                raise UserError(f"{pair}: {why}")
+
+
+# -----------------------------------------------------------------------------
+# RUNTIME
+# -----------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes to a temporary name and renames: a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def tune_allocator() -> None:
+    """Keeps freed pages inside the process: fresh ones dominate eager CPU runs on some machines (up to 7x).
+    On glibc: no mmap for large blocks, no trimming, one arena that all threads share. Elsewhere: nothing."""
+    mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        if platform.libc_ver()[0] == "glibc":
+            for parameter, value in ((mmap_max, 0), (trim_threshold, -1), (top_pad, 1 << 28), (arena_max, 1)):
+                ctypes.CDLL("libc.so.6").mallopt(parameter, value)
+
+
+class Runtime:
+    """Device, dtype, ranks and attention backend: what the machine offers, decided once."""
+
+    def __init__(self, args: Hyperparameters):
+        self.rank, self.world_size, self.main = args.rank, args.world_size, args.rank == 0
+        self.clocks: dict[str, float] = {}  # seconds by phase
+        self.notes: list[str] = []
+        self.device = self._pick_device(args)
+        self.dtype = self._pick_dtype(args)
+        self.compile = self._pick_compile(args)
+        head_dim = args.model_dim // args.num_heads
+        self.attention = pick_attention(args.attention, self.device, self.dtype, head_dim, args.doc_mask)
+        self.notes.append(f"attention:{self.attention} compile:{int(self.compile)} "
+                          f"dtype:{str(self.dtype).removeprefix('torch.')} device:{self.device_name()}")
+        if not constriction and args.compressor in ("auto", "rans"):
+            self.notes.append("compressor: constriction is missing, LZMA or zstd instead of rANS")
+        if self.device.type == "cpu":
+            tune_allocator()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1:
+            if not args.master_addr:
+                raise UserError(f"WORLD_SIZE={self.world_size} without MASTER_ADDR: launch with torchrun")
+            self.gloo = not (self.device.type == "cuda" and dist.is_nccl_available())
+            dist.init_process_group("gloo" if self.gloo else "cpu:gloo,cuda:nccl")
+
+    def _pick_device(self, args: Hyperparameters) -> torch.device:
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        seen = [kind for kind in there if there[kind]]
+        name = seen[0] if args.device == "auto" else args.device
+        if not there[name]:
+            raise UserError(f"DEVICE={name} is not there: torch {torch.__version__} sees {', '.join(seen)}")
+        if name == "cuda" and args.local_rank >= torch.cuda.device_count():
+            raise UserError(f"LOCAL_RANK={args.local_rank}, but torch sees {torch.cuda.device_count()} GPUs")
+        return torch.device(name, args.local_rank if name == "cuda" else None)
+
+    def _pick_dtype(self, args: Hyperparameters) -> torch.dtype:
+        if args.dtype != "auto":
+            return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+        if self.device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        with contextlib.suppress(OSError):  # CPUs that multiply bf16 natively: AMX, AVX512-BF16, Arm BF16
+            native = {"amx_bf16", "avx512_bf16", "bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+            return torch.bfloat16 if native and self.device.type == "cpu" else torch.float32
+        return torch.float32
+
+    def _pick_compile(self, args: Hyperparameters) -> bool:
+        if args.compile != "auto":
+            return args.compile == "1"
+        if self.device.type == "cuda":
+            with contextlib.suppress(ImportError):
+                import triton  # noqa: F401
+                return True
+            self.notes.append("compile: no triton, running eager")
+        # on CPUs 20-80 s of compilation against about 0.3 s a step saved on a small model
+        pays = self.device.type == "cpu" and args.iterations >= 275 and not args.eval_only
+        return pays and any(map(shutil.which, ("g++", "clang++")))
+
+    @contextlib.contextmanager
+    def clock(self, phase: str):
+        """Adds what the block takes to a phase; nothing is on two clocks at once."""
+        start = time.perf_counter()
+        yield
+        self.clocks[phase] = self.clocks.get(phase, 0.0) + time.perf_counter() - start
+
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+    def all_reduce(self, tensor: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
+        """In place, over ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op)
+        return tensor
+
+    def from_main(self, values: list[float]) -> list[float]:
+        """Rank 0's numbers on every rank, through CPU memory: decisions never wait for a GPU queue."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor.tolist()
+
+    def peak_memory_mb(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        unit = 2**20 if platform.system() == "Darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def causal_mask(docs: Tensor, queries: int) -> Tensor:
+    """docs (B, T), the document of each position -> (B, 1, queries, T): what the last `queries` see."""
+    at = torch.arange(docs.size(1), device=docs.device)
+    return (docs[:, None, -queries:, None] == docs[:, None, None]) & (at[-queries:, None] >= at)
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
+    """Causal attention spelt out: q (B, T, H, d), k, v (B, T, K, d) -> (B, T, H, d); where: document_mask."""
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
+    where = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1)) if where is None else where
+    weights = scores.masked_fill(~where, -torch.inf).softmax(-1).to(v.dtype)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
+    """The same through torch's fused kernels. With a mask, q may be the last positions of k and v alone."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, where, is_causal=where is None, enable_gqa=True)
+    return y.transpose(1, 2)
+
+
+QUERY_BLOCK = 128  # queries that the CPU's attention takes at a time
+KEPT_LENGTH = 1024  # longest row whose attention weights are kept for the backward: they grow with its square
+
+
+def query_blocks(x: Tensor, groups: int) -> list[Tensor]:
+    """x (B, H, T, n) -> for each block of queries (B * groups, H / groups * queries, n)."""
+    return [part.reshape(len(x) * groups, -1, x.size(3)) for part in x.split(QUERY_BLOCK, 2)]
+
+
+class BlockedAttention(torch.autograd.Function):
+    """Causal attention for CPUs: blocks of queries meet the keys up to their own end. The weights are kept in
+    the input's dtype, so that the backward computes no score and no exponential again: for rows of some
+    hundred ids both ways are faster than torch's flash kernel, whose backward recomputes."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, where: Tensor | None) -> Tensor:
+        """q (B, H, T, d), k and v (B, K, T, d), mask (B, 1, T, T) or None -> (B, H, T, d)"""
+        (batch, heads, length, dim), kv = q.shape, k.size(1)
+        keys, values, out, kept = k.flatten(0, 1), v.flatten(0, 1), [], []
+        where = causal_mask(torch.zeros(1, length, device=q.device), length) if where is None else where
+        for i, query in enumerate(query_blocks(q * dim**-0.5, kv)):
+            stop = min((i + 1) * QUERY_BLOCK, length)
+            unseen = ~where[:, :, None, i * QUERY_BLOCK : stop, :stop]  # (B, 1, 1, queries, keys)
+            scores = torch.bmm(query, keys[:, :stop].mT).float().view(batch, kv, heads // kv, -1, stop)
+            scores = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+            kept.append(scores.to(q.dtype).view(batch * kv, -1, stop))
+            out.append(torch.bmm(kept[i], values[:, :stop]).view(batch, heads, -1, dim))
+        out = torch.cat(out, 2)
+        ctx.save_for_backward(q, k, v, out, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, *kept = ctx.saved_tensors
+        (batch, heads, _, dim), kv, scale = q.shape, k.size(1), q.size(3) ** -0.5
+        keys, values, grad_q = k.flatten(0, 1), v.flatten(0, 1), []
+        grad_k, grad_v = torch.zeros_like(keys).float(), torch.zeros_like(values).float()
+        delta = (grad.float() * out.float()).sum(-1, keepdim=True)
+        blocks = (query_blocks(x, kv) for x in (q * scale, grad, delta))
+        for query, above, shift, weights in zip(*blocks, kept):
+            stop = weights.size(2)
+            scores = torch.bmm(above, values[:, :stop].mT).float() - shift
+            scores = (weights.float() * scores).to(q.dtype)
+            grad_q.append(torch.bmm(scores, keys[:, :stop]).view(batch, heads, -1, dim) * scale)
+            grad_k[:, :stop] += torch.bmm(scores.mT, query)
+            grad_v[:, :stop] += torch.bmm(weights.mT, above)
+        return torch.cat(grad_q, 2), grad_k.to(q.dtype).view(k.shape), grad_v.to(q.dtype).view(v.shape), None
+
+
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
+    """The CPU's rung: blocks of queries, weights kept; torch's kernel for long rows."""
+    if q.size(1) > KEPT_LENGTH:
+        return sdpa_attention(q, k, v, where)
+    return BlockedAttention.apply(*(x.transpose(1, 2) for x in (q, k, v)), where).transpose(1, 2)
+
+
+def flash_attention(package: str):
+    """FlashAttention 2 or 3; with documents through its kernel for rows of varying length."""
+    def attend(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
+        flash = importlib.import_module(package)
+        if where is None:
+            out = flash.flash_attn_func(q, k, v, causal=True)
+            return out[0] if isinstance(out, tuple) else out
+        flat, top = [x.flatten(0, 1) for x in (q, k, v)], q.size(1)
+        out = flash.flash_attn_varlen_func(*flat, where, where, top, top, causal=True)
+        return (out[0] if isinstance(out, tuple) else out).view(q.shape)
+    return attend
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, where=None) -> Tensor:
+    from torch.nn.attention import flex_attention as flex
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return flex.flex_attention(q, k, v, block_mask=where, enable_gqa=True).transpose(1, 2)
+
+
+ATTENTION = {"fa3": flash_attention("flash_attn_interface"), "fa2": flash_attention("flash_attn"),
+             "flex": flex_attention, "cpu": cpu_attention, "sdpa": sdpa_attention, "math": math_attention}
+
+
+@torch.compiler.disable
+def document_mask(attention: str, ids: Tensor):
+    """What a rung needs to keep the documents of ids (B, T) apart: for flash where each begins, padded to a
+    power of two so that shapes repeat; for flex its block mask; else a mask (B, 1, T, T)."""
+    docs = (ids == BOS_ID).cumsum(1)
+    if attention in ("fa3", "fa2"):
+        first = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True).flatten().nonzero().flatten().int()
+        first = F.pad(first, (0, max(64, 1 << len(first).bit_length()) - len(first)), value=ids.numel())
+        torch._dynamo.maybe_mark_dynamic(first, 0)  # one graph for any number of documents
+        return first
+    if attention == "flex":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def visible(row, _, query, key):
+            return (query >= key) & (docs[row, query] == docs[row, key])
+        return create_block_mask(visible, len(ids), None, ids.size(1), ids.size(1), device=str(ids.device))
+    return causal_mask(docs, ids.size(1))
+
+
+def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, dim: int, doc_mask=False) -> str:
+    """The first rung, from `wanted` down, that runs forward and backward here and agrees with `math`."""
+    ladder = list(ATTENTION)[0 if wanted == "auto" else list(ATTENTION).index(wanted) :]
+    gpu, half = device.type == "cuda", dtype in (torch.bfloat16, torch.float16)
+    fits = {"fa3": gpu and half, "fa2": gpu and half, "flex": gpu and doc_mask,
+            "cpu": device.type == "cpu" and half, "sdpa": True, "math": True}
+    for name in filter(fits.get, ladder):
+        with contextlib.suppress(Exception):  # a missing package, a card that it refuses, an old signature
+            generator = torch.Generator().manual_seed(0)
+            q, k = (torch.randn(1, 128, n, dim, generator=generator).to(device, dtype) for n in (2, 1))
+            q.requires_grad_(True)
+            ids = torch.arange(128, device=device)[None] % 50  # a BOS at 1, 51 and 101
+            where, plain = (document_mask(rung, ids) if doc_mask else None for rung in (name, "math"))
+            out = ATTENTION[name](q, k, k, where)
+            out.sum().backward()
+            if torch.allclose(out.float(), math_attention(q, k, k, plain).float(), atol=3e-2):
+                return name
+    raise UserError(f"ATTENTION={wanted}: no rung of {ladder} runs on {device} in {dtype}")
+
+
+class Log:
+    """Console on rank 0, `log.txt` and `metrics.jsonl` in the run's folder."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, text: str, console: bool = True, name: str = "log.txt") -> None:
+        if self.folder is None:
+            return
+        if console:
+            print(text, flush=True)
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def metrics(self, **values) -> None:
+        self(json.dumps(values), False, "metrics.jsonl")
+
+
+def progress_bar(items, total: int, what: str, show: bool):
+    """tqdm on a terminal, plain iteration elsewhere."""
+    with contextlib.suppress(ImportError):  # a bar is a comfort, not a need
+        from tqdm import tqdm
+        return tqdm(items, total=total, desc=what, disable=None, leave=False) if show else items
+    return items
+
+
+# -----------------------------------------------------------------------------
+# DATA
+# -----------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+PAD_ID, BOS_ID, BYTE_OFFSET = 0, 1, 4
+OPERATORS = ("\ue001", "\ue002", "\ue003", "\ue004")  # of CaseOps: pieces without a byte
+BYTE_CLASSES = ("lower", "upper", "digit", "space", "newline", "punctuation", "non-ascii", "special", "token")
+
+
+def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.ndarray:
+    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then `count` uint16 ids, of
+    which the first `checked` (None: all) are held against the vocabulary at once."""
+    size = path.stat().st_size
+    if size < HEADER_BYTES:
+        raise UserError(f"{path}: {size} bytes is too short for a shard header of {HEADER_BYTES}")
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path}: header {header[:2]} is not a shard's, {SHARD_MAGIC} {SHARD_VERSION}")
+    if header[2] != (room := (size - HEADER_BYTES) / 2):
+        raise UserError(f"{path}: the header promises {header[2]} ids, the file has room for {room:g}")
+    ids = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
+    check_ids(ids[:checked], vocab_size, path)
+    return ids
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
+    if ids.size and (top := int(ids.max())) >= vocab_size:
+        raise UserError(f"{path}: id {top} is outside VOCAB_SIZE={vocab_size}: other tokenizer, or damaged")
+
+
+class Dataset:
+    """The shards under DATA_PATH and what is known about them."""
+
+    def __init__(self, args: Hyperparameters, verify: bool):
+        self.path = Path(args.data_path)
+        if not self.path.is_dir():
+            raise UserError(f"DATA_PATH={args.data_path} is not a folder: `python data/prepare.py` makes one")
+        self.train_files = sorted(self.path.glob("*_train_*.bin"))
+        self.val_files = sorted(self.path.glob("*_val_*.bin"))
+        if not self.val_files or not (self.train_files or args.eval_only):
+            missing = "_val_" if not self.val_files else "_train_"
+            raise UserError(f"DATA_PATH={self.path} holds no *{missing}*.bin; data/prepare.py makes them")
+        self.vocab_size = args.vocab_size
+        self.manifest = self._read_manifest()
+        self.train_shards = [open_shard(path, self.vocab_size, 1 << 20) for path in self.train_files]
+        self.val = np.concatenate([open_shard(path, self.vocab_size) for path in self.val_files])
+        self.val_sizes = self._read_sidecars(verify)
+        if verify:
+            self._verify(args.verify_data)
+        if len(self.val) < 2:
+            raise UserError(f"{self.val_files[0]}: {len(self.val)} ids leave no validation target")
+
+    def _read_manifest(self) -> dict:
+        path = self.path / "manifest.json"
+        if not path.exists():
+            return {}
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            shards = {str(entry["file"]): str(entry["sha256"]) for entry in manifest["shards"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a manifest of data/prepare.py ({error!r})") from None
+        if manifest.get("vocab_size", self.vocab_size) != self.vocab_size:
+            raise UserError(f"{path}: made for VOCAB_SIZE={manifest['vocab_size']}, not {self.vocab_size}")
+        return {**manifest, "sha256": shards}
+
+    def _read_sidecars(self, verify: bool) -> np.ndarray | None:
+        """Bytes of the original text for each validation id, uint16, where the text is in CaseOps form: an
+        operator stands for none, and no table of pieces knows it (data/README.md). None for other text."""
+        paths = [path.with_suffix(".bytes") for path in self.val_files]
+        if "caseops" not in self.manifest and not any(path.exists() for path in paths):
+            return None
+        shards = self.manifest.get("shards", ())
+        wanted = {entry.get("sidecar"): entry.get("sidecar_sha256") for entry in shards}
+        for path, shard in zip(paths, self.val_files):
+            if not path.exists():
+                raise UserError(f"{path} is missing: the bytes of {shard.name}, whose text is in CaseOps "
+                                "form; data/prepare.py writes both")
+            if path.stat().st_size != shard.stat().st_size:
+                raise UserError(f"{path}: {path.stat().st_size} bytes where {shard.name} has "
+                                f"{shard.stat().st_size}: not its sidecar")
+            if verify and wanted.get(path.name) not in (None, sha256_file(path)):
+                raise UserError(f"{path}: its sha256 is not the one in the manifest")
+        return np.concatenate([open_shard(path, 1 << 16) for path in paths])
+
+    def _verify(self, mode: str) -> None:
+        files = self.train_files + self.val_files
+        size = sum(path.stat().st_size for path in files)
+        if not self.manifest or mode == "0" or (mode == "auto" and size > 2_000_000_000):
+            return
+        for path in files:
+            wanted, found = self.manifest["sha256"].get(path.name, "nothing"), sha256_file(path)
+            if wanted != found:
+                raise UserError(f"{path}: sha256 {found[:16]}... where the manifest has {wanted[:16]}")
+
+    def fingerprint(self) -> dict:
+        """What a reader needs to know that two runs saw the same text."""
+        digest = hashlib.sha256(self.val.tobytes())
+        for path, shard in zip(self.train_files, self.train_shards):  # the ends: all of it could take minutes
+            digest.update(f"{path.name} {len(shard)}".encode())
+            digest.update(shard[:4096].tobytes() + shard[-4096:].tobytes())
+        known = {key: self.manifest.get(key) for key in ("source", "variant", "documents", "bytes")}
+        return {"name": self.path.name, **known, "train_shards": len(self.train_files),
+                "val_shards": len(self.val_files), "train_tokens": sum(map(len, self.train_shards)),
+                "val_tokens": len(self.val), "val_documents": int((self.val == BOS_ID).sum()),
+                "sha256": digest.hexdigest()}
+
+
+def sha256_file(path: Path) -> str:
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()  # mapped: shards may be large
+
+
+def open_tokenizer(args: Hyperparameters):
+    """The SentencePieceProcessor at TOKENIZER_PATH; a UserError where it is none, or of another size."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+        tokenizer = SentencePieceProcessor(model_file=args.tokenizer_path)
+    except ImportError:
+        raise UserError("TOKENIZER_PATH is set, but sentencepiece is not installed") from None
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path}: no SentencePiece model ({error})") from None
+    if (size := tokenizer.vocab_size()) != args.vocab_size:
+        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} has {size} ids, VOCAB_SIZE={args.vocab_size}")
+    return tokenizer
+
+
+def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary before one).
+    A target counts base[id] + (space[id] and not edge[previous id]). byte260: ids from 4 up are a byte each.
+    SentencePiece: byte pieces 1, control, unknown and unused 0, others their UTF-8 length with U+2581 as one
+    space; a leading one counts only where the previous id is no boundary: the dummy prefix stands there.
+    Models trained by data/prepare.py add no prefix: there every U+2581 is a real space and counts."""
+    base, space, edge = (np.zeros(args.vocab_size, dtype=kind) for kind in (np.int64, bool, bool))
+    if not args.tokenizer_path:
+        if args.vocab_size != 260:
+            raise UserError(f"VOCAB_SIZE={args.vocab_size} needs TOKENIZER_PATH; only byte260 has none")
+        base[BYTE_OFFSET:] = 1
+        edge[:BYTE_OFFSET] = True
+        return base, space, edge
+    tokenizer = open_tokenizer(args)
+    dummy_prefix = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
+    for i in range(args.vocab_size):
+        piece = tokenizer.id_to_piece(i)
+        edge[i] = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
+        if tokenizer.is_byte(i):
+            base[i] = 1
+        elif not edge[i]:
+            space[i] = dummy_prefix and piece.startswith("\u2581")
+            base[i] = len(piece.replace("\u2581", " ").encode()) - space[i]
+    return base, space, edge
+
+
+def target_bytes(ids: np.ndarray, tables: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    """Bytes of each target ids[1:], an int64 array of len(ids) - 1."""
+    base, space, edge = tables
+    return base[ids[1:]] + (space[ids[1:]] & ~edge[ids[:-1]])
+
+
+def spelling(args: Hyperparameters) -> list[tuple[int, ...]]:
+    """What each id stands for, in the alphabet of the text that was tokenized: bytes, or for an id without
+    any (specials, the operators of CaseOps) one symbol of its own, 256 + id."""
+    if not args.tokenizer_path:
+        if args.vocab_size != 260:
+            raise UserError(f"VOCAB_SIZE={args.vocab_size} needs TOKENIZER_PATH: the mixture has to know "
+                            "what ids spell (PPM_WEIGHT=0 is the network alone)")
+        return [(256 + i,) if i < BYTE_OFFSET else (i - BYTE_OFFSET,) for i in range(260)]
+    tokenizer, found = open_tokenizer(args), []
+    for i in range(args.vocab_size):
+        piece = tokenizer.id_to_piece(i)
+        odd = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
+        odd = odd or piece in OPERATORS
+        text = bytes([int(piece[3:5], 16)]) if tokenizer.is_byte(i) else piece.replace("\u2581", " ").encode()
+        found.append((256 + i,) if odd else tuple(text))
+    return found
+
+
+def class_table(vocab_size: int) -> np.ndarray:
+    """Class of each id, an index into BYTE_CLASSES, for the bits-by-class report."""
+    names = ["special"] * BYTE_OFFSET + ["token"] * (vocab_size - BYTE_OFFSET)
+    for byte in range(256) if vocab_size == 260 else ():
+        text = chr(byte)
+        tests = {"non-ascii": byte > 127, "newline": text in "\r\n", "space": text.isspace(),
+                 "digit": text.isdigit(), "lower": text.islower(), "upper": text.isupper()}
+        names[BYTE_OFFSET + byte] = next((name for name, found in tests.items() if found), "punctuation")
+    return np.array([BYTE_CLASSES.index(name) for name in names])
+
+
+class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
+    """How a global batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group` rows.
+    Every rank runs the same shapes: slots beyond the batch repeat its first group with weight 0."""
+
+    @classmethod
+    def make(cls, args: Hyperparameters, world_size: int) -> BatchPlan:
+        group = 1  # no loss pools rows
+        rows = args.train_batch_tokens // args.train_seq_len
+        total = rows // group
+        at_most = max(1, args.device_batch_tokens // (args.train_seq_len * group))
+        micro_steps = -(-total // (world_size * at_most))
+        return cls(rows, group, -(-total // (world_size * micro_steps)), micro_steps, world_size)
+
+    def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers inside the global batch for one forward, and a weight for each."""
+        first = (micro_step * self.world_size + rank) * self.groups * self.group
+        numbers = np.arange(first, first + self.groups * self.group)
+        real = numbers < self.rows  # which is a whole number of groups
+        return np.where(real, numbers, numbers % self.group), real.astype(np.float32)
+
+
+class Loader:
+    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in an order that does not depend on the number of ranks.
+    `state` is the position of the next row: {"epoch", "shard", "row"}; it belongs to the checkpoint."""
+
+    def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int, state=None):
+        self.data, self.args, self.plan, self.rank, self.length = data, args, plan, rank, args.train_seq_len
+        self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
+        self._starts: tuple[tuple, np.ndarray] = ((), np.zeros(0, np.int64))
+        if (most := max(map(len, data.train_shards))) <= self.length:
+            raise UserError(f"TRAIN_SEQ_LEN={self.length} is longer than every training shard ({most} ids)")
+
+    def _ordered(self, items: np.ndarray, *key: int) -> np.ndarray:
+        shuffled = self.args.train_order == "shuffled"
+        return np.random.default_rng([self.args.seed, *key]).permutation(items) if shuffled else items
+
+    def _row_starts(self, epoch: int, index: int) -> np.ndarray:
+        """Where the rows of a shard begin: disjoint in a stream. With document alignment, a row that would
+        begin inside a document that started in the row before begins at its BOS: that head is seen twice."""
+        if self._starts[0] == (epoch, index):
+            return self._starts[1]
+        shard = self.data.train_shards[index]
+        last = len(shard) - self.length - 1  # the last legal start: a row needs one id more for its targets
+        starts = np.arange(0, last + 1, self.length)
+        documents = np.flatnonzero(shard == BOS_ID) if self.args.train_align == "document" else starts[:0]
+        if len(documents):
+            found, start = [], int(documents[0])
+            while start <= last:
+                found.append(start)
+                nearest = documents[np.searchsorted(documents, start + self.length, side="right") - 1]
+                start = int(nearest) if nearest > start else start + self.length
+            starts = np.array(found, dtype=np.int64)
+        self._starts = ((epoch, index), self._ordered(starts, epoch, index))
+        return self._starts[1]
+
+    def _next_rows(self, count: int) -> list[tuple[int, int]]:
+        """(shard, start) of the next `count` rows; moves the state."""
+        rows, state = [], self.state
+        while len(rows) < count:
+            order = self._ordered(np.arange(len(self.data.train_shards)), state["epoch"])
+            index = int(order[state["shard"]])
+            starts = self._row_starts(state["epoch"], index)
+            take = starts[state["row"] : state["row"] + count - len(rows)]
+            rows += [(index, int(start)) for start in take]
+            state["row"] += len(take)
+            if state["row"] >= len(starts):
+                state["row"], state["shard"] = 0, state["shard"] + 1
+            if state["shard"] == len(order):
+                state["shard"], state["epoch"] = 0, state["epoch"] + 1
+        return rows
+
+    def next(self) -> tuple[Tensor, Tensor, dict]:
+        """This rank's part: ids (micro_steps, rows, T + 1), weights (micro_steps, rows), state after it."""
+        plan, rows = self.plan, self._next_rows(self.plan.rows)
+        batch = np.empty((plan.micro_steps, plan.groups * plan.group, self.length + 1), np.int64)
+        weights = np.empty(batch.shape[:2], np.float32)
+        for micro in range(plan.micro_steps):
+            numbers, weights[micro] = plan.slots(micro, self.rank)
+            for slot, number in enumerate(numbers):
+                index, start = rows[number]
+                batch[micro, slot] = self.data.train_shards[index][start : start + self.length + 1]
+        check_ids(batch, self.data.vocab_size, self.data.path)
+        return torch.from_numpy(batch), torch.from_numpy(weights), dict(self.state)
+
+    def prefetch(self, device: torch.device):
+        """Iterates over `next()` from a thread, two batches ahead, in pinned memory on GPUs."""
+        def work() -> tuple[Tensor, Tensor, dict]:
+            *tensors, state = self.next()
+            return *(x.pin_memory() if device.type == "cuda" else x for x in tensors), state
+        with ThreadPoolExecutor(1) as thread:
+            ahead = deque(thread.submit(work) for _ in range(2))
+            while True:
+                ids, weights, state = ahead.popleft().result()
+                ahead.append(thread.submit(work))
+                yield ids.to(device, non_blocking=True), weights.to(device, non_blocking=True), state
+
+
+# -----------------------------------------------------------------------------
+# QUANTISER
+# -----------------------------------------------------------------------------
+
+TENSOR_CLASSES = ("embed", "attn", "mlp", "other")
+SMALL_TENSOR = 4096  # elements; below it a tensor stays fp16
+SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
+AWQ_WIDTH = 64  # columns of a group that AWQ-lite rounds to 8 bits
+
+
+def tensor_class(name: str) -> str:
+    if name.startswith("tok_emb"):
+        return "embed"
+    return "attn" if ".attn." in name else "mlp" if ".mlp." in name else "other"
+
+
+def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
+    """(bits, axis of a step's slice), the last; (0, 0): stays fp16."""
+    if len(shape) < 2 or not name.endswith(".weight") or math.prod(shape) < SMALL_TENSOR:
+        return 0, 0
+    return args.bits_by_class[tensor_class(name)], len(shape) - 1
+
+
+def nearest(x: np.ndarray, top: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(x), -top, top)
+
+
+def gptq(x: np.ndarray, hessian: np.ndarray, top: np.ndarray) -> np.ndarray:
+    """Full-Hessian GPTQ (Frantar et al. 2022) of x (R, C), a matrix whose rows are in units of their steps.
+    The largest integer of column c is top[c], and its steps are finer by top.min() / top[c].
+    Columns in the order of falling input power; the error of each is spread over those still to come by the
+    inverse of the damped hessian = X^T X (C, C). (Weighing bits against error here lost to a wider step.)"""
+    power, grain = np.diag(hessian), (top.min() / top).astype(np.float32)
+    order = np.argsort(-power, kind="stable")
+    damped = hessian[np.ix_(order, order)].astype(np.float64)
+    damped[np.diag_indices(len(order))] += 0.01 * power.mean() + 1e-12
+    factor = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)  # upper U, inverse = U^T U
+    left, q = x[:, order].copy(), np.empty_like(x)
+    for start in range(0, x.shape[1], 128):
+        stop = min(start + 128, x.shape[1])
+        errors = np.empty((len(x), stop - start), np.float32)
+        for j in range(start, stop):
+            column = order[j]
+            q[:, column] = nearest(left[:, j] / grain[column], top[column])
+            error = (left[:, j] - q[:, column] * grain[column]) / factor[j, j]
+            errors[:, j - start] = error
+            left[:, j:stop] -= error[:, None] * factor[j, j:stop]
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    return q
+
+
+def quantise(weight: np.ndarray, top: np.ndarray, k: float, hessian: np.ndarray | None = None):
+    """Rounds a matrix (R, C) to integers in [-top, top] a column, with one fp16 step a row: SDClip (#1394).
+
+    step = k * std / least top; a Gaussian then costs about log2(top / k) + 2.05 bits a weight, so k sets the
+    size. A column with a larger top has steps finer by the ratio. Steps have an epsilon floor, not 1 / top.
+    By `gptq` with a hessian (C, C), else to the nearest. Returns q, int8 (R, C), step, fp16 (R, 1), and what
+    they stand for, fp32 (R, C)."""
+    weight, least = np.asarray(weight, dtype=np.float32), top.min()
+    step = np.maximum(k / least * weight.std(axis=1, keepdims=True, dtype=np.float64), SCALE_FLOOR)
+    step, grain = step.astype(np.float16).astype(np.float32), (least / top).astype(np.float32)
+    x = weight / step
+    q = nearest(x / grain, top) if hessian is None else gptq(x, hessian, top)
+    return q.astype(np.int8), step.astype(np.float16), q * grain * step
+
+
+def salient_groups(tensors: dict[str, np.ndarray], hessians: dict, args: Hyperparameters) -> dict[str, int]:
+    """{name: first column} of the AWQ_GROUPS most salient groups of columns, at most one a matrix. AWQ-lite
+    (#1908): a group's score is the sum over its columns of the inputs' root mean square times mean |W|."""
+    scores = []
+    for name, hessian in hessians.items():
+        columns = np.sqrt(np.diag(hessian)) * np.abs(tensors[name]).mean(0)
+        sums = columns[: len(columns) // AWQ_WIDTH * AWQ_WIDTH].reshape(-1, AWQ_WIDTH).sum(1)
+        scores += [(float(sums.max()), name, int(sums.argmax()) * AWQ_WIDTH)] if len(sums) > 1 else []
+    return {name: at for _, name, at in sorted(scores, reverse=True)[: args.awq_groups]}
+
+
+def low_rank(error: np.ndarray, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """LQER (#1797): the best product A B of an inner width `rank` for an error (R, C), both as (q, step).
+    A^T (rank, R) has 2 bits, -2 ... 1, B (rank * C / 64, 64) has 4, -8 ... 7; a step a row of each.
+    The sign of a pair is free: A takes the one that leaves its largest entry below zero, where -2 is."""
+    u, values, v = np.linalg.svd(error, full_matrices=False)
+    a, b = (u[:, :rank] * values[:rank]).T, v[:rank]
+    flip = np.sign(-np.take_along_axis(a, np.abs(a).argmax(1)[:, None], 1)) + 0.0
+    b = np.pad(b * flip, ((0, 0), (0, -b.shape[1] % AWQ_WIDTH))).reshape(-1, AWQ_WIDTH)
+    parts = []
+    for part, low, high in ((a * flip, -2, 1), (b, -8, 7)):
+        step = np.maximum(np.abs(part).max(1, keepdims=True) / (high + 0.5), SCALE_FLOOR).astype(np.float16)
+        q = np.clip(np.rint(part / step.astype(np.float32)), low, high)
+        parts.append((q.astype(np.int8), step))
+    return parts
+
+
+# -----------------------------------------------------------------------------
+# AUXILIARY OBJECTIVES
+# -----------------------------------------------------------------------------
+
+
+class BiJEPAX(nn.Module):
+    """From the final state of an id, predict the direction of that some ids ahead, or back (#2080).
+
+    The trunk's interface of an auxiliary objective: inputs, forward, weights, report. Each hop has a head,
+    W2 gelu(LayerNorm(W1 x)); a pair costs 1 - cos(head(x_t), sg(x_{t + hop})). Heads serve training alone.
+    #2080 begins W2 at zero, where a cosine has no gradient to speak of, and leaves every rank its own heads:
+    both mended. Pairs stay inside a document."""
+
+    def __init__(self, args: Hyperparameters):
+        super().__init__()
+        self.args, width = args, args.bijepax_head_dim
+        self.down = nn.ModuleList(CastedLinear(args.model_dim, width) for _ in args.hops)
+        self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in args.hops)
+        self.up = nn.ModuleList(CastedLinear(width, args.model_dim) for _ in args.hops)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        for down, up in zip(self.down, self.up):
+            nn.init.orthogonal_(down.weight, generator=generator)
+            up.weight.normal_(0, 0.02, generator=generator)
+
+    def inputs(self, progress: float) -> bool:
+        """Whether a step's losses need the terms at all."""
+        return self.weights(progress)["bijepax"] > 0
+
+    def forward(self, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        """States x (B, T, D) of ids (B, T) -> terms, a mean for each row (B,): the loss, and what the best
+        single direction for all targets of a row would pay in its place."""
+        document, loss, plain = (ids == BOS_ID).cumsum(1), 0.0, 0.0
+        for hop, down, norm, up in zip(self.args.hops, self.down, self.norm, self.up):
+            start, stop = max(0, -hop), x.size(1) - max(0, hop)
+            source = slice(start, stop, self.args.bijepax_stride)
+            target = slice(start + hop, stop + hop, self.args.bijepax_stride)
+            inside = (document[:, source] == document[:, target]).float()  # (B, N)
+            guess = up(F.gelu(norm(down(x[:, source]).float())))
+            guess = F.normalize(guess, dim=-1, eps=1e-6)
+            goal = F.normalize(x[:, target].detach().float(), dim=-1, eps=1e-6)
+            pairs = inside.sum(1).clamp(min=1)
+            loss = loss + ((1 - (guess * goal).sum(-1)) * inside).sum(1) / pairs
+            mean = (goal * inside[..., None]).sum(1) / pairs[:, None]
+            plain = plain + (inside.sum(1) > 0) - mean.norm(dim=-1)
+        return {"bijepax": loss / len(self.args.hops), "bijepax_plain": plain / len(self.args.hops)}
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """A trapezium over progress, from BIJEPAX_START_FRAC to BIJEPAX_END_FRAC."""
+        args, span = self.args, self.args.bijepax_end_frac - self.args.bijepax_start_frac
+        ramp = max(min(0.15 * span, 0.08), 1e-9)
+        into = min(progress - args.bijepax_start_frac, args.bijepax_end_frac - progress)
+        return {"bijepax": args.bijepax_weight * min(max(into / ramp, 0.0), 1.0), "bijepax_plain": 0.0}
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        return means
+
+
+# -----------------------------------------------------------------------------
+# MODEL
+# -----------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def adapted(owner: nn.Module, x: Tensor) -> Tensor:
+    """x W^T in the dtype of x; with adapters on W, a pair for each row of x (B, T, in), plus x A^T B^T."""
+    y = F.linear(x, owner.weight.to(x.dtype))
+    if (pair := getattr(owner, "adapter", None)) is None:
+        return y
+    a, b = (part.to(x.dtype) for part in pair)  # (B, r, in), (B, out, r)
+    return y + (x @ a.mT) @ b.mT
+
+
+class CastedLinear(nn.Linear):
+    """fp32 weight, multiplied in the dtype of the input; no bias."""
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__(dim_in, dim_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return adapted(self, x)
+
+
+def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
+    """cos and sin of positions below `length`: (2, T, 1, r / 2), r the rotated dimensions, fp32, never cast:
+    bf16 positions are wrong beyond 256 (defect G1 of #832). Windows longer than TRAIN_SEQ_LEN grow the base
+    by (length / train_seq_len)^(r / (r - 2)) (NTK scaling)."""
+    dims = args.rope_dims or args.model_dim // args.num_heads
+    base = args.rope_base
+    if length > args.train_seq_len and dims > 2:
+        base *= (length / args.train_seq_len) ** (dims / (dims - 2))
+    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angles = torch.arange(length, dtype=torch.float64)[:, None, None] * frequency
+    return torch.stack((angles.cos(), angles.sin())).float()
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Half-split rotary on the first dimensions of x (B, T, H, d); rotary as of `rotary_tables`."""
+    (cos, sin), half = rotary, rotary.size(-1)
+    a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+    return torch.cat(((a * cos + b * sin).to(x.dtype), (b * cos - a * sin).to(x.dtype), rest), -1)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, args: Hyperparameters, layer: int, attention: str):
+        super().__init__()
+        self.num_kv_heads = args.num_kv_heads
+        self.head_dim = args.model_dim // args.num_heads
+        kv_dim = self.num_kv_heads * self.head_dim
+        self.c_q = CastedLinear(args.model_dim, args.model_dim)
+        self.c_k = CastedLinear(args.model_dim, kv_dim)
+        self.c_v = CastedLinear(args.model_dim, kv_dim)
+        self.proj = CastedLinear(args.model_dim, args.model_dim)
+        self.q_gain = nn.Parameter(torch.full((args.num_heads,), args.qk_gain_init))
+        gate = torch.zeros(args.num_heads, args.gate_window)
+        self.gate, self.gate_scale = nn.Parameter(gate) if args.gate_window else None, args.gate_scale
+        self.exclude_self = layer >= args.num_layers - args.xsa_last_n
+        self.attend = ATTENTION[attention]
+
+    def forward(self, x: Tensor, rotary: Tensor, where=None, past: KVCache | None = None) -> Tensor:
+        layers = (self.c_q, self.c_k, self.c_v)
+        if any(hasattr(layer, "adapter") for layer in layers):
+            qkv = torch.cat([adapted(layer, x) for layer in layers], -1)
+        else:  # one product for all three
+            qkv = F.linear(x, torch.cat([layer.weight for layer in layers]).to(x.dtype))
+        qkv = qkv.unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split((len(self.q_gain), self.num_kv_heads, self.num_kv_heads), 2)  # (B, T, H or K, d)
+        q, k = (rotate(rms_norm(part), rotary) for part in (q, k))
+        q = q * self.q_gain.to(q.dtype)[:, None]
+        y = sdpa_attention(q, *past.extend(k, v), where) if past else self.attend(q, k, v, where)
+        if self.exclude_self:  # XSA: drop each head's component along this position's own value
+            own = F.normalize(v.float(), dim=-1).to(y.dtype).unsqueeze(3)  # (B, T, K, 1, d)
+            y = y.unflatten(2, (self.num_kv_heads, -1))
+            y = (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+        if self.gate is not None:  # a share of each head, by the first channels of the input
+            share = F.linear(x[..., : self.gate.size(1)], self.gate_scale * self.gate.to(x.dtype))
+            y = y * torch.sigmoid(share).unsqueeze(-1)
+        return self.proj(y.flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, args: Hyperparameters):
+        super().__init__()
+        hidden = max(1, round(args.model_dim * args.mlp_mult))
+        self.fc = CastedLinear(args.model_dim, hidden)
+        self.proj = CastedLinear(hidden, args.model_dim)
+        self.slope = args.leaky_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
+
+
+class Block(nn.Module):
+    def __init__(self, args: Hyperparameters, layer: int, attention: str):
+        super().__init__()
+        self.attn = CausalSelfAttention(args, layer, attention)
+        self.mlp = MLP(args)
+        self.attn_scale = nn.Parameter(torch.ones(args.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(args.model_dim))
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, args.model_dim))
+        self.ln_scale = (layer + 1) ** -0.5 if args.ln_scale else 1.0
+        lanes = layer >= args.parallel_start
+        self.lane_keep = nn.Parameter(torch.full((2,), 1.1)) if lanes else None
+        self.lane_gain = nn.Parameter(torch.ones(2, 2)) if lanes else None  # (from, to)
+
+    def forward(self, x: Tensor, other: Tensor | None, x0: Tensor, rotary: Tensor, where,
+                past: KVCache | None) -> tuple[Tensor, Tensor | None]:
+        """One stream, or with `other` two lanes: attention reads the first, the MLP the second (#1529)."""
+        mix = self.resid_mix.to(x.dtype)
+        mixed = mix[0] * x + mix[1] * x0
+        a = self.attn_scale.to(x.dtype) * self.attn(rms_norm(mixed) * self.ln_scale, rotary, where, past)
+        source = mixed + a if other is None else other
+        m = self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(source) * self.ln_scale)
+        if other is None:
+            return source + m, None
+        keep, gain = self.lane_keep.to(x.dtype), self.lane_gain.to(x.dtype)
+        x, other = (keep[i] * lane + gain[0, i] * a + gain[1, i] * m for i, lane in enumerate((x, other)))
+        return x, other
+
+
+class SmearGate(nn.Module):
+    """x_t <- x_t + g_t x_{t-1}, g_t from the first channels of x_t; a BOS takes nothing from before it."""
+
+    def __init__(self, window: int):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(1, window))
+        self.size = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        gate = torch.sigmoid(F.linear(x[..., : self.gate.size(1)], self.gate.to(x.dtype)))
+        gate = self.size.to(x.dtype) * gate * (ids != BOS_ID).unsqueeze(-1)
+        return x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
+
+
+def routes(args: Hyperparameters) -> dict[bool, list[int]]:
+    """Layers in the order in which they run: once each, and with a segment repeated (#1394).
+    The first half of a route is the encoder of the U-Net; the second takes up its outputs, last first."""
+    once, last = [*range(args.num_layers)], args.loop_last + 1
+    again = once[args.loop_first : last] * args.loop_extra
+    return {False: once, True: once[:last] + again + once[last:]}
+
+
+class KVCache:
+    """What decoding goes on from: keys and values of a window, read so far, for each run of a layer."""
+
+    def __init__(self, model: GPT):
+        args, like = model.args, {"dtype": model.dtype, "device": model.tok_emb.weight.device}
+        window = args.eval_seq_len, args.num_kv_heads, args.model_dim // args.num_heads
+        self.layers = torch.zeros(len(model.routes[model.looping]), 2, 1, *window, **like)
+        self.length, self.turn = 0, 0  # `turn`: the run of a layer that is next
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes keys and values of new positions (1, n, K, d); returns those of all."""
+        stop, layer = self.length + k.size(1), self.layers[self.turn]
+        layer[:, :, self.length : stop] = torch.stack((k, v))
+        self.turn = (self.turn + 1) % len(self.layers)
+        return layer[:, :, :stop].unbind()
+
+
+class GPT(nn.Module):
+    """The network. `losses` gives every loss term of a batch in one forward, `logits` what scoring needs."""
+
+    def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.args, self.attention, self.dtype = args, attention, dtype
+        self.routes, self.looping = routes(args), bool(args.loop_extra and args.loop_start < 1)
+        dim = args.model_dim
+        self.tok_emb = nn.Embedding(args.vocab_size, dim)
+        self.smear = SmearGate(args.gate_window) if args.gate_window else None
+        self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(args.num_layers))
+        skips = max(len(route) // 2 for route in self.routes.values())
+        self.skip_weights = nn.Parameter(torch.ones(skips, dim))
+        self.skip_gates = nn.Parameter(torch.zeros(skips, dim))
+        self.aux = BiJEPAX(args) if args.bijepax_enabled and args.hops else None
+        self.set_rotary()
+
+    def set_rotary(self) -> None:
+        """Tables for training and scoring windows, which may have different lengths."""
+        for use in ("train", "eval"):
+            tables = rotary_tables(getattr(self.args, f"{use}_seq_len"), self.args)
+            self.register_buffer(f"rotary_{use}", tables, persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Small normal embeddings, orthogonal matrices, zero output projections: blocks begin as identity."""
+        generator = torch.Generator().manual_seed(seed)
+        self.tok_emb.weight.normal_(0, self.args.tied_embed_init_std, generator=generator)
+        for block in self.blocks:
+            for layer in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.fc):
+                nn.init.orthogonal_(layer.weight, generator=generator)
+            block.attn.proj.weight.zero_()
+            block.mlp.proj.weight.zero_()
+        if self.aux is not None:
+            self.aux.init_weights(generator)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.tok_emb.weight).to(self.dtype)
+
+    def hidden(self, ids: Tensor, rotary: Tensor, aux_inputs: bool = False,
+               past: KVCache | None = None) -> tuple[Tensor, dict]:
+        """ids (B, T) -> normalised states (B, T, D) and the auxiliary terms.
+        With `past`, ids (1, T) are those of a window so far, the states those of what is not in it yet."""
+        known = 0 if past is None else past.length
+        fresh = ids.size(1) - known
+        tail = ids[:, max(0, known - 1) :]  # an embedding depends on the id before its own
+        x = self.embed(tail)
+        x = rms_norm(x if self.smear is None else self.smear(x, tail))
+        x, rotary, where = x[:, -fresh:], rotary[:, known : known + fresh], None
+        if past is not None:
+            where = causal_mask(((ids == BOS_ID) & self.args.doc_mask).cumsum(1), fresh)
+        elif self.args.doc_mask:
+            where = document_mask(self.attention, ids)
+        x0, other, skips, route = x, None, [], self.routes[self.looping]
+        for turn, layer in enumerate(route):
+            if layer >= self.args.parallel_start and other is None:
+                other = x  # from here on two lanes; the U-Net goes on in the first
+            if turn >= len(route) // 2 and skips:
+                i = turn - len(route) // 2
+                skip = self.skip_weights[i].to(x.dtype) * skips.pop()
+                x = torch.lerp(skip, x, torch.sigmoid(self.skip_gates[i]).to(x.dtype))
+            x, other = self.blocks[layer](x, other, x0, rotary, where, past)
+            if turn < len(route) // 2:
+                skips.append(x)
+        x = rms_norm(x if other is None else 0.5 * (x + other))
+        if past is not None:
+            past.length = ids.size(1)
+        return x, self.aux(x, ids) if aux_inputs else {}
+
+    def exported(self) -> dict[str, nn.Parameter]:
+        """Parameters that scoring needs, by name; what only training uses never reaches an artifact."""
+        return {n: p for n, p in self.named_parameters() if not n.startswith("aux.")}
+
+    def head(self, x: Tensor) -> Tensor:
+        """States -> capped logits in fp32."""
+        logits = adapted(self.tok_emb, x).float()
+        cap = self.args.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def losses(self, ids: Tensor, weights: Tensor, aux_inputs: bool = False) -> dict[str, Tensor]:
+        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats over all targets, and auxiliary terms."""
+        x, terms = self.hidden(ids[:, :-1], self.rotary_train, aux_inputs)
+        nats = F.cross_entropy(self.head(x).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
+        for name, value in terms.items():  # one value a row
+            sums[name] = (value * weights).sum()
+        return sums
+
+    def logits(self, ids: Tensor, take: Tensor, span: int) -> Tensor:
+        """fp32 logits (B, span, V) of positions take[b] ... take[b] + span - 1 in row b of ids (B, T)."""
+        x, _ = self.hidden(ids, self.rotary_eval)
+        where = take[:, None] + torch.arange(span, device=ids.device)
+        return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
+
+
+# Functions of the class, so that every model (trained, averaged, reloaded) shares one compiled graph.
+training_losses, scoring_logits = GPT.losses, GPT.logits
+
+
+# -----------------------------------------------------------------------------
+# OPTIMIZERS
+# -----------------------------------------------------------------------------
+
+
+# (a, b, c) of X <- a X + (b A + c A^2) X, A = X X^T, one triple a step: each is the best odd quintic for the
+# singular values that the steps before it leave (Polar Express, Amsel et al. 2025, as #1787 uses it).
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+
+
+def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Each matrix of (n, r, c) becomes about U V^T of its SVD: the quintic iteration of Muon (K. Jordan) with
+    the coefficients above, after its rows have been brought to equal norms (MuonEq-R)."""
+    matrices = F.normalize(matrices, dim=-1, eps=1e-7)
+    tall = matrices.size(1) > matrices.size(2)
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    for a, b, c in POLAR_EXPRESS[:steps]:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()
+
+
+class Muon:
+    """Momentum, then orthogonalisation: every update of a matrix has singular values near 1, times its rate.
+
+    Matrices of equal shape form one stack; each rank owns a share of it, receives the share's summed gradient
+    (reduce-scatter), orthogonalises it and sends it round (all-gather) while it works on the next stack.
+    update = NS(g + mu m), m <- mu m + g; p <- (1 - rate wd) p - rate sqrt(max(1, r / c)) update."""
+
+    def __init__(self, params: list[nn.Parameter], args: Hyperparameters, runtime: Runtime):
+        self.args, self.runtime = args, runtime
+        self.dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
+        stacks = [[p for p in params if p.shape == shape] for shape in dict.fromkeys(p.shape for p in params)]
+        self.stacks = sorted(stacks, key=lambda members: -len(members) * members[0].numel())
+        self.momenta = [torch.zeros(-(-len(members) // runtime.world_size), *members[0].shape,
+                                    device=runtime.device) for members in self.stacks]
+
+    def start_reduction(self, scale: float) -> None:
+        """Begins to sum `scale` times the gradients over ranks."""
+        self.shares, self.pending = [], []
+        for members, momentum in zip(self.stacks, self.momenta):
+            spare = len(momentum) * self.runtime.world_size - len(members)
+            full = torch.stack(gradients(members) + [torch.zeros_like(members[0])] * spare).mul_(scale)
+            share = full.split(len(momentum))[self.runtime.rank]
+            if self.runtime.world_size > 1 and self.runtime.gloo:  # which has no reduce-scatter
+                self.pending.append(dist.all_reduce(full, async_op=True))
+            elif self.runtime.world_size > 1:
+                share = torch.empty_like(momentum)
+                self.pending.append(dist.reduce_scatter_tensor(share, full, async_op=True))
+            self.shares.append(share)
+
+    def square_norm(self) -> Tensor:
+        """Waits for the reduction; the squared norm of all gradients of this group."""
+        for work in self.pending:
+            work.wait()
+        return self.runtime.all_reduce(torch.stack([share.square().sum() for share in self.shares]).sum())
+
+    def step(self, rate: float, momentum: float, clip: Tensor) -> None:
+        flying = []
+        for members, buffer, share in zip(self.stacks, self.momenta, self.shares):
+            share.mul_(clip)
+            buffer.mul_(momentum).add_(share)
+            mine = newton_schulz(share.add_(buffer, alpha=momentum), self.args.muon_backend_steps, self.dtype)
+            flying.append((members, self._gather(mine)))
+        for members, update in flying:
+            factor = max(1.0, members[0].size(0) / members[0].size(1)) ** 0.5
+            torch._foreach_mul_(members, 1 - rate * self.args.muon_wd)
+            torch._foreach_add_(members, update()[: len(members)].unbind(), alpha=-rate * factor)
+
+    def _gather(self, share: Tensor):
+        """Starts to collect every rank's share of a stack; returns the function that waits for the stack."""
+        if self.runtime.world_size == 1:
+            return lambda: share
+        full = share.new_empty(len(share) * self.runtime.world_size, *share.shape[1:])
+        work = dist.all_gather_into_tensor(full, share.contiguous(), async_op=True)
+
+        def whole() -> Tensor:
+            work.wait()
+            return full
+        return whole
+
+    def state(self) -> dict[str, Tensor]:
+        """Momenta of all ranks, for a checkpoint that any number of ranks can read."""
+        return {f"muon.{i}": self._gather(momentum)()[: len(members)]
+                for i, (members, momentum) in enumerate(zip(self.stacks, self.momenta))}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for i, momentum in enumerate(self.momenta):
+            mine = state[f"muon.{i}"][self.runtime.rank * len(momentum) :][: len(momentum)]
+            momentum.zero_()[: len(mine)].copy_(mine)
+
+
+def gradients(params: list[nn.Parameter]) -> list[Tensor]:
+    """Gradients, zeros where a loss did not reach a parameter: ranks always exchange the same shapes."""
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+
+
+class Optimizers:
+    """Which parameter goes where (`group_of`), at which rate, one step for all of them, and what a checkpoint
+    needs. Muon moves the matrices of blocks, whose stacks are the four weight banks of #2080, AdamW the rest.
+    Heads of the auxiliary loss have a constant rate and stay out of the norm that clips."""
+
+    def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
+        self.args, self.runtime, self.model = args, runtime, model
+        keys = ("matrix", "embed", "scalar", "aux")
+        named = [(self.group_of(name, p), p) for name, p in model.named_parameters()]
+        groups = {key: [p for group, p in named if group == key] for key in keys}
+        self.muon = Muon(groups["matrix"], args, runtime)
+        rates = {"embed": args.tied_embed_lr, "scalar": args.scalar_lr, "aux": args.bijepax_lr}
+        decays = {"embed": args.embed_wd, "scalar": args.adam_wd, "aux": 0.0}
+        adam = [{"params": groups[key], "lr": rate, "peak": rate, "falls": key != "aux",
+                 "weight_decay": decays[key]} for key, rate in rates.items() if groups[key]]
+        self.adam = torch.optim.AdamW(adam, betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
+        self.replicated = [p for key in keys[1:] for p in groups[key]]
+        self.counted = len(self.replicated) - len(groups["aux"])
+
+    @staticmethod
+    def group_of(name: str, p: nn.Parameter) -> str:
+        group = {"aux": "aux", "tok_emb": "embed"}.get(name.partition(".")[0])
+        return group or ("matrix" if p.ndim == 2 and name.endswith(".weight") else "scalar")
+
+    @torch.no_grad()
+    def reduce(self, scale: float) -> Tensor:
+        """Sums `scale` times all gradients over ranks; returns the global norm (before clipping)."""
+        self.muon.start_reduction(scale)
+        grads = gradients(self.replicated)
+        for p, grad in zip(self.replicated, grads):
+            p.grad = grad
+        if scale != 1.0:
+            torch._foreach_mul_(grads, scale)
+        if self.runtime.world_size > 1:
+            flat = torch._utils._flatten_dense_tensors(grads)
+            dist.all_reduce(flat)
+            torch._foreach_copy_(grads, list(torch._utils._unflatten_dense_tensors(flat, grads)))
+        rest = torch.stack(torch._foreach_norm(grads[: self.counted])).square().sum()
+        return (self.muon.square_norm() + rest).sqrt()
+
+    @torch.no_grad()
+    def step(self, step: int, progress: float, norm: Tensor) -> None:
+        args, fall = self.args, rate_at(progress, self.args)
+        clip = ((args.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
+        warm = min(1.0, step / max(args.muon_momentum_warmup_steps, 1e-9))
+        momentum = (1 - warm) * args.muon_momentum_warmup_start + warm * args.muon_momentum
+        torch._foreach_mul_([p.grad for p in self.replicated[: self.counted]], clip)
+        self.muon.step(args.matrix_lr * fall, momentum, clip)
+        for group in self.adam.param_groups:
+            group["lr"] = group["peak"] * (fall if group["falls"] else 1.0)
+        self.adam.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of every optimizer, by name."""
+        found = self.muon.state()
+        for i, entry in self.adam.state_dict()["state"].items():
+            found |= {f"adam.{i}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+        return found
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.muon.load_state(state)
+        adam = self.adam.state_dict() | {"state": {}}
+        for name, value in state.items():
+            if name.startswith("adam."):
+                _, i, key = name.split(".")
+                adam["state"].setdefault(int(i), {})[key] = value
+        self.adam.load_state_dict(adam)
+
+
+def rate_at(progress: float, args: Hyperparameters) -> float:
+    """Share of the peak rate at `progress` in [0, 1]: flat, then on the line that would reach 0 at 1, but
+    never below MIN_LR. Progress is max(step share, time share): seconds rule where they are limited."""
+    fall = args.warmdown_iters / args.iterations
+    left = min(1.0, (1.0 - progress) / fall) if fall else 1.0
+    return max(args.min_lr, left)
+
+
+class EMA:
+    """fp32 average of the weights; decay min(EMA_DECAY, (1 + t) / (10 + t)): short runs leave the init."""
+
+    def __init__(self, model: GPT, decay: float):
+        self.decay, self.live = decay, list(model.parameters())
+        self.average = [p.detach().clone() for p in self.live]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        torch._foreach_lerp_(self.average, self.live, 1.0 - min(self.decay, (1 + step) / (10 + step)))
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """From here on the model holds the average."""
+        torch._foreach_copy_(self.live, self.average)
+
+
+# -----------------------------------------------------------------------------
+# ARTIFACT
+# -----------------------------------------------------------------------------
+
+# magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of a JSON header, payload
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 2
+
+constriction = None  # rANS -> LZMA
+with contextlib.suppress(ImportError):
+    import constriction
+
+CHUNK = 1024  # symbols coded under one state of the models
+CONTEXT_EDGES = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512])  # 16 * |q|
+
+# Integers in [-top, top] as they lie in the raw payload, a byte each: slices x places. `model` names what
+# they share statistics with; every `period` slices the history of a place begins anew.
+Plane = namedtuple("Plane", "model top slices places period")
+
+
+def planes(entries: list) -> list[Plane]:
+    """Layout of the raw payload: the quantised tensors, then low and high bytes of all fp16 numbers."""
+    found, halves = [], 0
+    for name, shape, bits, axis in entries:
+        slices, model = math.prod(shape) // (shape[axis] if bits else 1), f"{tensor_class(name)}{bits}"
+        halves += 0 if ":fine" in name else slices
+        if bits:
+            found.append(Plane(model, 2 ** (bits - 1) - 1, slices, shape[axis], slices))
+    return found + [Plane(f"half{i}", 128, 1, halves, 1) for i in range(2)]
+
+
+def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
+    """Walks over `raw` (int8) in coding order: code(symbols, model, top) returns the symbols, which are
+    written back; a decoder is handed what it has to fill.
+    A symbol's context is the mean |q| of its place (column of a matrix, bucket of a table) in the slices
+    before, and how many these are. Each (model, context) counts what it has seen, so no table is sent; it
+    begins with a two-sided geometric distribution of the context's mean, and with every tensor old counts
+    shrink. Only integers and correctly rounded operations: any machine agrees."""
+    models: dict[str, np.ndarray] = {}
+    ends = np.cumsum([plane.slices * plane.places for plane in layout])
+    for plane, block in zip(layout, np.split(raw, ends)):
+        block = block.reshape(plane.slices, plane.places)
+        if plane.model not in models:
+            mean = np.tile(np.append(CONTEXT_EDGES, 724), 4)[:, None] / 16  # by level, by age
+            mean[: len(CONTEXT_EDGES) + 1] = 4  # no slice before
+            fall = np.repeat(mean / (mean + 1), plane.top, 1)
+            fall = np.multiply.accumulate(fall, axis=1)  # not `**`, whose last bit differs between machines
+            shares = np.hstack((fall[:, ::-1], np.ones_like(mean), fall)) / (2 * mean + 1)
+            models[plane.model] = 24 * shares + 0.02
+        counts = models[plane.model]
+        group = max(1, min(plane.period, CHUNK // plane.places))
+        for begin in range(0, plane.slices, plane.period):
+            seen, total = 0, np.zeros(plane.places, np.int64)
+            counts /= 16
+            end = min(begin + plane.period, plane.slices)
+            for first in range(begin, end, group):
+                context = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
+                context += min(seen.bit_length(), 3) * (len(CONTEXT_EDGES) + 1)  # age: 0, 1, 2 to 3, more
+                last = min(first + group, end)
+                for left in range(0, plane.places, CHUNK):
+                    here = context[left : left + CHUNK]
+                    for level in np.unique(here):
+                        table, columns = counts[level], left + np.flatnonzero(here == level)
+                        part = block[first:last, columns]
+                        model = constriction.stream.model.Categorical(table, perfect=False)
+                        symbols = code(part.ravel(), model, plane.top)
+                        block[first:last, columns] = symbols.reshape(part.shape)
+                        table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
+                seen += last - first
+                total += np.abs(block[first:last].astype(np.int64)).sum(0)
+
+
+def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:
+    jobs, coder = [], constriction.stream.stack.AnsCoder()
+
+    def code(symbols: np.ndarray, model, top: int) -> np.ndarray:
+        jobs.append((symbols.astype(np.int32) + top, model))
+        return symbols
+    code_planes(np.frombuffer(bytearray(raw), np.int8), layout, code)
+    for symbols, model in reversed(jobs):  # a stack: what goes in last comes out first
+        coder.encode_reverse(symbols, model)
+    return coder.get_compressed().astype("<u4").tobytes()
+
+
+def rans_decode(blob: bytes, layout: list[Plane]) -> bytes:
+    coder = constriction.stream.stack.AnsCoder(np.frombuffer(blob, "<u4").astype(np.uint32))
+    raw = np.empty(sum(plane.slices * plane.places for plane in layout), np.int8)
+    code_planes(raw, layout, lambda old, model, top: (coder.decode(model, len(old)) - top).astype(np.int8))
+    if not coder.is_empty():
+        raise ValueError("the payload is longer than its layout")
+    return raw.tobytes()
+
+
+def compressors() -> dict[str, tuple]:
+    """{name: (compress, decompress)} of what is installed; both take bytes and the payload's layout."""
+    found = {"lzma": (lambda raw, _: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+                      lambda blob, _: lzma.decompress(blob)),
+             "zlib": (lambda raw, _: zlib.compress(raw, 9), lambda blob, _: zlib.decompress(blob))}
+    with contextlib.suppress(ImportError):
+        import zstandard
+        found["zstd"] = lambda raw, _: zstandard.compress(raw, 22), lambda blob, _: zstandard.decompress(blob)
+    return found | ({"rans": (rans_encode, rans_decode)} if constriction else {})
+
+
+def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
+    """Bytes of the artifact by tensor class, before training: matrices are normal enough for the entropy of a
+    rounded normal. AWQ-lite's finer columns and LQER's products come on top, about 0.5 % at full size."""
+    plan = dict.fromkeys(TENSOR_CLASSES, 0)
+    for name, p in model.exported().items():
+        kind, (bits, axis) = tensor_class(name), quant_plan(name, p.shape, args)
+        weight_bits = 16.0
+        if bits:
+            top = 2 ** (bits - 1) - 1
+            k = args.k_by_class[kind]
+            at = [(i + 0.5) * k / top / math.sqrt(2) for i in range(-top, top)]
+            shares = np.diff([0, *(0.5 + 0.5 * math.erf(x) for x in at), 1]) + 1e-30
+            weight_bits = float(-(shares * np.log2(shares)).sum()) + 16 / p.shape[axis]
+        plan[kind] += int(p.numel() * weight_bits / 8)
+    return plan
+
+
+def pack(tensors: dict[str, np.ndarray], args: Hyperparameters, hessians: dict | None = None) -> bytes:
+    """Quantises by `quant_plan` and compresses in the order of `planes`: one self-describing file, no pickle.
+    `hessians` {name: (C, C)} of the matrices that GPTQ is to round: means of x x^T over the same inputs.
+    Parts of a matrix are entries of their own behind it: `name:fine<column>`, the columns of AWQ-lite, which
+    have its steps, and `name:a`, `name:b`, LQER's product for the matrices with the largest errors."""
+    entries, codes, halves, errors, hessians = [], [], [], {}, hessians or {}
+    groups = salient_groups(tensors, hessians, args)
+
+    def add(name: str, q: np.ndarray, step: np.ndarray, bits: int) -> None:
+        entries.append([name, list(q.shape), bits, 1])
+        codes.append(q.tobytes())
+        halves.append(step.reshape(-1))
+    for name, weight in tensors.items():
+        bits, _ = quant_plan(name, weight.shape, args)
+        if not bits:
+            entries.append([name, list(weight.shape), 0, 0])
+            halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
+            continue
+        top, at = np.full(weight.shape[1], 2 ** (bits - 1) - 1), groups.get(name)
+        fine = slice(0, 0) if at is None else slice(at, at + AWQ_WIDTH)
+        top[fine] = 127
+        q, step, near = quantise(weight, top, args.k_by_class[tensor_class(name)], hessians.get(name))
+        add(name, np.delete(q, fine, 1), step, bits)
+        if at is not None:
+            add(f"{name}:fine{at}", q[:, fine], step[:0], 8)
+        error = weight - near
+        errors[name] = float(np.linalg.norm(error)), error
+        for worse in sorted(errors, key=lambda name: -errors[name][0])[args.lqer_top_k :]:
+            del errors[worse]  # one matrix of errors for each that is kept, no more
+    for name, (_, error) in errors.items():
+        for part, (q, step) in zip("ab", low_rank(error, min(args.lqer_rank, *error.shape))):
+            add(f"{name}:{part}", q, step, 3 if part == "a" else 5)
+    raw = b"".join(codes) + np.concatenate(halves).astype("<f2").view(np.uint8).reshape(-1, 2).T.tobytes()
+    there = compressors()
+    wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
+    names = [name for name in sorted(there) if wanted in ("auto", name)]
+    if not names:
+        raise UserError(f"COMPRESSOR={wanted} is not installed; there is {', '.join(sorted(there))}")
+    blobs = {name: there[name][0](raw, planes(entries)) for name in names}
+    name = min(names, key=lambda name: len(blobs[name]))
+    header = {"config": args.shipped(), "tensors": entries, "compressor": name}
+    header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little") + header + blobs[name]
+    return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body
+
+
+def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """The inverse of `pack`: (header, {name: fp32 array}). Raises UserError that names the file `where`."""
+    if blob[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
+        raise UserError(f"{where}: not an artifact of this family (it begins with {blob[:8]!r})")
+    body = blob[len(ARTIFACT_MAGIC) + 32 :]
+    if hashlib.sha256(body).digest() != blob[len(ARTIFACT_MAGIC) : len(ARTIFACT_MAGIC) + 32]:
+        raise UserError(f"{where}: its sha256 does not match: truncated or altered")
+    version, length = int.from_bytes(body[:2], "little"), int.from_bytes(body[2:6], "little")
+    if version != ARTIFACT_VERSION:
+        raise UserError(f"{where}: format version {version}, this script reads {ARTIFACT_VERSION}")
+    try:
+        header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
+        if header["compressor"] not in compressors():
+            raise UserError(f"{where}: packed with {header['compressor']}, which is not installed")
+        raw = compressors()[header["compressor"]][1](body[6 + length :], planes(header["tensors"]))
+        return header, unpack_tensors(header["tensors"], raw)
+    except UserError:
+        raise
+    except Exception as error:  # each decoder has its own kinds
+        raise UserError(f"{where}: its header contradicts its payload ({error!r})") from None
+
+
+def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
+    *ends, length = np.cumsum([plane.slices * plane.places for plane in planes(entries)], dtype=np.int64)
+    if len(raw) != length:
+        raise ValueError(f"{len(raw) - length} bytes left over")
+    *codes, low, high = np.split(np.frombuffer(raw, np.int8), ends)
+    halves = np.stack((low, high), 1).view("<f2").reshape(-1)
+    counts = [0 if ":fine" in name else math.prod(shape) // (shape[axis] if bits else 1)
+              for name, shape, bits, axis in entries]
+    tensors, steps = {}, {}
+    for (name, shape, bits, _), numbers in zip(entries, np.split(halves, np.cumsum(counts))):
+        owner, _, part = name.partition(":")
+        if not bits:
+            tensors[name] = numbers.astype(np.float32).reshape(shape)
+            continue
+        q, top = codes.pop(0).reshape(shape), np.float32(2 ** (bits - 1) - 1)
+        if part.startswith("fine"):
+            step, coarse = steps[owner]
+            columns = int(part.removeprefix("fine"))
+            tensors[owner] = np.insert(tensors[owner], [columns], q * (coarse / top) * step, axis=1)
+            continue
+        step = numbers.astype(np.float32)[:, None]
+        tensors[name], steps[name] = q * step, (step, top)
+        if part == "b":  # elementwise sums in a fixed order: any machine agrees
+            a, b = tensors.pop(f"{owner}:a"), tensors.pop(name)
+            for left, right in zip(a, b.reshape(len(a), -1)):
+                tensors[owner] += np.outer(left, right[: tensors[owner].shape[1]])
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def shipped_settings(header: dict, where: str, environ: dict[str, str] | None = None) -> Hyperparameters:
+    """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's own)."""
+    wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
+    if missing := [name for name in wanted if name not in header["config"]]:
+        raise UserError(f"{where}: its config lacks {missing[0]}")
+    return Hyperparameters(environ, header["config"])
+
+
+def read_file(path: str | Path, what: str) -> bytes:
+    if not path:
+        raise UserError(f"{what}=FILE is not set")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{what}={path}: {error.strerror}") from None
+
+
+def load(artifact_path: str | Path, device: str | torch.device = "cpu", args: Hyperparameters | None = None,
+         dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> GPT:
+    """The scoring model, from an artifact alone; `args` of the same model may change how it is scored."""
+    header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
+    args = args or shipped_settings(header, str(artifact_path))
+    with torch.device("meta"):
+        model = GPT(args, attention, dtype)
+    wanted = {(name, tuple(p.shape)) for name, p in model.exported().items()}
+    if odd := wanted ^ {(name, array.shape) for name, array in tensors.items()}:
+        raise UserError(f"{artifact_path}: its tensors are not those of its config, first {min(odd)}")
+    found = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    model.load_state_dict(found, strict=False, assign=True)
+    for module in model.modules():  # what is still without data is training-only
+        module._parameters = {n: None if p is None or p.is_meta else p for n, p in module._parameters.items()}
+    model.set_rotary()
+    return model.to(device).eval()
+
+
+# -----------------------------------------------------------------------------
+# EVALUATION
+# -----------------------------------------------------------------------------
+
+
+def windows(targets: int, length: int, stride: int) -> np.ndarray:
+    """Rows (start, first, stop): ids[start : start + length] are read to score targets first ... stop - 1.
+    Target t is the id t + 1 of the stream. The stream is cut into blocks of `stride` targets; each block is
+    scored by the window that ends with it (the first windows start at 0), so every target, the tail included,
+    is scored exactly once, with at least length - stride ids of context where there are so many."""
+    first = np.arange(0, targets, stride)
+    stop = np.minimum(first + stride, targets)
+    start = np.maximum(first + stride - length, 0)
+    assert (stop - first).sum() == targets and (first >= start).all() and (stop - start <= length).all()
+    return np.stack((start, first, stop), axis=1)
+
+
+try:
+    from numba import njit
+except ImportError:  # only a mixture needs it, and says so
+    njit = None
+
+
+def kernel(function):
+    """Compiles a loop over ids. No fastmath: scorer and decoder have to round alike, whatever is inlined."""
+    return njit(error_model="numpy")(function) if njit else function
+
+
+# The vocabulary as a binary tree. Leaves are the ids in the order of what they spell, strings before their
+# extensions; inner nodes are the borders between neighbours: node i parts leaves low ... i - 1 (a 0) from
+# i ... high - 1 (a 1), by the next symbol. Ids that spell the same (`alike`) are told apart by the network
+# alone. Up to ROOM nodes that hang together are a group: all a context knows of them is one line of memory.
+Tree = namedtuple("Tree", "order low high rank nodes alike level group place above paths")
+# order, rank (V,): ids by leaf, leaves by id; nodes (V - 1,): topmost first; low, high, alike, level (>= 1),
+# group, place in it: (V,) by node; above (groups,): the group above; paths (V, levels): an id's nodes, then 0
+ROOM = 15
+
+
+def vocabulary_tree(spelled: list[tuple]) -> Tree:
+    """The tree of V >= 2 ids, from the symbols that each spells: several may spell the same, or nothing. A
+    node is the border nearest to the middle where the symbol behind what its leaves share changes."""
+    order = np.array(sorted(range(len(spelled)), key=lambda i: (spelled[i], i)))
+    words, rank = [spelled[i] for i in order], np.argsort(order)
+    low, high, alike, level, group, place = np.zeros((6, len(order)), np.int64)
+    nodes, above, groups, paths = [], [], [(0, len(order), 0)], np.zeros((len(order), 256), np.int64)
+    for head in groups:
+        members = deque([head])  # breadth first: the nodes that most ids pass
+        above.append(group[head[2]])
+        for seat in range(1, ROOM + 1):
+            if members:
+                first, stop, parent = members.popleft()
+                a, b, node = words[first], words[stop - 1], (first + stop) // 2
+                if a != b:
+                    n = 1 + next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
+                    same = words[node][:n]
+                    before = bisect.bisect_left(words, same, first, stop)
+                    behind = bisect.bisect_right(words, same, first, stop, key=lambda w, n=n: w[:n])
+                    late = before == first or behind < stop and behind - node < node - before
+                    node = behind if late else before
+                nodes.append(node)
+                low[node], high[node], alike[node] = first, stop, a == b
+                level[node], group[node], place[node] = level[parent] + 1, len(above) - 1, seat
+                paths[order[first:stop], level[parent]] = node
+                members.extend((i, j, node) for i, j in ((first, node), (node, stop)) if j - i > 1)
+        groups.extend(members)
+    return Tree(order, low, high, rank, np.array(nodes), alike, level, group, place, np.array(above),
+                np.ascontiguousarray(paths[:, : level.max()]))
+
+
+# What the text proposes: the id that came when the last ids were these, for a long and a short run of them.
+Text = namedtuple("Text", "ids now places")
+# ids (slots,): the last of the text; now (2 + 2 * runs,): how many there were, where the document begins, for
+# each run where its proposal lies and how many ids before that agree; places (runs, slots): by a run's hash
+RUNS, LONGEST, SLOTS = np.array([5, 2]), 32, 22
+
+
+@kernel
+def blend(state, symbol):
+    """A 64-bit hash of a state and one more symbol."""
+    state = (state ^ np.uint64(symbol)) * np.uint64(0x9E3779B97F4A7C15)
+    return state ^ (state >> np.uint64(29))
+
+
+@kernel
+def propose(text, ids):
+    """Reads ids (n,); what may come behind each: (n, 2 * runs), [id, ids that agree] for each run, or 0."""
+    hints = np.zeros((len(ids), 2 * len(RUNS)), np.int64)
+    now, seen, ring = text.now, text.ids, (1 << SLOTS) - 1
+    for t in range(len(ids)):
+        n = now[0]
+        seen[n & ring], now[0] = ids[t], n + 1
+        now[1] = n if ids[t] == BOS_ID else now[1]
+        here = n + 1 - now[1]  # a run does not begin before its document
+        for r in range(len(RUNS)):
+            at, run, state = now[2 + 2 * r], now[3 + 2 * r], np.uint64(r)
+            at, run = (at + 1, min(run + 1, LONGEST)) if run and seen[at & ring] == ids[t] else (0, 0)
+            for k in range(min(RUNS[r], here)):
+                state = blend(state, seen[n - k & ring] + 1)
+            slot, length, most = np.int64(state >> np.uint64(64 - SLOTS)), 0, min(here, LONGEST)
+            before = text.places[r, slot] - 1
+            if run < LONGEST:
+                most = min(before + 1, most)
+                while length < most and seen[before - length & ring] == seen[n - length & ring]:
+                    length += 1
+                if length >= min(RUNS[r], here) and length > run:
+                    at, run = before + 1, length
+            text.places[r, slot], now[2 + 2 * r], now[3 + 2 * r] = n + 1, at, run
+            hints[t, 2 * r], hints[t, 2 * r + 1] = (seen[at & ring], run) if run else (0, 0)
+    return hints
+
+
+# Binary mixing, after lpaq (Mahoney 2005): an id is as many decisions as there are nodes above it. Contexts
+# are the last bytes, the word so far and the last ids, counted for this document alone (most of the gain: the
+# network knows the language, not this text) or for the whole stream. Each owns a row of its table for each
+# group of nodes: 16 uint32, [document << 24 | check, a counter a node: probability of a 1 << 10 | n]. A row
+# that two want belongs to the later one: a worse guess, still a probability.
+Mixer = namedtuple("Mixer", "table contexts hashes spelled starts now weights trust hits "
+                            "row check met inputs used")
+# table (C, rows, 16); contexts (C, 2): index into hashes, 1 = this document; hashes (order + 3,) uint64: of
+# the last 1 ... order bytes, the word so far, the last id, the last two; spelled, starts (V + 1,): what ids
+# spell; now (1 + runs,): document, leaves proposed; weights (sets, inputs), trust (C, 128), hits (cells,):
+# see `decide`. Scratch: row, check, met (groups, C); inputs, used (levels, ...).
+STRETCH = np.log(np.arange(0.5, 4096) / np.arange(4095.5, 0, -1)).astype(np.float32)
+DOUBT = np.digitize(0.5 - np.abs(np.arange(256) - 127.5) / 256, (0.03, 0.12, 0.25))
+TRIALS = np.digitize(np.arange(1024), (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64, 128, 256))
+AGREED = np.digitize(np.arange(LONGEST + 1), (4, 8, 16))
+STEPS, LIMIT, RATE, SLOW, TINY = 1 / (np.arange(1024) + 1.6), 255, 0.002, 0.02, 1e-12
+
+
+@kernel
+def decide(m, tree, nodes, count, odds, hints, ones):
+    """Writes the probability of a 1 at each of `count` nodes, from the network's log odds: logistic mixing.
+    Inputs are log odds: the network's, a counter's from each context, the proposals'. An input's weight is a
+    sum of three, picked by how long the proposals agree, how sure the network is and the node. A counter's
+    has a fourth, `trust`, picked by how often it was asked, how sure it is and whether this document has met
+    its context. `inputs` and `used` keep what `learn` needs of a path; nothing else changes."""
+    table, row, met, trust, weights = m.table, m.row, m.met, m.trust, m.weights
+    hits, f, used, contexts, group = m.hits, m.inputs, m.used, len(m.contexts), -1
+    inputs = contexts + 1 + len(RUNS)
+    for j in range(count):
+        node, at, z, state = nodes[j], j % len(f), 0.0, 0
+        if tree.group[node] != group:
+            group = tree.group[node]
+            for c in range(contexts):  # one whose context is new in the group above cannot know this
+                key = blend(m.hashes[m.contexts[c, 0]], m.contexts[c, 1] * (m.now[0] + 1))
+                key = blend(key, contexts * group + c)
+                check, known = np.int64(key >> np.uint64(40)) | 1, group == 0 or met[tree.above[group], c] > 0
+                row[group, c], m.check[group, c] = np.int64(key >> np.uint64(8)) & table.shape[1] - 1, check
+                head = np.int64(table[c, row[group, c], 0]) if known else 0
+                met[group, c] = 1 + (head >> 24 == m.now[0] & 255) if head & 0xFFFFFF == check else 0
+        if tree.alike[node]:
+            ones[j] = 1 / (1 + math.exp(-odds[j]))
+            continue
+        f[at, 0] = min(max(odds[j], -12.0), 12.0)
+        for c in range(contexts):
+            f[at, 1 + c], used[at, c] = 0.0, 0
+            if met[group, c]:
+                counter = np.int64(table[c, row[group, c], tree.place[node]])
+                if counter & 1023:
+                    cell = TRIALS[counter & 1023] << 3 | DOUBT[counter >> 24] << 1 | met[group, c] - 1
+                    used[at, c], f[at, 1 + c] = cell, STRETCH[counter >> 20]
+                    z += trust[c, cell] * STRETCH[counter >> 20]
+        for r in range(len(RUNS)):
+            i, run = contexts + r, hints[2 * r + 1]
+            f[at, 1 + i], used[at, i] = 0.0, 0
+            if run and tree.low[node] <= m.now[1 + r] < tree.high[node]:
+                cell = ((LONGEST + 1) * r + run) * 16 + min(tree.level[node], 15)
+                chance = math.log(hits[cell] / (1 - hits[cell]))
+                used[at, i], f[at, 1 + i] = cell, chance if m.now[1 + r] >= node else -chance
+                state += 5 if r else 1 + AGREED[run]
+        a, b, c = state, 16 + min(int(abs(f[at, 0])), 11), 32 + node
+        for i in range(inputs):
+            z += (weights[a, i] + weights[b, i] + weights[c, i]) * f[at, i]
+        used[at, inputs], used[at, inputs + 1] = a, b
+        ones[j] = f[at, inputs] = 1 / (1 + math.exp(-min(max(z, -12.0), 12.0)))
+
+
+@kernel
+def learn(m, tree, nodes, count, token):
+    """Updates all that the decisions of an id used and moves the contexts behind it, once it is scored."""
+    leaf, hashes, word = tree.rank[token], m.hashes, len(m.hashes) - 3
+    table, row, trust, weights, hits, f, used = m.table, m.row, m.trust, m.weights, m.hits, m.inputs, m.used
+    contexts, inputs, group = len(m.contexts), len(m.contexts) + 1 + len(RUNS), -1
+    for j in range(count):
+        node = nodes[j]
+        if tree.group[node] != group:
+            group = tree.group[node]
+            for c in range(contexts):
+                table[c, row[group, c], 0] = m.check[group, c] | (m.now[0] & 255) << 24
+                if not m.met[group, c]:
+                    for i in range(1, ROOM + 1):
+                        table[c, row[group, c], i] = 1 << 31
+        if tree.alike[node]:
+            continue
+        y, seat = int(leaf >= node), tree.place[node]
+        step = RATE * (y - f[j, inputs])
+        for i in range(inputs):
+            change = step * f[j, i]
+            weights[used[j, inputs], i] += change
+            weights[used[j, inputs + 1], i] += change
+            weights[32 + node, i] += change
+        for c in range(contexts):
+            trust[c, used[j, c]] += step * f[j, 1 + c]
+            counter = np.int64(table[c, row[group, c], seat])
+            n, p = counter & 1023, counter >> 10
+            p += int(((y << 22) - p) * STEPS[n])
+            table[c, row[group, c], seat] = min(max(p, 64), (1 << 22) - 64) << 10 | min(n + 1, LIMIT)
+        for r in range(len(RUNS)):
+            cell = used[j, contexts + r]
+            if cell:
+                hit = 0.999 if (m.now[1 + r] >= node) == y else 0.001
+                hits[cell] += (hit - hits[cell]) * SLOW
+    if token == BOS_ID:  # forgets the history and keeps what was learned
+        hashes[:] = 0
+        m.now[0] += 1
+        return
+    hashes[word + 2] = blend(hashes[word + 1], token + 1)
+    hashes[word + 1] = blend(np.uint64(1 << 40), token + 1)
+    for at in range(m.starts[token], m.starts[token + 1]):
+        x = m.spelled[at]
+        for k in range(word - 1, 0, -1):
+            hashes[k] = blend(hashes[k - 1], x + 1)
+        hashes[0], letter = blend(np.uint64(0), x + 1), x | 32
+        inside = 97 <= letter <= 122 or 48 <= x <= 57 or x >= 128
+        if x < 256:  # an operator of CaseOps says how a word is written, not which
+            hashes[word] = blend(hashes[word], letter) if inside else np.uint64(0)
+
+
+@kernel
+def mixer_score(m, tree, ids, hints, odds, nats):
+    ones = np.zeros(odds.shape[1])
+    for t in range(len(ids)):
+        nodes, leaf, p = tree.paths[ids[t]], tree.rank[ids[t]], 1.0
+        count = np.count_nonzero(nodes)
+        m.now[1:] = tree.rank[hints[t, ::2]]
+        decide(m, tree, nodes, count, odds[t], hints[t], ones)
+        for j in range(count):
+            p *= ones[j] if leaf >= nodes[j] else 1 - ones[j]
+        nats[t] = -math.log(p)
+        learn(m, tree, nodes, count, ids[t])
+
+
+@kernel
+def mixer_distribution(m, tree, hints, odds, out):
+    """All V - 1 decisions: a leaf is the product that `mixer_score` forms for its id, factor by factor."""
+    ones, p = np.zeros(len(tree.nodes)), np.ones(len(out))
+    m.now[1:] = tree.rank[hints[::2]]
+    decide(m, tree, tree.nodes, len(ones), odds, hints, ones)
+    for j, node in enumerate(tree.nodes):
+        p[tree.low[node] : node] *= 1 - ones[j]
+        p[node : tree.high[node]] *= ones[j]
+    out[tree.order] = np.log(p)
+
+
+# The tilt (#1145): p'(a) = p(a) e^(beta [a = h]) / (1 + p(h) (e^beta - 1)), where the text proposes the id h.
+@kernel
+def tilt_score(beta, rate, ids, own, hints, liked, nats):
+    """Nats of ids from the network's log-probabilities `own`; `liked` (n, runs) are those of the hints. beta
+    (2, cells): strengths by run, its length and `liked`, and squared gradients, for AdaGrad afterwards."""
+    for t in range(len(ids)):
+        r, nats[t] = 0, -own[t]
+        while r < len(RUNS) and hints[t, 2 * r + 1] == 0:
+            r += 1
+        if r < len(RUNS):
+            cell = ((LONGEST + 1) * r + hints[t, 2 * r + 1]) * 16 + min(int(-2 * liked[t, r]), 15)
+            hit, p, e = ids[t] == hints[t, 2 * r], math.exp(liked[t, r]), math.exp(beta[0, cell])
+            whole = 1 + p * (e - 1)
+            nats[t] += math.log(whole) - hit * beta[0, cell]
+            gradient = hit - p * e / whole
+            beta[1, cell] += rate * gradient * gradient
+            beta[0, cell] += rate * gradient / math.sqrt(beta[1, cell])
+
+
+class Mixture:
+    """The network's distributions mixed with what the scored text says, which starts empty and is learned.
+    A rank's `distil` keeps the few numbers of its log-probabilities that booking takes; `score` books them on
+    one rank, in the order of the stream. A decoder asks for `distribution` and hands what it decodes to
+    `push`: the same numbers, of the prefix alone. Memory: 448 bytes * 2^MIX_ROWS + 43 MB."""
+
+    def __init__(self, args: Hyperparameters):
+        if njit is None:
+            raise UserError("PPM_WEIGHT needs numba: `pip install numba`, or 0 for the network alone")
+        spelled, word, runs, size = spelling(args), args.ppm_order, len(RUNS), 1 << SLOTS
+        self.labels = ("tilt", "mix") if args.mix == "binary" else ("tilt",)
+        self.tree, self.tables = vocabulary_tree(spelled), {}  # tables: the tree on the network's device
+        groups, levels, cells = len(self.tree.above), self.tree.paths.shape[1], runs * (LONGEST + 1) * 16
+        self.width, self.hint = 1 + 3 * runs + levels, np.zeros((1, 2 * runs), np.int64)
+        self.beta, now = np.stack((np.zeros(cells), np.ones(cells))), np.zeros(2 + 2 * runs, np.int64)
+        self.text = Text(np.zeros(size, np.uint16), now, np.zeros((runs, size), np.int32))
+        last, third = word - 1, min(3, word) - 1
+        contexts = [(0, 1), (third, 1), (last, 1), (word, 1), (word + 1, 1), (word + 2, 0), (word, 0)]
+        n, inputs = len(contexts), len(contexts) + 1 + runs
+        weights = np.zeros((32 + len(spelled), inputs), np.float32)
+        weights[:16, 0] = 1  # it begins as the network alone
+        self.mixer = Mixer(
+            np.zeros((n, 1 << args.mix_rows, 16), np.uint32), np.array(contexts),
+            np.zeros(word + 3, np.uint64), np.concatenate(spelled).astype(np.int64),
+            np.cumsum([0, *map(len, spelled)]), np.zeros(1 + runs, np.int64), weights,
+            np.zeros((n, 128), np.float32), np.full(cells, 0.75),
+            *np.zeros((3, groups, n), np.int64), np.zeros((levels, inputs + 1)),
+            np.zeros((levels, inputs + 2), np.int64))
+
+    def odds(self, logprobs: Tensor, nodes: np.ndarray) -> Tensor:
+        """The network's log odds of a 1 at nodes (n, K), from its log-probabilities (n, V): fp64, CPU."""
+        if (device := logprobs.device) not in self.tables:
+            self.tables[device] = [torch.from_numpy(x).to(device) for x in self.tree[:3]]
+        (order, low, high), nodes = self.tables[device], torch.from_numpy(nodes).to(device)
+        sums = logprobs.exp().index_select(1, order).cumsum(1, dtype=torch.float64)
+        edges = torch.stack((low[nodes], nodes, high[nodes]))  # (3, n, K)
+        mass = sums.expand(3, -1, -1).gather(2, (edges - 1).clamp(min=0)) * (edges > 0) + TINY * edges
+        return mass.diff(dim=0).clamp(min=TINY).log().diff(dim=0)[0].cpu()
+
+    def distil(self, ids: np.ndarray, first: int, stop: int, logprobs: Tensor, hints=None) -> Tensor:
+        """What `score` needs of targets first ... stop - 1 and log-probabilities (n, V): fp64, CPU
+        (n, [own log-probability; hints; their log-probabilities; log odds above the id]). Blocks come in
+        the order of the stream: what was not read yet is read here, other ranks' ids too."""
+        if hints is None:
+            hints = propose(self.text, ids[self.text.now[0] : stop].astype(np.int64))[first - stop :]
+        logprobs = logprobs.cpu() if logprobs.device.type == "mps" else logprobs  # it has no fp64
+        ids = ids[first + 1 : stop + 1].astype(np.int64)
+        named = torch.from_numpy(np.column_stack((ids, hints[:, ::2]))).to(logprobs.device)
+        own, odds = logprobs.gather(1, named).double().cpu(), self.odds(logprobs, self.tree.paths[ids])
+        return torch.cat((own[:, :1], torch.from_numpy(hints), own[:, 1:], odds), 1)
+
+    def score(self, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """fp64 nats (labels, n) of ids (n,) from their `values`, learned too; the headline's are the last."""
+        own, hints, liked, odds = np.split(values, (1, 1 + 2 * len(RUNS), 1 + 3 * len(RUNS)), 1)
+        ids, hints = ids.astype(np.int64), hints.astype(np.int64)
+        nats = np.zeros((len(self.labels), len(ids)))
+        tilt_score(self.beta, 0.1, ids, own[:, 0], hints, liked, nats[0])
+        if self.labels[-1] == "mix":
+            mixer_score(self.mixer, self.tree, ids, hints, np.ascontiguousarray(odds), nats[-1])
+        return nats
+
+    def distribution(self, logprobs: np.ndarray, hints: np.ndarray | None = None) -> np.ndarray:
+        """fp64 log-probabilities (V,) of the next id, given the network's, fp32, and, unless it comes behind
+        what was pushed, the hints (1, 2 * runs) of its place. Changes nothing."""
+        out, hints = logprobs.astype(np.float64), self.hint if hints is None else hints.astype(np.int64)
+        if self.labels[-1] == "mix":
+            odds = self.odds(torch.from_numpy(logprobs[None]), self.tree.nodes[None])[0].numpy()
+            mixer_distribution(self.mixer, self.tree, hints[0], odds, out)
+            return out
+        nats, hints = np.zeros(len(out)), hints.repeat(len(out), 0)
+        tilt_score(self.beta, 0.0, np.arange(len(out)), out, hints, out[hints[:, ::2]], nats)
+        return -nats
+
+    def push(self, token: int, logprobs: np.ndarray | None) -> None:
+        """Learns the next id, given what the network thought of it: None for the first id, which is given."""
+        ids = np.array([token])
+        if logprobs is not None:
+            values = self.distil(ids.repeat(2), 0, 1, torch.from_numpy(logprobs[None]), self.hint)
+            self.score(ids, values.numpy())
+        self.hint = propose(self.text, ids)
+
+
+@torch.no_grad()
+def scored(model: GPT, ids: np.ndarray, length: int, stride: int, batch: int, logits=scoring_logits,
+           share: tuple[int, int] = (0, 1), show: str = "", learner: TestTimeTraining | None = None,
+           mixture: Mixture | None = None, gather=None):
+    """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) for each block of stop - first targets.
+    `share` = (rank, ranks) is this rank's part of the batches. With `gather`, which brings a tensor of every
+    rank to rank 0, that rank yields all blocks in the order of the stream, and what the mixture distils of
+    log-probabilities in their place; the others yield none. A learner is shown every chunk but the last
+    once it is scored. This is the only path from weights to a score."""
+    if len(ids) < 2:
+        return
+    if learner is not None and learner.args.ttt != "sgd":
+        yield from learner.by_document(ids, length, batch, share, show)
+        return
+    device = next(model.parameters()).device
+    plan = windows(len(ids) - 1, length, stride)
+    chunk = len(plan) if learner is None else model.args.ttt_chunk_tokens // stride  # windows
+    span, seen = min(stride, length), np.zeros(len(ids) - 1, dtype=bool)
+    for at in progress_bar(range(0, len(plan), chunk), len(plan) // chunk, show, bool(show and learner)):
+        if at and learner is not None:
+            learner.catch_up(ids, seen)
+        part = plan[at : at + chunk]
+        rounds = range(0, len(part), share[1] * batch)  # as many on every rank: all of them meet in `gather`
+        for start_at in progress_bar(rounds, len(rounds), show, bool(show and learner is None)):
+            rows = part[start_at + share[0] * batch :][:batch]
+            inputs = np.full((batch, length), PAD_ID, np.int64)  # one shape: compiled once
+            wanted, take = np.zeros((batch, span), np.int64), np.zeros(batch, np.int64)
+            for i, (start, first, stop) in enumerate(rows):
+                text = ids[start : min(start + length, len(ids) - 1)]
+                inputs[i, : len(text)] = text
+                wanted[i, : stop - first] = ids[first + 1 : stop + 1]
+                take[i] = first - start
+            inputs, take, wanted = (torch.from_numpy(x).to(device) for x in (inputs, take, wanted))
+            logprobs = logits(model, inputs, take, span).log_softmax(-1)
+            nats = -logprobs.gather(-1, wanted[..., None]).squeeze(-1).cpu().numpy().astype(np.float64)
+            if gather is None:
+                for i, (_, first, stop) in enumerate(rows):
+                    yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
+                continue
+            mine = torch.zeros(batch, span, mixture.width, dtype=torch.float64)
+            for i, (_, first, stop) in enumerate(rows):
+                mine[i, : stop - first] = mixture.distil(ids, first, stop, logprobs[i, : stop - first])
+            for rank, found in enumerate(gather(mine)):
+                for i, (_, first, stop) in enumerate(part[start_at + rank * batch :][:batch]):
+                    values = found[i, : stop - first].numpy()
+                    yield first, stop, values, -values[:, 0]
+        seen[part[0, 1] : part[-1, 2]] = True
+
+
+class Adapters:
+    """Low-rank changes of matrices, W + alpha / rank B A, a set for each of some documents (Hu et al. 2022).
+    All documents begin with the same A and B = 0 and learn for themselves: how many share a batch does
+    not matter. AdamW with beta1 = 0 and beta2 = 0.999."""
+
+    def __init__(self, model: GPT, documents: int):
+        self.args, generator = model.args, torch.Generator().manual_seed(0)
+        ends = tuple(part.strip() for part in self.args.ttt_lora_modules.split(","))
+        matrices = {n: m for n, m in model.named_modules() if isinstance(m, (CastedLinear, nn.Embedding))}
+        self.owners = [matrix for name, matrix in matrices.items() if name.endswith(ends)]
+        for end in ends:
+            if not end or not any(name.endswith(end) for name in matrices):
+                raise UserError(f"TTT_LORA_MODULES={self.args.ttt_lora_modules!r}: no matrix ends in {end!r}")
+        rank, self.params = self.args.ttt_lora_rank, []
+        for owner in self.owners:
+            (size_out, size_in), device = owner.weight.shape, owner.weight.device
+            a = torch.randn(rank, size_in, generator=generator).to(device) / size_in**0.5
+            self.params += [a.repeat(documents, 1, 1), torch.zeros(documents, size_out, rank, device=device)]
+        self.squares, self.steps = [torch.zeros_like(p) for p in self.params], 0
+
+    def attach(self, documents: int) -> list[Tensor]:
+        """The model reads rows of the first documents through their adapters; returns what has gradients."""
+        params = [p[:documents].detach().requires_grad_() for p in self.params]
+        scale = self.args.ttt_lora_alpha / self.args.ttt_lora_rank
+        for owner, a, b in zip(self.owners, params[::2], params[1::2]):
+            owner.adapter = scale * a, b
+        return params
+
+    def detach(self) -> None:
+        for owner in self.owners:
+            del owner.adapter
+
+    @torch.no_grad()
+    def learn(self, nats: Tensor, params: list[Tensor]) -> None:
+        """A step from nats, summed over documents, through the `params` that `attach` gave for them."""
+        self.steps += 1
+        for whole, squares, grad in zip(self.params, self.squares, torch.autograd.grad(nats, params)):
+            part, square = whole[: len(grad)], squares[: len(grad)]
+            square.lerp_(grad.square(), 1 - 0.999)
+            part *= 1 - self.args.ttt_lora_lr * self.args.ttt_lora_wd
+            root = (square / (1 - 0.999**self.steps)).sqrt() + 1e-8
+            part.addcdiv_(grad, root, value=-self.args.ttt_lora_lr)
+
+
+class TestTimeTraining:
+    """Score-first test-time training (#461, #549): SGD with momentum on each chunk of targets once scored.
+    After a chunk, rows of TRAIN_SEQ_LEN that end with it are trained on, TTT_BATCH_ROWS an update, as many
+    updates on every rank. The rate depends on the chunks behind alone, so that a decoder, which does not know
+    how much text will come, makes the same updates. `restore` undoes them all.
+
+    TTT=lora reads document by document instead, each with adapters of its own that learn from every
+    TTT_DOC_CHUNK of its targets once scored (#1530); with TTT=phased, all weights learn as above, too, from
+    the chunks that are complete where a document begins (#1610)."""
+
+    def __init__(self, model: GPT, losses=training_losses, runtime: Runtime | None = None, report=None):
+        self.model, self.args, self.losses = model, model.args, losses
+        self.runtime, self.report = runtime, report
+        modules = tuple(part.strip() + "." for part in self.args.ttt_modules.split(","))
+        named = {f"{name}.": p for name, p in model.named_parameters()}
+        for module in modules:
+            if not any(name.startswith(module) for name in named):
+                raise UserError(f"TTT_MODULES={self.args.ttt_modules!r}: the model has no {module[:-1]!r}")
+        self.params = [p for name, p in named.items() if name.startswith(modules)]
+        self.kept = [p.detach().clone() for p in self.params]
+        self.momenta = [torch.zeros_like(p) for p in self.params]
+        self.chunks, self.updates, self.seconds = 0, 0, 0.0
+
+    def rows(self, stop: int) -> np.ndarray:
+        """Starts of the rows that cover the chunk of targets before `stop`, from its end backwards."""
+        count = -(-self.args.ttt_chunk_tokens // self.args.train_seq_len)
+        starts = stop - self.args.train_seq_len * np.arange(count, 0, -1)
+        return starts[starts >= 0]
+
+    def catch_up(self, ids: np.ndarray, seen: np.ndarray) -> None:
+        """Learns, in order, from the chunks that are complete; `seen` (targets,): what has been scored."""
+        size, start = self.args.ttt_chunk_tokens, time.perf_counter()
+        while len(done := seen[self.chunks * size : (self.chunks + 1) * size]) == size and done.all():
+            self.chunks += 1
+            starts, batch = self.rows(self.chunks * size), self.args.ttt_batch_rows
+            assert all(seen[at : at + self.args.train_seq_len].all() for at in starts), "not scored yet"
+            for at in [*range(0, len(starts), batch)] * self.args.ttt_epochs * self.args.ttt_adapt:
+                self.update(ids, starts[at : at + batch])
+        self.seconds += time.perf_counter() - start
+        if self.report is not None:
+            self.report(self)
+
+    def by_document(self, ids: np.ndarray, length: int, batch: int, share: tuple[int, int], show: str):
+        """`scored` for documents: those between two updates of all weights in groups of like length."""
+        targets = len(ids) - 1  # each belongs to the document of the id before it
+        starts, seen = np.union1d([0], np.flatnonzero(ids[:-1] == BOS_ID)), np.zeros(targets, bool)
+        spans = np.stack((starts, np.append(starts[1:], targets)), 1)
+        phases = starts // self.args.ttt_chunk_tokens * (self.args.ttt == "phased")
+        for phase in np.unique(phases):
+            if phase:
+                self.catch_up(ids, seen)
+            part = spans[phases == phase]
+            longest = part[np.argsort(part[:, 0] - part[:, 1], kind="stable")]
+            groups = [longest[i : i + batch] for i in range(share[0] * batch, len(part), share[1] * batch)]
+            for group in progress_bar(groups, len(groups), show, bool(show)):
+                yield from self.adapt(ids, group, length)
+            seen[part[0, 0] : part[-1, 1]] = True
+
+    def adapt(self, ids: np.ndarray, group: np.ndarray, length: int):
+        """Scores documents, the longest first, chunk by chunk, a step of their adapters between chunks."""
+        adapters, size = Adapters(self.model, len(group)), self.args.ttt_doc_chunk
+        for at in range(0, group[0, 1] - group[0, 0], size):
+            alive = group[group[:, 1] - group[:, 0] > at]
+            logprobs, nats = self.adapt_chunk(adapters, ids, alive, at, length)
+            for i, (start, end) in enumerate(alive):
+                stop = min(start + at + size, end)
+                yield start + at, stop, logprobs[i, : stop - start - at], nats[i, : stop - start - at]
+
+    def adapt_chunk(self, adapters: Adapters, ids: np.ndarray, alive: np.ndarray, at: int, length: int):
+        """Log-probabilities (n, size, V) and nats (n, size) of the targets from `at` on of n documents; those
+        that go on behind the chunk learn from it."""
+        size, device = self.args.ttt_doc_chunk, self.params[0].device
+        begin = max(at + size - length, 0)
+        rows = np.full((len(alive), at + size - begin), PAD_ID, np.int64)
+        goals = np.zeros((len(alive), size), np.int64)
+        for i, (start, end) in enumerate(alive):
+            text = ids[start + begin : min(start + at + size, end) + 1]
+            rows[i, : len(text) - 1] = text[:-1]
+            goals[i, : len(text) - 1 - at + begin] = text[at - begin + 1 :]
+        goes_on = (alive[:, 1] - alive[:, 0] > at + size) & self.args.ttt_adapt
+        learns = bool(goes_on.any())
+        rows, goals, goes_on = (torch.from_numpy(part).to(device) for part in (rows, goals, goes_on))
+        with torch.set_grad_enabled(learns):
+            params = adapters.attach(len(alive))
+            x, _ = self.model.hidden(rows, self.model.rotary_eval)
+            logprobs = self.model.head(x[:, at - begin :].float()).log_softmax(-1)
+            nats = -logprobs.gather(-1, goals[..., None]).squeeze(-1)
+            if learns:
+                adapters.learn((nats.mean(1) * goes_on).sum(), params)
+                self.updates += 1
+        adapters.detach()
+        return logprobs.detach(), nats.detach().cpu().numpy().astype(np.float64)
+
+    def update(self, ids: np.ndarray, starts: np.ndarray) -> None:
+        args, runtime, length = self.args, self.runtime, self.args.train_seq_len
+        rank, ranks = (runtime.rank, runtime.world_size) if runtime else (0, 1)
+        rows = np.zeros((-(-args.ttt_batch_rows // ranks), length + 1), np.int64)  # one shape on every rank
+        weights = np.zeros(len(rows), np.float32)
+        for i, start in enumerate(starts[rank::ranks]):
+            rows[i], weights[i] = ids[start : start + length + 1], 1
+        rows, weights = (torch.from_numpy(x).to(self.params[0].device) for x in (rows, weights))
+        with torch.enable_grad():
+            loss = self.losses(self.model, rows, weights, None)["ce"] / (len(starts) * length)
+            grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+        flat = torch.cat([grad.flatten() for grad in grads])
+        flat = runtime.all_reduce(flat) if runtime else flat
+        flat *= ((args.ttt_grad_clip or math.inf) / (flat.norm() + 1e-6)).clamp(max=1.0)
+        rate = args.ttt_lr * (1 + (self.chunks - 1) / (args.ttt_decay_chunks or math.inf)) ** -0.5
+        torch._foreach_mul_(self.momenta, args.ttt_momentum)
+        parts = flat.split([p.numel() for p in self.params])
+        torch._foreach_add_(self.momenta, [part.view_as(p) for part, p in zip(parts, self.params)])
+        with torch.no_grad():
+            torch._foreach_add_(self.params, self.momenta, alpha=-rate)
+        self.updates += 1
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        torch._foreach_copy_(self.params, self.kept)
+
+
+def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """(nats of each target ids[1:], {t: log-probabilities (V,) at target t, for t in positions})."""
+    args, ids, length = model.args, np.asarray(ids), model.args.eval_seq_len
+    blocks = -(-len(ids) // args.eval_stride)  # a short text needs no full batch
+    batch = max(1, min(args.eval_batch_tokens // length, blocks))
+    wanted = np.unique(np.fromiter(positions, np.int64))
+    nats, vectors = np.zeros(max(len(ids) - 1, 0)), {}
+    mixture, runs = Mixture(args) if args.ppm_weight else None, slice(1, 1 + 2 * len(RUNS))
+    learner = TestTimeTraining(model) if args.ttt != "0" else None
+    for first, stop, logprobs, part in scored(model, ids, length, args.eval_stride, batch, learner=learner):
+        if mixture is None:
+            nats[first:stop] = part
+            vectors |= {int(t): logprobs[t - first].cpu().numpy() for t in wanted if first <= t < stop}
+            continue
+        values, at = mixture.distil(ids, first, stop, logprobs).numpy(), first
+        for t in [*wanted[(wanted >= first) & (wanted < stop)], stop]:
+            nats[at:t] = mixture.score(ids[at + 1 : t + 1], values[at - first : t - first])[-1]
+            if t < stop:
+                row = logprobs[t - first].cpu().numpy()
+                vectors[int(t)] = mixture.distribution(row, values[t - first, None, runs])
+            at = t
+    if learner is not None:
+        learner.restore()
+    return nats, vectors
+
+
+class Evaluator:
+    """Scores a model on the validation stream: one line in the log, one entry in `metrics.json` a pass."""
+
+    def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
+        self.args, self.runtime, self.log = args, runtime, log
+        self.logits, self.losses = scoring_logits, training_losses
+        ids, self.prefix = data.val, 0
+        if data.val_sizes is None and args.tokenizer_path:
+            tokenizer = open_tokenizer(args)
+            if tokenizer.id_to_piece(tokenizer.piece_to_id(OPERATORS[0])) == OPERATORS[0]:
+                raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} is of CaseOps text, and "
+                                f"{data.val_files[0]} has no sidecar beside it")
+        sizes = target_bytes(ids, byte_tables(args)) if data.val_sizes is None else data.val_sizes[1:]
+        if args.val_bytes and args.val_bytes < sizes.sum():
+            targets = int(np.searchsorted(np.cumsum(sizes), args.val_bytes)) + 1
+            ids, sizes, self.prefix = ids[: targets + 1], sizes[:targets], args.val_bytes
+        self.ids, self.sizes, self.bytes = ids, sizes, int(sizes.sum())
+        if not self.bytes:
+            raise UserError(f"{data.val_files[0]}: the validation targets stand for no byte at all")
+        self.classes = class_table(args.vocab_size)
+        self.results: dict[str, dict] = {}
+        if args.ppm_weight:
+            Mixture(args)  # what it cannot do, it says before anything is trained
+
+    def describe(self, manifest: dict) -> str:
+        original = manifest.get("val_bytes") or self.bytes
+        note = f" (original text {original}: the tokenizer normalises, the targets' own bytes divide)"
+        note = f" prefix:{self.prefix}" if self.prefix else note * (original != self.bytes)
+        return f"val: targets:{len(self.ids) - 1} bytes:{self.bytes}{note}"
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, of one shape and on the CPU, on rank 0; nothing elsewhere."""
+        if self.runtime.world_size == 1:
+            return [tensor]
+        tensor = tensor.to(self.runtime.device)
+        found = [torch.empty_like(tensor) for _ in range(self.runtime.world_size * self.runtime.main)]
+        dist.gather(tensor, found or None)
+        return [part.cpu() for part in found]
+
+    def run(self, name: str, model: GPT, length: int, stride: int, learn: bool = False,
+            mix: bool = False) -> dict:
+        """val_loss in nats a target, val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte.
+        With `mix` the same log-probabilities, tilted and mixed, become results NAME_tilt and NAME_mix."""
+        args, runtime, start = self.args, self.runtime, time.perf_counter()
+        mixture, gather = (Mixture(args), self.gather) if mix else (None, None)
+        names, mixing = [name, *(f"{name}_{label}" for label in (mixture.labels if mix else ()))], 0.0
+        sums = torch.zeros(len(names), len(BYTE_CLASSES) + 1, dtype=torch.float64)
+
+        def chunk_line(learner: TestTimeTraining) -> None:
+            if learner.chunks % 50 == 0 or learner.chunks <= 2:
+                nats = runtime.all_reduce(sums.clone())[0, :-1].sum() / math.log(2)
+                size = self.sizes[: learner.chunks * args.ttt_chunk_tokens].sum()
+                infer = time.perf_counter() - start - learner.seconds
+                self.log(f"  ttt_chunk {learner.chunks} bpb:{nats / max(size, 1):.6f} "
+                         f"updates:{learner.updates} infer:{infer:.1f}s adapt:{learner.seconds:.1f}s")
+        batch, share = max(1, args.eval_batch_tokens // length), (runtime.rank, runtime.world_size)
+        learner = TestTimeTraining(model, self.losses, runtime, chunk_line) if learn else None
+        for first, stop, values, nats in scored(model, self.ids, length, stride, batch, self.logits, share,
+                                                name if runtime.main else "", learner, mixture, gather):
+            ids, parts = self.ids[first + 1 : stop + 1], [nats]
+            if mix:
+                mixing -= time.perf_counter()
+                parts += list(mixture.score(ids, values))
+                mixing += time.perf_counter()
+            for row, values in zip(sums, parts):
+                row[:-1] += torch.from_numpy(np.bincount(self.classes[ids], values, minlength=len(row) - 1))
+                row[-1] += stop - first
+        sums, seconds = runtime.all_reduce(sums), time.perf_counter() - start
+        for row, label in zip(sums, names):
+            self.results[label] = self.result(label, row, length, stride, seconds)
+        if mix:
+            self.results[names[-1]] |= {"mixture": args.mix, "mix_seconds": mixing}
+        if learner is not None:
+            learner.restore()
+            self.results[name] |= {"updates": learner.updates, "adapt_seconds": learner.seconds}
+        return self.results[name]
+
+    def result(self, name: str, sums: Tensor, length: int, stride: int, seconds: float) -> dict:
+        """What `metrics.json` says of a pass, from its nats by byte class and its number of targets."""
+        targets = len(self.ids) - 1
+        assert int(sums[-1]) == targets, f"{name}: scored {int(sums[-1])} targets of {targets}"
+        nats = float(sums[:-1].sum())
+        bits = {label: float(total) / math.log(2) for label, total in zip(BYTE_CLASSES, sums) if total}
+        result = {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / self.bytes, "targets": targets,
+                  "bytes": self.bytes, "seconds": seconds, "seq_len": length, "stride": stride,
+                  "bits_by_class": bits}
+        if self.prefix:
+            result["prefix_bytes"] = self.prefix
+        return result
+
+    def report(self, name: str, model: GPT, stride: int | None = None, learn: bool = False) -> dict:
+        """Runs a pass and prints its lines: non-overlapping windows, or sliding ones, mixed too."""
+        length, mix = self.args.eval_seq_len, stride is not None and self.args.ppm_weight > 0
+        self.run(name, model, length, stride or length, learn, mix)
+        extra = f" stride:{stride}" * bool(stride) + f" prefix:{self.prefix}" * bool(self.prefix)
+        for label in (label for label in (name, f"{name}_tilt", f"{name}_mix") if label in self.results):
+            result = self.results[label]
+            self.log(f"{label} val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}{extra} "
+                     f"targets:{result['targets']} bytes:{result['bytes']} "
+                     f"eval_time:{1e3 * result['seconds']:.0f}ms")
+            self.log(f"{label}_exact val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f}")
+        return self.results[name]
+
+
+# -----------------------------------------------------------------------------
+# GENERATION
+# -----------------------------------------------------------------------------
+
+
+class Stream:
+    """The scorer, one id at a time: what a decoder can follow. Reads the same windows as `score`, learns
+    after the same chunks, and keeps keys and values of the window at hand; a new window, a new cache."""
+
+    def __init__(self, model: GPT):
+        self.model, self.ids = model, []
+        self.learner = TestTimeTraining(model) if model.args.ttt != "0" else None
+        self.by_document, self.adapters, self.origin = model.args.ttt in ("lora", "phased"), None, 0
+        self.block, self.start, self.past, self.known = (0, -1), 0, None, None
+        self.mixture = Mixture(model.args) if model.args.ppm_weight else None
+
+    @property
+    def updates(self) -> int:
+        return self.learner.updates if self.learner else 0
+
+    def logprobs(self) -> np.ndarray:
+        """Log-probabilities (V,) of the next id, fp32, or fp64 of a mixture. The first id, a BOS, is given:
+        push it first."""
+        logprobs = self.network()
+        return self.mixture.distribution(logprobs) if self.mixture else logprobs
+
+    @torch.no_grad()
+    def network(self) -> np.ndarray:
+        """The network's part, fp32."""
+        if not self.ids:
+            raise ValueError("push the first id (BOS) before asking for the second")
+        if self.known is not None:
+            return self.known
+        args, device = self.model.args, self.model.tok_emb.weight.device
+        stride = args.ttt_doc_chunk if self.by_document else args.eval_stride
+        block = (len(self.ids) - 1 - self.origin) // stride
+        if (self.origin, block) != self.block:
+            if self.learner:
+                self.learn(block)
+            self.block, self.past = (self.origin, block), KVCache(self.model)
+            self.start = self.origin + max((block + 1) * stride - args.eval_seq_len, 0)
+        if self.adapters:
+            self.adapters.attach(1)
+        ids = torch.tensor([self.ids[self.start :]], device=device)
+        x, _ = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
+        self.known = self.model.head(x[:, -1:].float())[0, 0].log_softmax(-1).cpu().numpy()
+        if self.adapters:
+            self.adapters.detach()
+        return self.known
+
+    def learn(self, block: int) -> None:
+        """What the scorer has learned before it scores this block, of the text or of the document at hand:
+        also of blocks that were pushed and never asked for."""
+        ids, args, (origin, last) = np.array(self.ids), self.model.args, self.block
+        fresh = last < 0 or origin != self.origin  # a document begins
+        if args.ttt == "sgd" or args.ttt == "phased" and fresh:
+            self.learner.catch_up(ids, np.ones(self.origin if self.by_document else len(ids) - 1, dtype=bool))
+        if self.by_document:
+            self.adapters = Adapters(self.model, 1) if fresh else self.adapters
+            known = np.array([[self.origin, len(ids)]])
+            for at in args.ttt_doc_chunk * np.arange(0 if fresh else last, block):
+                self.learner.adapt_chunk(self.adapters, ids, known, at, args.eval_seq_len)
+
+    def push(self, token: int) -> None:
+        if self.mixture:  # it learns from what the network thought
+            self.mixture.push(int(token), self.network() if self.ids else None)
+        self.origin = len(self.ids) if self.by_document and token == BOS_ID else self.origin
+        self.ids.append(int(token))
+        self.known = None
+
+
+stream = Stream  # the name that every script of the family gives it
+
+
+# -----------------------------------------------------------------------------
+# TRAINING
+# -----------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C: the checkpoint is written, the message says how to go on."""
+
+
+class Trainer:
+    """Model, optimizers, average, loader and clock: all that a checkpoint holds, and one step of training."""
+
+    def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
+        self.args, self.data, self.runtime, self.log = args, data, runtime, log
+        self.plan = BatchPlan.make(args, runtime.world_size)
+        torch.manual_seed(args.seed)
+        self.model = GPT(args, runtime.attention, runtime.dtype)
+        self.model.init_weights(args.seed)
+        self.model.to(runtime.device)
+        self.losses, self.logits = training_losses, scoring_logits
+        if runtime.compile:
+            self.losses, self.logits = (torch.compile(f, dynamic=False) for f in (self.losses, self.logits))
+        self.loader_state, self.signal = None, 0
+        self.step, self.seconds, self.best = 0, 0.0, math.inf  # of this run and the runs that it resumes
+        self.slowest = 0.0  # seconds of the slowest step, slowly forgotten
+        self.reserve = 0.0  # seconds that calibration will take of the training clock
+        self.fresh_optimizers()
+
+    def fresh_optimizers(self) -> None:
+        self.optimizers = Optimizers(self.model, self.args, self.runtime)
+        self.ema = EMA(self.model, self.args.ema_decay) if self.args.ema_enabled else None
+        self.loss_scale, self.good_steps = (65536.0 if self.runtime.dtype == torch.float16 else 1.0), 0
+
+    def micro_step(self, ids: Tensor, weights: Tensor, aux_inputs: bool, aux_weights: dict) -> dict:
+        """Forward and backward of one micro-batch; gradients add up to those of the global batch's mean."""
+        sums = self.losses(self.model, ids, weights, aux_inputs)
+        loss = sums["ce"] / (self.plan.rows * self.args.train_seq_len)
+        for name, weight in aux_weights.items():
+            if weight and name in sums:
+                loss = loss + weight / (self.plan.rows // self.plan.group) * sums[name]
+        (loss * self.loss_scale).backward()
+        return {name: value.detach() for name, value in sums.items()}
+
+    def mode(self, progress: float) -> tuple[bool, bool]:
+        """What a step computes, a graph each: (layers run again, auxiliary terms). At 1: what is scored."""
+        args, aux = self.args, self.model.aux
+        looping = bool(args.loop_extra) and args.loop_start <= progress and args.loop_start < 1
+        return looping, aux is not None and aux.inputs(progress)
+
+    def train_step(self, ids: Tensor, weights: Tensor, progress: float) -> dict[str, Tensor]:
+        """One optimizer step on a global batch; returns this rank's share of each summed term."""
+        aux = self.model.aux
+        self.model.looping, aux_inputs = self.mode(progress)
+        aux_weights = aux.weights(progress) if aux is not None else {}
+        parts = [self.micro_step(*batch, aux_inputs, aux_weights) for batch in zip(ids, weights)]
+        norm = self.optimizers.reduce(1.0 / self.loss_scale)
+        if self.runtime.dtype != torch.float16 or self.adapt_loss_scale(norm):
+            self.optimizers.step(self.step, progress, norm)
+            if self.ema is not None:
+                self.ema.update(self.step)
+        self.model.zero_grad()
+        return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+    def adapt_loss_scale(self, norm: Tensor) -> bool:
+        """fp16: halves the scale and skips the step on overflow, doubles it after 2,000 good steps."""
+        finite = bool(torch.isfinite(norm))
+        self.good_steps = self.good_steps + 1 if finite else 0
+        self.loss_scale *= 0.5 if not finite else 2.0 if self.good_steps % 2000 == 0 else 1.0
+        return finite
+
+    def warm_up(self) -> None:
+        """Compiles every shape on made-up ids, then puts weights and optimizers back bit for bit."""
+        if not self.args.warmup_steps:
+            return
+        kept = [p.detach().clone() for p in self.model.parameters()]
+        try:
+            self.try_shapes()
+        except Exception as error:  # whatever the compiler did not like: the same work runs without it
+            if not self.runtime.compile:
+                raise
+            self.log(f"compile: failed ({type(error).__name__}), running eager")
+            self.losses, self.logits = training_losses, scoring_logits
+            self.try_shapes()
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), kept)
+        self.model.zero_grad()
+        self.fresh_optimizers()
+
+    def try_shapes(self) -> None:
+        args, device, generator = self.args, self.runtime.device, torch.Generator().manual_seed(0)
+        shape = (self.plan.micro_steps, self.plan.groups * self.plan.group, args.train_seq_len + 1)
+        edges = sorted({0.0, args.loop_start, args.bijepax_start_frac, args.bijepax_end_frac, 1.0})
+        inner = [0.5 * (a + b) for a, b in zip(edges, edges[1:])]
+        moments = {self.mode(progress): progress for progress in edges[:-1] + inner}  # one for each mode
+        for _ in range(args.warmup_steps):
+            ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator).to(device)
+            for progress in moments.values():
+                self.train_step(ids, torch.ones(shape[:2], device=device), progress)
+        self.model.looping, _ = self.mode(1.0)
+        length, batch = args.eval_seq_len, max(1, args.eval_batch_tokens // args.eval_seq_len)
+        for stride in sorted({length, args.eval_stride}):
+            list(scored(self.model, np.full(2, BOS_ID), length, stride, batch, self.logits))
+        if args.quant_round == "gptq":
+            for _ in range(2):  # the second time is the one to go by
+                start = time.perf_counter()
+                self.input_moments(ids, {})["tok_emb.weight"].sum().item()  # waits for the device
+                seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
+                self.reserve, = self.runtime.from_main([seconds])  # ranks must agree on when to stop
+
+    @torch.no_grad()
+    def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds this rank's X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
+        def add(names: list[str], x: Tensor) -> None:
+            x = x.flatten(0, -2).float()
+            for name, product in zip(names, [x.T @ x] * len(names)):
+                sums[name] = sums.get(name, 0) + product
+        hooks = []
+        for path, module in self.model.named_modules():
+            kind = {CastedLinear: ("",), CausalSelfAttention: ("c_q.", "c_k.", "c_v.")}.get(type(module), ())
+            if names := [f"{path}.{part}weight" for part in kind]:
+                hooks.append(module.register_forward_pre_hook(lambda _, x, names=names: add(names, x[0])))
+        for ids in batch:
+            x, _ = self.model.hidden(ids[:, :-1], self.model.rotary_train)
+            add(["tok_emb.weight"], x)
+        for hook in hooks:
+            hook.remove()
+        return sums
+
+    def calibrate(self) -> dict[str, np.ndarray]:
+        """Hessians for GPTQ, means of x x^T over the inputs of the next GPTQ_BATCHES training batches, on the
+        training clock. A layer that runs three times has three times as many inputs."""
+        start, sums = time.perf_counter(), {}
+        batches = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
+        for _ in range(self.args.gptq_batches):
+            self.input_moments(batches.next()[0].to(self.runtime.device), sums)
+        route = self.model.routes[self.model.looping]
+        for name, total in sums.items():
+            parts = name.split(".")
+            runs = route.count(int(parts[1])) if parts[0] == "blocks" else 1
+            total /= self.args.gptq_batches * self.args.train_batch_tokens * runs
+        hessians = {name: self.runtime.all_reduce(total).cpu().numpy() for name, total in sums.items()}
+        self.seconds, = self.runtime.from_main([self.seconds + time.perf_counter() - start])
+        return hessians
+
+    def progress(self) -> float:
+        """Share of the run that is behind: of the steps or of the seconds, whichever is larger. Twice the
+        slowest of late steps, and the time for calibration, stay unused: nothing may end after the limit."""
+        cap = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
+        by_time = self.seconds / max(cap, 1e-9) if self.args.max_wallclock_seconds else 0.0
+        return min(1.0, max(self.step / self.args.iterations, by_time))
+
+    def run(self, evaluator: Evaluator) -> None:
+        """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
+        args, runtime = self.args, self.runtime
+        loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
+        first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of the first non-finite loss
+        fences: deque = deque()
+        started = time.perf_counter() - self.seconds
+
+        def due(every: int) -> bool:
+            return every > 0 and self.step % every == 0
+        with contextlib.closing(loader.prefetch(runtime.device)) as batches:
+            while True:
+                now = time.perf_counter() - started
+                slowest = max(now - self.seconds, 0.99 * self.slowest)
+                self.seconds, self.slowest, stop = runtime.from_main([now, slowest, float(self.signal)])
+                if stop:
+                    raise Stopped(int(stop))
+                if (progress := self.progress()) >= 1.0:
+                    break
+                ids, weights, state = next(batches)
+                terms = self.train_step(ids, weights, progress)
+                self.step, self.loader_state = self.step + 1, state
+                first_bad = torch.where(terms["ce"].isfinite(), first_bad, first_bad.clamp(max=self.step))
+                if runtime.device.type == "cuda":  # the CPU runs two steps ahead at most: an honest clock
+                    fences.append(torch.cuda.current_stream().record_event())
+                    if len(fences) > 2:
+                        fences.popleft().synchronize()
+                shown = self.step <= 10 or self.step == args.iterations or due(args.train_log_every)
+                if shown or due(args.checkpoint_every):
+                    self.refuse_non_finite(first_bad)
+                if shown:
+                    self.log_step(terms, time.perf_counter() - started, progress)
+                if due(args.grad_report_every) and runtime.main:
+                    self.grad_report(ids[0], weights[0])
+                if due(args.checkpoint_every):
+                    self.seconds = time.perf_counter() - started
+                    self.save("last")
+                if due(args.val_loss_every) and self.step < args.iterations:  # the end has its own
+                    self.seconds = time.perf_counter() - started
+                    self.validate(evaluator)
+                    started = time.perf_counter() - self.seconds
+        self.model.looping, _ = self.mode(1.0)  # as the artifact runs, whatever the last step was
+        self.refuse_non_finite(first_bad)  # waits for the device
+        self.seconds, = runtime.from_main([time.perf_counter() - started])
+        runtime.clocks["training"] = self.seconds
+
+    def refuse_non_finite(self, first_bad: Tensor) -> None:
+        step = int(self.runtime.all_reduce(first_bad.clone(), dist.ReduceOp.MIN))
+        if step <= self.step:
+            raise self.not_finite(step, "the loss")
+
+    def not_finite(self, step: int, what: str) -> UserError:
+        last = run_folder(self.args) / "last.safetensors"
+        good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
+        return UserError(f"step {step}: {what} is not finite; {good}")
+
+    def timing(self, seconds: float) -> str:
+        return f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(self.step, 1):.2f}ms"
+
+    def log_step(self, terms: dict[str, Tensor], seconds: float, progress: float) -> None:
+        names = sorted(terms)
+        sums = self.runtime.all_reduce(torch.stack([terms[name].float() for name in names])).tolist()
+        means = {name: total / (self.plan.rows // self.plan.group) for name, total in zip(names, sums)}
+        loss = means.pop("ce") / (self.plan.group * self.args.train_seq_len)
+        extra = self.model.aux.report(means) if self.model.aux is not None else {}
+        self.log(f"step:{self.step}/{self.args.iterations} train_loss:{loss:.4f} {self.timing(seconds)}"
+                 + "".join(f" {name}:{value:.5f}" for name, value in extra.items()))
+        self.log.metrics(step=self.step, train_loss=loss, train_seconds=seconds, progress=progress,
+                         rate=rate_at(progress, self.args), **extra)
+
+    def validate(self, evaluator: Evaluator) -> None:
+        """Scores the raw weights; the best so far are kept in `best.safetensors`."""
+        with self.runtime.clock("validation"):
+            result = evaluator.run("raw", self.model, self.args.eval_seq_len, self.args.eval_seq_len)
+        self.log_validation(result)
+        if result["val_bpb"] < self.best:
+            self.best = result["val_bpb"]
+            self.save("best")
+
+    def log_validation(self, result: dict) -> None:
+        self.log(f"step:{self.step}/{self.args.iterations} val_loss:{result['val_loss']:.4f} "
+                 f"val_bpb:{result['val_bpb']:.4f} {self.timing(self.seconds)}")
+        self.log.metrics(step=self.step, val_loss=result["val_loss"], val_bpb=result["val_bpb"])
+
+    def grad_report(self, ids: Tensor, weights: Tensor) -> None:
+        """Logs the gradient norm that each loss term, at weight 1, sends into each module (a micro-batch)."""
+        aux = self.model.aux
+        sums = self.model.losses(ids, weights, aux is not None)
+        sums["ce"] = sums["ce"] / self.args.train_seq_len
+        names, params = zip(*self.model.named_parameters())
+        for term, value in ((term, value) for term, value in sums.items() if value.requires_grad):
+            squares: dict[str, float] = {}
+            grads = torch.autograd.grad(value / len(ids), params, retain_graph=True, materialize_grads=True)
+            for name, grad in zip(names, grads):
+                parts = [part for part in name.split(".") if not part.isdigit()]
+                module = ".".join(parts[:2] if parts[0] in ("blocks", "aux") else parts[:1])
+                squares[module] = squares.get(module, 0.0) + float(grad.square().sum())
+            self.log(f"grad_report step:{self.step} {term} "
+                     + " ".join(f"{module}:{square ** 0.5:.3e}" for module, square in squares.items()))
+
+    CHECKPOINTED = ("step", "seconds", "best", "loader_state", "loss_scale", "good_steps")
+
+    def save(self, name: str) -> None:
+        """Weights, average, optimizers, RNG, loader position and clock: one safetensors file, atomically."""
+        tensors = {f"model.{key}": p for key, p in self.model.named_parameters()}
+        if self.ema is not None:
+            tensors |= {key.replace("model", "ema", 1): p for key, p in zip(tensors, self.ema.average)}
+        tensors |= {**self.optimizers.state(), "rng.cpu": torch.get_rng_state()}
+        if self.runtime.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.runtime.device)
+        for key, value in tensors.items():  # a loss is that of the weights before its step: look at these too
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise self.not_finite(self.step, key)
+        if self.runtime.main:
+            meta = {key: getattr(self, key) for key in self.CHECKPOINTED} | {"config": self.args.shipped()}
+            tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+                       for key, value in tensors.items()}
+            blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
+            write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
+
+    def restore(self, path: Path) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                meta = json.loads((file.metadata() or {})["golf"])
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"RESUME={path}: not a checkpoint of this script ({error})") from None
+        for key, value in self.args.shipped().items():
+            if meta["config"].get(key) != value:
+                raise UserError(f"RESUME={path}: made with {key}={meta['config'].get(key)}, not {value}")
+        if self.ema is not None and not any(key.startswith("ema.") for key in state):
+            raise UserError(f"RESUME={path}: made with EMA_ENABLED=0, this run has 1")
+        with torch.no_grad():
+            for i, (key, p) in enumerate(self.model.named_parameters()):
+                p.copy_(state[f"model.{key}"])
+                if self.ema is not None:
+                    self.ema.average[i].copy_(state[f"ema.{key}"])
+        self.optimizers.load_state(state)
+        torch.set_rng_state(state["rng.cpu"])
+        if "rng.cuda" in state and self.runtime.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng.cuda"], self.runtime.device)
+        for key in self.CHECKPOINTED:
+            setattr(self, key, meta[key])
+        self.log(f"resume:{path} step:{self.step} train_time:{1e3 * self.seconds:.0f}ms")
+
+
+def run_folder(args: Hyperparameters) -> Path:
+    return Path(args.runs_path) / args.run_id
+
+
+def git_commit() -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent, timeout=10,
+                              capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
+
+
+def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
+    """Source, versions, settings and data: the log alone says what ran."""
+    log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
+    versions = f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__}"
+    warnings = [f"warning: {warning}" for warning in args.warnings]
+    for line in [*warnings, f"{versions} commit:{git_commit()}", *runtime.notes]:
+        log(line)
+    log("settings " + json.dumps(args.settings()), console=False)
+    log("data " + json.dumps(fingerprint))
+
+
+def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, evaluator: Evaluator) -> dict:
+    """Training, the scores of raw and averaged weights, the artifact; returns what `metrics.json` says."""
+    trainer = Trainer(args, data, runtime, log)
+    params = sum(p.numel() for p in trainer.model.parameters())
+    log(f"model_params:{params} world_size:{runtime.world_size} micro_steps:{trainer.plan.micro_steps} "
+        f"micro_batch_rows:{trainer.plan.groups * trainer.plan.group} seed:{args.seed}")
+    plan, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
+    log(f"size_plan:{sum(plan.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
+        + " ".join(f"{kind}:{size}" for kind, size in plan.items()))
+    with runtime.clock("warm-up"):
+        trainer.warm_up()
+    evaluator.logits, evaluator.losses = trainer.logits, trainer.losses
+    last = run_folder(args) / "last.safetensors"
+    if args.resume and (args.resume != "auto" or last.exists()):
+        trainer.restore(last if args.resume == "auto" else Path(args.resume))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: setattr(trainer, "signal", received))
+    try:
+        trainer.run(evaluator)
+    except Stopped as stopped:
+        trainer.save("last")
+        log(f"stopped by {signal.Signals(stopped.args[0]).name} at step {trainer.step}; {last} is written, "
+            f"RUN_ID={args.run_id} RESUME=auto goes on from there")
+        raise
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    with runtime.clock("validation"):
+        trainer.log_validation(evaluator.report("final_raw", trainer.model))
+        trainer.save("final")
+    if trainer.ema is not None:
+        trainer.ema.apply()
+        with runtime.clock("validation"):
+            evaluator.report("final_ema", trainer.model)
+    with runtime.clock("calibration"):
+        hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
+    with runtime.clock("compression"):
+        tensors = {name: p.detach().cpu().numpy() for name, p in trainer.model.exported().items()}
+        artifact = run_folder(args) / "artifact.bin"
+        if runtime.main:
+            write_atomic(artifact, pack(tensors, args, hessians))
+        runtime.all_reduce(torch.zeros(1))  # the others wait for the file
+    shipped = sum(map(np.size, tensors.values()))
+    log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
+    return {"artifact": str(artifact), "params": params, "params_shipped": shipped, "steps": trainer.step,
+            "train_seconds": trainer.seconds, "ms_per_step": 1e3 * trainer.seconds / max(trainer.step, 1)}
+
+
+def score_artifact(path: str, args: Hyperparameters, runtime: Runtime, evaluator: Evaluator) -> None:
+    """Reloads the artifact into a new model and prints the final lines, non-overlapping and sliding."""
+    model = load(path, runtime.device, args, runtime.dtype, runtime.attention)
+    label = f"final_int{args.bits_by_class['mlp']}"
+    evaluator.report(f"{label}_roundtrip", model)
+    evaluator.report(f"{label}_sliding", model, args.eval_stride)
+    if args.ttt != "0":
+        evaluator.report(f"{label}_ttt" + "_off" * (not args.ttt_adapt), model, args.eval_stride, learn=True)
+
+
+def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluator, summary: dict) -> int:
+    """Checks the budgets, writes `metrics.json`, prints the closing block; returns the exit code."""
+    headline, code = list(evaluator.results)[-1], len(Path(__file__).read_bytes())
+    total = code + os.path.getsize(summary["artifact"])
+    seconds = {"train_seconds": 0.0, "eval_seconds": runtime.clocks["evaluation"]} | summary
+    limits = [("ARTIFACT_BUDGET_BYTES", args.artifact_budget_bytes, total),
+              ("MAX_WALLCLOCK_SECONDS", args.max_wallclock_seconds, seconds["train_seconds"]),
+              ("EVAL_BUDGET_SECONDS", args.eval_budget_seconds, seconds["eval_seconds"])]
+    broken = [f"{name}={limit} is broken: {value:.3f}" for name, limit, value in limits if 0 < limit < value]
+    metrics = {
+        "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline, "bytes_code": code,
+        "bytes_model": total - code, "bytes_total": total, **seconds, "peak_mem_mb": runtime.peak_memory_mb(),
+        "seed": args.seed, "script_sha256": sha256_file(Path(__file__)), "git_commit": git_commit(),
+        "device": runtime.device_name(), "world_size": runtime.world_size, "torch": torch.__version__,
+        "clocks": runtime.clocks, "broken_budgets": broken, "evals": evaluator.results,
+        "settings": args.settings()}
+    write_atomic(log.folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+    for key, value in metrics.items():
+        if not isinstance(value, (dict, list)):
+            log(f"{key}: {value}")
+    for line in broken:
+        log(f"budget: {line}")
+    return 3 if broken else 0
+
+
+def main() -> int:
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(Hyperparameters.help())
+        return 0
+    runtime = None
+    try:
+        if sys.argv[1:]:
+            raise UserError(f"{sys.argv[1]!r}: settings are environment variables, `--help` lists them")
+        args = Hyperparameters(os.environ)
+        if args.eval_only:
+            header, _ = unpack(read_file(args.artifact, "ARTIFACT"), args.artifact)
+            args = shipped_settings(header, args.artifact, os.environ)
+        runtime = Runtime(args)
+        started, = runtime.from_main([time.time()])
+        args.run_id = args.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{args.seed}", time.localtime(started))
+        data = Dataset(args, verify=runtime.main)
+        log = Log(run_folder(args) if runtime.main else None)
+        fingerprint = data.fingerprint()
+        log_header(log, args, runtime, fingerprint)
+        evaluator = Evaluator(args, data, runtime, log)
+        log(evaluator.describe(data.manifest))
+        summary = {"artifact": args.artifact, "dataset": fingerprint}
+        if not args.eval_only:
+            summary |= train(args, data, runtime, log, evaluator)
+        with runtime.clock("evaluation"):
+            score_artifact(summary["artifact"], args, runtime, evaluator)
+        return finish(args, runtime, log, evaluator, summary) if runtime.main else 0
+    except UserError as error:
+        if runtime is None or runtime.main:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        return 128 + stopped.args[0]
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
