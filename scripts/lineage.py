@@ -35,6 +35,7 @@ RULER = "# " + "-" * 77
 TRUNK_LINES, RECORD_LINES, MAIN_LINES, COLUMNS = 2600, 3000, 60, 110
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}
 LOADERS = {"spec_from_file_location", "SourceFileLoader", "run_path", "run_module"}
+TWIN = "train_gpt_mlx.py"  # of the script beside it, in another framework: no record, no parent to be held to
 STATUSES = ("identical", "same code", "changed", "added", "removed")
 
 
@@ -312,7 +313,8 @@ def stale(folder: Path) -> list[str]:
 
 
 def check(folder: Path, root: Path = ROOT) -> list[Finding]:
-    """The house's rules for one script: a record's folder, the trunk's (`root`), or the path of a script.
+    """The house's rules for one script: a record's folder, the trunk's (`root`), or the path of a script; a twin is
+    held to no parent and has no numbers.
 
     Returns findings `lineage/RULE` at `path:line` relative to `root`, a PASS where a rule holds. A frozen
     record is not compared with its parent, and what is dead in it is a warning; numbers of another text of
@@ -320,7 +322,7 @@ def check(folder: Path, root: Path = ROOT) -> list[Finding]:
     """
     path, root = (folder / "train_gpt.py" if folder.is_dir() else folder).resolve(), root.resolve()
     shown = path.relative_to(root) if path.is_relative_to(root) else path
-    trunk, found = path == root / "train_gpt.py", []
+    trunk, found = path == root / "train_gpt.py" or path.name == TWIN, []
 
     def verdict(rule: str, bad: Iterable[Place], good: str, level: str = "FAIL") -> None:
         places = [Finding(f"lineage/{rule}", level, text, f"{shown}:{line}") for line, text in sorted(bad)]
@@ -342,7 +344,7 @@ def check(folder: Path, root: Path = ROOT) -> list[Finding]:
         verdict("symbols", undeclared(old, script, declared), f"{count}, all the parent's or declared")
         verdict("unchanged", unchanged(old, script, declared), f"{len(declared)} declared, all changed")
     verdict("frame", frame(script), "all rulers, in order")
-    for rule, bad, good in sizes(script, TRUNK_LINES if trunk else RECORD_LINES):
+    for rule, bad, good in sizes(script, TRUNK_LINES if path.parent == root else RECORD_LINES):
         verdict(rule, bad, good)
     verdict("environment", environment(script), "read in HYPERPARAMETERS alone")
     verdict("imports", repository_imports(script, root), "nothing of the repository")
@@ -622,7 +624,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         return tree(root, options.json)
     if options.command == "sync":
         return family.report(sync(options.symbols, options.since, options.dry_run, root), options.json)
-    scripts = [*map(find_script, options.records)] or [root / "train_gpt.py", *family.records(root)]
+    twins = sorted([*root.glob(TWIN), *root.glob(f"records/*/{TWIN}")])
+    scripts = [*map(find_script, options.records)] or [root / "train_gpt.py", *family.records(root), *twins]
     return family.report([finding for script in scripts for finding in check(script, root)], options.json)
 
 

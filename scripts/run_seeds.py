@@ -68,12 +68,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def without_places(run: Path, name: str) -> bytes:
-    """A file of a run, its folders named as if it had been started from the repository: a record tells no machine's paths."""
-    text = (run / name).read_bytes()
-    for place, word in ((run.parent.absolute(), "runs"), (Path.cwd(), "."), (ROOT, ".")):
-        text = text.replace(str(place).encode() + b"/", word.encode() + b"/").replace(f'"{place}"'.encode(), f'"{word}"'.encode())
-    return text
+def without_places(data: bytes, runs: Path) -> bytes:
+    """What runs below `runs` wrote, folders named as if they had been started from the repository: a record tells no machine's paths."""
+    for place, word in ((runs.absolute(), "runs"), (Path.cwd(), "."), (ROOT, ".")):
+        data = data.replace(str(place).encode() + b"/", word.encode() + b"/").replace(f'"{place}"'.encode(), f'"{word}"'.encode())
+    return data
 
 
 def sha256(path: Path) -> str:
@@ -456,7 +455,7 @@ def collect_seeds(jobs: list[Job], folder: Path) -> None:
             fresh.mkdir()
             for name in COLLECTED:
                 if (job.folder / name).exists():
-                    (fresh / name).write_bytes(without_places(job.folder, name))
+                    (fresh / name).write_bytes(without_places((job.folder / name).read_bytes(), job.folder.parent))
             if place.exists():
                 place.rename(Path(temporary) / "before")
             fresh.rename(place)

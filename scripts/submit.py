@@ -465,7 +465,7 @@ def corpus(folder: Path) -> Path:
 
 
 def smoke_settings(record: Record) -> dict[str, str]:
-    """The settings of the record's runs at a tiny size: what was off stays off."""
+    """The settings of the record's runs at a tiny size: what was off stays off; `audit` of submission.json has the last word."""
     from audit import SMALL
     from run_seeds import OWN, variables
     known = variables(record.folder / "train_gpt.py")
@@ -473,6 +473,7 @@ def smoke_settings(record: Record) -> dict[str, str]:
     off = {key for key, value in (known | found).items() if value.strip("'\"") in ("", "0", "False")}
     small = SMALL | {"ITERATIONS": 4, "WARMDOWN_ITERS": 2, "VOCAB_SIZE": 260, "TOKENIZER_PATH": ""}
     chosen = found | {key: str(value) for key, value in small.items() if key not in off}
+    chosen |= {key: str(value) for key, value in record.submission.get("audit", {}).items()}
     return {key: value for key, value in chosen.items() if key not in OWN and (not known or key in known)}
 
 

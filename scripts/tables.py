@@ -5,11 +5,11 @@
 
 A marker pair `<!-- table: KIND FOLDER [ARGUMENT] -->` ... `<!-- end -->` names what to build from the files below FOLDER:
 `headline` (a sentence), `seeds` (a row a seed), `ablation` (arms of a folder `ablations/<arm>/seed*.json` against the arm `base`, seeds paired),
-`bench` (what scripts/bench.py --json wrote), `classes` (bits by byte class), `sweep` (training loss of single runs, `sweep.json`),
+`bench` (what scripts/bench.py --json wrote, with --twin or without), `classes` (bits by byte class), `sweep` (training loss of single runs, `sweep.json`),
 `passes` (every scoring pass against the one before it that it adds to, seeds paired), `coders` and `curve` (what scripts/rate.py wrote), `proofs` (what codec.py prove
 --json wrote), `plan` (fit.py --check --json), `gain` (a mixture's gain by training steps), `rows` (any JSON file {"header": [...],
 "rows": [[...]], "note": "..."} that a tool wrote), `generation` (bench.json of GENERATE_BENCH), `gate` (gate.json of EVAL_GATE), `ranking` (what
-sweep.py --collect wrote of a named set) and `history` (validation during a run, from its metrics.jsonl).
+sweep.py --collect wrote of a named set), `history` (validation during a run, from its metrics.jsonl) and `audit` (what audit.py RECORD --json printed).
 
 `headline`, `seeds` and `passes` say in a line of their own where the seeds were measured with another script than the folder's: *stale*.
 Verdicts are those of scripts/stats.py. Exit code 2: a file or a number that a table needs is missing. The root README's table of records is
@@ -23,6 +23,7 @@ import json
 import math
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import stats
@@ -138,7 +139,8 @@ def seeds(folder: Path, _) -> str:
 PASSES = {
     "final_raw": ("raw weights", None), "final_ema": ("averaged weights (EMA)", "final_raw"),
     "final_int_roundtrip": ("int{}", "final_ema"), "final_int_sliding": ("int{} sliding", "final_int_roundtrip"),
-    "final_int_ttt": ("+ TTT", "final_int_sliding"), "final_int_sliding_mix": ("+ mixture", "final_int_sliding"),
+    "final_int_ttt": ("+ TTT", "final_int_sliding"), "final_int_sliding_tilt": ("+ tilt", "final_int_sliding"),
+    "final_int_sliding_mix": ("+ mixture", "final_int_sliding"),
     "final_int_ttt_mix": ("+ TTT and mixture", "final_int_sliding_mix"),
 }
 
@@ -366,10 +368,22 @@ def history(folder: Path, argument: str | None) -> str:
         ["nats a byte", *(f"{line['val_bpb'] * math.log(2):.4f}" for line in few)]])
 
 
+def audit(folder: Path, argument: str | None) -> str:
+    """What the auditor found: the counts of verdicts, then a row a finding; rules that found the same share one."""
+    found = read_json(folder / (argument or "audit.json"))
+    counts = Counter(finding["level"] for finding in found)
+    rules: dict[tuple[str, str], list[str]] = {}
+    for finding in found:
+        rules.setdefault((finding["level"], finding["text"]), []).append(finding["rule"])
+    return ", ".join(f"{counts[level]} {level}" for level in ("PASS", "WARN", "FAIL")) + ".\n\n" + markdown_table(
+        ["what was found", "rule", "verdict"], [[text.replace("|", "\\|"), ", ".join(named), level] for (level, text), named in rules.items()])
+
+
 KINDS = {
     "headline": sentence, "seeds": seeds, "ablation": ablation, "bench": bench, "classes": classes,
     "sweep": sweep, "passes": passes, "coders": coders, "curve": curve, "proofs": proofs, "plan": plan, "gain": gain,
     "rows": plain_rows, "generation": generation, "gate": gate, "ranking": ranking, "history": history,
+    "audit": audit,
 }
 
 
@@ -391,6 +405,8 @@ def rewrite(path: Path, root: Path = ROOT) -> str:
             return f"{start}Not measured yet.\n{end}"
         except KeyError as error:
             raise Misuse(f"{path}: table {kind} of {folder}: its files have no {error}") from None
+        except (TypeError, AttributeError, ValueError) as error:
+            raise Misuse(f"{path}: table {kind} of {folder}: its files are not what it is made of ({error})") from None
 
     return MARK.sub(replace, path.read_text())
 

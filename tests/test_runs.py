@@ -383,10 +383,8 @@ def test_seeds_are_collected_whole(go, place):
 def test_a_collected_run_tells_no_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "elsewhere" / "a"
-    run.mkdir(parents=True)
     told = {"artifact": f"{run}/artifact.bin", "RUNS_PATH": str(run.parent), "DATA_PATH": f"{tmp_path}/data/books", "name": "books"}
-    (run / "metrics.json").write_text(json.dumps(told))
-    found = json.loads(run_seeds.without_places(run, "metrics.json"))
+    found = json.loads(run_seeds.without_places(json.dumps(told).encode(), run.parent))
     assert found == {"artifact": "runs/a/artifact.bin", "RUNS_PATH": "runs", "DATA_PATH": "./data/books", "name": "books"}
 
 
@@ -466,7 +464,9 @@ def test_a_named_set_lies_beside_the_script_and_its_summary_too(place, capsys):
     (sets / "rates.json").write_text(json.dumps(CARDS))
     code, found, _ = swept(place, capsys, "--named", "rates", "--seeds", "1,3", "--collect", "A")
     summary = json.loads((sets / "rates.summary.json").read_text())
-    assert code == 0 and summary == {"sweep": "rates", **found}
+    assert code == 0 and str(place) not in json.dumps(summary)
+    found = json.loads(run_seeds.without_places(json.dumps(found).encode(), place / "runs"))
+    assert summary == {"sweep": "rates", **found}
     assert sorted(json.loads((place / "A" / "ablations" / "arms.json").read_text())) == ["base", "more", "odd", "plain"]
     table = tables.ranking(place / "A", "rates")
     best = found["ranked"][0]

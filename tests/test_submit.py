@@ -420,6 +420,13 @@ def test_a_pull_request_moves_nothing_hides_nothing_and_starts_with_lineage_on(c
     assert any("is HEAD the pull request's branch?" in each.text for each in failures(copy, "main"))
 
 
+def test_the_smoke_test_takes_what_the_submission_says_of_tiny_runs(copy):
+    plain = submit.smoke_settings(submit.Record(copy))
+    path = copy / "submission.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"audit": {"NUM_LAYERS": 7}}))
+    assert submit.smoke_settings(submit.Record(copy)) == plain | {"NUM_LAYERS": "7"} != plain
+
+
 def test_a_script_that_needs_the_repository_does_not_pass_the_smoke_test(copy):
     (copy / "helper.py").write_text("")  # beside it, and not counted
     replace("train_gpt.py", r"^import torch$", "import helper\nimport torch", 1)(copy)

@@ -3,10 +3,11 @@
 import hashlib
 import json
 
+import bench
 import pytest
 import stats
 import tables
-from family import Misuse
+from family import Finding, Misuse, report
 
 NAMES = ["final_raw", "final_ema", "final_int6_roundtrip", "final_int6_sliding"]
 KINDS = ["headline", "seeds", "passes"]
@@ -68,7 +69,7 @@ def test_a_table_without_its_files_is_refused(tmp_path, kind):
 def test_missing_files_numbers_and_kinds_are_named(record, tmp_path):
     folder = record()
     for kind, name in (("sweep", "sweep.json"), ("bench", "bench.json"), ("plan", "plan.json"),
-                       ("generation", "bench.json"), ("gate", "gate.json"), ("history", "metrics.jsonl"),
+                       ("generation", "bench.json"), ("gate", "gate.json"), ("history", "metrics.jsonl"), ("audit", "audit.json"),
                        ("ablation", "ablations/arms.json")):
         with pytest.raises(Misuse, match=f"{folder / name}: No such file"):
             tables.rewrite(readme(tmp_path, kind), tmp_path)
@@ -77,6 +78,9 @@ def test_missing_files_numbers_and_kinds_are_named(record, tmp_path):
             tables.rewrite(readme(tmp_path, kind), tmp_path)
     with pytest.raises(Misuse, match="table kind nonsense is not one of headline, "):
         tables.rewrite(readme(tmp_path, "nonsense"), tmp_path)
+    (folder / "audit.json").write_text('{"level": "PASS"}')
+    with pytest.raises(Misuse, match="table audit of records/2026-01-02_A: its files are not what it is made of"):
+        tables.rewrite(readme(tmp_path, "audit"), tmp_path)
     with pytest.raises(Misuse, match="the name of a set is needed"):
         tables.rewrite(readme(tmp_path, "ranking"), tmp_path)
     (folder / "metrics.jsonl").write_text('{"step": 1, "train_loss": 2.0}\n')
@@ -91,6 +95,30 @@ def test_missing_files_numbers_and_kinds_are_named(record, tmp_path):
     (folder / "ablations" / "arms.json").write_text('{"base": "", "gone": ""}')
     with pytest.raises(Misuse, match="arms.json names base, gone, the folders are base"):
         tables.rewrite(readme(tmp_path, "ablation"), tmp_path)
+
+
+def test_a_bench_of_twins_is_a_row_a_script_with_its_framework_and_the_load(record, tmp_path, monkeypatch, capsys):
+    same = {"parameters": 970_000, "tokens_per_second": 5000.0, "ratio": 0.5, "memory_mb": 200.4, "device": "cpu (x86_64)", "compile": False}
+    found = {
+        "train_gpt.py": {**same, "step_ms": 400.0, "flop_per_second": 2.3e10, "matmul_flop_per_second": 4.6e10, "torch": "2.13.0"},
+        "train_gpt_mlx.py": {**same, "step_ms": 4200.0, "flop_per_second": 2.26e9, "matmul_flop_per_second": 4.4e9, "mlx": "0.32.4"}}
+    path = record() / "twin.json"
+    monkeypatch.setattr(bench, "measure_apart", lambda options, name, overrides: found[name])
+    monkeypatch.setattr(bench.os, "getloadavg", lambda: (3.96, 0, 0))
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(bench.sys, "argv", ["bench.py", "--twin", "--json", str(path)])
+    assert bench.main() == 0
+    (tmp_path / "README.md").write_text(f"<!-- table: bench {path.parent.relative_to(tmp_path)} twin.json -->\n<!-- end -->\n")
+    text, shown = tables.rewrite(tmp_path / "README.md", tmp_path), capsys.readouterr().out
+    assert shown.strip() in text
+    assert "| `train_gpt.py` (torch 2.13.0) | 0.97 M | 400 | 5.0 k | 23 | 46 | 0.500 | 200 |" in text
+    assert "| `train_gpt_mlx.py` (mlx 0.32.4) | 0.97 M | 4200 | 5.0 k | 2.3 | 4.4 | 0.500 | 200 |" in text
+    assert "4 layers x 128, 2,048 bytes a step in rows of 512, fp32, compiled: no, cpu (x86_64), OMP_NUM_THREADS=1" in text
+    assert "load before the run 4.0 on 2 cores. The twin's step takes 10.5 times as long; its framework multiplies 10.5 times slower" in text
+    path.write_text(path.read_text().replace('"ratio"', '"renamed"'))
+    with pytest.raises(Misuse, match="its files have no 'ratio'"):
+        tables.rewrite(tmp_path / "README.md", tmp_path)
 
 
 def test_tables_take_the_evaluations_that_the_runs_have(record, tmp_path):
@@ -120,3 +148,16 @@ def test_a_draft_shows_what_has_been_measured(tmp_path):
         "seeds records/2026-01-02_A", "rows records/2026-01-02_A/measured", "gate records/2026-01-02_A/measured")))
     assert [text.splitlines()[1] for text in tables.rewrite(path, tmp_path).split("<!-- table")[1:]] == [
         "Not measured yet.", "| a |", "Not measured yet."]
+
+
+def test_what_the_auditor_printed_is_a_row_a_finding(tmp_path, capsys):
+    folder = tmp_path / "records" / "2026-01-02_A"
+    folder.mkdir(parents=True)
+    report([Finding("C1/P3", "PASS", "no target moves"), Finding("C2/P4", "FAIL", "|p| sums to 1.3", "target 5"),
+            Finding("C1/P5", "PASS", "no target moves")], as_json=True)
+    (folder / "audit.json").write_text(capsys.readouterr().out)
+    path = tmp_path / "README.md"
+    path.write_text("<!-- table: audit records/2026-01-02_A -->\n<!-- end -->\n")
+    assert tables.rewrite(path, tmp_path).splitlines()[1:-1] == [
+        "2 PASS, 0 WARN, 1 FAIL.", "", "| what was found | rule | verdict |", "| --- | ---: | ---: |",
+        "| no target moves | C1/P3, C1/P5 | PASS |", "| \\|p\\| sums to 1.3 | C2/P4 | FAIL |"]

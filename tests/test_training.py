@@ -99,7 +99,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
 
 
-def test_stop_and_resume_equals_one_run_bit_for_bit(run, corpus, tmp_path):
+def test_stop_and_resume_equals_one_run_bit_for_bit(run, cut, tmp_path):
     """SIGTERM somewhere in the middle, then RESUME=auto: every tensor of the final checkpoint is the same."""
     settings = {
         "ITERATIONS": 40, "WARMDOWN_ITERS": 20, "TRAIN_ORDER": "shuffled", "TRAIN_LOG_EVERY": 1,
@@ -107,20 +107,10 @@ def test_stop_and_resume_equals_one_run_bit_for_bit(run, corpus, tmp_path):
     }
     code, output, _ = run(**settings)
     assert code == 0, output
-    env = environment(DATA_PATH=corpus, RUNS_PATH=tmp_path / "runs", RUN_ID="cut", **settings)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_gpt.py")], env=env, stdout=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.startswith("step:10/40 train_loss"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    stopped = re.search(r"stopped by SIGTERM at step (\d+).*RUN_ID=cut RESUME=auto", rest)
-    assert stopped and 10 <= int(stopped[1]) < 40 and not (tmp_path / "runs/cut/artifact.bin").exists()
+    step = cut(ROOT / "train_gpt.py", signal.SIGTERM, "step:10/40 train_loss", **settings)
+    assert 10 <= step < 40
     code, output, _ = run(**settings, RUN_ID="cut", RESUME="auto")
-    assert code == 0 and f"step:{stopped[1]} train_time" in output, output
+    assert code == 0 and f"step:{step} train_time" in output, output
     assert same(
         weights(tmp_path / "runs/test/final.safetensors"), weights(tmp_path / "runs/cut/final.safetensors")
     )
