@@ -43,6 +43,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # later, its defaults would keep the group: threads that outlive Python abort
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -78,7 +79,7 @@ class Var:
     def parse(self, text: str):
         word, kind, words = text.strip(), type(self.default), {"0": 0, "1": 1, "false": 0, "true": 1}
         with contextlib.suppress(ValueError, KeyError):
-            value = bool(words[word.lower()]) if kind is bool else kind(word)
+            value = bool(words[word.lower()]) if kind is bool else kind(word if self.choices else text)
             low, high = (bound if bound is not None else value for bound in (self.low, self.high))
             finite = kind is str or math.isfinite(value)
             if finite and low <= value <= high and value in (self.choices or [value]):
@@ -673,6 +674,8 @@ class Dataset:
             raise UserError(f"DATA_PATH={self.path} holds no *{missing}*.bin; data/prepare.py makes them")
         self.vocab_size = args.vocab_size
         self.manifest = self._read_manifest()
+        if "caseops" in self.manifest:
+            raise UserError(f"DATA_PATH={self.path}: CaseOps ids, whose bytes only their sidecars know")
         self.train_shards = [open_shard(path, self.vocab_size, 1 << 20) for path in self.train_files]
         self.val = np.concatenate([open_shard(path, self.vocab_size) for path in self.val_files])
         if verify:
@@ -2547,11 +2550,9 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
         "clocks": runtime.clocks, "broken_budgets": broken, "evals": evaluator.results,
         "settings": args.settings()}
     write_atomic(log.folder / "metrics.json", json.dumps(metrics, indent=1).encode())
-    for key, value in metrics.items():
-        if not isinstance(value, (dict, list)):
-            log(f"{key}: {value}")
-    for line in broken:
-        log(f"budget: {line}")
+    shown = [f"{key}: {value}" for key, value in metrics.items() if not isinstance(value, (dict, list))]
+    for line in shown + [f"budget: {line}" for line in broken]:
+        log(line)
     return 3 if broken else 0
 
 

@@ -74,7 +74,7 @@ class Var:
     def parse(self, text: str):
         word, kind, words = text.strip(), type(self.default), {"0": 0, "1": 1, "false": 0, "true": 1}
         with contextlib.suppress(ValueError, KeyError):
-            value = bool(words[word.lower()]) if kind is bool else kind(word)
+            value = bool(words[word.lower()]) if kind is bool else kind(word if self.choices else text)
             low, high = (bound if bound is not None else value for bound in (self.low, self.high))
             finite = kind is str or math.isfinite(value)
             if finite and low <= value <= high and value in (self.choices or [value]):
@@ -602,6 +602,8 @@ class Dataset:
             raise UserError(f"DATA_PATH={self.path} holds no *{missing}*.bin; data/prepare.py makes them")
         self.vocab_size = args.vocab_size
         self.manifest = self._read_manifest()
+        if "caseops" in self.manifest:
+            raise UserError(f"DATA_PATH={self.path}: CaseOps ids, whose bytes only their sidecars know")
         self.train_shards = [self._open(path, 1 << 20) for path in self.train_files]
         self.val = np.concatenate([self._open(path) for path in self.val_files])
         if verify:
@@ -2691,11 +2693,9 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
         "clocks": runtime.clocks, "broken_budgets": broken, "evals": evaluator.results,
         "settings": args.settings()}
     write_atomic(log.folder / "metrics.json", json.dumps(metrics, indent=1).encode())
-    for key, value in metrics.items():
-        if not isinstance(value, (dict, list)):
-            log(f"{key}: {value}")
-    for line in broken:
-        log(f"budget: {line}")
+    shown = [f"{key}: {value}" for key, value in metrics.items() if not isinstance(value, (dict, list))]
+    for line in shown + [f"budget: {line}" for line in broken]:
+        log(line)
     return 3 if broken else 0
 
 
