@@ -57,6 +57,11 @@ def test_bad_value_names_variable_value_and_what_is_accepted(trunk, name, value)
     assert "accepted" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_text_keeps_its_spaces_and_a_choice_loses_them(trunk):
+    args = trunk.Hyperparameters({"GENERATE": " def ", "DTYPE": " fp32 ", "NUM_LAYERS": " 3 ", "TIE_EMBEDDINGS": " 1 "})
+    assert (args.generate, args.dtype, args.num_layers, args.tie_embeddings) == (" def ", "fp32", 3, True)
+
+
 BAD_PAIRS = [
     {"NUM_HEADS": "7"}, {"NUM_KV_HEADS": "3"}, {"ROPE_DIMS": "5"}, {"ROPE_DIMS": "128"},
     {"TRAIN_BATCH_TOKENS": "393217"}, {"EVAL_STRIDE": "8192"}, {"EVAL_STRIDE": "12"},

@@ -13,8 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, environment
+from family import records
 from safetensors.numpy import load_file
 
+# A frozen record keeps the script that it was measured with.
+FROZEN = [json.loads((folder / "submission.json").read_text()).get("frozen") for folder in records()]
+SCRIPTS = [ROOT / "train_gpt.py", *(folder / "train_gpt.py" for folder, frozen in zip(records(), FROZEN) if not frozen)]
 CLOSING = (
     "val_bpb", "headline", "evals", "bytes_code", "bytes_model", "bytes_total", "train_seconds",
     "eval_seconds", "steps", "ms_per_step", "params", "peak_mem_mb", "seed", "script_sha256", "git_commit",
@@ -152,6 +156,29 @@ def test_two_ranks_give_the_losses_of_one(run, chunk):
     for name, entry in first["evals"].items():
         assert entry["val_loss"] == pytest.approx(second["evals"][name]["val_loss"], abs=3e-4), name
         assert entry["targets"] == second["evals"][name]["targets"]
+
+
+LEAVING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from family import load_script
+import torch
+script = load_script(sys.argv[2])
+script.dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=0, world_size=1)
+group = script.dist.group.WORLD
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # the first optimizer imports what may take hold of a group
+script.dist.destroy_process_group()
+print(sys.getrefcount(group))
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.parent.name)
+def test_a_process_group_goes_when_it_is_destroyed(script, tmp_path):
+    """One that stays keeps its threads; a thread that drops a tensor while Python ends aborts a run that was good."""
+    call = [sys.executable, "-c", LEAVING, str(ROOT / "scripts"), str(script), str(tmp_path / "store")]
+    done = subprocess.run(call, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["2"], done.stdout + done.stderr  # `group` and the argument of getrefcount
+
 
 
 def test_three_ranks_with_a_batch_that_does_not_divide(run):
