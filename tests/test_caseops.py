@@ -307,10 +307,13 @@ def test_shards_and_sidecars_hold_the_documents(prepare, prepare_files, jsonl):
     assert names | {"manifest.json", "sp340-caseops.model"} == {path.name for path in out.iterdir()}
 
 
-def test_the_trunk_finds_ids_and_takes_no_sidecar_for_them(trunk, tiny, prepare, prepare_files, jsonl):
+def test_a_script_that_reads_no_sidecars_refuses_the_folder(trunk, tiny, prepare, prepare_files, jsonl):
     train, val = [text(i, 400) for i in range(9)], [text(100, 300)]
     out = prepare_files(jsonl("a.jsonl", train), jsonl("v.jsonl", val), "--variant", "sp320-caseops", "--overlap", "off")
     manifest = json.loads((out / "manifest.json").read_text())
+    with pytest.raises(trunk.UserError, match=f"DATA_PATH={out}: CaseOps ids"):
+        trunk.Dataset(tiny(DATA_PATH=out, VOCAB_SIZE=320), True)
+    (out / "manifest.json").unlink()  # without it nobody can know, but ids are not mixed up with their sidecars
     data = trunk.Dataset(tiny(DATA_PATH=out, VOCAB_SIZE=320), True)
     ((ids, _),) = parts_of(out, manifest, "val", prepare)
     assert np.array_equal(data.val, ids) and len(data.train_files) == 1

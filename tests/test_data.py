@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -529,11 +528,3 @@ def test_rows_longer_than_the_data_are_refused(trunk, tiny, corpus, data):
     with pytest.raises(trunk.UserError, match="TRAIN_SEQ_LEN=4194304 is longer than every training shard"):
         trunk.Loader(data(), args, trunk.BatchPlan.make(args, 1), 0)
     assert "VOCAB_SIZE" in str(pytest.raises(trunk.UserError, data, VOCAB_SIZE=300).value)
-
-
-def test_caseops_ids_are_refused_where_no_sidecar_is_read(trunk, tiny, corpus, tmp_path):
-    shutil.copytree(corpus, folder := tmp_path / "caseops")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "caseops": {"sidecar": ".bytes"}}))
-    with pytest.raises(trunk.UserError, match=f"DATA_PATH={folder}: CaseOps ids"):
-        trunk.Dataset(tiny(DATA_PATH=folder), True)
