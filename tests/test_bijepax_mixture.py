@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_stream_follows_score, environment
+from conftest import ROOT, TINY, assert_stream_follows_score, enlivened, environment
 from family import load_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -391,14 +391,8 @@ EXTRA = {name: "" for name in TINY if name not in HERE}
 
 @pytest.fixture(scope="module")
 def model(args):
-    found = section.GPT(section.Hyperparameters({**HERE, "MIX_ROWS": "10", "VOCAB_SIZE": str(args.vocab_size),
-                                                 "TOKENIZER_PATH": args.tokenizer_path}))
-    found.init_weights(0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in found.parameters():
-            p.add_(torch.randn(p.shape, generator=generator), alpha=0.15)
-    return found.eval()
+    mine = {**HERE, "MIX_ROWS": "10", "VOCAB_SIZE": str(args.vocab_size), "TOKENIZER_PATH": args.tokenizer_path}
+    return enlivened(section, section.Hyperparameters(mine)).eval()
 
 
 @pytest.mark.parametrize("changes", [{"mix": "binary"}, {"mix": "tilt"}, {"ppm_weight": 0}], ids=str)

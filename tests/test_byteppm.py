@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, assert_drafts_follow_score, environment
+from conftest import ROOT, TINY, assert_drafts_follow_score, enlivened, environment
 from family import load_script
 
 RECORD, = (ROOT / "records").glob("*_BytePPM")
@@ -280,14 +280,7 @@ LEARN = {"TTT": "sgd", "TTT_CHUNK_TOKENS": 256, "TTT_LR": 0.02, "TTT_BATCH_ROWS"
 
 @pytest.fixture(scope="module")
 def model():
-    import torch
-    found = section.GPT(section.Hyperparameters({**BYTES, "MIX_ROWS": "10"}))
-    found.init_weights(0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in found.parameters():
-            p.add_(torch.randn(p.shape, generator=generator), alpha=0.15)
-    return found.eval()
+    return enlivened(section, section.Hyperparameters({**BYTES, "MIX_ROWS": "10"})).eval()
 
 
 @pytest.mark.parametrize("settings", [{"mix": "binary"}, {"mix": "ppm"}, {"ppm_weight": 0.0}, {"ttt": "sgd"}], ids=str)
