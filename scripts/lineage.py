@@ -1,11 +1,18 @@
 """How scripts descend from each other: what differs, whether a record declares it, and fixes carried down.
 
-    python scripts/lineage.py diff . BytePPM     symbols, defaults, then the text of what changed
-    python scripts/lineage.py check              the trunk and all records; `check .` is the trunk alone
+    python scripts/lineage.py diff . BytePPM     symbols by idea, lines, defaults; `--text`: and what changed
+    python scripts/lineage.py check              the trunk and all records; `check .` is only the trunk
+    python scripts/lineage.py agree BytePPM      its declared symbols have taken their parent's fixes
+    python scripts/lineage.py density            how densely every script is written, a table
     python scripts/lineage.py sync --dry-run     where the parents' fixes would go
     python scripts/lineage.py tree               the family with its numbers
 
 Symbols and what makes one dead are those of scripts/symbols.py. Exit codes: 0 fine, 1 findings, 2 misuse.
+
+A record's declared symbol started as its parent's. `agreed.json` beside the record's script holds, for each
+one that the parent still has, a hash of the parent's code at the last `agree`. When the parent's code is
+another one, `check` names the symbol until the record takes the fix and agrees, or gives a reason, which
+stands under `answers` in `submission.json`.
 """
 
 from __future__ import annotations
@@ -25,17 +32,29 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import density
 import family
 from family import ROOT, Finding, Misuse, find_script, read_json
-from symbols import FUNCTION, Script, Symbol, dead
+from symbols import FUNCTION, Script, Symbol, dead, used_in_earlier_section, used_too_early
 
-TITLES = ("HYPERPARAMETERS", "RUNTIME", "DATA", "QUANTISER", "AUXILIARY OBJECTIVES", "MODEL", "OPTIMIZERS",
-          "ARTIFACT", "EVALUATION", "GENERATION", "TRAINING")
+TITLES = ("HYPERPARAMETERS", "RUNTIME", "ATTENTION", "DATA", "QUANTISER", "AUXILIARY OBJECTIVES",
+          "MODEL", "OPTIMIZERS", "ARTIFACT", "EVALUATION", "GENERATION", "TRAINING")
 RULER = "# " + "-" * 77
-TRUNK_LINES, RECORD_LINES, MAIN_LINES, COLUMNS = 2600, 3000, 60, 110
+# Budgets. One of lines can be met by longer lines, so the other ones hold bytes and density.
+TRUNK_LINES, RECORD_LINES, MAIN_LINES, COLUMNS = 3000, 3400, 60, 110
+TRUNK_BYTES, MEAN_COLUMN, SHARE_LONG = 150_000, 58, 0.03
+# What an earlier section than its own may use, and why.
+AHEAD = {
+    "pick_attention": "RUNTIME picks the kernel once, for all that follows",
+    "CastedLinear": "the auxiliary objectives are made of the model's layers",
+    "RMSNorm": "the same",
+    "rms_norm": "the same",
+    "Block": "the same",
+}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}
 LOADERS = {"spec_from_file_location", "SourceFileLoader", "run_path", "run_module"}
 TWIN = "train_gpt_mlx.py"  # of the script beside it, in another framework: no record, no parent to be held to
+AGREED = "agreed.json"  # beside a record's script: {declared symbol: fingerprint of its parent's code}
 STATUSES = ("identical", "same code", "changed", "added", "removed")
 
 
@@ -54,6 +73,14 @@ class Pair:
 
     def texts(self) -> list[list[str]]:
         return [symbol.text.splitlines() if symbol else [] for symbol in (self.a, self.b)]
+
+    def lines(self) -> tuple[int, int]:
+        """Lines that came and lines that went; one that changed is in both."""
+        matcher = difflib.SequenceMatcher(None, *self.texts(), autojunk=False)
+        blocks = [block for block in matcher.get_opcodes() if block[0] != "equal"]
+        added = sum(stop - start for *_, start, stop in blocks)
+        removed = sum(stop - start for _, start, stop, *_ in blocks)
+        return added, removed
 
     def likeness(self) -> float:
         """Share of the lines that both have, 0 to 1."""
@@ -108,26 +135,72 @@ def defaults(script: Script) -> dict[str, str]:
     return found
 
 
-def diff(a: Path, b: Path, stat: bool, as_json: bool) -> int:
+def ideas_between(a: Path, b: Path) -> dict[str, str]:
+    """{symbol: idea} where b is a record and a its parent; nothing for another pair."""
+    root = b.parent.parent.parent
+    if b.parent.parent.name != "records" or not (b.parent / "submission.json").is_file():
+        return {}
+    _, declared, parent = read_submission(b.parent, root)
+    return declared if parent and parent.resolve() == a.resolve() else {}
+
+
+def summary(found: list[Pair], ideas: dict[str, str]) -> list[str]:
+    """What differs, by idea or else by status: a line a symbol with its counts of lines, the total last."""
+    groups: dict[str, list[Pair]] = {}
+    for name in dict.fromkeys(ideas.values()):
+        groups[name] = []
+    for status in STATUSES[1:] if not ideas else ():
+        groups[status] = []
+    for pair in found:
+        if pair.status != "identical":
+            other = "no idea" if ideas else pair.status
+            groups.setdefault(ideas.get(pair.name, other), []).append(pair)
+
+    shown = [f"identical: {sum(pair.status == 'identical' for pair in found)}"]
+    total = [0, 0]
+    for title, members in groups.items():
+        # `A, B = 1, 2` is two names and one text.
+        texts = {(id(pair.a), id(pair.b)): pair for pair in members}
+        rows, count = [], [0, 0]
+        for pair in texts.values():
+            added, removed = pair.lines()
+            count = [count[0] + added, count[1] + removed]
+            note = f"  {pair.status}" if ideas else ""
+            note += f"  {pair.likeness():.0%} of its lines" if pair.status == "changed" else ""
+            rows.append(f"  {(pair.b or pair.a).key}  +{added} -{removed}{note}")
+
+        title += ", other text" if title == "same code" else ""
+        shown += [f"{title}: {len(members)}, +{count[0]} -{count[1]}", *rows]
+        total = [total[0] + count[0], total[1] + count[1]]
+
+    return [*shown, f"{sum(total)} lines differ (+{total[0]} -{total[1]})"]
+
+
+def diff(a: Path, b: Path, text: bool, as_json: bool) -> int:
+    """Prints what became of every symbol of a in b; with `text` the changes themselves too."""
     scripts = Script.read(a), Script.read(b)
     found, (old, new) = pairs(*scripts), map(defaults, scripts)
+    ideas = ideas_between(a, b)
     settings = [{"variable": name, "a": old.get(name, ""), "b": new.get(name, "")} for name in {**old, **new}
                 if old.get(name) != new.get(name)]
-    different = [pair for pair in found if pair.status != "identical" and not stat]
-    texts = {pair.name: list(difflib.unified_diff(
-        *pair.texts(), f"a {pair.name}", f"b {pair.name}", lineterm="")) for pair in different}
+    texts = {}
+    for pair in found if text else ():
+        if pair.status != "identical":
+            lines = difflib.unified_diff(*pair.texts(), f"a {pair.name}", f"b {pair.name}", lineterm="")
+            texts[pair.name] = list(lines)
+
     if as_json:
-        symbols = [{"name": pair.name, "status": pair.status, "likeness": round(pair.likeness(), 3),
-                    "dead": pair.dead, "lines": [symbol and symbol.first for symbol in (pair.a, pair.b)],
+        symbols = [{"name": pair.name, "status": pair.status, "idea": ideas.get(pair.name),
+                    "likeness": round(pair.likeness(), 3), "dead": pair.dead,
+                    "added": pair.lines()[0], "removed": pair.lines()[1],
+                    "lines": [symbol and symbol.first for symbol in (pair.a, pair.b)],
                     "diff": texts.get(pair.name, [])} for pair in found]
         print(json.dumps({"a": str(a), "b": str(b), "symbols": symbols, "defaults": settings}, indent=1))
         return family.FINE
+
+    *groups, total = summary(found, ideas)
     print(f"a  {a}\nb  {b}\n")
-    for status in STATUSES:
-        those = [pair for pair in found if pair.status == status]
-        print(f"{status + ', other text' * (status == 'same code')}: {len(those)}")
-        for pair in those if status != "identical" else ():
-            print(f"  {pair.name}" + f"  {pair.likeness():.0%} of its lines" * (status == "changed"))
+    print("\n".join(groups))
     for side in (0, 1):
         if names := [pair.name for pair in found if pair.dead[side]]:
             print(f"dead in {'ab'[side]}, unreachable from main: {len(names)}\n  " + "\n  ".join(names))
@@ -136,6 +209,7 @@ def diff(a: Path, b: Path, stat: bool, as_json: bool) -> int:
         print("\n" + family.markdown_table(header, [list(row.values()) for row in settings]))
     for lines in texts.values():
         print("\n" + "\n".join(lines))
+    print(f"\n{total}")
     return family.FINE
 
 
@@ -167,6 +241,70 @@ def read_submission(folder: Path, root: Path) -> tuple[dict, dict[str, str], Pat
     if not parent.is_file() or parent.resolve().parent == folder.resolve():
         raise Misuse(f"{path}: parent {name!r} is no script of another folder")
     return submission, names, parent
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a record has followed its parent inside the symbols that it declares.
+
+    agreed: {symbol: fingerprint of the parent's code when both last agreed}, from AGREED.
+    answers: {symbol: (fingerprint of the parent's code, reason for not taking it)}, from submission.json.
+    """
+
+    agreed: dict[str, str]
+    answers: dict[str, tuple[str, str]]
+    declared: tuple[str, ...]
+
+    @classmethod
+    def read(cls, folder: Path, submission: dict, declared: Iterable[str]) -> Agreement:
+        """Raises Misuse where a file holds something else."""
+        path, answers = folder / AGREED, {}
+        agreed = read_json(path) if path.exists() else {}
+        if not isinstance(agreed, dict) or not all(isinstance(value, str) for value in agreed.values()):
+            raise Misuse(f"{path}: an object {{symbol: hash}} is needed; `lineage.py agree` writes it")
+
+        said = submission.get("answers", {})
+        for name, entry in said.items() if isinstance(said, dict) else [("answers", None)]:
+            entry = entry if isinstance(entry, dict) else {}
+            parent, reason = entry.get("parent"), entry.get("reason")
+            if not isinstance(parent, str) or not isinstance(reason, str) or not reason:
+                text = f'{name!r} needs {{"parent": a hash, "reason": a text}}; `lineage.py agree` writes it'
+                raise Misuse(f"{folder / 'submission.json'}: answers: {text}")
+            answers[name] = parent, reason
+        return cls(agreed, answers, tuple(declared))
+
+    def shared(self, parent: Script, child: Script) -> list[str]:
+        """Declared symbols that both scripts have: the others are new in the record, or gone from one."""
+        return [name for name in self.declared
+                if name in parent.by_name and name in child.by_name and parent.by_name[name].nodes]
+
+    def open(self, parent: Script, child: Script) -> list[str]:
+        """Symbols whose parent's code the record has neither agreed to, nor taken, nor answered."""
+        found = []
+        for name in self.shared(parent, child):
+            now = parent.by_name[name].fingerprint()
+            taken = now == child.by_name[name].fingerprint()
+            answered = self.answers.get(name, ("", ""))[0] == now
+            if not taken and not answered and self.agreed.get(name) != now:
+                found.append(name)
+        return found
+
+
+def drift(parent: Script, child: Script, agreement: Agreement) -> Iterator[Place]:
+    """Fixes of the parent inside declared symbols that the record has neither taken nor answered."""
+    folder = child.path.parent.name
+    new = []
+    for name in agreement.open(parent, child):
+        if name in agreement.agreed:
+            text = f"the parent's {name} has changed since this record agreed with it"
+            how = f"`lineage.py agree {folder} --dry-run` shows the change"
+            yield child.by_name[name].first, f"{text}; {how}, `lineage.py diff --text` both texts"
+        else:
+            new.append(name)
+    if new:
+        names = ", ".join(new[:3]) + ", ..." * (len(new) > 3)
+        text = f"{len(new)} declared symbols have never been agreed with the parent's: {names}"
+        yield 1, f"{text}; `lineage.py agree {folder}` when they hold all of its fixes"
 
 
 def moved(old: list[str], new: list[str]) -> list[str]:
@@ -228,20 +366,44 @@ def frame(script: Script) -> Iterator[Place]:
             yield symbol.first, f"{title} is empty and does not say why"
 
 
-def sizes(script: Script, allowed: int) -> Iterator[tuple[str, list[Place], str]]:
-    """(rule, what breaks it, what to say if nothing does) of each budget."""
-    count = len(script.lines)
+def sizes(script: Script, is_record: bool) -> Iterator[tuple[str, list[Place], str]]:
+    """(rule, what breaks it, what to say if nothing does) of each budget.
+
+    A cap on lines alone is met by cramming: bytes and the figures of scripts/density.py are capped with it.
+    """
+    found = density.measure(script)
+    count, allowed = found.lines, RECORD_LINES if is_record else TRUNK_LINES
     bad = [(count, f"{count} lines, {allowed} are allowed")] * (count > allowed)
     yield "lines", bad, f"{count} of {allowed} lines"
+    if not is_record:
+        bad = [(count, f"{found.size:,} bytes, {TRUNK_BYTES:,} are allowed")] * (found.size > TRUNK_BYTES)
+        yield "bytes", bad, f"{found.size:,} of {TRUNK_BYTES:,} bytes"
+
     widths = [len(line.rstrip()) for line in script.lines]
     bad = [(i, f"{width} columns, {COLUMNS} are allowed") for i, width in enumerate(widths, 1)
            if width > COLUMNS]
     yield "columns", bad, f"{max(widths, default=0)} of {COLUMNS} columns"
+    said = f"lines have {found.mean_column:.2f} columns on average, {MEAN_COLUMN} are allowed"
+    yield "mean", [(1, said)] * (found.mean_column > MEAN_COLUMN), said
+    said = f"{found.share_long:.2%} of the lines have over {density.LONG_LINE} columns, {SHARE_LONG:.0%} may"
+    yield "long", [(1, said)] * (found.share_long > SHARE_LONG), said
+    needed = "no paragraph: it needs a blank line or a comment line inside"
+    bad = [(shape.line, f"{shape.name} has {shape.lines} lines and {needed}")
+           for shape in found.without_paragraphs()]
+    yield "paragraphs", bad, f"in every function of {density.LONG_FUNCTION} lines or more"
+
     main = [(node.lineno, node.end_lineno - node.lineno + 1) for node in script.tree.body
             if isinstance(node, FUNCTION) and node.name == "main"]
     bad = [(line, f"main has {count} lines, {MAIN_LINES} are allowed") for line, count in main
            if count > MAIN_LINES]
     yield "main", bad or [(1, "no main")] * (not main), f"at most {MAIN_LINES} lines"
+
+
+def ahead(script: Script) -> Iterator[Place]:
+    """Functions and classes that a reader meets before their section; AHEAD lists those that may be."""
+    for name, (symbol, here, there) in used_in_earlier_section(script).items():
+        if name not in AHEAD:
+            yield symbol.first, f"{symbol.key} in {here} uses {name}, which {there} defines further down"
 
 
 def environment(script: Script) -> Iterator[Place]:
@@ -313,12 +475,13 @@ def stale(folder: Path) -> list[str]:
 
 
 def check(folder: Path, root: Path = ROOT) -> list[Finding]:
-    """The house's rules for one script: a record's folder, the trunk's (`root`), or the path of a script; a twin is
-    held to no parent and has no numbers.
+    """The house's rules for one script: a record's folder, the trunk's (`root`), or the path of a script.
+
+    A twin is held to no parent and has no numbers.
 
     Returns findings `lineage/RULE` at `path:line` relative to `root`, a PASS where a rule holds. A frozen
-    record is not compared with its parent, and what is dead in it is a warning; numbers of another text of
-    its script are a failure, elsewhere a warning.
+    record is not compared with its parent; what is wrong with its frame, its size or its layout and what is
+    dead in it are warnings; numbers of another text of its script are a failure, elsewhere a warning.
     """
     path, root = (folder / "train_gpt.py" if folder.is_dir() else folder).resolve(), root.resolve()
     shown = path.relative_to(root) if path.is_relative_to(root) else path
@@ -332,6 +495,7 @@ def check(folder: Path, root: Path = ROOT) -> list[Finding]:
         script, submission, parent = Script.read(path), {}, None
         if not trunk:
             submission, declared, parent = read_submission(path.parent, root)
+            agreement = Agreement.read(path.parent, submission, declared)
             seeds, others = runs(path.parent), stale(path.parent)
         old = Script.read(parent) if parent else None
     except Misuse as error:
@@ -343,9 +507,17 @@ def check(folder: Path, root: Path = ROOT) -> list[Finding]:
         count = len(script.by_name)
         verdict("symbols", undeclared(old, script, declared), f"{count}, all the parent's or declared")
         verdict("unchanged", unchanged(old, script, declared), f"{len(declared)} declared, all changed")
-    verdict("frame", frame(script), "all rulers, in order")
-    for rule, bad, good in sizes(script, TRUNK_LINES if path.parent == root else RECORD_LINES):
-        verdict(rule, bad, good)
+        verdict("drift", drift(old, script, agreement), "the parent's fixes are taken or answered")
+    softer = "WARN" if frozen else "FAIL"  # the house's rules have moved on from a frozen record
+    verdict("frame", frame(script), "all rulers, in order", softer)
+    for rule, bad, good in sizes(script, path.parent != root):
+        verdict(rule, bad, good, softer)
+    early = [(line, f"{name} is used here and defined in line {later}")
+             for line, name, later in used_too_early(script)]
+    if early or not (late := [*ahead(script)]):
+        verdict("order", early, "nothing is used before it is defined")
+    else:
+        verdict("order", late, "", "WARN")
     verdict("environment", environment(script), "read in HYPERPARAMETERS alone")
     verdict("imports", repository_imports(script, root), "nothing of the repository")
     dying: dict[bool, list[Place]] = {True: [], False: []}
@@ -496,7 +668,8 @@ def carry(parent: Script, past: list[Script], child: Script, declared: Iterable[
         elif any(member.owner == key and member.key in own for member in child.symbols):
             note("conflict", key, "gone from the parent, but the record adds to it; left alone", "FAIL")
         elif any(name in parent.by_name and parent.by_name[name].key in own for name in symbol.names):
-            note("conflict", key, "the parent has it together with a symbol of the record; left alone", "FAIL")
+            text = "the parent has it together with a symbol of the record; left alone"
+            note("conflict", key, text, "FAIL")
         else:
             del result[key]
             note("removed", key, "gone from the parent")
@@ -581,13 +754,111 @@ def sync(symbols: Iterable[str] = (), since: str | None = None, dry_run: bool = 
     return [*found, Finding("lineage/sync", "PASS", text if changed else "nothing to write")]
 
 
+def change_of(name: str, before: str | None, parent: Script, past: Iterable[Script]) -> list[str]:
+    """Lines of the parent's change of a symbol since its code had the fingerprint `before`."""
+    for version in past:
+        symbol = version.by_name.get(name)
+        if symbol and symbol.fingerprint() == before:
+            texts = [owner.by_name[name].text.splitlines() for owner in (version, parent)]
+            return list(difflib.unified_diff(*texts, f"parent's {name} then", "now", lineterm=""))
+    return [f"{name}: no committed version of the parent is the one that was agreed with"]
+
+
+def agree(folder: Path, symbols: Iterable[str] = (), reason: str = "", dry_run: bool = False,
+          root: Path = ROOT) -> list[str]:
+    """Notes that a record's declared symbols hold all of their parent's fixes, as the parent is now.
+
+    symbols: names; none = all that are declared. With a reason those that are open are answered by it: the
+    record does without the parent's change. Returns the open symbols that are now settled.
+
+    Raises:
+        Misuse: no record with a parent, a frozen one, or a name that is not declared in both scripts.
+    """
+    place = folder / "submission.json"
+    if folder.resolve().parent.name != "records":
+        raise Misuse(f"{folder}: not a record: these are folders in records/")
+    submission, declared, above = read_submission(folder, root)
+    if above is None or submission.get("frozen"):
+        raise Misuse(f"{folder.name}: {'frozen' if above else 'no parent'}: there is nothing to agree with")
+    parent, child = Script.read(above), Script.read(folder / "train_gpt.py")
+    agreement = Agreement.read(folder, submission, declared)
+    shared = agreement.shared(parent, child)
+    wanted = [*symbols] or shared
+    if unknown := sorted({*wanted} - {*shared}):
+        raise Misuse(f"{', '.join(unknown)}: not declared by {folder.name}, or not in both scripts")
+
+    settled = [name for name in agreement.open(parent, child) if name in wanted]
+    now = {name: parent.by_name[name].fingerprint() for name in wanted}
+    agreed = {name: agreement.agreed[name] for name in shared if name in agreement.agreed}
+    answers = {name: entry for name, entry in submission.get("answers", {}).items() if name in shared}
+    if reason:
+        answers |= {name: {"parent": now[name], "reason": reason} for name in settled}
+    else:
+        agreed |= now
+        answers = {name: entry for name, entry in answers.items() if name not in wanted}
+    if dry_run:
+        return settled
+
+    texts = {folder / AGREED: {name: agreed[name] for name in shared if name in agreed}}
+    changed = {**submission, "answers": answers}
+    if not answers:
+        del changed["answers"]
+    if changed != submission:
+        texts[place] = changed
+    write_all({path: as_json(value) for path, value in texts.items()})
+    return settled
+
+
+def agree_first(parent: Path, folder: Path, declared: Iterable[str]) -> bool:
+    """Notes the parent's code of symbols that a record has just declared -> whether there was one.
+
+    Until then they had to be the parent's, so this is where the two begin to differ.
+    """
+    scripts = Script.read(parent), Script.read(folder / "train_gpt.py")
+    agreement = Agreement.read(folder, {}, declared)
+    new = {name: scripts[0].by_name[name].fingerprint() for name in agreement.shared(*scripts)
+           if name not in agreement.agreed}
+    if new:
+        write_all({folder / AGREED: as_json({**agreement.agreed, **new})})
+    return bool(new)
+
+
+def as_json(value: dict) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def report_agree(options: argparse.Namespace, root: Path) -> int:
+    """Runs `agree` and prints what it settled; a dry run prints the parent's changes too."""
+    folder, dry_run = find_script(options.record).parent, options.dry_run
+    before = read_json(folder / AGREED) if (folder / AGREED).exists() else {}
+    settled = agree(folder, options.symbols, options.reason, dry_run, root)
+    if options.json:
+        print(json.dumps({"record": folder.name, "settled": settled, "written": not dry_run}, indent=1))
+        return family.FINE
+
+    if dry_run and settled:
+        above = read_submission(folder, root)[2]
+        parent, past = Script.read(above), history(above.resolve(), root.resolve(), None)
+        for symbol in settled:
+            if symbol in before:
+                print("\n".join(change_of(symbol, before[symbol], parent, past)) + "\n")
+            else:
+                print(f"{symbol}: never agreed with the parent's\n")
+    done = "answered" if options.reason else "agreed"
+    print(f"{folder.name}: {len(settled)} open symbols {'would be' if dry_run else 'are'} {done}")
+    for name in settled:
+        print(f"  {name}")
+    return family.FINE
+
+
 def write_all(texts: dict[Path, str]) -> None:
     """All files under temporary names, then a rename each: an error on the way leaves the old ones."""
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
     try:
         for path, text in texts.items():
             temporary[path].write_bytes(text.encode())
-            shutil.copymode(path, temporary[path])
+            if path.exists():
+                shutil.copymode(path, temporary[path])
         for path in texts:
             os.replace(temporary[path], path)
     finally:
@@ -595,37 +866,69 @@ def write_all(texts: dict[Path, str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+def arguments() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
+
     part = commands.add_parser("diff", help="what became of every symbol", description=(
-        "Symbols of b by what became of those of a, dead ones, defaults, texts. Exit code 0, 2 for misuse."))
+        "Symbols of b by idea, where b is a record of a, else by what became of those of a; lines that differ, "
+        "dead symbols, defaults. A line that changed is one removed and one added. Exit code 0, 2 for misuse."))
     part.add_argument("a", help="a script, its folder, a record's name, or . for the trunk")
     part.add_argument("b", help="the same")
-    part.add_argument("--stat", action="store_true", help="without the texts")
+    part.add_argument("--text", action="store_true", help="with the text of what differs")
+
     part = commands.add_parser("check", help="the house's rules for scripts and their lineage", description=(
         "Is every difference declared, are frame and budgets kept. Exit code 1 if one FAILs, 2 for misuse."))
     part.add_argument("records", nargs="*", metavar="RECORD", help="script, folder or name (default: all)")
+
+    part = commands.add_parser("density", help="how densely scripts are written", description=(
+        "A table of lines, bytes, columns, tuple assignments and paragraphs; means and shares are over the "
+        "lines that are not blank. Exit code 0, 2 for misuse."))
+    part.add_argument("scripts", nargs="*", metavar="SCRIPT", help="any Python file (default: the family)")
+
+    part = commands.add_parser("agree", help="declared symbols hold their parent's fixes", description=(
+        "Notes in agreed.json that declared symbols hold all fixes of the parent as it is now; with --reason, "
+        "in submission.json, why those that are open do without. Exit code 0, 2 for misuse."))
+    part.add_argument("record", metavar="RECORD", help="its folder or name")
+    part.add_argument("symbols", nargs="*", metavar="SYMBOL", help="declared ones (default: all)")
+    part.add_argument("--reason", default="", metavar="TEXT", help="why the parent's change is not taken")
+    part.add_argument("--dry-run", action="store_true", help="show what the parent changed, write nothing")
+
     part = commands.add_parser("sync", help="carry parents' new texts to descendants", description=(
         "Carries fixes down the tree. Exit code 1 where a descendant has a text of its own that it does not "
         "declare, or where nothing can be written; 2 for misuse."))
     part.add_argument("symbols", nargs="*", metavar="SYMBOL", help="a class: its members too (default: all)")
     part.add_argument("--since", metavar="COMMIT", help="what is older does not count as the parent's text")
     part.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
+
     commands.add_parser("tree", help="the family with its numbers", description=(
         "Records below their parents: mean of the seeds, marks, the idea. Exit code 0, 2 for misuse."))
     for part in commands.choices.values():
         part.add_argument("--json", action="store_true", help="one JSON document instead of text")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    options = arguments().parse_args(argv)
     if options.command == "diff":
-        return diff(find_script(options.a), find_script(options.b), options.stat, options.json)
+        return diff(find_script(options.a), find_script(options.b), options.text, options.json)
     if options.command == "tree":
         return tree(root, options.json)
     if options.command == "sync":
         return family.report(sync(options.symbols, options.since, options.dry_run, root), options.json)
+    if options.command == "agree":
+        return report_agree(options, root)
+
     twins = sorted([*root.glob(TWIN), *root.glob(f"records/*/{TWIN}")])
-    scripts = [*map(find_script, options.records)] or [root / "train_gpt.py", *family.records(root), *twins]
+    scripts = [root / "train_gpt.py", *family.records(root), *twins]
+    if options.command == "density":
+        rows = density.rows(map(find_script, options.scripts or scripts), root)
+        table = family.markdown_table(list(density.HEADER), [density.cells(row) for row in rows])
+        print(json.dumps(rows, indent=1) if options.json else table)
+        return family.FINE
+
+    scripts = [*map(find_script, options.records)] or scripts
     return family.report([finding for script in scripts for finding in check(script, root)], options.json)
 
 

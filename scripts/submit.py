@@ -62,7 +62,7 @@ SMOKE_SECONDS = 300
 OF_THE_MACHINE = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 # The competition's limits, and what of submission.json is only of this repository.
 CONTEST = {"ARTIFACT_BUDGET_BYTES": 16_000_000, "MAX_WALLCLOCK_SECONDS": 600, "EVAL_BUDGET_SECONDS": 600}
-HOUSE_KEYS = ("parent", "changes", "frozen", "draft", "audit", "dataset")
+HOUSE_KEYS = ("parent", "changes", "answers", "frozen", "draft", "audit", "dataset")
 
 
 def sha256(data: bytes) -> str:
@@ -177,6 +177,11 @@ def ideas_of(record: Record) -> dict:
     return ideas
 
 
+def parent_script(record: Record) -> Path:
+    parent = record.root / record.submission["parent"]
+    return parent / "train_gpt.py" if parent.is_dir() else parent
+
+
 def unnamed(record: Record) -> list[str]:
     """Symbols that differ from the parent's and that no idea names.
 
@@ -189,10 +194,9 @@ def unnamed(record: Record) -> list[str]:
         return []
     if not isinstance(about["parent"], str):
         raise Misuse(f"{where}: parent is {about['parent']}: a path is needed")
-    parent, ideas = record.root / about["parent"], ideas_of(record)
-    parent = parent / "train_gpt.py" if parent.is_dir() else parent
+    ideas = ideas_of(record)
     named = {name for idea, entry in ideas.items() if idea != TODO for name in entry["symbols"]}
-    changed = lineage.changed_symbols(parent, record.folder / "train_gpt.py")
+    changed = lineage.changed_symbols(parent_script(record), record.folder / "train_gpt.py")
     return [name for name in changed if name not in named]
 
 
@@ -220,6 +224,13 @@ def fill(record: Record, force: bool = False) -> list[str]:
     changed = [name for name, text in texts.items() if (record.folder / name).read_bytes() != text]
     for name in changed:
         write_atomic(record.folder / name, texts[name])
+
+    import lineage
+    declared = [name for entry in changes.values() for name in entry["symbols"]]
+    if record.frozen or submission.get("parent") is None:
+        return changed
+    if lineage.agree_first(parent_script(record), record.folder, declared):
+        changed.append(lineage.AGREED)
     return changed
 
 

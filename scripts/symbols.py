@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
+import hashlib
 import io
 import re
 import symtable
@@ -49,7 +50,22 @@ class Symbol:
         for node in (part for whole in nodes for part in ast.walk(whole)):
             if isinstance(node, (*FUNCTION, ast.ClassDef)) and is_text(node.body[0]):
                 del node.body[0]
-        return [ast.dump(node) for node in nodes]
+        return list(map(plain, nodes))
+
+    def fingerprint(self) -> str:
+        """Twelve digits of the hash of its code, the same under every version of Python."""
+        return hashlib.sha256("\n".join(self.code()).encode()).hexdigest()[:12]
+
+
+def plain(node: object) -> str:
+    """A syntax tree as a text. Fields without content are left out: newer versions of Python have more."""
+    if isinstance(node, list):
+        return "[" + " ".join(map(plain, node)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+
+    fields = [f"{name}={plain(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
+    return f"{type(node).__name__}({' '.join(fields)})"
 
 
 def is_text(node: ast.AST) -> bool:
@@ -125,8 +141,10 @@ class Script:
         """Raises Misuse for a file that is missing, not UTF-8 or no Python."""
         try:
             data = path.read_bytes()
-            if (encoding := tokenize.detect_encoding(io.BytesIO(data).readline)[0]) not in ("utf-8", "utf-8-sig"):
-                raise Misuse(f"{path}: its source says coding {encoding}: another text to Python than to a reader")
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+            if encoding not in ("utf-8", "utf-8-sig"):
+                reason = "another text to Python than to a reader"
+                raise Misuse(f"{path}: its source says coding {encoding}: {reason}")
             return cls(data.decode(), path)
         except (OSError, UnicodeDecodeError, SyntaxError) as error:
             raise Misuse(f"{path}: {error}") from None
@@ -220,6 +238,78 @@ def uses(symbol: Symbol) -> tuple[set[str], set[str]]:
             if isinstance(word, str) and word.isidentifier() and not stored:
                 attributes.add(word)
     return names, attributes | (names if symbol.owner else set())  # a class's body reads fields as names
+
+
+def without_annotations(node: ast.AST) -> ast.AST:
+    """A copy in which no annotation names anything: they are for the reader, Python evaluates none."""
+    node = copy.deepcopy(node)
+    for part in ast.walk(node):
+        if isinstance(part, FUNCTION):
+            part.returns = None
+        elif isinstance(part, ast.arg):
+            part.annotation = None
+        elif isinstance(part, ast.AnnAssign):
+            part.annotation = ast.Constant(None)
+    return node
+
+
+def read_at_once(node: ast.AST) -> Iterator[ast.Name]:
+    """The names that Python looks up while it runs a statement: bodies of functions wait for a call."""
+    if isinstance(node, ast.Name):
+        if isinstance(node.ctx, ast.Load):
+            yield node
+        return
+
+    parts = list(ast.iter_child_nodes(node))
+    if isinstance(node, (*FUNCTION, ast.Lambda)):
+        defaults = [*node.args.defaults, *node.args.kw_defaults]
+        parts = [part for part in (*getattr(node, "decorator_list", ()), *defaults) if part]
+    own = set()  # names with a meaning inside that they do not have outside
+    if isinstance(node, ast.ClassDef):
+        own = {name for part in node.body for name in bound(part)}
+    elif isinstance(node, OWN_SCOPE):
+        names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+        own = {part.id for part in names if isinstance(part.ctx, ast.Store)}
+
+    for part in parts:
+        yield from (name for name in read_at_once(part) if name.id not in own)
+
+
+def used_too_early(script: Script) -> Iterator[tuple[int, str, int]]:
+    """(line, name, line of its definition) of names that the module reads before it gives them a meaning."""
+    defined: dict[str, tuple[int, int]] = {}
+    for i, node in enumerate(script.tree.body):
+        for name in bound(node):
+            defined.setdefault(name, (i, top(node)))
+
+    for i, node in enumerate(script.tree.body):
+        for name in read_at_once(without_annotations(node)):
+            index, line = defined.get(name.id, (-1, 0))
+            if index > i:
+                yield name.lineno, name.id, line
+
+
+def used_in_earlier_section(script: Script) -> dict[str, tuple[Symbol, str, str]]:
+    """{function or class: (symbol that uses it first, its section, the section of the definition)}.
+
+    Only where the definition stands in a later section than the first use; annotations are no use.
+    """
+    section, sections = "", {}
+    for symbol in script.symbols:
+        section = symbol.key if symbol.key.startswith("section ") else section
+        sections[symbol.key] = section.removeprefix("section ")
+    order = list(dict.fromkeys(sections.values()))
+    place = {name: sections[symbol.key] for symbol in script.symbols for name in symbol.names
+             if symbol.nodes and not symbol.owner and isinstance(symbol.nodes[0], (*FUNCTION, ast.ClassDef))}
+
+    found = {}
+    for symbol in script.symbols:
+        bare = Symbol(symbol.names, symbol.first, symbol.owner, [*map(without_annotations, symbol.nodes)])
+        here = sections[symbol.key]
+        for name in sorted(uses(bare)[0] & {*place} - {*found}):
+            if order.index(place[name]) > order.index(here):
+                found[name] = symbol, here, place[name]
+    return found
 
 
 def dead(script: Script) -> dict[str, bool]:
