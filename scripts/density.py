@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from symbols import FUNCTION, Script, is_text
+from symbols import FUNCTION, Script, is_text, top
 
 LONG_LINE = 100  # columns; a few such lines are fine
 LONG_FUNCTION = 20  # lines from which on a function needs a paragraph
@@ -92,14 +92,14 @@ def measure(script: Script) -> Density:
     blank, comments = pauses(script)
 
     def shape(name: str, node: ast.AST) -> Shape:
-        end, body = node.end_lineno, node.body
-        start = body[0].lineno
-        if is_text(body[0]):
-            start = body[0].end_lineno + 1
-        # A blank line between the docstring and the first statement parts nothing.
-        first = next((part.lineno for part in body if not is_text(part)), end)
+        end = node.end_lineno
+        # A blank line between the docstring and the first statement parts nothing, a comment there does.
+        first = next((top(part) for part in node.body if not is_text(part)), end)
+        start = first
+        while start - 1 in blank | comments:
+            start -= 1
         has_blank = bool(blank & {*range(first, end)})
-        has_comment = bool(comments & {*range(min(start, first), end)})
+        has_comment = bool(comments & {*range(start, end)})
         return Shape(name, node.lineno, end - node.lineno + 1, has_blank, has_comment)
 
     widths = [len(line.rstrip()) for line in script.lines if line.strip()]
