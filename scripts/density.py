@@ -59,7 +59,8 @@ class Density:
         held = [shape for shape in self.functions if shape.lines >= LONG_FUNCTION]
         values = (self.lines, self.size, self.mean_column, self.share_long, self.tuple_assignments,
                   len(counted), sum(shape.blank for shape in counted),
-                  sum(shape.comment for shape in counted), len(held), sum(shape.has_paragraphs for shape in held))
+                  sum(shape.comment for shape in counted), len(held),
+                  sum(shape.has_paragraphs for shape in held))
         return dict(zip(HEADER[1:], values))
 
 

@@ -872,8 +872,9 @@ def arguments() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     part = commands.add_parser("diff", help="what became of every symbol", description=(
-        "Symbols of b by idea, where b is a record of a, else by what became of those of a; lines that differ, "
-        "dead symbols, defaults. A line that changed is one removed and one added. Exit code 0, 2 for misuse."))
+        "Symbols of b by idea, where b is a record of a, else by what became of those of a; lines that "
+        "differ, dead symbols, defaults. A line that changed is one removed and one added. Exit code 0, 2 "
+        "for misuse."))
     part.add_argument("a", help="a script, its folder, a record's name, or . for the trunk")
     part.add_argument("b", help="the same")
     part.add_argument("--text", action="store_true", help="with the text of what differs")
@@ -888,8 +889,8 @@ def arguments() -> argparse.ArgumentParser:
     part.add_argument("scripts", nargs="*", metavar="SCRIPT", help="any Python file (default: the family)")
 
     part = commands.add_parser("agree", help="declared symbols hold their parent's fixes", description=(
-        "Notes in agreed.json that declared symbols hold all fixes of the parent as it is now; with --reason, "
-        "in submission.json, why those that are open do without. Exit code 0, 2 for misuse."))
+        "Notes in agreed.json that declared symbols hold all fixes of the parent as it is now; with "
+        "--reason, in submission.json, why those that are open do without. Exit code 0, 2 for misuse."))
     part.add_argument("record", metavar="RECORD", help="its folder or name")
     part.add_argument("symbols", nargs="*", metavar="SYMBOL", help="declared ones (default: all)")
     part.add_argument("--reason", default="", metavar="TEXT", help="why the parent's change is not taken")

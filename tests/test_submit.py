@@ -121,7 +121,8 @@ def test_fill_writes_numbers_tables_and_symbols_without_an_idea(made):
     states = json.loads((made / "states.json").read_text())
     folder, filled = made / "records" / NAME, states["filled"]
     runs = [json.loads((folder / f"seed{seed}" / "metrics.json").read_text()) for seed in SEEDS]
-    assert sorted(states["changed"]) == ["README.md", "submission.json"]
+    assert sorted(states["changed"]) == ["README.md", "agreed.json", "submission.json"]
+    assert [*json.loads((folder / "agreed.json").read_text())] == ["Hyperparameters.train_log_every"]
     assert filled["val_bpb"] == pytest.approx(sum(run["val_bpb"] for run in runs) / 3, abs=1e-15)
     assert "draft" not in filled
     assert filled["bytes_total"] == max(run["bytes_total"] for run in runs) and filled["seeds"] == [*SEEDS]
