@@ -105,7 +105,7 @@ def compare(a: Path, b: Path) -> list[Pair]:
     """What became of every symbol from script a to script b (paths): in the order of b, then what is gone.
 
     Raises:
-        Misuse: one of them is missing or no Python.
+        Misuse: one of them is missing or does not parse.
     """
     return pairs(Script.read(a), Script.read(b))
 
@@ -224,8 +224,8 @@ def read_submission(folder: Path, root: Path) -> tuple[dict, dict[str, str], Pat
     Raises:
         Misuse: it is missing, an idea is not {"reason": text, "symbols": names}, or there is no such parent.
     """
-    path, names = folder / "submission.json", {}
-    submission = read_json(path)
+    path = folder / "submission.json"
+    submission, names = read_json(path), {}
     if not isinstance(submission, dict) or not isinstance(submission.get("changes", {}), dict):
         raise Misuse(f"{path}: an object with an object `changes` is needed")
     for idea, entry in submission.get("changes", {}).items():
@@ -233,13 +233,14 @@ def read_submission(folder: Path, root: Path) -> tuple[dict, dict[str, str], Pat
         if not isinstance(symbols, list) or not all(isinstance(name, str) for name in symbols):
             raise Misuse(f'{path}: changes: {idea!r} needs {{"reason": a text, "symbols": names}}')
         names |= dict.fromkeys(symbols, idea)
+
     if (name := submission.get("parent")) is None:
         return submission, names, None
     if not isinstance(name, str) or not re.fullmatch(r"train_gpt\.py|records/[^/]+(/train_gpt\.py)?", name):
         raise Misuse(f"{path}: parent {name!r}: null, train_gpt.py or records/NAME")
     parent = root / name / "train_gpt.py" if (root / name).is_dir() else root / name
     if not parent.is_file() or parent.resolve().parent == folder.resolve():
-        raise Misuse(f"{path}: parent {name!r} is no script of another folder")
+        raise Misuse(f"{path}: parent {name!r} is not a script of another folder")
     return submission, names, parent
 
 
@@ -369,7 +370,7 @@ def frame(script: Script) -> Iterator[Place]:
 def sizes(script: Script, is_record: bool) -> Iterator[tuple[str, list[Place], str]]:
     """(rule, what breaks it, what to say if nothing does) of each budget.
 
-    A cap on lines alone is met by cramming: bytes and the figures of scripts/density.py are capped with it.
+    A cap on only the lines is met by cramming: bytes and the figures of scripts/density.py are capped with it.
     """
     found = density.measure(script)
     count, allowed = found.lines, RECORD_LINES if is_record else TRUNK_LINES
@@ -441,7 +442,7 @@ def environment(script: Script) -> Iterator[Place]:
 
 
 def repository_imports(script: Script, root: Path) -> Iterator[Place]:
-    """Imports that a bare machine with the script alone could not follow."""
+    """Imports that a bare machine with only the script could not follow."""
     folders = (root, root / "scripts", root / "data", root / "tests", script.path.parent)
     own = {path.stem for folder in folders for path in folder.glob("*.py")}
     own |= {path.name for path in root.iterdir() if path.is_dir()} | {""}
@@ -518,7 +519,7 @@ def check(folder: Path, root: Path = ROOT) -> list[Finding]:
         verdict("order", early, "nothing is used before it is defined")
     else:
         verdict("order", late, "", "WARN")
-    verdict("environment", environment(script), "read in HYPERPARAMETERS alone")
+    verdict("environment", environment(script), "read only in HYPERPARAMETERS")
     verdict("imports", repository_imports(script, root), "nothing of the repository")
     dying: dict[bool, list[Place]] = {True: [], False: []}
     for name, certain in dead(script).items():
@@ -546,7 +547,7 @@ class Member:
 
 
 def members(root: Path = ROOT) -> list[Member]:
-    """All records, each behind its parent.
+    """All records, each after its parent.
 
     Raises:
         Misuse: a submission.json is missing or wrong, a parent is not there, or parents form a circle.
@@ -619,15 +620,15 @@ def history(path: Path, root: Path, since: str | None) -> list[Script]:
 
 
 def merge_order(parent: list[str], child: list[str]) -> list[str]:
-    """All keys in the parent's order; what only the child has stays behind what it stood behind."""
-    behind: dict[str, list[str]] = {}
+    """All keys in the parent's order; what only the child has stays after what it stood after."""
+    following: dict[str, list[str]] = {}
     for before, key in zip(["", *child], child):
         if key not in set(parent):
-            behind.setdefault(before, []).append(key)
+            following.setdefault(before, []).append(key)
     found, waiting = [], [*reversed(parent), ""]
     while waiting:
         found.append(waiting.pop())
-        waiting += reversed(behind.get(found[-1], []))
+        waiting += reversed(following.get(found[-1], []))
     return found[1:]
 
 
@@ -639,7 +640,7 @@ def carry(parent: Script, past: list[Script], child: Script, declared: Iterable[
     differs least: what that has and the child lacks, the record dropped; what is newer, it gets.
 
     Raises:
-        Misuse: the result would be no Python, or would fall into other symbols than planned.
+        Misuse: the result would not parse, or would fall into other symbols than planned.
     """
     free, done = {*declared, "docstring"}, []
     own = {symbol.key for script in (parent, child) for symbol in script.symbols if free & {*symbol.names}}
@@ -736,6 +737,7 @@ def sync(symbols: Iterable[str] = (), since: str | None = None, dry_run: bool = 
         past = history(member.parent, root, since)
         if parent.source != before.get(member.parent, parent.source):
             past.insert(0, Script(before[member.parent]))
+
         known |= {name for script in (now[path], parent, *past) for name in script.by_name}
         try:
             now[path], done = carry(parent, past, now[path], member.declared,
@@ -744,6 +746,7 @@ def sync(symbols: Iterable[str] = (), since: str | None = None, dry_run: bool = 
             text = f"{error}; nothing is written"
             return [*found, Finding("lineage/failed", "FAIL", text, str(path.relative_to(root)))]
         found += done
+
     if wanted - known:
         raise Misuse(f"{', '.join(sorted(wanted - known))}: no symbol of a parent or a descendant")
     changed = {path: script.source for path, script in now.items() if script.source != before[path]}

@@ -108,10 +108,10 @@ class Script:
     """Symbols in the order of the text: gaps, texts and `tail`, the blank lines at the end, are its source.
 
     `by_name` finds a symbol by any of its names, `by_key` by all of them with commas; `gaps` has the blank
-    lines between two keys, "" being the one before the first symbol and behind the last.
+    lines between two keys, "" being the one before the first symbol and after the last.
 
     Raises:
-        Misuse: the source is no Python.
+        Misuse: the source does not parse.
     """
 
     def __init__(self, source: str, path: Path | str = ""):
@@ -120,7 +120,8 @@ class Script:
         try:
             self.tree = ast.parse(source)
         except (SyntaxError, ValueError) as error:
-            raise Misuse(f"{path}: no Python: {error}") from None
+            raise Misuse(f"{path}: does not parse as Python: {error}") from None
+
         self.symbols: list[Symbol] = []
         end = 0  # last line of the statement before
         for symbol, last in self._statements():
@@ -138,7 +139,7 @@ class Script:
 
     @classmethod
     def read(cls, path: Path) -> Script:
-        """Raises Misuse for a file that is missing, not UTF-8 or no Python."""
+        """Raises Misuse for a file that is missing, not UTF-8 or does not parse."""
         try:
             data = path.read_bytes()
             encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
@@ -206,6 +207,7 @@ class Script:
                 last -= 1
             symbol.text, symbol.gap = "".join(self.lines[first:last]), gap
             gap = "".join(self.lines[last:stop])
+
         self.tail = gap
         self.keys = [symbol.key for symbol in self.symbols]
         self.by_key = dict(zip(self.keys, self.symbols))

@@ -236,7 +236,7 @@ def test_odd_layouts_keep_every_byte_and_every_name():
         assert joined(Script(other)) == other and Script(other).keys == script.keys
     for source in ("", "\n\n", "# alone\n", "x = 1", f"{RULER}\n# DATA\n{RULER}"):
         assert joined(Script(source)) == source
-    with pytest.raises(Misuse, match="no Python"):
+    with pytest.raises(Misuse, match="does not parse"):
         Script("def f(:\n")
 
 
@@ -774,7 +774,7 @@ def test_numbers_of_another_script_are_stale(family):
 
 
 @pytest.mark.parametrize("entry, text", [
-    ({"parent": "records/none"}, "no script"), ({"changes": {"idea": {"symbols": ["a"]}}}, "needs"),
+    ({"parent": "records/none"}, "not a script"), ({"changes": {"idea": {"symbols": ["a"]}}}, "needs"),
     ({"changes": {"idea": ["a"]}}, "needs"),
     ({"changes": {"idea": {"reason": "r", "symbols": [1]}}}, "needs")])
 def test_a_wrong_submission_is_a_finding(family, entry, text):
@@ -935,7 +935,7 @@ def test_nothing_is_written_if_one_result_is_no_python(family):
     family.edit(BODIES["GENERATION"].strip("\n") + "\n", "# None: B keeps a class without members.\n")
     before = family.text("A"), family.text("B")
     found = lineage.sync(root=family.root)
-    assert (found[-1].rule, found[-1].level) == ("lineage/failed", "FAIL") and "no Python" in found[-1].text
+    assert (found[-1].rule, found[-1].level) == ("lineage/failed", "FAIL") and "does not parse" in found[-1].text
     assert (family.text("A"), family.text("B")) == before
     assert lineage.main(["sync"], family.root) == 1
 
