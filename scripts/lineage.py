@@ -370,7 +370,7 @@ def frame(script: Script) -> Iterator[Place]:
 def sizes(script: Script, is_record: bool) -> Iterator[tuple[str, list[Place], str]]:
     """(rule, what breaks it, what to say if nothing does) of each budget.
 
-    A cap on only the lines is met by cramming: bytes and the figures of scripts/density.py are capped with it.
+    A cap on lines by itself is met by cramming, so bytes and the figures of density.py are capped too.
     """
     found = density.measure(script)
     count, allowed = found.lines, RECORD_LINES if is_record else TRUNK_LINES

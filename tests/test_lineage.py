@@ -935,7 +935,8 @@ def test_nothing_is_written_if_one_result_is_no_python(family):
     family.edit(BODIES["GENERATION"].strip("\n") + "\n", "# None: B keeps a class without members.\n")
     before = family.text("A"), family.text("B")
     found = lineage.sync(root=family.root)
-    assert (found[-1].rule, found[-1].level) == ("lineage/failed", "FAIL") and "does not parse" in found[-1].text
+    assert (found[-1].rule, found[-1].level) == ("lineage/failed", "FAIL")
+    assert "does not parse" in found[-1].text
     assert (family.text("A"), family.text("B")) == before
     assert lineage.main(["sync"], family.root) == 1
 
