@@ -29,7 +29,7 @@ are ranked, the mean over seeds; an arm without all of these numbers comes last.
 Differences are arm minus base over the seeds that both have, with the verdict of scripts/stats.py. `--collect FOLDER` copies the good runs to
 FOLDER/ablations/<arm>/seed<N>.json and names them in FOLDER/ablations/arms.json: what the table `ablation` of scripts/tables.py reads. The
 base is called `base` there; arms of an earlier sweep stay if they were measured against the same base. Of a file with cards or evaluations
-it also writes FOLDER/sweeps/<name>.summary.json: arms, cards, evaluations, ranking.
+it also writes FOLDER/sweeps/<name>.summary.json: arms, cards, evaluations, ranking; the table `rows` prints it.
 
 Exit code 0; 1 if a run failed or broke a budget; 2 misuse; 130 stopped.
 """
@@ -237,15 +237,40 @@ def rank(plan: Plan, jobs: list[Job]) -> list[dict]:
     return sorted(rows, key=lambda row: math.inf if row["score"] is None else -row["score"])
 
 
-def ranking(rows: list[dict]) -> str:
-    """The table of `rank`."""
-    def cell(value: float | None) -> str:
-        return "" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+def cell(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
 
+
+def ranking(rows: list[dict]) -> str:
+    """The table of `rank`, with the cards."""
     titles = [*(rows[0]["shown"] if rows else ())]
-    body = [[row["arm"], cell(row["score"]), *map(cell, row["shown"].values()), *(row[key].replace("|", "\\|") for key in CARD)]
-            for row in rows]
+    body = [
+        [
+            row["arm"],
+            cell(row["score"]),
+            *map(cell, row["shown"].values()),
+            *(row[key].replace("|", "\\|") for key in CARD),
+        ]
+        for row in rows
+    ]
     return markdown_table(["ranked", "score", *titles, *CARD], body) if rows else ""
+
+
+def ranking_rows(rows: list[dict]) -> dict:
+    """The table of `rank` for the kind `rows` of scripts/tables.py: titles that an arm has a number for, no cards."""
+    if not rows:
+        return {}
+    titles = [title for title in rows[0]["shown"] if any(row["shown"][title] is not None for row in rows)]
+    return {
+        "header": ["arm", "score", *titles],
+        "rows": [
+            [f"`{row['arm']}`", cell(row["score"]), *(cell(row["shown"][title]) for title in titles)]
+            for row in rows
+        ],
+        "note": f"Means over {len(rows[0]['scores'])} seeds.",
+    }
 
 
 def evaluations(plan: Plan, jobs: list[Job], settings, name_of) -> list[Evaluation]:
@@ -359,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
         document |= {"cards": plan.cards, "ranked": rows, "evaluations": [
             {"arm": job.arm, "seed": job.seed, "state": job.state, "folder": str(job.folder), "exit_code": job.exit_code, "tail": job.tail,
              "score": composite(job.metrics, plan.evaluate["score"])} for job in asked]}
-        whole.update({"sweep": path.stem, **document})
+        whole.update({"sweep": path.stem, **document, **ranking_rows(rows)})
         failed = ["\n    ".join([f"{job} failed, exit code {job.exit_code}:", *job.tail]) for job in asked if job.state == "failed"]
         return asked, "\n\n".join([ranking(rows), *failed])
 

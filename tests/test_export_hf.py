@@ -203,7 +203,7 @@ def test_padding_on_the_right_is_right_or_refused(export, kind):
     ):
         with pytest.raises(ValueError, match=words):
             other(ids, attention_mask=odd, **changes)
-    with pytest.raises(ValueError, match="padding behind the text"):
+    with pytest.raises(ValueError, match="padding after the text"):
         other.generate(ids, attention_mask=mask, max_new_tokens=2, pad_token_id=0)
 
 

@@ -7,7 +7,8 @@ import bench
 import pytest
 import stats
 import tables
-from family import Finding, Misuse, report
+from conftest import ROOT
+from family import Finding, Misuse, load_script, report
 
 NAMES = ["final_raw", "final_ema", "final_int6_roundtrip", "final_int6_sliding"]
 KINDS = ["headline", "seeds", "passes"]
@@ -68,24 +69,19 @@ def test_a_table_without_its_files_is_refused(tmp_path, kind):
 
 def test_missing_files_numbers_and_kinds_are_named(record, tmp_path):
     folder = record()
-    for kind, name in (("sweep", "sweep.json"), ("bench", "bench.json"), ("plan", "plan.json"),
-                       ("generation", "bench.json"), ("gate", "gate.json"), ("history", "metrics.jsonl"), ("audit", "audit.json"),
-                       ("ablation", "ablations/arms.json")):
+    for kind, name in (
+        ("rows", "rows.json"), ("bench", "bench.json"), ("audit", "audit.json"),
+        ("ablation", "ablations/arms.json"),
+    ):
         with pytest.raises(Misuse, match=f"{folder / name}: No such file"):
             tables.rewrite(readme(tmp_path, kind), tmp_path)
-    for kind, name in (("proofs", "prove_"), ("gain", "steps")):
-        with pytest.raises(Misuse, match=rf"/{name}\*.json: no such file"):
-            tables.rewrite(readme(tmp_path, kind), tmp_path)
+    with pytest.raises(Misuse, match=r"/prove_\*.json: no such file"):
+        tables.rewrite(readme(tmp_path, "proofs"), tmp_path)
     with pytest.raises(Misuse, match="table kind nonsense is not one of headline, "):
         tables.rewrite(readme(tmp_path, "nonsense"), tmp_path)
     (folder / "audit.json").write_text('{"level": "PASS"}')
     with pytest.raises(Misuse, match="table audit of records/2026-01-02_A: its files are not what it is made of"):
         tables.rewrite(readme(tmp_path, "audit"), tmp_path)
-    with pytest.raises(Misuse, match="the name of a set is needed"):
-        tables.rewrite(readme(tmp_path, "ranking"), tmp_path)
-    (folder / "metrics.jsonl").write_text('{"step": 1, "train_loss": 2.0}\n')
-    with pytest.raises(Misuse, match="no validation in it; VAL_LOSS_EVERY"):
-        tables.rewrite(readme(tmp_path, "history"), tmp_path)
     run = folder / "seed1" / "metrics.json"
     run.write_text(run.read_text().replace("ms_per_step", "renamed"))
     with pytest.raises(Misuse, match="table seeds of records/2026-01-02_A: its files have no 'ms_per_step'"):
@@ -145,7 +141,7 @@ def test_a_draft_shows_what_has_been_measured(tmp_path):
     (folder / "measured" / "rows.json").write_text('{"header": ["a"], "rows": [["one"]]}')
     path = tmp_path / "README.md"
     path.write_text("".join(f"<!-- table: {table} -->\n<!-- end -->\n" for table in (
-        "seeds records/2026-01-02_A", "rows records/2026-01-02_A/measured", "gate records/2026-01-02_A/measured")))
+        "seeds records/2026-01-02_A", "rows records/2026-01-02_A/measured", "proofs records/2026-01-02_A/measured")))
     assert [text.splitlines()[1] for text in tables.rewrite(path, tmp_path).split("<!-- table")[1:]] == [
         "Not measured yet.", "| a |", "Not measured yet."]
 
@@ -161,3 +157,39 @@ def test_what_the_auditor_printed_is_a_row_a_finding(tmp_path, capsys):
     assert tables.rewrite(path, tmp_path).splitlines()[1:-1] == [
         "2 PASS, 0 WARN, 1 FAIL.", "", "| what was found | rule | verdict |", "| --- | ---: | ---: |",
         "| no target moves | C1/P3, C1/P5 | PASS |", "| \\|p\\| sums to 1.3 | C2/P4 | FAIL |"]
+
+
+SGJM, = (ROOT / "records").glob("*_SGJM")
+BYTEPPM, = (ROOT / "records").glob("*_BytePPM")
+
+
+@pytest.mark.parametrize("kind, report, rows", [
+    ("generation", "bench.json", "bench_rows.json"),
+    ("gate", "gate.json", "gate_rows.json"),
+    ("history", "tinyshakespeare/metrics.jsonl", "tinyshakespeare/history.json"),
+])
+def test_rows_of_sgjm_are_those_of_its_reports(kind, report, rows):
+    made = load_script(SGJM / "rows.py").KINDS[kind](SGJM / "measured" / report)
+    assert made == json.loads((SGJM / "measured" / rows).read_text())
+
+
+def test_a_report_of_another_kind_is_refused(tmp_path):
+    module = load_script(SGJM / "rows.py")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train_loss": 2.0}\n')
+    for kind, path, words in (
+        ("history", tmp_path / "metrics.jsonl", "no validation in it; set VAL_LOSS_EVERY"),
+        ("gate", SGJM / "measured" / "bench.json", "has no 'published'; a report for `gate` is needed"),
+    ):
+        with pytest.raises(Misuse, match=words):
+            module.main([kind, str(path)])
+
+
+def test_rows_of_the_gain_are_those_of_the_runs(tmp_path):
+    module, folder = load_script(BYTEPPM / "gain.py"), BYTEPPM / "measured"
+    runs = sorted(map(str, folder.glob("steps*.json")))
+    assert module.main([*runs, "--out", str(tmp_path / "gain.json")]) == 0
+    assert (tmp_path / "gain.json").read_text() == (folder / "gain.json").read_text()
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"seed": 7}))
+    with pytest.raises(Misuse, match=r"runs of one seed are needed, these are of \[7, 42\]"):
+        module.main([runs[0], str(other)])
