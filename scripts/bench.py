@@ -2,20 +2,20 @@
 
     python scripts/bench.py                     three sizes, then sequence and batch doubled
     python scripts/bench.py --script RECORD --compile 0 --steps 20 --json out.json
-    python scripts/bench.py --twin --compile 0 --json out.json   the trunk beside train_gpt_mlx.py: 4 x 128, 2,048 bytes a step, fp32
+    python scripts/bench.py --twin --compile 0 --json out.json   the trunk beside train_gpt_mlx.py
     NUM_LAYERS=6 MODEL_DIM=192 python scripts/bench.py --one      the configuration of the environment
     make gpu-check        or: python scripts/bench.py --check [--text FILE.jsonl.zst ...] [--out FOLDER]
 
-The matmul (2048^3, or 8192^3 on a GPU, 1024^3 with MLX on a CPU, in the dtype of the run) is timed in the same process between the steps,
-since machines are noisy: quote the ratio. Model FLOP a byte = 6 * (matrices + V * D) + 6 * L * T * D, the causal
-half of attention included; embeddings looked up are free. Every configuration runs in a process of its own, so
-that its peak memory is its own.
+The matmul (2048^3, or 8192^3 on a GPU, 1024^3 with MLX on a CPU, in the dtype of the run) is timed in the
+same process between the steps, since machines are noisy: quote the ratio. Model FLOP a byte = 6 * (matrices +
+V * D) + 6 * L * T * D, the causal half of attention included; embeddings looked up are free. Every
+configuration runs in a process of its own, so that its peak memory is its own.
 
-`--check` is everything that a day with a GPU needs, in under ten minutes: 1. byte260 shards from the text (default: the
-standard library); 2. step time of the default configuration, 13 x 512 at 393,216 bytes a step, compiled and eager, with
-its share of an 8192^3 matmul; 3. 300 steps of it with every score line, and the artifact scored again by a fresh
-process. It writes `gpu_check.json` and the runs' own files. `--rehearse` does the same with a toy model on any device, to
-see that the command works before the day comes.
+`--check` is everything that a day with a GPU needs, in under ten minutes: 1. byte260 shards from the text
+(default: the standard library); 2. step time of the default configuration, 13 x 512 at 393,216 bytes a step,
+compiled and eager, with its share of an 8192^3 matmul; 3. 300 steps of it with every score line, and the
+artifact scored again by a fresh process. It writes `gpu_check.json` and the runs' own files. `--rehearse`
+does the same with a toy model on any device, to see that the command works before the day comes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from pathlib import Path
 
 from family import ROOT, TRUNK, Misuse, command, load_script, markdown_table
 
-# The warm-up tries scoring too: EVAL_BATCH_TOKENS left to DEVICE_BATCH_TOKENS would add 8 GB and a minute to it.
+# The warm-up tries scoring too: EVAL_BATCH_TOKENS left to
+# DEVICE_BATCH_TOKENS would add 8 GB and a minute to it.
 BASE = {
     "TRAIN_SEQ_LEN": 512, "TRAIN_BATCH_TOKENS": 8192, "DEVICE_BATCH_TOKENS": 1 << 20,
     "EVAL_BATCH_TOKENS": 8192, "EVAL_STRIDE": 64, "MAX_WALLCLOCK_SECONDS": 0, "NGRAM_BUCKETS": 32768,
@@ -45,7 +46,13 @@ SIZES = {
 }
 BENCH = SIZES["6 x 192 (bench)"]
 # MLX's CPU build multiplies some ten times slower than torch.
-TWIN = {**SIZES["4 x 128"], "DTYPE": "fp32", "TRAIN_BATCH_TOKENS": 2048, "EVAL_BATCH_TOKENS": 2048, "NGRAM_BUCKETS": 4096}
+TWIN = {
+    **SIZES["4 x 128"],
+    "DTYPE": "fp32",
+    "TRAIN_BATCH_TOKENS": 2048,
+    "EVAL_BATCH_TOKENS": 2048,
+    "NGRAM_BUCKETS": 4096,
+}
 # The model and the run of --check, with --rehearse and without.
 TOY = {
     "NUM_LAYERS": 2, "MODEL_DIM": 64, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "TRAIN_SEQ_LEN": 128,
@@ -201,9 +208,14 @@ def measure_apart(options: argparse.Namespace, name: str, overrides: dict) -> di
 
 def describe(name: str, result: dict) -> list:
     return [
-        name, f"{result['parameters'] / 1e6:.2f} M", f"{result['step_ms']:.0f}",
+        name,
+        f"{result['parameters'] / 1e6:.2f} M",
+        f"{result['step_ms']:.0f}",
         f"{result['tokens_per_second'] / 1e3:.1f} k",
-        *(f"{rate:.{int(rate < 10)}f}" for rate in (result[key] / 1e9 for key in ("flop_per_second", "matmul_flop_per_second"))),
+        *(
+            f"{rate:.{int(rate < 10)}f}"
+            for rate in (result[key] / 1e9 for key in ("flop_per_second", "matmul_flop_per_second"))
+        ),
         f"{result['ratio']:.3f}",
         f"{result['memory_mb']:.0f}",
     ]
@@ -238,11 +250,18 @@ def twins(results: dict) -> str:
                 for name, result in found.items()}
     rows = [describe(f"`{name}` ({versions[name]})", result) for name, result in found.items()]
     torch, mlx = found.values()
-    slower, rate = mlx["step_ms"] / torch["step_ms"], torch["matmul_flop_per_second"] / mlx["matmul_flop_per_second"]
-    note = (f"{settings['NUM_LAYERS']} layers x {settings['MODEL_DIM']}, {settings['TRAIN_BATCH_TOKENS']:,} bytes a step in rows of "
-            f"{settings['TRAIN_SEQ_LEN']}, {settings['DTYPE']}, compiled: {'yes' if mlx['compile'] else 'no'}, {torch['device']}, OMP_NUM_THREADS="
-            f"{results['threads']}; load before the run {results['load']:.1f} on {results['cores']} cores. "
-            f"The twin's step takes {slower:.1f} times as long; its framework multiplies {rate:.1f} times slower.")
+    slower, rate = (
+        mlx["step_ms"] / torch["step_ms"],
+        torch["matmul_flop_per_second"] / mlx["matmul_flop_per_second"],
+    )
+    note = (
+        f"{settings['NUM_LAYERS']} layers x {settings['MODEL_DIM']}, {settings['TRAIN_BATCH_TOKENS']:,} "
+        "bytes a step in rows of "
+        f"{settings['TRAIN_SEQ_LEN']}, {settings['DTYPE']}, compiled: {'yes' if mlx['compile'] else 'no'}, "
+        f"{torch['device']}, OMP_NUM_THREADS="
+        f"{results['threads']}; load before the run {results['load']:.1f} on {results['cores']} cores. "
+        f"The twin's step takes {slower:.1f} times as long; its framework multiplies {rate:.1f} times slower."
+    )
     return f"{markdown_table(['script', *HEADER[1:]], rows)}\n\n{note}"
 
 
@@ -325,7 +344,8 @@ def check(texts: list[str], folder: Path, rehearse: bool) -> None:
     found |= {"seconds": clock, "train": first, "val_bpb_again": second["val_bpb"]}
     (folder / "gpu_check.json").write_text(json.dumps(found, indent=1))
     print(
-        f"val_bpb {first['val_bpb']:.4f}, scored again {second['val_bpb']:.4f}; {sum(clock.values()):.0f} s in "
+        f"val_bpb {first['val_bpb']:.4f}, scored again {second['val_bpb']:.4f}; {sum(clock.values()):.0f} s "
+        "in "
         f"all; {folder / 'gpu_check.json'}"
     )
 
@@ -342,7 +362,9 @@ def main() -> int:
     parser.add_argument("--raw", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--json", default="", help="also write all numbers to this file")
     parser.add_argument("--check", action="store_true", help="data, step time, a run and its score on a GPU")
-    parser.add_argument("--text", nargs="*", default=[], help="--check: .txt, .jsonl or .jsonl.zst to train on")
+    parser.add_argument(
+        "--text", nargs="*", default=[], help="--check: .txt, .jsonl or .jsonl.zst to train on"
+    )
     parser.add_argument("--out", default="runs/gpu_check", help="--check: where results go")
     parser.add_argument("--rehearse", action="store_true", help="--check: a toy model on any device")
     options = parser.parse_args()
@@ -356,8 +378,13 @@ def main() -> int:
         print(json.dumps(result) if options.raw else f"{machine(result)}\n\n{table}")
         return 0
     if options.twin:
-        results = {"load": os.getloadavg()[0], "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS", "unset"),
-                   "settings": {**BASE, **TWIN}, "twins": {}}
+        results = {
+            "load": os.getloadavg()[0],
+            "cores": os.cpu_count(),
+            "threads": os.environ.get("OMP_NUM_THREADS", "unset"),
+            "settings": {**BASE, **TWIN},
+            "twins": {},
+        }
         for name in ("train_gpt.py", "train_gpt_mlx.py"):
             options.script = str(ROOT / name)
             results["twins"][name] = measure_apart(options, name, TWIN)

@@ -1,23 +1,24 @@
-"""Bytes of a model: the largest that fits the budget, how good the plan is, and the cost of quantisers and coders.
+"""Bytes of a model: the largest that fits the budget, how good the
+plan is, and the cost of quantisers and coders.
 
     python scripts/rate.py fit                      13 layers x 512 and its neighbours under 16,000,000 bytes
     python scripts/rate.py fit --layers 9-13 --width 384-640 --mlp 2,3,4 --set QUANT_K=mlp:18
-    python scripts/rate.py fit --like runs/NAME/artifact.bin       hash tables counted as they were in that artifact
+    python scripts/rate.py fit --like runs/NAME/artifact.bin     hash tables counted as they were in that artifact
     python scripts/rate.py plan runs/*/artifact.bin                plan against file, exit code 1 beyond 2 %
     python scripts/rate.py coders runs/A runs/B --out coders.json  raw, zstd, LZMA, rANS, the entropy, seconds
     python scripts/rate.py curve runs/A --data data/datasets/mine --out curve.json --plot curve.png
 
-`fit` and `plan` make no weight: a candidate is a script's model on the meta device. Matrices count as the entropy of a
-rounded normal; the size of hash tables depends on how much text has touched them, which `--like` reads off a trained
-artifact.
+`fit` and `plan` make no weight: a candidate is a script's model on the meta device. Matrices count as the
+entropy of a rounded normal; the size of hash tables depends on how much text has touched them, which `--like`
+reads off a trained artifact.
 
-`coders` and `curve` read `final.safetensors` of a run's folder (the averaged weights where there are any). `curve`
-quantises only the named tensor classes, at many step sizes with every quantiser, codes them by rANS, and scores the
-model on a prefix of DATA's validation text: bits a weight against the loss in BPB. GPTQ is calibrated on the last
-batches of DATA's training text.
+`coders` and `curve` read `final.safetensors` of a run's folder (the averaged weights where there are any).
+`curve` quantises only the named tensor classes, at many step sizes with every quantiser, codes them by rANS,
+and scores the model on a prefix of DATA's validation text: bits a weight against the loss in BPB. GPTQ is
+calibrated on the last batches of DATA's training text.
 
-`--out` writes {"header", "rows", "numbers"}: what the table `rows` of scripts/tables.py prints, and the numbers
-behind it.
+`--out` writes {"header", "rows", "numbers"}: what the table `rows` of
+scripts/tables.py prints, and the numbers behind it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def choices(text: str, kind=int, step=1) -> list:
 
 
 def planned(script, settings: dict[str, str]) -> tuple[dict[str, int], int]:
-    """({tensor class: bytes}, parameters) of a configuration; raises the script's UserError if it cannot work."""
+    """({tensor class: bytes}, parameters) of a configuration;
+    raises the script's UserError if it cannot work.
+    """
     args = script.Hyperparameters(settings)
     with torch.device("meta"):
         model = script.GPT(args)
@@ -92,7 +95,13 @@ def plan(script, paths: list[str]) -> list[dict]:
         parts, params = planned(script, run_settings(Path(path).parent))
         total, size = sum(parts.values()), Path(path).stat().st_size
         rows.append(
-            {"artifact": path, "parameters": params, "planned": total, "bytes": size, "error": total / size - 1}
+            {
+                "artifact": path,
+                "parameters": params,
+                "planned": total,
+                "bytes": size,
+                "error": total / size - 1,
+            }
         )
     return rows
 
@@ -386,7 +395,9 @@ def arguments() -> argparse.ArgumentParser:
     part.add_argument("--top", type=int, default=10, **number)
 
     part = parts.add_parser("plan", parents=[shared], help="the plan against packed artifacts")
-    part.add_argument("artifacts", nargs="+", metavar="ARTIFACT", help="with its run's metrics.json beside it")
+    part.add_argument(
+        "artifacts", nargs="+", metavar="ARTIFACT", help="with its run's metrics.json beside it"
+    )
 
     run = "folder with final.safetensors and metrics.json"
     part = parts.add_parser("coders", parents=[shared], help="each coder's bytes and seconds")

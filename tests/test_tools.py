@@ -16,19 +16,43 @@ def tool(name: str, *arguments) -> tuple[int, str, str]:
 
 
 def test_fit_finds_the_largest_model_under_a_budget(trunk):
-    code, out, err = tool("rate.py", "fit", "--layers", "2-3", "--width", "64,128,100", "--mlp", "1,2", "--json",
-                          "--budget", 400_000, "--set", "NGRAM_BUCKETS=1024", "--set", "JEPA_CHUNK_SIZE=0")
+    code, out, err = tool(
+        "rate.py",
+        "fit",
+        "--layers",
+        "2-3",
+        "--width",
+        "64,128,100",
+        "--mlp",
+        "1,2",
+        "--json",
+        "--budget",
+        400_000,
+        "--set",
+        "NGRAM_BUCKETS=1024",
+        "--set",
+        "JEPA_CHUNK_SIZE=0",
+    )
     assert code == 0, err
     rows = json.loads(out)["numbers"]
     assert [row["parameters"] for row in rows] == sorted((row["parameters"] for row in rows), reverse=True)
     assert all(row["bytes"] <= 400_000 and row["width"] != 100 for row in rows)  # 8 heads do not divide 100
     import torch
-    args = trunk.Hyperparameters({"NUM_LAYERS": str(rows[0]["layers"]), "MODEL_DIM": str(rows[0]["width"]),
-                                  "MLP_MULT": str(rows[0]["mlp"]), "NGRAM_BUCKETS": "1024", "JEPA_CHUNK_SIZE": "0"})
+    args = trunk.Hyperparameters(
+        {
+            "NUM_LAYERS": str(rows[0]["layers"]),
+            "MODEL_DIM": str(rows[0]["width"]),
+            "MLP_MULT": str(rows[0]["mlp"]),
+            "NGRAM_BUCKETS": "1024",
+            "JEPA_CHUNK_SIZE": "0",
+        }
+    )
     with torch.device("meta"):
         model = trunk.GPT(args)
     assert rows[0]["parameters"] == sum(p.numel() for p in model.parameters())
-    assert tool("rate.py", "fit", "--layers", "9", "--width", "512", "--mlp", "2", "--budget", 100_000)[0] == 1
+    assert (
+        tool("rate.py", "fit", "--layers", "9", "--width", "512", "--mlp", "2", "--budget", 100_000)[0] == 1
+    )
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -42,15 +66,39 @@ def test_fit_refuses_nonsense(arguments, words):
 
 
 def test_plan_coders_and_curve_of_a_run(run, tmp_path, corpus):
-    code, output, metrics = run(COMPRESSOR="rans", QUANT_ROUND="nearest", JEPA_CHUNK_SIZE=0, BIGRAM_VOCAB_SIZE=0, MODEL_DIM=64,
-                                NGRAM_ORDERS="2,3", NGRAM_BUCKETS=256)
+    code, output, metrics = run(
+        COMPRESSOR="rans",
+        QUANT_ROUND="nearest",
+        JEPA_CHUNK_SIZE=0,
+        BIGRAM_VOCAB_SIZE=0,
+        MODEL_DIM=64,
+        NGRAM_ORDERS="2,3",
+        NGRAM_BUCKETS=256,
+    )
     assert code == 0, output
     folder = tmp_path / "runs" / "test"
     code, out, err = tool("rate.py", "plan", "--json", folder / "artifact.bin")
     row, = json.loads(out)["numbers"]
     assert row["bytes"] == metrics["bytes_model"] and code == (abs(row["error"]) > 0.02), err
-    assert tool("rate.py", "fit", "--like", folder / "artifact.bin", "--layers", "3", "--width", "64", "--mlp", "2",
-                "--set", "NUM_HEADS=4", "--set", "NUM_KV_HEADS=2")[0] == 0
+    assert (
+        tool(
+            "rate.py",
+            "fit",
+            "--like",
+            folder / "artifact.bin",
+            "--layers",
+            "3",
+            "--width",
+            "64",
+            "--mlp",
+            "2",
+            "--set",
+            "NUM_HEADS=4",
+            "--set",
+            "NUM_KV_HEADS=2",
+        )[0]
+        == 0
+    )
 
     code, out, err = tool("rate.py", "coders", folder, "--out", tmp_path / "coders.json")
     assert code == 0, err
@@ -69,11 +117,21 @@ def test_plan_coders_and_curve_of_a_run(run, tmp_path, corpus):
         assert all(a[1] > b[1] for a, b in zip(mine, mine[1:]))  # a wider step takes fewer bits
 
 
-@pytest.mark.parametrize("problem, words", [
-    (family.Misuse("--seeds x: numbers are needed"), "--seeds x: numbers are needed"),
-    (ModuleNotFoundError("No module named 'x'", name="x"), "x is not installed: pip install -r requirements-dev.txt"),
-    (FileNotFoundError(2, "No such file or directory", "gone.json"), "gone.json: No such file or directory"),
-], ids=["misuse", "module", "file"])
+@pytest.mark.parametrize(
+    "problem, words",
+    [
+        (family.Misuse("--seeds x: numbers are needed"), "--seeds x: numbers are needed"),
+        (
+            ModuleNotFoundError("No module named 'x'", name="x"),
+            "x is not installed: pip install -r requirements-dev.txt",
+        ),
+        (
+            FileNotFoundError(2, "No such file or directory", "gone.json"),
+            "gone.json: No such file or directory",
+        ),
+    ],
+    ids=["misuse", "module", "file"],
+)
 def test_what_the_caller_can_mend_is_one_line(capsys, problem, words):
     def main():
         raise problem

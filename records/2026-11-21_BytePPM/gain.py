@@ -1,9 +1,10 @@
 """The mixture's gain by training steps, as JSON that the kind `rows` of scripts/tables.py prints.
 
-    python records/2026-11-21_BytePPM/gain.py runs/*/metrics.json --out records/2026-11-21_BytePPM/measured/gain.json
+    python records/2026-11-21_BytePPM/gain.py runs/*/metrics.json \\
+        --out records/2026-11-21_BytePPM/measured/gain.json
 
-Each file is the metrics.json of one run of this record with another number of steps, all of one seed; the record's own
-run of that seed is added. Without --out it prints the table.
+Each file is the metrics.json of one run of this record with another number of steps, all of one seed; the
+record's own run of that seed is added. Without --out it prints the table.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def gain(paths: list[Path]) -> dict:
     runs = [read_json(path) for path in paths]
     seeds = {run["seed"] for run in runs}
     if len(seeds) > 1:
-        raise Misuse(f"{', '.join(map(str, paths))}: runs of one seed are needed, these are of {sorted(seeds)}")
+        raise Misuse(
+            f"{', '.join(map(str, paths))}: runs of one seed are needed, these are of {sorted(seeds)}"
+        )
     runs.append(read_json(RECORD / f"seed{seeds.pop()}" / "metrics.json"))
 
     rows, scripts = [], {}

@@ -91,7 +91,9 @@ def timed(found, ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, flo
 
 
 def only_ppm(script, ids: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
-    """(PPM-D's probability of each id, its confidence before it: the favourite's share of the longest context)."""
+    """(PPM-D's probability of each id, its confidence before it:
+    the favourite's share of the longest context).
+    """
     found = mixture(script, "ppm", order=order)
     found._make_room(len(ids))
     q = np.zeros(len(ids))
@@ -123,7 +125,10 @@ def walk_ppm(script):
 
 
 def invalid_sums(script, ids, logprobs, at: int, rules: dict) -> dict[str, float]:
-    """Each rule's numbers for all 260 ids added up: 1 for a probability. Means over 100 positions from `at` on."""
+    """Each rule's numbers for all 260 ids added up: 1 for a probability.
+
+    Means over 100 positions from `at` on.
+    """
     found = mixture(script, "ppm", order=5)
     found.score(ids[:at], logprobs[:at])
     sums: dict[str, list] = {name: [] for name in rules}
@@ -209,7 +214,8 @@ def table(script, artifact: str, ids: np.ndarray, train: np.ndarray | None, log)
 
 
 def made_by(artifact: str) -> str:
-    """sha256 of the script that trained an artifact, from its run's metrics.json; without one, this folder's."""
+    """sha256 of the script that trained an artifact, from its run's metrics.json; without one, this folder's.
+    """
     metrics = Path(artifact).with_name("metrics.json")
     if metrics.is_file():
         return json.loads(metrics.read_text())["script_sha256"]

@@ -1,8 +1,8 @@
 """Tables of this record's own reports, as JSON that the kind `rows` of scripts/tables.py prints.
 
-    python records/2026-11-21_SGJM/rows.py generation runs/bench/bench.json --out rows.json     of GENERATE_BENCH
-    python records/2026-11-21_SGJM/rows.py gate runs/gate/gate.json --out rows.json             of EVAL_GATE
-    python records/2026-11-21_SGJM/rows.py history runs/NAME/metrics.jsonl --out rows.json      validation in a run
+    python records/2026-11-21_SGJM/rows.py generation runs/bench/bench.json --out rows.json  of GENERATE_BENCH
+    python records/2026-11-21_SGJM/rows.py gate runs/gate/gate.json --out rows.json          of EVAL_GATE
+    python records/2026-11-21_SGJM/rows.py history runs/NAME/metrics.jsonl --out rows.json   validation in a run
 
 Without --out it prints the table.
 """
@@ -47,9 +47,12 @@ def generation(path: Path) -> dict:
     settings, greedy = found["settings"], found["summary"]["greedy"]
     heads = f"drafter {settings['DRAFTER']}" if found["heads"] else "suffix drafts alone"
     note = (
-        f"{settings['MAX_NEW_TOKENS']} bytes a prompt, median of {settings['BENCH_REPEATS']} runs of each kind in "
-        f"turn; {heads}; {found['device']}, {found['threads']} threads, {found['dtype'].removeprefix('torch.')}, "
-        f"torch {found['torch']}. Greedy texts that differ: {greedy['mismatches']}, and {greedy['near_ties']} "
+        f"{settings['MAX_NEW_TOKENS']} bytes a prompt, median of {settings['BENCH_REPEATS']} runs of each "
+        "kind in "
+        f"turn; {heads}; {found['device']}, {found['threads']} threads, "
+        f"{found['dtype'].removeprefix('torch.')}, "
+        f"torch {found['torch']}. Greedy texts that differ: {greedy['mismatches']}, and "
+        f"{greedy['near_ties']} "
         "at a near tie."
     )
     return {"header": header, "rows": rows, "note": note, "script_sha256": found["script_sha256"]}
@@ -70,7 +73,8 @@ def gate(path: Path) -> dict:
             ])
 
     sizes = [
-        f"{found[name]['params']:,} parameters, {found[name]['steps']:,} steps" for name in ("sgjm", "baseline")
+        f"{found[name]['params']:,} parameters, {found[name]['steps']:,} steps"
+        for name in ("sgjm", "baseline")
     ]
     merge = found["honest"]["merge"]
     note = (

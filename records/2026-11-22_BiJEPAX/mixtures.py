@@ -222,7 +222,8 @@ def table(
 
 
 def made_by(artifact: str) -> str:
-    """sha256 of the script that trained an artifact, from its run's metrics.json; without one, this folder's."""
+    """sha256 of the script that trained an artifact, from its run's metrics.json; without one, this folder's.
+    """
     metrics = Path(artifact).with_name("metrics.json")
     if metrics.is_file():
         return json.loads(metrics.read_text())["script_sha256"]
