@@ -3,7 +3,7 @@ plan is, and the cost of quantisers and coders.
 
     python scripts/rate.py fit                      13 layers x 512 and its neighbours under 16,000,000 bytes
     python scripts/rate.py fit --layers 9-13 --width 384-640 --mlp 2,3,4 --set QUANT_K=mlp:18
-    python scripts/rate.py fit --like runs/NAME/artifact.bin     hash tables counted as they were in that artifact
+    python scripts/rate.py fit --like runs/NAME/artifact.bin  tables counted as they were in that artifact
     python scripts/rate.py plan runs/*/artifact.bin                plan against file, exit code 1 beyond 2 %
     python scripts/rate.py coders runs/A runs/B --out coders.json  raw, zstd, LZMA, rANS, the entropy, seconds
     python scripts/rate.py curve runs/A --data data/datasets/mine --out curve.json --plot curve.png

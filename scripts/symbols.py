@@ -125,13 +125,8 @@ class Script:
         """Raises Misuse for a file that is missing, not UTF-8 or no Python."""
         try:
             data = path.read_bytes()
-            if (encoding := tokenize.detect_encoding(io.BytesIO(data).readline)[0]) not in (
-                "utf-8",
-                "utf-8-sig",
-            ):
-                raise Misuse(
-                    f"{path}: its source says coding {encoding}: another text to Python than to a reader"
-                )
+            if (encoding := tokenize.detect_encoding(io.BytesIO(data).readline)[0]) not in ("utf-8", "utf-8-sig"):
+                raise Misuse(f"{path}: its source says coding {encoding}: another text to Python than to a reader")
             return cls(data.decode(), path)
         except (OSError, UnicodeDecodeError, SyntaxError) as error:
             raise Misuse(f"{path}: {error}") from None

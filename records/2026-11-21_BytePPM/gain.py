@@ -43,7 +43,7 @@ def gain(paths: list[Path]) -> dict:
         ])
         scripts[run["steps"]] = run["script_sha256"]
 
-    note = f"Seed {runs[0]['seed']}, int6 sliding, {network['bytes']:,} bytes; one run each."
+    note = f"Seed {runs[0]['seed']}, `final_int6_sliding`, {network['bytes']:,} bytes; one run each."
     header = ["steps", "stride", "network", "with the mixture", "gain"]
     return {"header": header, "rows": rows, "note": note, "scripts": scripts}
 

@@ -2,7 +2,7 @@
 
     python records/2026-11-21_SGJM/rows.py generation runs/bench/bench.json --out rows.json  of GENERATE_BENCH
     python records/2026-11-21_SGJM/rows.py gate runs/gate/gate.json --out rows.json          of EVAL_GATE
-    python records/2026-11-21_SGJM/rows.py history runs/NAME/metrics.jsonl --out rows.json   validation in a run
+    python records/2026-11-21_SGJM/rows.py history runs/NAME/metrics.jsonl --out rows.json  of a run
 
 Without --out it prints the table.
 """
