@@ -545,7 +545,7 @@ def short(value: str | None) -> str:
 
 
 def stale_mark(folder: Path, runs: Iterable[dict]) -> str:
-    """A line for a table of a record whose runs (metrics) are of another script than the folder's, or nothing."""
+    """A line for a table of a record whose runs (metrics) were measured with another script than the one in `folder`, else nothing."""
     script = folder / "train_gpt.py"
     now = hashlib.sha256(script.read_bytes()).hexdigest() if script.is_file() else None
     others = sorted({run.get("script_sha256", "unknown") for run in runs} - {now})
