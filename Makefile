@@ -68,7 +68,7 @@ bench: $(VENV)/.installed
 	$(PY) scripts/bench.py
 
 gpu-check: $(VENV)/.installed
-	$(PY) scripts/gpu_check.py $(if $(TEXT),--text $(TEXT))
+	$(PY) scripts/bench.py --check $(if $(TEXT),--text $(TEXT))
 
 clean:
 	rm -rf $(VENV) runs data/datasets

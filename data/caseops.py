@@ -2,8 +2,9 @@
 
     "The NASA iPhone"  ->  TITLE the, ALLCAPS nasa, i CAPNEXT phone
 
-The transform `lossless_caps_caseops_v1` of openai/parameter-golf #1729 (also in #1736, #1855, #2080), written from its
-description. Four private-use characters are the operators; a tokenizer has them as user-defined symbols:
+The transform `lossless_caps_caseops_v1` of openai/parameter-golf #1729 (also in #1736, #1855, #2080), written
+from its description. Four private-use characters are the operators; a tokenizer has them as user-defined
+symbols:
 
 | symbol  | code   | what it does                                                     |
 |---------|--------|------------------------------------------------------------------|
@@ -12,19 +13,23 @@ description. Four private-use characters are the operators; a tokenizer has them
 | CAPNEXT | U+E003 | the letter behind it, inside a word, is a capital                |
 | ESCAPE  | U+E004 | the operator behind it is a character of the text and no operator |
 
-A word is a run of [A-Za-z] that is as long as can be. Everything else stays as it is: case outside ASCII does not change
-its bytes in the same way ('\u00df', '\u0130', '\u0149', '\u01c5' have lower or upper forms of another length, or several), so
-the published rules leave it alone, and nothing is lost on any text. `encode` is one to one.
+A word is a run of [A-Za-z] that is as long as can be. Everything else stays as it is: case outside ASCII does
+not change its bytes in the same way ('\u00df', '\u0130', '\u0149', '\u01c5' have lower or upper forms of
+another length, or several), so the published rules leave it alone, and nothing is lost on any text. `encode`
+is one to one.
 
 Where the published transform leaves something open, or says less than *bijective*:
 
-- Its decoder reads several spellings of one text (CAPNEXT for TITLE, CAPNEXT letter by letter for ALLCAPS, an ESCAPE before
-  anything). `decode` takes those that `encode` writes and refuses all others, so the two are inverse to one another on
-  texts and on transformed texts. `decode(..., strict=False)` reads anything, for what a model writes or a normalising
-  tokenizer makes of it ("\u2122" behind NFKC is a bare "TM").
-- A normalising tokenizer drops white space at the ends of a document, which belongs to no piece's surface. The
+- Its decoder reads several spellings of one text (CAPNEXT for TITLE, CAPNEXT
+letter by letter for ALLCAPS, an ESCAPE before
+  anything). `decode` takes those that `encode` writes and refuses all others, so the two are inverse to one
+  another on texts and on transformed texts. `decode(..., strict=False)` reads anything, for what a model
+  writes or a normalising tokenizer makes of it ("\u2122" behind NFKC is a bare "TM").
+- A normalising tokenizer drops white space at the ends of a
+document, which belongs to no piece's surface. The
   sidecar gives it to the nearest piece that holds text, so that the sum is the document's length always.
-- A piece that stands for more bytes than 16 bits hold (a very long run of white space, folded into one) passes the rest on.
+- A piece that stands for more bytes than 16 bits hold (a very long run of
+white space, folded into one) passes the rest on.
 """
 
 from __future__ import annotations
@@ -38,7 +43,8 @@ OPERATORS = TITLE, ALLCAPS, CAPNEXT, ESCAPE = "\ue001", "\ue002", "\ue003", "\ue
 SIDECAR_LIMIT = 65535  # bytes that one token can account for: sidecars are uint16
 
 ANY_OPERATOR = re.compile("[\ue001-\ue004]")
-# From a word's first capital to its end. The engine looks for one set of characters, and most text has few of them.
+# From a word's first capital to its end. The engine looks for one set
+# of characters, and most text has few of them.
 CAPITALS = re.compile("[A-Z][A-Za-z]*")
 CAPNEXT_LETTERS = {ord(letter): CAPNEXT + letter.lower() for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
 # An operator and what it acts on; groups: what is escaped, the word, the letter.
@@ -53,7 +59,8 @@ MARKED = re.compile(f"{ESCAPE}([{TITLE}-{ESCAPE}])?|{ALLCAPS}([A-Za-z]*)|[{TITLE
 def encode(text: str) -> str:
     """The text in CaseOps form: no ASCII capital is left, and `decode` gives the text back.
 
-    Any `str`, lone surrogates too. One pass of a regular expression; time grows with the length and with nothing else.
+    Any `str`, lone surrogates too. One pass of a regular expression;
+    time grows with the length and with nothing else.
     """
     if any(symbol in text for symbol in OPERATORS):
         text = ANY_OPERATOR.sub(rf"{ESCAPE}\g<0>", text)
@@ -73,9 +80,9 @@ def _marked(match: re.Match) -> str:
 def decode(text: str, strict: bool = True) -> str:
     """The text that `encode` made this of.
 
-    Raises ValueError, with the place, for a text that `encode` never writes: a capital, an operator without its
-    letter, another operator than the rules ask for. With `strict=False` any text is read: an operator that finds
-    no letter vanishes, capitals stay.
+    Raises ValueError, with the place, for a text that `encode` never writes: a capital, an operator without
+    its letter, another operator than the rules ask for. With `strict=False` any text is read: an operator
+    that finds no letter vanishes, capitals stay.
     """
     plain = MARKED.sub(lambda match: (match[1] or match[2] or match[3] or "").upper(), text)
     if strict and (wanted := encode(plain)) != text:
@@ -93,7 +100,8 @@ def decode(text: str, strict: bool = True) -> str:
 def acting(symbols: np.ndarray, operators: np.ndarray) -> np.ndarray:
     """Where `symbols` (n,) holds an operator that acts, and no literal one behind an ESCAPE: (n,) bool.
 
-    `symbols` are ids, or code points; `operators` (4,) is what TITLE, ALLCAPS, CAPNEXT and ESCAPE are among them.
+    `symbols` are ids, or code points; `operators` (4,) is what
+    TITLE, ALLCAPS, CAPNEXT and ESCAPE are among them.
     """
     title, allcaps, capnext, escape = (symbols == operator for operator in operators)
     found = title | allcaps | capnext | escape
@@ -108,8 +116,8 @@ def acting(symbols: np.ndarray, operators: np.ndarray) -> np.ndarray:
 def character_bytes(transformed: str) -> np.ndarray:
     """UTF-8 bytes of the original text for each character of the transformed one: (len(transformed),) int64.
 
-    0 for an operator that acts, otherwise the character's own length: the transform changes ASCII letters into ASCII
-    letters and keeps all others. The sum is the original's length in UTF-8.
+    0 for an operator that acts, otherwise the character's own length: the transform changes ASCII letters
+    into ASCII letters and keeps all others. The sum is the original's length in UTF-8.
     """
     codes = np.frombuffer(transformed.encode("utf-32-le", "surrogatepass"), "<u4")
     sizes = 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
@@ -118,13 +126,15 @@ def character_bytes(transformed: str) -> np.ndarray:
 
 
 def sidecar(transformed: str, ids: np.ndarray, ends: np.ndarray, operators: np.ndarray) -> np.ndarray:
-    """Original UTF-8 bytes for BOS and for each token, by the piece's surface: (1 + n,) uint16; the sum is the document's length.
+    """Original UTF-8 bytes for BOS and for each token, by the piece's surface: (1 +
+    n,) uint16; the sum is the document's length.
 
     `ids` (n,) are the tokens of `transformed`, `ends` (n,) the character behind each token's surface, as
-    `model.encode(transformed, return_type="offset_mapping")` of SentencePiece tells; `operators` as in `operator_ids`.
-    Fits any model, also one that normalises. Of several byte pieces of a character the last has its bytes, as in #1729.
-    Operators that act and BOS count 0, except that BOS holds the bytes of a document that normalises to nothing.
-    Raises ValueError where 16 bits a token cannot hold the document, or `ends` are not places in it in their order.
+    `model.encode(transformed, return_type="offset_mapping")` of SentencePiece tells; `operators` as in
+    `operator_ids`. Fits any model, also one that normalises. Of several byte pieces of a character the last
+    has its bytes, as in #1729. Operators that act and BOS count 0, except that BOS holds the bytes of a
+    document that normalises to nothing. Raises ValueError where 16 bits a token cannot hold the document, or
+    `ends` are not places in it in their order.
     """
     edges = np.concatenate(([0], np.cumsum(character_bytes(transformed))))
     ids, ends = np.asarray(ids, np.int64), np.asarray(ends, np.int64)
@@ -151,7 +161,8 @@ def sidecar(transformed: str, ids: np.ndarray, ends: np.ndarray, operators: np.n
 def sidecar_of_ids(ids: np.ndarray, lengths: np.ndarray, operators: np.ndarray) -> np.ndarray:
     """The same from ids alone, for a model that loses nothing: (1 + n,) uint16.
 
-    `lengths` (number of ids,) are the UTF-8 bytes of each id's piece with its mark as one space, 1 for a byte piece.
+    `lengths` (number of ids,) are the UTF-8 bytes of each id's piece
+    with its mark as one space, 1 for a byte piece.
     """
     sizes = lengths[ids]
     sizes[acting(np.asarray(ids), operators)] = 0
@@ -161,8 +172,8 @@ def sidecar_of_ids(ids: np.ndarray, lengths: np.ndarray, operators: np.ndarray) 
 def operator_ids(model) -> np.ndarray:
     """Ids of TITLE, ALLCAPS, CAPNEXT and ESCAPE in a SentencePieceProcessor: (4,) int64.
 
-    Raises ValueError where one has no piece of its own, or is part of another piece: only operators that are always
-    tokens of their own can be told from text.
+    Raises ValueError where one has no piece of its own, or is part of another piece: only operators that are
+    always tokens of their own can be told from text.
     """
     ids = [model.piece_to_id(symbol) for symbol in OPERATORS]
     found = [i for i in range(model.vocab_size()) if ANY_OPERATOR.search(model.id_to_piece(i))]

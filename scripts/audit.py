@@ -1,29 +1,32 @@
-"""Is the number legal? Probes the real script at a tiny size, reads its source, and checks the files of its runs.
+"""Is the number legal? Probes the real script at a tiny size, reads
+its source, and checks the files of its runs.
 
-    python scripts/audit.py RECORD                        a record's folder, its name, or a script; `.` is the trunk
+    python scripts/audit.py RECORD                a record's folder, its name, or a script; `.` is the trunk
     python scripts/audit.py RECORD --only future,poison   some probes alone (`--list` names probes and rules)
     python scripts/audit.py SCRIPT --adapter FILE         a script that is not of this family
 
-Probes train the script on a few hundred kilobytes of the standard library's source and a validation text of 3 kB,
-then ask it for probabilities through `load`, `score` and `stream`, with the text changed in ways that an honest
-scorer cannot notice. Sizes are tiny, everything else is as in the record's own runs; `audit` in submission.json and
-`--set` change settings. Static hints are hints: names lie. Forensics compare logs, JSON files and bytes.
+Probes train the script on a few hundred kilobytes of the standard library's source and a validation text of 3
+kB, then ask it for probabilities through `load`, `score` and `stream`, with the text changed in ways that an
+honest scorer cannot notice. Sizes are tiny, everything else is as in the record's own runs; `audit` in
+submission.json and `--set` change settings. Static hints are hints: names lie. Forensics compare logs, JSON
+files and bytes.
 
-An adapter is a Python file with `score(ids, positions) -> (nats of each target ids[1:], {t: log-probabilities at
-target t})`, and `stream()` -> object with `.logprobs()` and `.push(id)` if it can be decoded. It finds SCRIPT and
-ARTIFACT (of `--artifact`) among its globals, and may set VOCAB_SIZE, BOS_ID, EXAMPLE (ids to probe with) and
-DOCUMENTS_INDEPENDENT = True.
+An adapter is a Python file with `score(ids, positions) -> (nats of each target ids[1:], {t: log-probabilities
+at target t})`, and `stream()` -> object with `.logprobs()` and `.push(id)` if it can be decoded. It finds
+SCRIPT and ARTIFACT (of `--artifact`) among its globals, and may set VOCAB_SIZE, BOS_ID, EXAMPLE (ids to probe
+with) and DOCUMENTS_INDEPENDENT = True.
 
-It runs strangers' code. That code works in an empty folder, in processes of its own, with limits on memory, time
-and file sizes, a bare environment, and no network where the system allows (Linux with user namespaces; elsewhere
-Python's own sockets are refused). NOT protected: it runs as you, so it can read and write whatever you can, and a
-script that looks for an audit can behave while it lasts. Use a container for code that you do not trust.
+It runs strangers' code. That code works in an empty folder, in processes of its own, with limits on memory,
+time and file sizes, a bare environment, and no network where the system allows (Linux with user namespaces;
+elsewhere Python's own sockets are refused). NOT protected: it runs as you, so it can read and write whatever
+you can, and a script that looks for an audit can behave while it lasts. Use a container for code that you do
+not trust.
 
-NOT judged: where calibration data come from beyond D1/P9 (B5), what a warm-up leaves behind (B7), brute force over
-seeds (B8), a sidecar's bytes (M3), copies of single windows of validation text in training shards (D4).
+NOT judged: where calibration data come from beyond D1/P9 (B5), what a warm-up leaves behind (B7), brute force
+over seeds (B8), a sidecar's bytes (M3), copies of single windows of validation text in training shards (D4).
 
-Exit codes: 0 no FAIL, 1 a FAIL, 2 misuse. PASS, WARN and FAIL carry a rule of the competition (C1-C4, B, D, M, S)
-and the probe that decided, with the counter-example.
+Exit codes: 0 no FAIL, 1 a FAIL, 2 misuse. PASS, WARN and FAIL carry a rule of the competition (C1-C4, B, D,
+M, S) and the probe that decided, with the counter-example.
 """
 
 from __future__ import annotations
@@ -55,13 +58,15 @@ from family import OF_THE_RUN, ROOT, Finding, Misuse, command, find_script, load
 # Tiny sizes, given to a script that knows the variable. What the record's runs had at 0 stays switched off.
 # fmt: off
 SMALL = {
-    "NUM_LAYERS": 3, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "MLP_MULT": 2.0, "ROPE_DIMS": 4, "XSA_LAST_N": 2,
-    "NGRAM_ORDERS": "2,3,5", "NGRAM_BUCKETS": 512, "NGRAM_DIM": 8, "BIGRAM_VOCAB_SIZE": 256, "BIGRAM_DIM": 8,
-    "JEPA_CHUNK_SIZE": 8, "JEPA_LATENT_DIM": 16, "JEPA_PROJ_HIDDEN": 16, "JEPA_SIGREG_PROJS": 16, "JEPA_SIGREG_GROUP": 2,
-    "TRAIN_SEQ_LEN": 64, "TRAIN_BATCH_TOKENS": 1024, "DEVICE_BATCH_TOKENS": 4096, "EVAL_SEQ_LEN": 64, "EVAL_STRIDE": 16,
-    "EVAL_BATCH_TOKENS": 256, "TTT": "sgd", "TTT_CHUNK_TOKENS": 64, "TTT_BATCH_ROWS": 2, "ITERATIONS": 60, "WARMDOWN_ITERS": 30, "EMA_DECAY": 0.8,
-    "WARMUP_STEPS": 1, "MUON_MOMENTUM_WARMUP_STEPS": 10, "GPTQ_BATCHES": 1, "VAL_LOSS_EVERY": 20, "TRAIN_LOG_EVERY": 20,
-    "MAX_WALLCLOCK_SECONDS": 0, "EVAL_BUDGET_SECONDS": 0, "ARTIFACT_BUDGET_BYTES": 16_000_000, "VAL_BYTES": 0, "CHECKPOINT_EVERY": 0,
+    "NUM_LAYERS": 3, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "MLP_MULT": 2.0, "ROPE_DIMS": 4,
+    "XSA_LAST_N": 2, "NGRAM_ORDERS": "2,3,5", "NGRAM_BUCKETS": 512, "NGRAM_DIM": 8,
+    "BIGRAM_VOCAB_SIZE": 256, "BIGRAM_DIM": 8, "JEPA_CHUNK_SIZE": 8, "JEPA_LATENT_DIM": 16,
+    "JEPA_PROJ_HIDDEN": 16, "JEPA_SIGREG_PROJS": 16, "JEPA_SIGREG_GROUP": 2, "TRAIN_SEQ_LEN": 64,
+    "TRAIN_BATCH_TOKENS": 1024, "DEVICE_BATCH_TOKENS": 4096, "EVAL_SEQ_LEN": 64, "EVAL_STRIDE": 16,
+    "EVAL_BATCH_TOKENS": 256, "TTT": "sgd", "TTT_CHUNK_TOKENS": 64, "TTT_BATCH_ROWS": 2, "ITERATIONS": 60,
+    "WARMDOWN_ITERS": 30, "EMA_DECAY": 0.8, "WARMUP_STEPS": 1, "MUON_MOMENTUM_WARMUP_STEPS": 10,
+    "GPTQ_BATCHES": 1, "VAL_LOSS_EVERY": 20, "TRAIN_LOG_EVERY": 20, "MAX_WALLCLOCK_SECONDS": 0,
+    "EVAL_BUDGET_SECONDS": 0, "ARTIFACT_BUDGET_BYTES": 16_000_000, "VAL_BYTES": 0, "CHECKPOINT_EVERY": 0,
     "DTYPE": "fp32", "DEVICE": "cpu", "COMPILE": 0, "SEED": 7,
 }
 # fmt: on
@@ -198,7 +203,9 @@ class Worker:
 
 
 def text_of(noise: bool = False) -> tuple[list[str], list[str]]:
-    """(training documents, validation documents): pieces of the standard library's source, or noise for validation."""
+    """(training documents, validation documents): pieces of the
+    standard library's source, or noise for validation.
+    """
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     train = [path.read_text("utf-8", "replace") for path in sorted((stdlib / "email").glob("*.py"))]
     source = (stdlib / "textwrap.py").read_text("utf-8").encode("ascii", "replace").decode()
@@ -216,7 +223,8 @@ def text_of(noise: bool = False) -> tuple[list[str], list[str]]:
 
 
 class Trial:
-    """One script in a folder of its own: its data, its settings, its runs, and processes that answer for it."""
+    """One script in a folder of its own: its data, its settings, its runs, and processes that answer for it.
+    """
 
     def __init__(
         self,
@@ -248,7 +256,9 @@ class Trial:
         return [*self.network, sys.executable, "-I", "audit_worker.py", *arguments]
 
     def place(self, name: str, artifact: str = "") -> str:
-        """Makes an empty folder for a process, with the script and the artifact alone; the artifact's name in it."""
+        """Makes an empty folder for a process, with the script and
+        the artifact alone; the artifact's name in it.
+        """
         shutil.rmtree(self.folder / name, ignore_errors=True)
         (self.folder / name).mkdir()
         for path in (self.script, self.adapter, Path(__file__).with_name("audit_worker.py")):
@@ -340,7 +350,10 @@ class Trial:
         )
 
     def configure(self) -> None:
-        """Settings of the record's runs, at tiny sizes; --set last. A token model gets a tokenizer of 512 ids."""
+        """Settings of the record's runs, at tiny sizes; --set last.
+
+        A token model gets a tokenizer of 512 ids.
+        """
         if self.adapter or self.settings:
             return
         found = {}
@@ -366,7 +379,9 @@ class Trial:
             self.settings |= {"VOCAB_SIZE": "512", "TOKENIZER_PATH": str(self.data("text") / "sp512.model")}
 
     def data(self, kind: str) -> Path:
-        """The folder of shards: `text`, `noise` (another validation text of the same size), `alone` (no training)."""
+        """The folder of shards: `text`, `noise` (another validation
+        text of the same size), `alone` (no training).
+        """
         folder = self.folder / "data" / kind
         if folder.exists():
             return folder
@@ -442,7 +457,8 @@ class Trial:
             self.vocab = self.of_adapter("VOCAB_SIZE") or VOCAB
             if self.vocab != VOCAB:
                 raise Misuse(
-                    f"{self.adapter.name}: with VOCAB_SIZE={self.vocab} it must say EXAMPLE, ids to probe with"
+                    f"{self.adapter.name}: with VOCAB_SIZE={self.vocab} it must say EXAMPLE, ids to probe "
+                    "with"
                 )
         self.configure()
         (path,) = self.data("text").glob("*_val_*.bin")
@@ -523,7 +539,8 @@ def unjudged(rule: str, why: str) -> Finding:
 
 
 def moved(a: np.ndarray, b: np.ndarray, tolerance: float) -> tuple[int, float] | None:
-    """The first place where two arrays differ by more than that, with the difference; nan differs from all."""
+    """The first place where two arrays differ by more than that, with the difference; nan differs from all.
+    """
     gap = np.abs(np.asarray(a) - np.asarray(b))
     bad = np.flatnonzero(~(gap <= tolerance))
     return (int(bad[0]), float(gap[bad[0]])) if len(bad) else None
@@ -556,7 +573,9 @@ def future(trial: Trial) -> list[Finding]:
 
 
 def poison(trial: Trial) -> list[Finding]:
-    """C2/P2 and C3/P5: the distribution at a target knows nothing of it, and its score is read from that distribution."""
+    """C2/P2 and C3/P5: the distribution at a target knows nothing of it,
+    and its score is read from that distribution.
+    """
     ids, vectors, pairs, count = trial.ids[:320], trial.base[1], 0, 5
     base = trial.worker().score(ids)[0]
     rest = trial.rng.permutation(np.arange(2, len(ids) - 3))[:9]
@@ -643,7 +662,9 @@ def order(trial: Trial) -> list[Finding]:
 
 
 def coverage(trial: Trial) -> list[Finding]:
-    """C4/P6, M2, M4: the reported loss is the sum of `score` over every target once, the bytes are those of the text."""
+    """C4/P6, M2, M4: the reported loss is the sum of `score` over every
+    target once, the bytes are those of the text.
+    """
     ids, metrics = trial.stream, trial.trained
     if not metrics:
         return [unjudged("C4/P6", "no run of its own: the adapter's scores stand for it")]
@@ -709,18 +730,24 @@ def decode(trial: Trial, size: int = 2000) -> list[Finding]:
         return [
             fail(
                 "C1/P7",
-                f"target {found[0]} is scored {scored[found[0]]:.4f} nats, the stream that a decoder can follow "
+                f"target {found[0]} is scored {scored[found[0]]:.4f} nats, the stream that a decoder can "
+                "follow "
                 f"says {nats[found[0]]:.4f}",
             )
         ]
     streamed, said = (float(np.sum(each)) / np.log(2) / 8 for each in (nats, scored))
-    text = f"{len(ids) - 1} ids in {4 * len(code)} bytes, -log2 p of the stream {streamed:.1f}, of score {said:.1f}"
+    text = (
+        f"{len(ids) - 1} ids in {4 * len(code)} bytes, -log2 p of the stream {streamed:.1f}, "
+        f"of score {said:.1f}"
+    )
     good = all(abs(4 * len(code) - value) <= 0.002 * value + 64 for value in (streamed, said))
     return [Finding("C1/P7", "PASS" if good else "FAIL", text)]
 
 
 def documents(trial: Trial) -> list[Finding]:
-    """C1/P8: two documents swapped change only what comes after; nothing at all where documents are independent."""
+    """C1/P8: two documents swapped change only what comes after;
+    nothing at all where documents are independent.
+    """
     ids, starts = trial.stream, np.flatnonzero(trial.stream == trial.bos)
     if len(starts) < 4:
         return [unjudged("C1/P8", f"its example has {len(starts)} documents, 4 are needed")]
@@ -753,7 +780,9 @@ def documents(trial: Trial) -> list[Finding]:
 
 
 def independent(trial: Trial) -> bool:
-    """Whether documents are scored on their own: what DOC_MASK says, unless something learns along the stream."""
+    """Whether documents are scored on their own: what DOC_MASK
+    says, unless something learns along the stream.
+    """
     on = {name: trial.settings.get(name, "0") not in ("0", "0.0", "") for name in ("DOC_MASK", "TTT", "MIX")}
     return bool(trial.of_adapter("DOCUMENTS_INDEPENDENT")) or (
         on["DOC_MASK"] and not on["TTT"] and not on["MIX"]
@@ -789,7 +818,9 @@ def reload(trial: Trial) -> list[Finding]:
 
 
 def watched(trial: Trial) -> list[Finding]:
-    """static/7, B1, B9: variables that `--help` does not name, network, processes - seen while all of the above ran."""
+    """static/7, B1, B9: variables that `--help` does not name,
+    network, processes - seen while all of the above ran.
+    """
     out, known = [], set() if trial.adapter else trial.names
     trial.close()  # the notes are written when a process ends
     notes = [json.loads(path.read_text()) for path in sorted(trial.folder.glob("*.watch"))]
@@ -826,9 +857,18 @@ def watched(trial: Trial) -> list[Finding]:
 
 
 # fmt: off
-PROBES = {"future": (future, "C1/P1"), "poison": (poison, "C2/P2"), "normal": (normal, "C2/P3"), "order": (order, "C3/P4"),
-          "coverage": (coverage, "C4/P6"), "decode": (decode, "C1/P7"), "documents": (documents, "C1/P8"),
-          "validation": (validation, "D1/P9"), "reload": (reload, "D2"), "watched": (watched, "B3/environment")}
+PROBES = {
+    "future": (future, "C1/P1"),
+    "poison": (poison, "C2/P2"),
+    "normal": (normal, "C2/P3"),
+    "order": (order, "C3/P4"),
+    "coverage": (coverage, "C4/P6"),
+    "decode": (decode, "C1/P7"),
+    "documents": (documents, "C1/P8"),
+    "validation": (validation, "D1/P9"),
+    "reload": (reload, "D2"),
+    "watched": (watched, "B3/environment"),
+}
 
 
 # fmt: on

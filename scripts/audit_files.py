@@ -1,4 +1,5 @@
-"""What scripts/audit.py reads without running anything: static hints in a script, forensics on a record's files.
+"""What scripts/audit.py reads without running anything: static
+hints in a script, forensics on a record's files.
 
 A hint says where to look. It is never a verdict: names lie, and honest code trips over some of the patterns.
 Rules: `static/N` are items of section 7 of the checker's blueprint, B, D, M and S those of the competition.
@@ -44,7 +45,10 @@ LINE = re.compile(r"^(final_\w+?)(_exact)? val_loss:([\d.]+) val_bpb:([\d.]+)", 
 
 
 def unpacked(source: str) -> tuple[str, bool]:
-    """The code behind an exec(decompress(decode("..."))) wrapper, and whether there was one. Nothing is executed."""
+    """The code behind an exec(decompress(decode("..."))) wrapper, and whether there was one.
+
+    Nothing is executed.
+    """
     tree, best = ast.parse(source), ""
     if not any(
         isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("exec", "eval")
@@ -246,7 +250,8 @@ def _function(node: ast.FunctionDef, hint) -> None:
 def forensics(folder: Path) -> list[Finding]:
     """Bytes, budgets, seeds, hashes and the implied denominator, from a record's own files.
 
-    Reads submission.json, seed*/metrics.json with seed*/log.txt, or the field's *.log and *.txt logs beside them.
+    Reads submission.json, seed*/metrics.json with seed*/log.txt, or
+    the field's *.log and *.txt logs beside them.
     """
     found: list[Finding] = []
     submission = read_json(folder / "submission.json")
@@ -296,7 +301,8 @@ def _bytes(submission: dict, runs: dict, logs: list[str], code: int) -> list[str
     for name, run in runs.items():
         if run["bytes_total"] != run["bytes_code"] + run["bytes_model"]:
             out.append(
-                f"{name}: {run['bytes_code']:,} + {run['bytes_model']:,} bytes are not the {run['bytes_total']:,} claimed"
+                f"{name}: {run['bytes_code']:,} + {run['bytes_model']:,} bytes are not the "
+                f"{run['bytes_total']:,} claimed"
             )
     sizes = [
         int(m)
@@ -387,7 +393,8 @@ def _seeds(submission: dict, runs: dict, logs: dict, sha: str, frozen: str, say)
     say(
         "D4",
         [
-            f"{name}: {run['dataset'].get('train_shards')} training shards: the fingerprint of a split with validation documents in it"
+            f"{name}: {run['dataset'].get('train_shards')} training shards: the fingerprint of a split with "
+            "validation documents in it"
             for name, run in runs.items()
             if run.get("dataset", {}).get("train_shards") == 1499
         ],
@@ -461,7 +468,8 @@ def _numbers(submission: dict, runs: dict, logs: dict, say) -> None:
             or (values and key not in submission)
         ):
             wrong.append(
-                f"submission.json says {key} {submission.get(key)}, the mean of its seeds is {sum(values) / len(values)}"
+                f"submission.json says {key} {submission.get(key)}, the mean of its seeds is "
+                f"{sum(values) / len(values)}"
             )
     say("S4", wrong, "submission.json, metrics and logs agree to all digits")
     say("M1", denominator, "loss and BPB imply the bytes that are claimed")

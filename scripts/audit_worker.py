@@ -3,13 +3,14 @@
     python -I audit_worker.py main SCRIPT                        the script as a program, watched
     python -I audit_worker.py serve SCRIPT ARTIFACT [ADAPTER]    JSON lines in, JSON lines out
 
-It is copied into the folder of the trial and needs the standard library and numpy alone. What it watches goes to
-the file that AUDIT_WATCH names when the process ends: variables of the environment that the script's own lines
-read, connections tried (and refused), processes started. A script that means to deceive can get round all of
-this, since it runs in the same interpreter.
+It is copied into the folder of the trial and needs the standard library and numpy alone. What it watches goes
+to the file that AUDIT_WATCH names when the process ends: variables of the environment that the script's own
+lines read, connections tried (and refused), processes started. A script that means to deceive can get round
+all of this, since it runs in the same interpreter.
 
-Questions: {"op": "score", "ids", "positions"} -> {"nats", "vectors": {t: log-probabilities}}; {"op": "stream"} starts
-a fresh stream, {"op": "logprobs"} and {"op": "push", "id"} drive it. An answer {"error": text} ends the session.
+Questions: {"op": "score", "ids", "positions"} -> {"nats", "vectors": {t: log-probabilities}}; {"op":
+"stream"} starts a fresh stream, {"op": "logprobs"} and {"op": "push", "id"} drive it. An answer {"error":
+text} ends the session.
 """
 
 import atexit
@@ -24,7 +25,9 @@ SEEN = {"environment": {}, "network": [], "processes": []}
 
 
 def line_of(script: str) -> str:
-    """`file:line` of the script that called, skipping the library's own wrappers; empty where another file did."""
+    """`file:line` of the script that called, skipping the
+    library's own wrappers; empty where another file did.
+    """
     frame = sys._getframe(2)
     while frame and os.path.basename(frame.f_code.co_filename) in (
         "os.py",
@@ -81,7 +84,10 @@ def module_at(path: str, name: str, **given):
 
 
 def serve(script: str, artifact: str, adapter: str) -> None:
-    """Answers until the input ends. The script's own prints go to stderr: the answers have a channel of their own."""
+    """Answers until the input ends.
+
+    The script's own prints go to stderr: the answers have a channel of their own.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.stdout = sys.stderr
@@ -107,7 +113,9 @@ def serve(script: str, artifact: str, adapter: str) -> None:
                     found.args.eval_batch_tokens = int(
                         os.environ.get("EVAL_BATCH_TOKENS", found.args.eval_batch_tokens)
                     )
-                if os.environ.get("TOKENIZER_PATH") and hasattr(getattr(found, "args", None), "tokenizer_path"):
+                if os.environ.get("TOKENIZER_PATH") and hasattr(
+                    getattr(found, "args", None), "tokenizer_path"
+                ):
                     found.args.tokenizer_path = os.environ["TOKENIZER_PATH"]  # what ids spell, for a mixture
                 return found
 

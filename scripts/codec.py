@@ -4,9 +4,9 @@
     python scripts/codec.py decompress RECORD ARTIFACT FILE.golf [-o OUT]
     python scripts/codec.py prove      RECORD ARTIFACT FILE [--bytes N] [--set NAME=VALUE ...]
 
-RECORD is a record's folder or name, or a script (`.` is the trunk). Its `stream` gives the distribution of each next
-id, a range coder (Martin 1979, as in constriction) spends -log2 p bits on the id, and a decoder that has
-nothing but the script and the artifact follows. `--set` changes a setting of the evaluation, such as
+RECORD is a record's folder or name, or a script (`.` is the trunk). Its `stream` gives the distribution of
+each next id, a range coder (Martin 1979, as in constriction) spends -log2 p bits on the id, and a decoder
+that has nothing but the script and the artifact follows. `--set` changes a setting of the evaluation, such as
 EVAL_STRIDE=64; it travels in the coded file.
 
 FILE is any file (byte260), UTF-8 text that the tokenizer gives back exactly (SentencePiece, `--tokenizer`),

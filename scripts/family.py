@@ -1,4 +1,6 @@
-"""What the tools and the tests share: scripts as modules, records and their files, findings, exit codes, tables."""
+"""What the tools and the tests share: scripts as modules, records
+and their files, findings, exit codes, tables.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class Misuse(Exception):
 
 
 def command(main: Callable[[], int]) -> None:
-    """Ends the process with the exit code of `main`; what the caller can mend is one line on stderr, exit code 2."""
+    """Ends the process with the exit code of `main`; what the
+    caller can mend is one line on stderr, exit code 2.
+    """
     try:
         sys.exit(main())
     except Misuse as error:
@@ -69,7 +73,11 @@ def find_script(name: Path | str) -> Path:
     """
     if str(name) in (".", "trunk"):
         return TRUNK
-    for path in (Path(name), ROOT / "records" / name, *sorted((ROOT / "records").glob(f"*_{Path(name).name}"))):
+    for path in (
+        Path(name),
+        ROOT / "records" / name,
+        *sorted((ROOT / "records").glob(f"*_{Path(name).name}")),
+    ):
         path = path / "train_gpt.py" if path.is_dir() else path
         if path.is_file():
             return path.resolve()
@@ -116,13 +124,24 @@ def load_script(path: Path | str = TRUNK):
 
 
 # What a run's settings say about its process alone.
-OF_THE_PROCESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARTIFACT", "EVAL_ONLY", "RESUME")
+OF_THE_PROCESS = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "ARTIFACT",
+    "EVAL_ONLY",
+    "RESUME",
+)
 # And what may differ between the seeds of one configuration.
 OF_THE_RUN = {"SEED", "RUN_ID", "RUNS_PATH", "DATA_PATH", "TOKENIZER_PATH", *OF_THE_PROCESS}
 
 
 def run_settings(folder: Path | str) -> dict[str, str]:
-    """The settings of a run, as its script reads them from the environment, from the metrics.json in its folder."""
+    """The settings of a run, as its script reads them from the
+    environment, from the metrics.json in its folder.
+    """
     path = Path(folder) / "metrics.json"
     if not path.exists():
         raise Misuse(f"{path}: needed for the settings of this run")

@@ -1,19 +1,22 @@
 """Runs a script for several seeds, side by side, and goes on where it was stopped.
 
     python scripts/run_seeds.py . --set ITERATIONS=300 --jobs 2 --threads 1
-    python scripts/run_seeds.py BytePPM --like records/2026-11-21_BytePPM/seed42 --cores '0;1' --collect records/2026-11-21_BytePPM
+    python scripts/run_seeds.py BytePPM --like records/2026-11-21_BytePPM/seed42 --cores '0;1' \\
+        --collect records/2026-11-21_BytePPM
     python scripts/run_seeds.py records/DATE_NAME --ranks 8 --gpus 0,1,2,3,4,5,6,7
 
-The settings are those of `--like` (a run's folder with its metrics.json) and `--set`; a variable of the script that stands in the
-environment is not passed on, so that a run is what the command line says. A run's folder is named for the script's hash, the settings, the
-data, the seed and `--ranks` above 1: the same command again skips what is finished, and starts what is not, from the
-script's own checkpoint (`RESUME=auto`) where there is one. Whatever a run prints is in `console.txt` of its folder. A run that fails is named at the end with
-its last lines; the others go on. Ctrl-C stops the runs with the signal on which scripts write a checkpoint; a second one kills them.
+The settings are those of `--like` (a run's folder with its metrics.json) and `--set`; a variable of the
+script that stands in the environment is not passed on, so that a run is what the command line says. A run's
+folder is named for the script's hash, the settings, the data, the seed and `--ranks` above 1: the same
+command again skips what is finished, and starts what is not, from the script's own checkpoint (`RESUME=auto`)
+where there is one. Whatever a run prints is in `console.txt` of its folder. A run that fails is named at the
+end with its last lines; the others go on. Ctrl-C stops the runs with the signal on which scripts write a
+checkpoint; a second one kills them.
 
 `--collect FOLDER` copies metrics.json, metrics.jsonl and log.txt of every good run to FOLDER/seed<N>/.
 
-Progress goes to stderr, the tables or one JSON document (`--json`) to stdout. Exit code 0; 1 if a run failed or broke a budget; 2 misuse; 130
-stopped. scripts/sweep.py runs several variants the same way.
+Progress goes to stderr, the tables or one JSON document (`--json`) to stdout. Exit code 0; 1 if a run failed
+or broke a budget; 2 misuse; 130 stopped. scripts/sweep.py runs several variants the same way.
 """
 
 from __future__ import annotations
@@ -69,9 +72,13 @@ def say(text: str) -> None:
 
 
 def without_places(data: bytes, runs: Path) -> bytes:
-    """What runs below `runs` wrote, folders named as if they had been started from the repository: a record tells no machine's paths."""
+    """What runs below `runs` wrote, folders named as if they had been started from the
+    repository: a record tells no machine's paths.
+    """
     for place, word in ((runs.absolute(), "runs"), (Path.cwd(), "."), (ROOT, ".")):
-        data = data.replace(str(place).encode() + b"/", word.encode() + b"/").replace(f'"{place}"'.encode(), f'"{word}"'.encode())
+        data = data.replace(str(place).encode() + b"/", word.encode() + b"/").replace(
+            f'"{place}"'.encode(), f'"{word}"'.encode()
+        )
     return data
 
 
@@ -114,7 +121,8 @@ class Job:
         return self.state in ("done", "kept")
 
     def read(self, script_sha256: str) -> bool:
-        """Takes the metrics of a finished run of this script; False where there are none with a finite score."""
+        """Takes the metrics of a finished run of this script; False where there are none with a finite score.
+        """
         path, found = self.folder / "metrics.json", {}
         with contextlib.suppress(Misuse):  # what cannot be read is no result
             found = read_json(path) if path.exists() else {}
@@ -361,7 +369,8 @@ def slots(options: argparse.Namespace) -> list[Slot]:
 
 
 def fingerprint(folder: str) -> str | list:
-    """What tells data from other data: the hash of the manifest, else names, sizes and times of the shards."""
+    """What tells data from other data: the hash of the manifest, else names, sizes and times of the shards.
+    """
     manifest = Path(folder) / "manifest.json"
     if not folder or manifest.is_file():
         return sha256(manifest) if folder else ""
@@ -371,7 +380,9 @@ def fingerprint(folder: str) -> str | list:
 
 def run_id(script: Path, digest: str, settings: dict[str, str], seed: int, ranks: int = 1,
            data_path: str = "") -> str:
-    """A name that says what is run: script, settings, data, seed and ranks; `data_path` is the script's default."""
+    """A name that says what is run: script, settings, data, seed
+    and ranks; `data_path` is the script's default.
+    """
     told = [digest, sorted(settings.items()), fingerprint(settings.get("DATA_PATH", data_path)), seed]
     told += [ranks] if ranks > 1 else []  # runs of one process keep the names that they had
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]
@@ -412,8 +423,17 @@ def tables(rows: list[dict], base: str) -> str:
     for row in rows:
         for run in row["runs"]:
             seconds = (cell(run[key], ".0f") for key in ("train_seconds", "eval_seconds"))
-            runs.append([row["arm"]] * many + [run["seed"], cell(run["val_bpb"]), cell(run["bytes_total"], ","),
-                                               *seconds, run["state"], run["folder"]])
+            runs.append(
+                [row["arm"]] * many
+                + [
+                    run["seed"],
+                    cell(run["val_bpb"]),
+                    cell(run["bytes_total"], ","),
+                    *seconds,
+                    run["state"],
+                    run["folder"],
+                ]
+            )
             if run["state"] == "failed":
                 title = f"{row['arm']} seed {run['seed']} failed, exit code {run['exit_code']}:"
                 failed.append("\n    ".join([title, *run["tail"]]))
@@ -455,7 +475,9 @@ def collect_seeds(jobs: list[Job], folder: Path) -> None:
             fresh.mkdir()
             for name in COLLECTED:
                 if (job.folder / name).exists():
-                    (fresh / name).write_bytes(without_places((job.folder / name).read_bytes(), job.folder.parent))
+                    (fresh / name).write_bytes(
+                        without_places((job.folder / name).read_bytes(), job.folder.parent)
+                    )
             if place.exists():
                 place.rename(Path(temporary) / "before")
             fresh.rename(place)
@@ -507,8 +529,8 @@ def carry_out(options: argparse.Namespace, script: Path, known: set[str], arms: 
               after: Callable[[Runner, list[Job], dict], tuple[list[Job], str]] | None = None) -> int:
     """Runs every arm for every seed, prints and collects what came out -> exit code.
 
-    `after`, if given, does what the finished runs are for, adds to the JSON document what came out, and returns the jobs
-    that this took and a text for below the tables.
+    `after`, if given, does what the finished runs are for, adds to the JSON document what came out, and
+    returns the jobs that this took and a text for below the tables.
 
     Raises:
         Misuse: an option that cannot be, two arms with equal settings.
@@ -536,7 +558,11 @@ def carry_out(options: argparse.Namespace, script: Path, known: set[str], arms: 
     rows = summarise(jobs, arms, base)
     document = {"script": str(options.script), "script_sha256": digest, "base": base, "arms": rows}
     more, text = after(runner, jobs, document) if after else ([], "")
-    print(json.dumps(document, indent=1) if options.json else "\n\n".join(filter(None, (tables(rows, base), text))))
+    print(
+        json.dumps(document, indent=1)
+        if options.json
+        else "\n\n".join(filter(None, (tables(rows, base), text)))
+    )
     if options.collect:
         collect(jobs, options.collect)
     if any(job.state == "stopped" for job in (*jobs, *more)):

@@ -1,22 +1,26 @@
-"""Is an arm better than its base? Seeds, t-tests, intervals, and the verdicts of this house and of the competition.
+"""Is an arm better than its base? Seeds, t-tests, intervals, and the
+verdicts of this house and of the competition.
 
     python scripts/stats.py --base records/X new=runs/a,runs/b,runs/c
     python scripts/stats.py --base records/X/ablations/base records/X/ablations/*/
     python scripts/stats.py --base their_logs --eval final_int6_sliding --json new=A/log.txt,B/log.txt
     python scripts/stats.py --base 1.9226,1.9231,1.9224 A=1.92,1.93,1.94 B=42:1.92,314:1.93
 
-A group is `NAME=SOURCE,SOURCE...` or sources alone. A source is a metrics.json, a log with lines `final_..._exact val_loss:.. val_bpb:..` (the
-one that the log calls its headline counts, else the last), a folder of either (a run, seed*/ or seed*.json, logs), a record's name, or a number,
-with or without its seed. Scores are bits per byte (BPB), lower is better, *difference* is arm minus base.
+A group is `NAME=SOURCE,SOURCE...` or sources alone. A source is a metrics.json, a log with lines
+`final_..._exact val_loss:.. val_bpb:..` (the one that the log calls its headline counts, else the last), a
+folder of either (a run, seed*/ or seed*.json, logs), a record's name, or a number, with or without its seed.
+Scores are bits per byte (BPB), lower is better, *difference* is arm minus base.
 
-House: where two seeds or more are shared, the paired t over those, otherwise Welch's. *better* or *worse*: the 95 % interval excludes zero;
-*no effect*: it lies inside +-0.003 BPB; anything else is *undecided*. Competition: at least 0.005 nats better at one-sided p < 0.01, by Welch's t,
-read per token and per byte. *yes*: p < 0.01 that the gain exceeds 0.005; *mean only*: the mean gain does, and p < 0.01 only for some gain;
+House: where two seeds or more are shared, the paired t over those, otherwise Welch's. *better* or *worse*:
+the 95 % interval excludes zero; *no effect*: it lies inside +-0.003 BPB; anything else is *undecided*.
+Competition: at least 0.005 nats better at one-sided p < 0.01, by Welch's t, read per token and per byte.
+*yes*: p < 0.01 that the gain exceeds 0.005; *mean only*: the mean gain does, and p < 0.01 only for some gain;
 *frontier*: the practice for rows in order of date, one-sided p < 0.25 for some gain.
 
 `--plot FILE.png` draws the differences with their intervals, an arm a line.
 
-A group whose runs differ in script, data, evaluation or in a setting other than the seed, names and paths is not compared: exit code 1.
+A group whose runs differ in script, data, evaluation or in a setting other than the seed,
+names and paths is not compared: exit code 1.
 """
 
 from __future__ import annotations
@@ -57,8 +61,8 @@ FEWEST_SEEDS = 3
 def betainc(a: float, b: float, x: float, y: float | None = None) -> float:
     """The regularised incomplete beta function I_x(a, b), for a, b > 0 and x in [0, 1].
 
-    Continued fraction DLMF 8.17.22 by the modified Lentz method (Press et al., Numerical Recipes 6.4), on the side of the mean on
-    which it converges fast. `y` is 1 - x where the caller knows it without cancellation.
+    Continued fraction DLMF 8.17.22 by the modified Lentz method (Press et al., Numerical Recipes 6.4), on the
+    side of the mean on which it converges fast. `y` is 1 - x where the caller knows it without cancellation.
     """
     y = 1.0 - x if y is None else y
     if x <= 0.0 or y <= 0.0:
@@ -82,9 +86,11 @@ def betainc(a: float, b: float, x: float, y: float | None = None) -> float:
 
 
 def t_sf(t: float, df: float) -> float:
-    """P(T > t) for Student's t with `df` > 0 degrees of freedom, whole or not; inf is the normal distribution.
+    """P(T > t) for Student's t with `df` > 0 degrees of freedom,
+    whole or not; inf is the normal distribution.
 
-    I_x(df / 2, 1 / 2) / 2 at x = df / (df + t^2), Abramowitz and Stegun 26.7.1. Far tails keep their relative accuracy.
+    I_x(df / 2, 1 / 2) / 2 at x = df / (df + t^2), Abramowitz and Stegun
+    26.7.1. Far tails keep their relative accuracy.
     """
     if math.isnan(t) or not df > 0:
         raise ValueError(f"t_sf({t}, {df}): needs a number and more than 0 degrees of freedom")
@@ -132,8 +138,9 @@ def t_quantile(p: float, df: float) -> float:
 class Comparison:
     """How an arm differs from its base, in BPB: difference = arm - base, negative is better.
 
-    A standard error that the data do not say (a single value) is infinite: t = 0, p = 0.5, the interval is everything. One of zero
-    decides by the sign of the difference: p = 0 or 1, and 0.5 for a difference of zero.
+    A standard error that the data do not say (a single value) is infinite: t = 0, p = 0.5, the interval is
+    everything. One of zero decides by the sign of the difference: p = 0 or 1, and 0.5 for a difference of
+    zero.
     """
 
     test: str  # "paired" or "Welch"
@@ -196,7 +203,8 @@ def paired(a: dict[int, float], b: dict[int, float]) -> Comparison:
 
 
 def welch(a: Iterable[float], b: Iterable[float]) -> Comparison:
-    """Welch's t of arm `a` against base `b`, BPB each, their variances unlike; degrees of freedom by Welch and Satterthwaite.
+    """Welch's t of arm `a` against base `b`, BPB each, their variances unlike;
+    degrees of freedom by Welch and Satterthwaite.
 
     Raises:
         Misuse: one of them is empty.
@@ -228,7 +236,9 @@ def verdict(differences: list[float]) -> tuple[float, float, str]:
 
 
 def spread(arms: Iterable[Iterable[float]]) -> float:
-    """Pooled standard deviation of arms, each weighted by its degrees of freedom; 0 where no arm has two values."""
+    """Pooled standard deviation of arms, each weighted by its
+    degrees of freedom; 0 where no arm has two values.
+    """
     arms = [values for values in map(list, arms) if len(values) > 1]
     freedom = sum(len(values) - 1 for values in arms)
     return math.sqrt(sum(statistics.variance(v) * (len(v) - 1) for v in arms) / freedom) if arms else 0.0
@@ -236,7 +246,8 @@ def spread(arms: Iterable[Iterable[float]]) -> float:
 
 @dataclass(frozen=True)
 class Reading:
-    """The competition's rule in one unit: gain in nats, one-sided p of a true gain of at most 0.005, verdict."""
+    """The competition's rule in one unit: gain in nats, one-sided p of a true gain of at most 0.005, verdict.
+    """
 
     gain: float
     p: float
@@ -279,7 +290,9 @@ class Run:
 
     @property
     def entry(self) -> dict:
-        """The evaluation that counts: val_loss (nats a token), val_bpb, targets and bytes where they are known."""
+        """The evaluation that counts: val_loss (nats a token),
+        val_bpb, targets and bytes where they are known.
+        """
         return self.metrics.get("evals", {}).get(self.evaluation, {})
 
     @property
@@ -314,7 +327,9 @@ class Group:
 
     @property
     def scores(self) -> dict:
-        """{seed: BPB}; runs without a seed are kept apart by numbers that no seed has, so that nothing pairs with them."""
+        """{seed: BPB}; runs without a seed are kept apart by numbers that
+        no seed has, so that nothing pairs with them.
+        """
         return {(self.name, i) if run.seed is None else run.seed: run.bpb for i, run in enumerate(self.runs)}
 
     @property
@@ -356,7 +371,9 @@ def read_log(path: Path) -> dict:
 
     exact = EXACT.findall(output)
     if not exact:
-        raise Misuse(f"{path}: no line `final_..._exact val_loss:.. val_bpb:..`: not a log, or not a finished run's")
+        raise Misuse(
+            f"{path}: no line `final_..._exact val_loss:.. val_bpb:..`: not a log, or not a finished run's"
+        )
     evals = {name: {"val_loss": float(loss), "val_bpb": float(bpb)} for name, loss, bpb in exact}
     for name, targets, count in COUNTS.findall(output):
         if name in evals:
@@ -457,7 +474,8 @@ def read_group(text: str, evaluation: str | None = None) -> Group:
 
 
 def check_group(group: Group) -> list[Finding]:
-    """What keeps a group's runs from being seeds of one configuration (FAIL), and what weakens them (WARN)."""
+    """What keeps a group's runs from being seeds of one configuration (FAIL), and what weakens them (WARN).
+    """
     found = []
 
     def add(rule: str, level: str, text: str) -> None:
@@ -504,8 +522,10 @@ def check_pair(group: Group, base: Group) -> list[Finding]:
         text = f"scored on {mine['bytes']} bytes, the base on {theirs['bytes']}: not the same validation text"
         return [Finding("data", "FAIL", text, group.name)]
     if "sha256" in mine and "sha256" in theirs and mine["sha256"] != theirs["sha256"]:
-        text = (f"data {mine['sha256'][:8]}, the base {theirs['sha256'][:8]}: other training or validation text, "
-                "or tokenizer")
+        text = (
+            f"data {mine['sha256'][:8]}, the base {theirs['sha256'][:8]}: other training or validation text, "
+            "or tokenizer"
+        )
         return [Finding("data", "WARN", text, group.name)]
     return []
 
@@ -630,8 +650,11 @@ def tables(result: dict) -> str:
             lines.append(f"Settings, base against {row['name']}: {contrast(old, new)}.")
     text = markdown_table(["group", "evaluation", "seeds", "BPB", "sd", "difference", "95 % interval",
                            "test, t (df)", "p one-sided", "verdict"], rows)
-    text += (f"\n\nSpread (pooled sd) {result['spread']:.4f} BPB. t and p are of the gain, base minus arm: p of one "
-             "so large if there were none.")
+    text += (
+        f"\n\nSpread (pooled sd) {result['spread']:.4f} BPB. t and p are of the gain, base minus arm: p of "
+        "one "
+        "so large if there were none."
+    )
     if contest:
         text += f"\n\nThe competition, {RECORD_NATS} nats at p < {RECORD_P}, Welch's t:\n\n" + markdown_table(
             ["group", "gain in BPB", "nats a byte", "p", "record", "nats a token", "p", "record",
@@ -640,7 +663,8 @@ def tables(result: dict) -> str:
 
 
 def plot(result: dict, path: Path) -> None:
-    """The differences of `analyse` and their 95 % intervals as PNG; the band is where the verdict is *no effect*.
+    """The differences of `analyse` and their 95 % intervals as PNG;
+    the band is where the verdict is *no effect*.
 
     Raises:
         Misuse: no group was compared.
@@ -657,7 +681,9 @@ def plot(result: dict, path: Path) -> None:
     for at, row in enumerate(rows):
         house = row["house"]
         half = None if house["low"] is None else [house["difference"] - house["low"]]
-        axes.errorbar([house["difference"]], [at], xerr=half, fmt="o", capsize=4, color=colours[house["verdict"]])
+        axes.errorbar(
+            [house["difference"]], [at], xerr=half, fmt="o", capsize=4, color=colours[house["verdict"]]
+        )
     axes.set_yticks(range(len(rows)), [f"{row['name']}: {row['house']['verdict']}" for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel(f"BPB against {result['base']['name']}; lower is better")
@@ -665,7 +691,9 @@ def plot(result: dict, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("groups", nargs="*", metavar="GROUP", help="NAME=SOURCE,SOURCE... or sources alone")
     parser.add_argument("--base", required=True, metavar="GROUP", help="what the others are compared with")
     parser.add_argument("--eval", metavar="NAME", help="another evaluation of the runs than their headline")
@@ -684,7 +712,9 @@ def main(argv: list[str] | None = None) -> int:
               != [run.where for run in base.runs] or not base.runs[0].metrics]
     names = [group.name for group in (base, *groups)]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
-        raise Misuse(f"{doubled[0]}: the name of {names.count(doubled[0])} groups; name one by NAME=SOURCE,...")
+        raise Misuse(
+            f"{doubled[0]}: the name of {names.count(doubled[0])} groups; name one by NAME=SOURCE,..."
+        )
     result, findings = analyse(base, groups, ratio)
     if options.plot:
         plot(result, options.plot)

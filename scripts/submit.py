@@ -1,14 +1,16 @@
-"""From an idea to a pull request: starts a record, fills in its numbers, checks it as a reviewer would, exports it.
+"""From an idea to a pull request: starts a record, fills in its
+numbers, checks it as a reviewer would, exports it.
 
     python scripts/submit.py new Name --parent .             records/<today>_Name/, a copy of the trunk
-    python scripts/submit.py fill records/DATE_Name          numbers and tables; lists symbols that no idea names
+    python scripts/submit.py fill records/DATE_Name       numbers and tables; lists symbols that no idea names
     python scripts/submit.py check records/DATE_Name --base main
     python scripts/submit.py export records/DATE_Name --upstream ../parameter-golf
 
-Between `new` and `fill`: change the script, and measure with scripts/run_seeds.py ... --collect records/DATE_Name. `fill` reads
-seed*/metrics.json and keeps what is written by hand. `check` holds the record's files against each other, runs the
-script at a tiny size, alone in a folder of its own (`smoke`), and puts it through scripts/lineage.py and
-scripts/audit.py. `export` refuses what the quick part of `check` fails. submission.json is described key by key in scripts/submission.schema.json.
+Between `new` and `fill`: change the script, and measure with scripts/run_seeds.py ... --collect
+records/DATE_Name. `fill` reads seed*/metrics.json and keeps what is written by hand. `check` holds the
+record's files against each other, runs the script at a tiny size, alone in a folder of its own (`smoke`), and
+puts it through scripts/lineage.py and scripts/audit.py. `export` refuses what the quick part of `check`
+fails. submission.json is described key by key in scripts/submission.schema.json.
 
 Exit code 0; 1 where a finding is a FAIL; 2 misuse.
 """
@@ -340,7 +342,8 @@ def seeds(record: Record) -> Iterable[Problem]:
         yield "seed*/metrics.json", "no such file: nothing is measured yet"
         return
     for finding in stats.check_group(record.group):
-        if finding.level == "FAIL" or finding.rule not in ("script", "budgets"):  # `stale` and `time` tell of those
+        # `stale` and `time` tell of those
+        if finding.level == "FAIL" or finding.rule not in ("script", "budgets"):
             yield "seed*/metrics.json", f"{finding.rule}: {finding.text}"
     losses: dict[float, int] = {}
     for run in record.group.runs:
@@ -447,7 +450,10 @@ def scope(record: Record, base: str, start: str) -> Iterable[Problem]:
         if path in plots or path == "README.md" and written_by_hand(start) == written_by_hand("HEAD"):
             generated.append(path)
         elif not path.startswith(own):
-            yield path, f"is no part of this record: a pull request has {own} and the leaderboard, nothing else"
+            yield (
+                path,
+                f"is no part of this record: a pull request has {own} and the leaderboard, nothing else",
+            )
     for path in leaderboard.read(record.root).changed if generated else ():
         yield str(path.relative_to(record.root)), leaderboard.DISAGREES
     for line in git("status", "--porcelain", "--ignored", "--", own, *generated):
@@ -476,7 +482,9 @@ def corpus(folder: Path) -> Path:
 
 
 def smoke_settings(record: Record) -> dict[str, str]:
-    """The settings of the record's runs at a tiny size: what was off stays off; `audit` of submission.json has the last word."""
+    """The settings of the record's runs at a tiny size: what was off stays off;
+    `audit` of submission.json has the last word.
+    """
     from audit import SMALL
     from run_seeds import OWN, variables
     known = variables(record.folder / "train_gpt.py")
@@ -489,7 +497,8 @@ def smoke_settings(record: Record) -> dict[str, str]:
 
 
 def smoke(record: Record) -> Iterable[Problem]:
-    """Runs the script alone in a folder, in a bare environment: bytes beside it are not counted, nor needed."""
+    """Runs the script alone in a folder, in a bare environment: bytes beside it are not counted, nor needed.
+    """
     with tempfile.TemporaryDirectory(prefix="smoke-") as name:
         alone = Path(name) / "record"
         alone.mkdir()
@@ -669,7 +678,9 @@ def export(record: Record, upstream: Path, force: bool = False) -> Path:
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     part = commands.add_parser("new", help="start a record from its parent")
     part.add_argument("name", metavar="NAME")

@@ -1,35 +1,46 @@
 """Runs variants of one configuration, each for several seeds, and says which of them differ from the base.
 
-    python scripts/sweep.py . --like records/2026-11-21_BytePPM/seed42 --grid MATRIX_LR=0.025,0.03 --grid MUON_MOMENTUM=0.9,0.95
+    python scripts/sweep.py . --like records/2026-11-21_BytePPM/seed42 \\
+        --grid MATRIX_LR=0.025,0.03 --grid MUON_MOMENTUM=0.9,0.95
     python scripts/sweep.py . --arms ablations.json --jobs 2 --threads 1 --collect records/DATE_NAME
     python scripts/sweep.py SGJM --named ablation --set SIZE=smoke --set ITERATIONS=300
 
-`--grid` is repeatable; the arms are all combinations, the first of them is the base. A value that has a comma itself: put ; between the values
-(`--grid 'NGRAM_ORDERS=0;2,3'`). `--arms FILE` reads
+`--grid` is repeatable; the arms are all combinations, the first of them is the base. A value that has a comma
+itself: put ; between the values (`--grid 'NGRAM_ORDERS=0;2,3'`). `--arms FILE` reads
 
-    {"base": {"ITERATIONS": 300}, "arms": {"no JEPA": {"JEPA_CHUNK_SIZE": 0}}, "labels": {"base": "the headline's setting"}}
+    {"base": {"ITERATIONS": 300}, "arms": {"no JEPA": {"JEPA_CHUNK_SIZE": 0}},
+     "labels": {"base": "the headline's setting"}}
 
-where `base` is shared by all and an arm of its own, and `labels`, for tables, may be missing. `--base ARM` compares with another arm. What
-every run gets, how runs are placed, skipped, resumed and stopped is said in scripts/run_seeds.py, whose options this tool shares.
-`--named NAME` reads sweeps/NAME.json beside the script, for scripts that offer such sets.
+where `base` is shared by all and an arm of its own, and `labels`, for tables, may be missing. `--base ARM`
+compares with another arm. What every run gets, how runs are placed, skipped, resumed and stopped is said in
+scripts/run_seeds.py, whose options this tool shares. `--named NAME` reads sweeps/NAME.json beside the script,
+for scripts that offer such sets.
 
-An arm can be an experiment card as well, and finished runs can be evaluated, by the script again, with other settings:
+An arm can be an experiment card as well, and finished runs can be evaluated, by the script again, with other
+settings:
 
-    "arms": {"no JEPA": {"JEPA_WEIGHT": 0, "hypothesis": "what is thought", "expected": "what should be seen if so"},
+    "arms": {"no JEPA": {"JEPA_WEIGHT": 0, "hypothesis": "what is thought",
+                         "expected": "what should be seen if so"},
              "plain": {"ARCH": "baseline", "evaluate": false},
              "wide": {"of": "base", "GATE_RADIUS": 12}},
-    "evaluate": {"settings": {"EVAL_GATE": 1, "SGJM": "{run}/final.safetensors", "BASELINE": "{run:plain}/final.safetensors"},
-                 "report": "gate.json", "score": {"published.sgjm.token_nll": -0.1}, "show": {"BPB": "honest.val_bpb.0"}}
+    "evaluate": {"settings": {"EVAL_GATE": 1, "SGJM": "{run}/final.safetensors",
+                              "BASELINE": "{run:plain}/final.safetensors"},
+                 "report": "gate.json", "score": {"published.sgjm.token_nll": -0.1},
+                 "show": {"BPB": "honest.val_bpb.0"}}
 
-In these settings {run} is the folder of the run that is evaluated and {run:ARM} that of the same seed of another arm. `of` is an arm that is not
-trained: the runs of another one are evaluated once more, with its settings. An evaluation is one process, ends with exit code 0 or 1 and leaves
-`report` in its folder; numbers in it are named by their keys with dots between them. `score` is a sum of such numbers times weights, by which arms
-are ranked, the mean over seeds; an arm without all of these numbers comes last. `show` names further columns.
+In these settings {run} is the folder of the run that is evaluated and {run:ARM} that of the same seed of
+another arm. `of` is an arm that is not trained: the runs of another one are evaluated once more, with its
+settings. An evaluation is one process, ends with exit code 0 or 1 and leaves `report` in its folder; numbers
+in it are named by their keys with dots between them. `score` is a sum of such numbers times weights, by which
+arms are ranked, the mean over seeds; an arm without all of these numbers comes last. `show` names further
+columns.
 
-Differences are arm minus base over the seeds that both have, with the verdict of scripts/stats.py. `--collect FOLDER` copies the good runs to
-FOLDER/ablations/<arm>/seed<N>.json and names them in FOLDER/ablations/arms.json: what the table `ablation` of scripts/tables.py reads. The
-base is called `base` there; arms of an earlier sweep stay if they were measured against the same base. Of a file with cards or evaluations
-it also writes FOLDER/sweeps/<name>.summary.json: arms, cards, evaluations, ranking.
+Differences are arm minus base over the seeds that both have, with the verdict of scripts/stats.py. `--collect
+FOLDER` copies the good runs to FOLDER/ablations/<arm>/seed<N>.json and names them in
+FOLDER/ablations/arms.json: what the table `ablation` of scripts/tables.py reads. The base is called `base`
+there; arms of an earlier sweep stay if they were measured against the same base. Of a file with cards or
+evaluations it also writes FOLDER/sweeps/<name>.summary.json: arms, cards, evaluations, ranking; the table
+`rows` prints it.
 
 Exit code 0; 1 if a run failed or broke a budget; 2 misuse; 130 stopped.
 """
@@ -82,7 +93,9 @@ def grid(axes: list[str]) -> dict[str, dict[str, str]]:
 
 def as_texts(found: object, where: str) -> list[tuple[str, str]]:
     """A JSON object of plain values as names and texts that the environment can hold."""
-    if not isinstance(found, dict) or not all(isinstance(value, (str, int, float)) for value in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(value, (str, int, float)) for value in found.values()
+    ):
         raise Misuse(f"{where}: an object of variables with texts, numbers or true and false is needed")
     return [(key, str(int(value) if isinstance(value, bool) else value)) for key, value in found.items()]
 
@@ -93,8 +106,10 @@ def as_settings(found: object, where: str) -> dict[str, str]:
 
 @dataclass
 class Plan:
-    """What a file of arms says. `own`: {arm: its settings}, `base` first, of arms that are trained; `of`: {arm: (the arm whose
-    runs it evaluates, its settings)}; `evaluate`: settings, report, score and show, or nothing; `spared`: not evaluated."""
+    """What a file of arms says. `own`: {arm: its settings}, `base` first, of arms that are trained; `of`:
+    {arm: (the arm whose runs it evaluates, its settings)}; `evaluate`: settings, report, score and show, or
+    nothing; `spared`: not evaluated.
+    """
 
     shared: dict[str, str]
     own: dict[str, dict[str, str]]
@@ -145,18 +160,30 @@ def listed(path: Path | str) -> Plan:
         plan.evaluate = evaluation(found["evaluate"], f"{path}: evaluate", plan.own.keys())
     for name, (source, _) in plan.of.items():
         if source not in plan.own or not plan.evaluate:
-            raise Misuse(f"{path}: arm {name}: `of` names an arm that is trained, and needs `evaluate`; {source} is given")
+            raise Misuse(
+                f"{path}: arm {name}: `of` names an arm that is trained, and needs `evaluate`; {source} is "
+                "given"
+            )
     return plan
 
 
 def evaluation(found: object, where: str, arms) -> dict:
     """The entry `evaluate` of a file of arms, checked; its settings as texts."""
-    if not isinstance(found, dict) or found.keys() - {"settings", "report", "score", "show"} or not isinstance(found.get("report"), str):
-        raise Misuse(f"{where}: an object with `settings`, `report`, `score` and `show` is needed, `report` a file's name")
+    if (
+        not isinstance(found, dict)
+        or found.keys() - {"settings", "report", "score", "show"}
+        or not isinstance(found.get("report"), str)
+    ):
+        raise Misuse(
+            f"{where}: an object with `settings`, `report`, `score` and `show` is needed, `report` a file's "
+            "name"
+        )
     score, show = found.get("score", {}), found.get("show", {})
     for name, part, kinds in (("score", score, (int, float)), ("show", show, str)):
         if not isinstance(part, dict) or not all(isinstance(value, kinds) for value in part.values()):
-            raise Misuse(f"{where}: `{name}` is an object of {'weights' if name == 'score' else 'names with dots'}")
+            raise Misuse(
+                f"{where}: `{name}` is an object of {'weights' if name == 'score' else 'names with dots'}"
+            )
     settings = dict(as_texts(found.get("settings"), f"{where}: settings"))
     for key, value in settings.items():
         if key in OWN - {"ARTIFACT", "EVAL_ONLY"}:
@@ -223,7 +250,9 @@ def mean(values: list[float | None]) -> float | None:
 
 
 def rank(plan: Plan, jobs: list[Job]) -> list[dict]:
-    """One entry an arm with a card or an evaluation: score and shown numbers, means over its seeds; best score first, none last."""
+    """One entry an arm with a card or an evaluation: score and shown numbers,
+    means over its seeds; best score first, none last.
+    """
     rows = []
     for arm in (*plan.own, *plan.of):
         mine = [job for job in jobs if job.arm == arm and job.good]
@@ -232,30 +261,73 @@ def rank(plan: Plan, jobs: list[Job]) -> list[dict]:
         scores = {job.seed: composite(job.metrics, plan.evaluate.get("score", {})) for job in mine}
         shown = {title: mean([number_at(job.metrics, name) for job in mine])
                  for title, name in plan.evaluate.get("show", {}).items()}
-        rows.append({"arm": arm, "score": None if None in scores.values() else mean([*scores.values()]), "scores": scores,
-                     "shown": shown, **dict.fromkeys(CARD, ""), **plan.cards.get(arm, {})})
+        rows.append(
+            {
+                "arm": arm,
+                "score": None if None in scores.values() else mean([*scores.values()]),
+                "scores": scores,
+                "shown": shown,
+                **dict.fromkeys(CARD, ""),
+                **plan.cards.get(arm, {}),
+            }
+        )
     return sorted(rows, key=lambda row: math.inf if row["score"] is None else -row["score"])
 
 
-def ranking(rows: list[dict]) -> str:
-    """The table of `rank`."""
-    def cell(value: float | None) -> str:
-        return "" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+def cell(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
 
+
+def ranking(rows: list[dict]) -> str:
+    """The table of `rank`, with the cards."""
     titles = [*(rows[0]["shown"] if rows else ())]
-    body = [[row["arm"], cell(row["score"]), *map(cell, row["shown"].values()), *(row[key].replace("|", "\\|") for key in CARD)]
-            for row in rows]
+    body = [
+        [
+            row["arm"],
+            cell(row["score"]),
+            *map(cell, row["shown"].values()),
+            *(row[key].replace("|", "\\|") for key in CARD),
+        ]
+        for row in rows
+    ]
     return markdown_table(["ranked", "score", *titles, *CARD], body) if rows else ""
 
 
+def ranking_rows(rows: list[dict]) -> dict:
+    """The table of `rank` for the kind `rows` of scripts/tables.py:
+    titles that an arm has a number for, no cards.
+    """
+    if not rows:
+        return {}
+    titles = [title for title in rows[0]["shown"] if any(row["shown"][title] is not None for row in rows)]
+    return {
+        "header": ["arm", "score", *titles],
+        "rows": [
+            [f"`{row['arm']}`", cell(row["score"]), *(cell(row["shown"][title]) for title in titles)]
+            for row in rows
+        ],
+        "note": f"Means over {len(rows[0]['scores'])} seeds.",
+    }
+
+
 def evaluations(plan: Plan, jobs: list[Job], settings, name_of) -> list[Evaluation]:
-    """What is to be evaluated: every arm but spared ones, of the seeds whose runs are good. settings(arm) is what its runs got,
-    name_of(settings, seed) the name of an evaluation's folder."""
+    """What is to be evaluated: every arm but spared ones, of the seeds whose runs are good. settings(arm) is
+    what its runs got, name_of(settings, seed) the name of an evaluation's folder.
+    """
     good, found = {(job.arm, job.seed): job for job in jobs if job.good}, []
     for arm in (*plan.own, *plan.of):
         source, mine = plan.of.get(arm, (arm, {}))
         for seed in dict.fromkeys(job.seed for job in jobs) if arm not in plan.spared else ():
-            wanted = {source, *(other or source for value in plan.evaluate["settings"].values() for other in RUN.findall(value))}
+            wanted = {
+                source,
+                *(
+                    other or source
+                    for value in plan.evaluate["settings"].values()
+                    for other in RUN.findall(value)
+                ),
+            }
             if missing := sorted(name for name in wanted if (name, seed) not in good):
                 say(f"no evaluation of {arm} seed {seed}: no good run of {', '.join(missing)}")
                 continue
@@ -272,7 +344,8 @@ def evaluations(plan: Plan, jobs: list[Job], settings, name_of) -> list[Evaluati
 
 
 def collect_arms(jobs: list[Job], folder: Path, names: dict[str, str], labels: dict[str, str]) -> None:
-    """FOLDER/ablations/<name>/seed<N>.json of the good runs, and arms.json, where a label that is there stays.
+    """FOLDER/ablations/<name>/seed<N>.json of the good runs, and
+    arms.json, where a label that is there stays.
 
     Raises:
         Misuse: arms there were measured against another base, or are of other settings; nothing is written.
@@ -285,7 +358,9 @@ def collect_arms(jobs: list[Job], folder: Path, names: dict[str, str], labels: d
         if names[job.arm] != "base" or not old.exists():
             continue
         if read_run(old).identity() != read_run(job.folder / "metrics.json").identity():
-            raise Misuse(f"{old}: the base of other arms, of another script, data or setting; move {place} away")
+            raise Misuse(
+                f"{old}: the base of other arms, of another script, data or setting; move {place} away"
+            )
     # Seeds of an earlier sweep stay beside the fresh ones, under the label of then.
     for job in good:
         fresh = read_run(job.folder / "metrics.json").identity()
@@ -307,7 +382,11 @@ def collect_arms(jobs: list[Job], folder: Path, names: dict[str, str], labels: d
 def named_set(script: Path, name: str) -> Path:
     """The file of arms that a script offers under a name."""
     path = script.parent / "sweeps" / f"{name}.json"
-    offered = sorted(each.name.removesuffix(".json") for each in path.parent.glob("*.json") if not each.name.endswith(".summary.json"))
+    offered = sorted(
+        each.name.removesuffix(".json")
+        for each in path.parent.glob("*.json")
+        if not each.name.endswith(".summary.json")
+    )
     if name not in offered:
         raise Misuse(f"--named {name}: {script.parent.name} offers {', '.join(offered) or 'no sets'}")
     return path
@@ -315,9 +394,13 @@ def named_set(script: Path, name: str) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
-    options.add_argument("--grid", action="append", default=[], metavar="NAME=V1,V2", help="an axis; repeatable")
+    options.add_argument(
+        "--grid", action="append", default=[], metavar="NAME=V1,V2", help="an axis; repeatable"
+    )
     options.add_argument("--arms", metavar="FILE", help="JSON file of arms")
-    options.add_argument("--named", metavar="NAME", help="a file of arms that the script offers, in sweeps/ beside it")
+    options.add_argument(
+        "--named", metavar="NAME", help="a file of arms that the script offers, in sweeps/ beside it"
+    )
     options.add_argument("--base", metavar="ARM", help="compare with this arm (default: the first)")
     options = options.parse_args(argv)
     if sum(map(bool, (options.grid, options.arms, options.named))) != 1:
@@ -338,7 +421,9 @@ def main(argv: list[str] | None = None) -> int:
     known_only(plan.evaluate.get("settings", {}), known, "evaluate")
     names = {name: "base" if name == base else re.sub(r"[^\w.=+-]+", "-", name) for name in own}
     if len({*names.values()}) < len(names):
-        raise Misuse(f"arms {', '.join(own)} against {base}: folders of one name, {', '.join(names.values())}")
+        raise Misuse(
+            f"arms {', '.join(own)} against {base}: folders of one name, {', '.join(names.values())}"
+        )
     for name, mine in own.items():
         pairs = " ".join(f"{key}={value}" for key, value in mine.items())
         labels.setdefault(name, f"`{pairs}`" if pairs else "what all arms share")
@@ -356,11 +441,28 @@ def main(argv: list[str] | None = None) -> int:
         runner.ranks = 1
         runner.run(asked)
         rows = rank(plan, asked)
-        document |= {"cards": plan.cards, "ranked": rows, "evaluations": [
-            {"arm": job.arm, "seed": job.seed, "state": job.state, "folder": str(job.folder), "exit_code": job.exit_code, "tail": job.tail,
-             "score": composite(job.metrics, plan.evaluate["score"])} for job in asked]}
-        whole.update({"sweep": path.stem, **document})
-        failed = ["\n    ".join([f"{job} failed, exit code {job.exit_code}:", *job.tail]) for job in asked if job.state == "failed"]
+        document |= {
+            "cards": plan.cards,
+            "ranked": rows,
+            "evaluations": [
+                {
+                    "arm": job.arm,
+                    "seed": job.seed,
+                    "state": job.state,
+                    "folder": str(job.folder),
+                    "exit_code": job.exit_code,
+                    "tail": job.tail,
+                    "score": composite(job.metrics, plan.evaluate["score"]),
+                }
+                for job in asked
+            ],
+        }
+        whole.update({"sweep": path.stem, **document, **ranking_rows(rows)})
+        failed = [
+            "\n    ".join([f"{job} failed, exit code {job.exit_code}:", *job.tail])
+            for job in asked
+            if job.state == "failed"
+        ]
         return asked, "\n\n".join([ranking(rows), *failed])
 
     def collect(jobs: list[Job], folder: Path) -> None:
@@ -368,9 +470,14 @@ def main(argv: list[str] | None = None) -> int:
         if whole:
             (folder / "sweeps").mkdir(exist_ok=True)
             text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
-            write_atomic(folder / "sweeps" / f"{path.stem}.summary.json", without_places(text.encode(), jobs[0].folder.parent))
+            write_atomic(
+                folder / "sweeps" / f"{path.stem}.summary.json",
+                without_places(text.encode(), jobs[0].folder.parent),
+            )
 
-    return carry_out(options, script, known, arms, base, collect, after if plan.cards or plan.evaluate else None)
+    return carry_out(
+        options, script, known, arms, base, collect, after if plan.cards or plan.evaluate else None
+    )
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@
 
 A marker pair `<!-- table: KIND FOLDER [ARGUMENT] -->` ... `<!-- end -->` names what to build from the files below FOLDER:
 `headline` (a sentence), `seeds` (a row a seed), `ablation` (arms of a folder `ablations/<arm>/seed*.json` against the arm `base`, seeds paired),
-`bench` (what scripts/bench.py --json wrote, with --twin or without), `classes` (bits by byte class), `sweep` (training loss of single runs, `sweep.json`),
-`passes` (every scoring pass against the one before it that it adds to, seeds paired), `coders` and `curve` (what scripts/rate.py wrote), `proofs` (what codec.py prove
---json wrote), `plan` (fit.py --check --json), `gain` (a mixture's gain by training steps), `rows` (any JSON file {"header": [...],
-"rows": [[...]], "note": "..."} that a tool wrote), `generation` (bench.json of GENERATE_BENCH), `gate` (gate.json of EVAL_GATE), `ranking` (what
-sweep.py --collect wrote of a named set), `history` (validation during a run, from its metrics.jsonl) and `audit` (what audit.py RECORD --json printed).
+`bench` (what scripts/bench.py --json wrote, with --twin or without), `classes` (bits by byte class), `passes` (every scoring pass
+against the one before it that it adds to, seeds paired), `proofs` (what codec.py prove --json wrote), `audit` (what audit.py RECORD --json
+printed), and `rows`: any JSON file {"header": [...], "rows": [[...]], "note": "..."}. Tools write it for a table of their own:
+scripts/rate.py, scripts/sweep.py (a ranking), and the tools in the records' folders.
 
 `headline`, `seeds` and `passes` say in a line of their own where the seeds were measured with another script than the folder's: *stale*.
 Verdicts are those of scripts/stats.py. Exit code 2: a file or a number that a table needs is missing. The root README's table of records is
@@ -167,16 +166,6 @@ def passes(folder: Path, _) -> str:
     return marked(f"{markdown_table(header, rows)}\n\n{note}", folder, runs)
 
 
-def coders(folder: Path, argument: str | None) -> str:
-    from rate import coders_table  # brings torch, which no other table needs
-    return coders_table(read_json(folder / (argument or "coders.json")))
-
-
-def curve(folder: Path, argument: str | None) -> str:
-    from rate import curve_table
-    return curve_table(read_json(folder / (argument or "curve.json")))
-
-
 def proofs(folder: Path, _) -> str:
     """What `codec.py prove --json` printed, a file `prove_*.json` a proof."""
     found = [read_json(path) for path in sorted(folder.glob("prove_*.json"))]
@@ -189,28 +178,6 @@ def proofs(folder: Path, _) -> str:
          f"{run['ids']:,}", f"{run['coded_bytes']:,}", f"{run['stream_bytes']:,.1f}", f"{run['score_bytes']:,.1f}",
          run["updates"], *(f"{run[f'{part}_seconds']:.0f}" for part in ("encode", "decode", "score")),
          "PASS" if run["pass"] else "FAIL"] for run in found])
-
-
-def plan(folder: Path, argument: str | None) -> str:
-    """What `fit.py --check --json` printed; an artifact is named for its folder."""
-    return markdown_table(["artifact", "parameters", "planned bytes", "packed bytes", "error"], [
-        [Path(row["artifact"]).parent.name, f"{row['parameters']:,}", f"{row['planned']:,}", f"{row['bytes']:,}",
-         f"{row['error']:+.1%}"] for row in read_json(folder / (argument or "plan.json"))])
-
-
-def gain(folder: Path, _) -> str:
-    """The mixture's gain by training steps: runs `steps<N>.json`, and the record's own of the same seed."""
-    runs = [read_json(path) for path in folder.glob("steps*.json")]
-    if not runs:
-        raise Misuse(f"{folder}/steps*.json: no such file")
-    runs.append(read_json(folder.parent / f"seed{runs[0]['seed']}" / "metrics.json"))
-    rows = []
-    for run in sorted(runs, key=lambda run: run["steps"]):
-        alone, mixed = (run["evals"][f"final_int6_sliding{end}"] for end in ("", "_mix"))
-        rows.append([f"{run['steps']:,}", alone["stride"], f"{alone['val_bpb']:.4f}", f"{mixed['val_bpb']:.4f}",
-                     f"{alone['val_bpb'] - mixed['val_bpb']:.4f}"])
-    return markdown_table(["steps", "stride", "network", "with the mixture", "gain"], rows) + (
-        f"\n\nSeed {runs[0]['seed']}, int6 sliding, {alone['bytes']:,} bytes; one run each.")
 
 
 def plain_rows(folder: Path, argument: str) -> str:
@@ -294,80 +261,6 @@ def classes(folder: Path, _) -> str:
     return markdown_table(["class of the target byte", "share of all bits"], rows)
 
 
-def sweep(folder: Path, _) -> str:
-    """Arms of one seed on equal batches, compared by training loss: {"setting", "rows": [{"change", "bits"}]}."""
-    found = read_json(folder / "sweep.json")
-    spans = list(found["rows"][0]["bits"])
-    rows = [
-        [row["change"], *(f"{row['bits'][span]:.4f}" if span in row["bits"] else "stopped" for span in spans)]
-        for row in found["rows"]
-    ]
-    return (
-        markdown_table(["arm", *(f"steps {span}" for span in spans)], rows)
-        + f"\n\n{found['setting'].capitalize()}."
-    )
-
-
-def generation(folder: Path, argument: str | None) -> str:
-    """Plain and speculative decoding, prompt by prompt, from the bench.json of GENERATE_BENCH."""
-    found = read_json(folder / (argument or "bench.json"))
-    rows = []
-    for kind, title in (("greedy", "greedy"), ("sampled", "T = 1")):
-        for name, result in found[kind].items():
-            plain, ours = result["ar"], result["speculation"]
-            rows.append([f"{name}, {title}", f"{plain['bytes_per_second']:.0f}", f"{ours['bytes_per_second']:.0f}",
-                         f"**{result['ratio']:.2f}**", f"{ours['bytes_per_pass']:.2f}",
-                         " ".join(f"{100 * share:.0f}" for share in ours["acceptance"][:4]),
-                         f"{ours['verification']:.0%}", f"{ours['drafting']:.0%}", f"{plain['looping']:.0%}", f"{ours['looping']:.0%}"])
-    settings, greedy = found["settings"], found["summary"]["greedy"]
-    heads = "suffix drafts alone" if not found["heads"] else f"drafter {settings['DRAFTER']}"
-    return markdown_table(["prompt", "plain, bytes/s", "with drafts", "ratio", "bytes a pass", "accepted at 1, 2, 3, 4, %",
-                           "verifying", "drafting", "looping, plain", "with drafts"], rows) + (
-        f"\n\n{settings['MAX_NEW_TOKENS']} bytes a prompt, median of {settings['BENCH_REPEATS']} runs of each kind in turn; {heads}; "
-        f"{found['device']}, {found['threads']} threads, {found['dtype'].removeprefix('torch.')}, torch {found['torch']}. Greedy texts that differ: "
-        f"{greedy['mismatches']}, and {greedy['near_ties']} at a near tie.")
-
-
-def gate(folder: Path, argument: str | None) -> str:
-    """The published conditions and the honest ones, from the gate.json of EVAL_GATE."""
-    found = read_json(folder / (argument or "gate.json"))
-    rows = [[f"{kind}: `{each['name']}`", "-" if each["value"] is None else f"{each['value']:.4f}", each["wanted"],
-             "pass" if each["passed"] else f"fail ({each['why']})" if each["why"] else "fail"]
-            for kind in ("published", "honest") for each in found[kind]["conditions"]]
-    sizes = [f"{found[name]['params']:,} parameters, {found[name]['steps']:,} steps" for name in ("sgjm", "baseline")]
-    return markdown_table(["condition", "value", "wanted", "verdict"], rows) + (
-        f"\n\nSGJM: {sizes[0]}; baseline: {sizes[1]}; data `{found['dataset']['name']}`; {found['honest']['merge']['merged_pairs']:,} merged pairs "
-        f"of {found['honest']['merge']['pairs']:,}.")
-
-
-def ranking(folder: Path, argument: str | None) -> str:
-    """Arms of a named set with their evaluations, means over seeds, best composite score first."""
-    if argument is None:
-        raise Misuse(f"{folder}: the name of a set is needed behind the folder")
-    found = read_json(folder / "sweeps" / f"{argument}.summary.json")
-    titles = [title for title in found["ranked"][0]["shown"] if any(row["shown"][title] is not None for row in found["ranked"])]
-    rows = [[f"`{row['arm']}`", *("" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
-                                  for value in (row["score"], *(row["shown"][title] for title in titles)))] for row in found["ranked"]]
-    return markdown_table(["arm", "score", *titles], rows) + f"\n\nMeans over {len(found['ranked'][0]['scores'])} seeds."
-
-
-def history(folder: Path, argument: str | None) -> str:
-    """Validation of the raw weights during a run, at most 12 of its places and the best of all."""
-    path = folder / (argument or "metrics.jsonl")
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise Misuse(f"{path}: {getattr(error, 'strerror', error)}") from None
-    lines = [line for line in lines if "val_bpb" in line and "step" in line]
-    if not lines:
-        raise Misuse(f"{path}: no validation in it; VAL_LOSS_EVERY is to be set")
-    best = min(lines, key=lambda line: line["val_bpb"])
-    few = [line for i, line in enumerate(lines) if i % -(-len(lines) // 12) == 0 or line in (best, lines[-1])]
-    return markdown_table(["step", *(f"{line['step']:,}" for line in few)], [
-        ["BPB", *(f"**{line['val_bpb']:.4f}**" if line is best else f"{line['val_bpb']:.4f}" for line in few)],
-        ["nats a byte", *(f"{line['val_bpb'] * math.log(2):.4f}" for line in few)]])
-
-
 def audit(folder: Path, argument: str | None) -> str:
     """What the auditor found: the counts of verdicts, then a row a finding; rules that found the same share one."""
     found = read_json(folder / (argument or "audit.json"))
@@ -381,9 +274,7 @@ def audit(folder: Path, argument: str | None) -> str:
 
 KINDS = {
     "headline": sentence, "seeds": seeds, "ablation": ablation, "bench": bench, "classes": classes,
-    "sweep": sweep, "passes": passes, "coders": coders, "curve": curve, "proofs": proofs, "plan": plan, "gain": gain,
-    "rows": plain_rows, "generation": generation, "gate": gate, "ranking": ranking, "history": history,
-    "audit": audit,
+    "passes": passes, "proofs": proofs, "audit": audit, "rows": plain_rows,
 }
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 RECORD, = (ROOT / "records").glob("*_BiJEPAX")
 section = load_script(RECORD)
-mixtures = load_script(ROOT / "scripts" / "mixtures.py")
+mixtures = load_script(RECORD / "mixtures.py")
 MIXES = ["binary", "tilt"]
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "The", "Dog", "ran", "to", "the", "barn", "while", "Mary", "who", "had", "the", "cat", "sang", "of", "rivers", "NASA", "iPhone", "café", "été", "1234"]
 
@@ -468,7 +468,7 @@ def test_what_each_mixture_is_worth(model, shards, args, tmp_path):
     (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))
     shard, = shards.glob("*_val_*.bin")
     ids, sizes = (np.array(section.open_shard(path, 1 << 16))[:1201] for path in (shard, shard.with_suffix(".bytes")))
-    found = mixtures.token_table(section, str(tmp_path / "model.bin"), args.tokenizer_path, ids, sizes[1:].astype(int), 2, print)
+    found = mixtures.table(section, str(tmp_path / "model.bin"), args.tokenizer_path, ids, sizes[1:].astype(int), 2, print)
     rows = {row[0]: float(row[1]) for row in found["rows"]}
     mixed, control = rows["**mixture (`MIX=binary`)**"], rows["control: network alone through the mixer"]
     assert mixed < control and mixed < rows["tilt (`MIX=tilt`)"] < rows["network alone"]

@@ -1,5 +1,6 @@
 """The record BytePPM: its mixtures are distributions, causal, decodable, and PPM-D is that of a slow reference."""
 
+import hashlib
 import json
 import math
 import subprocess
@@ -359,11 +360,13 @@ def test_what_each_mixture_is_worth(model, corpus, tmp_path):
     tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
     (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))
     shard, = corpus.glob("*_val_*.bin")
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "mixtures.py", RECORD, tmp_path / "model.bin", shard,
+    done = subprocess.run([sys.executable, RECORD / "mixtures.py", tmp_path / "model.bin", shard,
                            "--targets", "3000", "--train", shard, "--train-ids", "2000", "--out", tmp_path / "out.json"],
                           env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = {row[0]: float(row[1]) for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["script_sha256"] == hashlib.sha256((RECORD / "train_gpt.py").read_bytes()).hexdigest()
+    rows = {row[0]: float(row[1]) for row in found["rows"]}
     assert rows["**binary mixing (`MIX=binary`)**"] < rows["control: network alone through the binary mixer"]
     better, = (name for name in rows if "better of the two" in name)
     assert rows[better] < min(rows["network alone"], rows["PPM-D alone, order 5"])  # whatever comes: no probability

@@ -50,7 +50,7 @@ def test_baseline_is_the_trunk_byte_for_byte():
 
 
 def test_gpu_check_says_what_is_missing():
-    command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py")]
+    command = [sys.executable, str(ROOT / "scripts" / "bench.py"), "--check"]
     env = environment(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("error: torch sees no CUDA")

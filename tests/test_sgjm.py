@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-import tables
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
@@ -14,6 +13,7 @@ from family import load_script
 RECORD, = (ROOT / "records").glob("*_SGJM")
 SCRIPT = RECORD / "train_gpt.py"
 section = load_script(RECORD)
+reports = load_script(RECORD / "rows.py")
 
 SMALL = {
     "SIZE": "smoke", "MODEL_DIM": 32, "NUM_LAYERS": 2, "BASELINE_LAYERS": 2, "NUM_HEADS": 2, "FF_DIM": 48, "DRAFTER_DIM": 16,
@@ -594,8 +594,10 @@ def test_a_run_trains_packs_and_scores_the_same_again(run, tmp_path):
     folder = tmp_path / "runs" / "test"
     assert all((folder / f"{name}.safetensors").exists() for name in ("best", "final"))
     told = re.findall(r"step:(\d+)/\d+ val_loss:\S+ val_bpb:(\S+)", output)
-    table = tables.history(folder, None)
-    assert told and all(bpb in table for _, bpb in told) and "| step | " + " | ".join(step for step, _ in told) in table
+    table = reports.history(folder / "metrics.jsonl")
+    assert told and table["header"] == ["step", *(step for step, _ in told)]
+    assert [bpb.strip("*") for bpb in table["rows"][0][1:]] == [bpb for _, bpb in told]
+    assert table["script_sha256"] == metrics["script_sha256"]
     model, nats = reloaded(folder / "artifact.bin", batch(1, 80)[0].numpy())
     assert model.aux is None and np.isfinite(nats).all()
     assert metrics["params_shipped"] == sum(p.numel() for p in model.parameters()) < metrics["params"]

@@ -4,12 +4,13 @@
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).eval()
     print(model.decode(model.generate(model.encode("def main("), max_new_tokens=64)[0]))
 
-scripts/export_hf.py writes this file into the folder; it needs torch and transformers and nothing else. Ids are bytes + 4 behind
-PAD 0, BOS 1, EOS 2, UNK 3 (bytes alone with a vocabulary of 256); a text begins with BOS, and so does the one after it.
+SGJM's export_hf.py writes this file into the folder; it needs only torch and transformers. Ids are bytes + 4,
+after PAD 0, BOS 1, EOS 2, UNK 3 (only bytes with a vocabulary of 256). Every text begins with BOS.
 
-A batch of prompts of different lengths is padded on the left and comes with its attention_mask: a padded row gives what the row alone
-would. Padding on the right is accepted where nothing is kept for later (use_cache=False), and refused otherwise. More positions than
-max_position_embeddings are refused: none beyond was trained.
+A batch of prompts of different lengths is padded on the left and comes with its attention_mask: a padded row
+gives the same as the row without padding. Padding on the right is accepted where nothing is kept for later
+(use_cache=False), and refused otherwise. More positions than max_position_embeddings are refused: none beyond
+was trained.
 """
 
 from __future__ import annotations
@@ -24,26 +25,61 @@ SPECIAL_IDS = 4  # PAD, BOS, EOS, UNK
 
 
 class SGJMConfig(PretrainedConfig):
-    """Sizes of the backbone. `positions`: learned or rope; of rope `rotary_dims` a head with base `rotary_base`, that of the whole
-    window. Each `attn_every_n`th block attends, the others are Mamba-2."""
+    """Sizes of the backbone.
+
+    positions: learned or rope; rope turns `rotary_dims` of a head, with base `rotary_base` for the whole
+    window. attn_every_n: every n-th block attends, the others are Mamba-2.
+    """
 
     model_type = "sgjm"
 
-    def __init__(self, vocab_size=260, hidden_size=384, num_hidden_layers=10, num_attention_heads=6, intermediate_size=1536,
-                 max_position_embeddings=256, positions="learned", rotary_base=10000.0, rotary_dims=64, attn_every_n=1, mamba_state=64,
-                 mamba_expand=2, mamba_d_conv=4, mamba_head_dim=64, mamba_chunk_size=64, initializer_range=0.02, **kwargs):
-        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
-        self.num_attention_heads, self.intermediate_size = num_attention_heads, intermediate_size
-        self.max_position_embeddings, self.positions = max_position_embeddings, positions
-        self.rotary_base, self.rotary_dims, self.attn_every_n = rotary_base, rotary_dims, attn_every_n
-        self.mamba_state, self.mamba_expand, self.mamba_d_conv = mamba_state, mamba_expand, mamba_d_conv
-        self.mamba_head_dim, self.mamba_chunk_size, self.initializer_range = mamba_head_dim, mamba_chunk_size, initializer_range
+    def __init__(
+        self,
+        vocab_size=260,
+        hidden_size=384,
+        num_hidden_layers=10,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        max_position_embeddings=256,
+        positions="learned",
+        rotary_base=10000.0,
+        rotary_dims=64,
+        attn_every_n=1,
+        mamba_state=64,
+        mamba_expand=2,
+        mamba_d_conv=4,
+        mamba_head_dim=64,
+        mamba_chunk_size=64,
+        initializer_range=0.02,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.max_position_embeddings = max_position_embeddings
+
+        self.positions = positions
+        self.rotary_base = rotary_base
+        self.rotary_dims = rotary_dims
+
+        self.attn_every_n = attn_every_n
+        self.mamba_state = mamba_state
+        self.mamba_expand = mamba_expand
+        self.mamba_d_conv = mamba_d_conv
+        self.mamba_head_dim = mamba_head_dim
+        self.mamba_chunk_size = mamba_chunk_size
+        self.initializer_range = initializer_range
         super().__init__(**kwargs)
 
 
 class SGJMCache:
-    """What a later forward goes on from: of each attention keys and values (B, H, T, d), of each Mamba block the last inputs of its
-    convolution (B, C, taps - 1) and its state (B, H, P, N); and which positions are no padding (B, T)."""
+    """What a later forward continues from.
+
+    Of each attention the keys and values (B, H, T, d); of each Mamba block the last inputs of its convolution
+    (B, C, taps - 1) and its state (B, H, P, N); and a mask (B, T), True where a position is not padding.
+    """
 
     is_compileable = is_sliding = False
 
@@ -74,7 +110,7 @@ class SGJMCache:
 
     @property
     def is_croppable(self) -> bool:
-        """A Mamba block keeps its last state alone."""
+        """A Mamba block keeps only its last state."""
         return all(pair is None or pair[0].ndim == 4 for pair in self.layers)
 
     def crop(self, max_length: int) -> None:
@@ -82,7 +118,9 @@ class SGJMCache:
         if not self.is_croppable:
             raise ValueError(f"crop({max_length}): the states of Mamba blocks cannot be taken back")
         length = max_length if max_length >= 0 else self.get_seq_length() + max_length
-        self.layers = [pair if pair is None else tuple(part[:, :, :length] for part in pair) for pair in self.layers]
+        self.layers = [
+            pair if pair is None else tuple(part[:, :, :length] for part in pair) for pair in self.layers
+        ]
         self.real = None if self.real is None else self.real[:, :length]
 
 
@@ -139,22 +177,32 @@ class SGJMBlock(nn.Module):
     def __init__(self, config: SGJMConfig):
         super().__init__()
         self.attn_norm, self.attn = SGJMRMSNorm(config.hidden_size), SGJMAttention(config)
-        self.mlp_norm, self.mlp = SGJMRMSNorm(config.hidden_size), SGJMMLP(config.hidden_size, config.intermediate_size)
+        self.mlp_norm = SGJMRMSNorm(config.hidden_size)
+        self.mlp = SGJMMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, real: Tensor, sees: Tensor, rotary, past: tuple | None) -> tuple[Tensor, tuple]:
+    def forward(
+        self, x: Tensor, real: Tensor, sees: Tensor, rotary, past: tuple | None
+    ) -> tuple[Tensor, tuple]:
         y, kept = self.attn(self.attn_norm(x), sees, rotary, past)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), kept
 
 
-def ssd(x: Tensor, dt: Tensor, rate: Tensor, write: Tensor, read: Tensor, state: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t in chunks of `size` positions (Dao & Gu 2024, section 6).
+def ssd(
+    x: Tensor, dt: Tensor, rate: Tensor, write: Tensor, read: Tensor, state: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t in chunks of `size` positions.
 
-    x (B, T, H, P), dt (B, T, H), A = rate (H,) < 0, B and C = write and read (B, T, N), state (B, H, P, N), fp32 -> y, the last state.
+    x (B, T, H, P), dt (B, T, H), A = rate (H,) < 0, B and C = write and read (B, T, N), state (B, H, P, N),
+    all fp32 -> y (B, T, H, P), the last state. Dao & Gu 2024, section 6.
     """
     length = x.size(1)
-    x, dt, write, read = (F.pad(part, (0, 0) * (part.ndim - 2) + (0, -length % size)).unflatten(1, (-1, size))
-                          for part in (dt[..., None] * x, dt, write, read))  # (B, C, L, ...)
+
+    def chunks(part: Tensor) -> Tensor:
+        """(B, T, ...) -> (B, C, L, ...), the last chunk filled with zeros."""
+        return F.pad(part, (0, 0) * (part.ndim - 2) + (0, -length % size)).unflatten(1, (-1, size))
+
+    x, dt, write, read = map(chunks, (dt[..., None] * x, dt, write, read))
     x, log = x.transpose(2, 3), (dt * rate).transpose(2, 3).cumsum(-1)  # (B, C, H, L, P) and (B, C, H, L)
     ends = F.pad(log[..., -1].cumsum(1), (0, 0, 1, 0)).mT  # (B, H, C + 1)
 
@@ -172,7 +220,10 @@ def ssd(x: Tensor, dt: Tensor, rate: Tensor, write: Tensor, read: Tensor, state:
 
 
 class SGJMMambaBlock(nn.Module):
-    """A whole block of Mamba-2. Padding enters as nothing: zeros for the convolution, no step for the state."""
+    """A whole block of Mamba-2.
+
+    Padding enters as nothing: zeros for the convolution, no step for the state.
+    """
 
     def __init__(self, config: SGJMConfig):
         super().__init__()
@@ -187,13 +238,19 @@ class SGJMMambaBlock(nn.Module):
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.ones(self.heads)) for _ in range(3))
         self.out_norm, self.out_proj = SGJMRMSNorm(inner), linear(inner, dim)
 
-    def forward(self, x: Tensor, real: Tensor, sees: Tensor, rotary, past: tuple | None) -> tuple[Tensor, tuple]:
+    def forward(
+        self, x: Tensor, real: Tensor, sees: Tensor, rotary, past: tuple | None
+    ) -> tuple[Tensor, tuple]:
         z, mixed, dt = self.in_proj(self.norm(x)).split([*self.widths, self.heads], -1)
         if past is None:
-            past = mixed.new_zeros(len(x), self.widths[1], self.taps - 1), x.new_zeros(len(x), *self.state_shape, dtype=torch.float32)
+            past = (
+                mixed.new_zeros(len(x), self.widths[1], self.taps - 1),
+                x.new_zeros(len(x), *self.state_shape, dtype=torch.float32),
+            )
         tail, state = past
         mixed = torch.cat((tail, (mixed * real[..., None]).mT), 2)  # (B, C, taps - 1 + T)
-        seen = F.silu(F.conv1d(mixed, self.conv_weight[:, None], self.conv_bias, groups=len(self.conv_weight))).mT.float()
+        seen = F.conv1d(mixed, self.conv_weight[:, None], self.conv_bias, groups=len(self.conv_weight))
+        seen = F.silu(seen).mT.float()
         inner, *sides = seen.split([self.widths[0], *[self.state_shape[2]] * 2], -1)
         inner = inner.unflatten(-1, self.state_shape[:2])  # (B, T, H, P)
         dt = F.softplus(dt.float() + self.dt_bias.float()) * real[..., None]
@@ -241,14 +298,17 @@ class SGJMForCausalLM(PreTrainedModel, GenerationMixin):
         """A text as ids (1, n) that begin a document."""
         raw = list(text.encode() if isinstance(text, str) else text)
         special = self.config.vocab_size > 256
-        return torch.tensor([[1] + [byte + SPECIAL_IDS for byte in raw] if special else raw], dtype=torch.long, device=self.device)
+        ids = [1] + [byte + SPECIAL_IDS for byte in raw] if special else raw
+        return torch.tensor([ids], dtype=torch.long, device=self.device)
 
     def decode(self, ids: Tensor) -> str:
-        """The text of ids (n,); special ids have none, and bytes that are no UTF-8 are replaced."""
+        """The text of ids (n,); special ids have none, and bytes that are not UTF-8 are replaced."""
         first = SPECIAL_IDS if self.config.vocab_size > 256 else 0
         return bytes(i - first for i in ids.tolist() if i >= first).decode(errors="replace")
 
-    def _real(self, attention_mask: Tensor | None, rows: int, length: int, past: SGJMCache | None, keeps: bool) -> Tensor:
+    def _real(
+        self, attention_mask: Tensor | None, rows: int, length: int, past: SGJMCache | None, keeps: bool
+    ) -> Tensor:
         """(B, past + T): True where there is text.
 
         Raises:
@@ -259,15 +319,23 @@ class SGJMForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is None:
             fresh = torch.ones(rows, length, dtype=torch.bool, device=self.device)
             return fresh if before is None else torch.cat((before, fresh), 1)
+
         if tuple(attention_mask.shape) != (rows, known + length):
-            raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: {(rows, known + length)} is needed, for "
-                             f"{known} positions of the cache and {length} new ones")
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)}: {(rows, known + length)} is "
+                "needed, for "
+                f"{known} positions of the cache and {length} new ones"
+            )
         real = attention_mask.to(self.device) != 0
         begins = real & ~F.pad(real, (1, 0))[:, :-1]
         if bool((begins.sum(1) > 1).any()):
-            raise ValueError(f"attention_mask: row {int((begins.sum(1) > 1).nonzero()[0])} has padding within its text")
+            raise ValueError(
+                f"attention_mask: row {int((begins.sum(1) > 1).nonzero()[0])} has padding within its text"
+            )
         if keeps and bool((real.any(1) & ~real[:, -1]).any()):
-            raise ValueError("attention_mask: padding behind the text; pad on the left, or pass use_cache=False")
+            raise ValueError(
+                "attention_mask: padding after the text; pad on the left, or pass use_cache=False"
+            )
         return real
 
     def _rotary(self, at: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -275,19 +343,33 @@ class SGJMForCausalLM(PreTrainedModel, GenerationMixin):
         if self.pos_emb is not None:
             return None
         dims = self.config.rotary_dims
-        frequency = self.config.rotary_base ** (-torch.arange(0, dims, 2, dtype=torch.float64, device="cpu") / dims)
+        frequency = self.config.rotary_base ** (
+            -torch.arange(0, dims, 2, dtype=torch.float64, device="cpu") / dims
+        )
         angles = at.cpu().double()[..., None, None] * frequency
         return angles.cos().float().to(at.device), angles.sin().float().to(at.device)
 
-    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-                past_key_values: SGJMCache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
-                use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, return_dict: bool | None = None,
-                **kwargs) -> CausalLMOutputWithPast | tuple:
-        """input_ids (B, T) -> logits (B, T, V), or of the last `logits_to_keep` positions; with labels (B, T) the mean
-        cross-entropy of each id behind its prefix, in nats (-100 is left out).
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SGJMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast | tuple:
+        """input_ids (B, T) -> logits (B, T, V), or of the last `logits_to_keep` positions.
+
+        With labels (B, T) also the mean cross-entropy of each id after its prefix, in nats (-100 is left
+        out).
 
         Raises:
-            ValueError: more positions than were trained, a mask that does not fit, padding that cannot be handled.
+            ValueError: more positions than were trained, a mask that does not fit, padding that cannot be
+            handled.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids or inputs_embeds, one of them, is needed")
@@ -296,19 +378,33 @@ class SGJMForCausalLM(PreTrainedModel, GenerationMixin):
         keeps = use_cache if use_cache is not None else not self.training
         past = past_key_values
         if past is not None and not isinstance(past, SGJMCache):
-            raise ValueError(f"past_key_values is a {type(past).__name__}: this model makes its own, a SGJMCache")
+            raise ValueError(
+                f"past_key_values is a {type(past).__name__}: this model makes its own, a SGJMCache"
+            )
         if past is None and keeps:
             past = SGJMCache(len(self.blocks))
+
+        # Where there is text, and at which position of its row.
         real = self._real(attention_mask, rows, length, past, keeps)
-        at = (real.cumsum(1) - 1).clamp(min=0)[:, -length:] if position_ids is None else position_ids.to(x.device).expand(rows, -1)
+        if position_ids is None:
+            at = (real.cumsum(1) - 1).clamp(min=0)[:, -length:]
+        else:
+            at = position_ids.to(x.device).expand(rows, -1)
         if int(at.max()) >= (most := self.config.max_position_embeddings):
-            raise ValueError(f"{int(at.max()) + 1} positions: this model was trained on {most}; shorten the prompt or max_new_tokens")
+            raise ValueError(
+                f"{int(at.max()) + 1} positions: this model was trained on {most}; "
+                "shorten the prompt or max_new_tokens"
+            )
         if self.pos_emb is not None:
             x = x + self.pos_emb(at)
+
         total = real.size(1)
         everywhere = torch.arange(total, device=x.device)
-        own = everywhere == everywhere[-length:, None]  # padding sees itself, so that no row of weights is empty
-        sees = (real[:, None] & (everywhere <= everywhere[-length:, None]) | own)[:, None]  # (B, 1, T, past + T)
+        # padding sees itself, so that no row of weights is empty
+        own = everywhere == everywhere[-length:, None]
+        # (B, 1, T, past + T)
+        sees = (real[:, None] & (everywhere <= everywhere[-length:, None]) | own)[:, None]
+
         rotary, fresh = self._rotary(at), real[:, -length:]
         for i, block in enumerate(self.blocks):
             x, kept = block(x, fresh, sees, rotary, past.layers[i] if past is not None else None)
@@ -317,12 +413,15 @@ class SGJMForCausalLM(PreTrainedModel, GenerationMixin):
         if keeps:
             past.real = real
         x = self.norm(x)
-        wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else (
-            slice(None) if isinstance(logits_to_keep, int) else logits_to_keep)
+
+        wanted = logits_to_keep
+        if isinstance(logits_to_keep, int):
+            wanted = slice(-logits_to_keep if logits_to_keep else None, None)
         logits = F.linear(x[:, wanted], self.tok_emb.weight).float()
         loss = None
         if labels is not None:
             full = logits if logits.size(1) == length else F.linear(x, self.tok_emb.weight).float()
-            loss = F.cross_entropy(full[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(full.device), ignore_index=-100)
+            targets = labels[:, 1:].flatten().to(full.device)
+            loss = F.cross_entropy(full[:, :-1].flatten(0, 1), targets, ignore_index=-100)
         found = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past if keeps else None)
         return found if return_dict is None or return_dict else found.to_tuple()

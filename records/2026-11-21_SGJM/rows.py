@@ -1,0 +1,143 @@
+"""Tables of this record's own reports, as JSON that the kind `rows` of scripts/tables.py prints.
+
+    python records/2026-11-21_SGJM/rows.py generation runs/bench/bench.json --out rows.json  of GENERATE_BENCH
+    python records/2026-11-21_SGJM/rows.py gate runs/gate/gate.json --out rows.json          of EVAL_GATE
+    python records/2026-11-21_SGJM/rows.py history runs/NAME/metrics.jsonl --out rows.json  of a run
+
+Without --out it prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from family import Misuse, command, markdown_table, read_json, write_atomic
+
+
+def generation(path: Path) -> dict:
+    """Plain and speculative decoding, prompt by prompt."""
+    found = read_json(path)
+    rows = []
+    for kind, title in (("greedy", "greedy"), ("sampled", "T = 1")):
+        for name, result in found[kind].items():
+            plain, drafted = result["ar"], result["speculation"]
+            rows.append([
+                f"{name}, {title}",
+                f"{plain['bytes_per_second']:.0f}",
+                f"{drafted['bytes_per_second']:.0f}",
+                f"**{result['ratio']:.2f}**",
+                f"{drafted['bytes_per_pass']:.2f}",
+                " ".join(f"{100 * share:.0f}" for share in drafted["acceptance"][:4]),
+                f"{drafted['verification']:.0%}",
+                f"{drafted['drafting']:.0%}",
+                f"{plain['looping']:.0%}",
+                f"{drafted['looping']:.0%}",
+            ])
+    header = [
+        "prompt", "plain, bytes/s", "with drafts", "ratio", "bytes a pass", "accepted at 1, 2, 3, 4, %",
+        "verifying", "drafting", "looping, plain", "with drafts",
+    ]
+
+    settings, greedy = found["settings"], found["summary"]["greedy"]
+    heads = f"drafter {settings['DRAFTER']}" if found["heads"] else "suffix drafts alone"
+    note = (
+        f"{settings['MAX_NEW_TOKENS']} bytes a prompt, median of {settings['BENCH_REPEATS']} runs of each "
+        "kind in "
+        f"turn; {heads}; {found['device']}, {found['threads']} threads, "
+        f"{found['dtype'].removeprefix('torch.')}, "
+        f"torch {found['torch']}. Greedy texts that differ: {greedy['mismatches']}, and "
+        f"{greedy['near_ties']} "
+        "at a near tie."
+    )
+    return {"header": header, "rows": rows, "note": note, "script_sha256": found["script_sha256"]}
+
+
+def gate(path: Path) -> dict:
+    """The published conditions and the honest ones."""
+    found = read_json(path)
+    rows = []
+    for kind in ("published", "honest"):
+        for each in found[kind]["conditions"]:
+            failed = f"fail ({each['why']})" if each["why"] else "fail"
+            rows.append([
+                f"{kind}: `{each['name']}`",
+                "-" if each["value"] is None else f"{each['value']:.4f}",
+                each["wanted"],
+                "pass" if each["passed"] else failed,
+            ])
+
+    sizes = [
+        f"{found[name]['params']:,} parameters, {found[name]['steps']:,} steps"
+        for name in ("sgjm", "baseline")
+    ]
+    merge = found["honest"]["merge"]
+    note = (
+        f"SGJM: {sizes[0]}; baseline: {sizes[1]}; data `{found['dataset']['name']}`; "
+        f"{merge['merged_pairs']:,} merged pairs of {merge['pairs']:,}."
+    )
+    header = ["condition", "value", "wanted", "verdict"]
+    return {"header": header, "rows": rows, "note": note, "script_sha256": found["script_sha256"]}
+
+
+def history(path: Path) -> dict:
+    """Validation of the raw weights during a run, at most 12 of its places and the best of all."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise Misuse(f"{path}: not lines of JSON: {error}") from None
+    lines = [line for line in lines if "val_bpb" in line and "step" in line]
+    if not lines:
+        raise Misuse(f"{path}: no validation in it; set VAL_LOSS_EVERY")
+
+    best = min(lines, key=lambda line: line["val_bpb"])
+    every = -(-len(lines) // 12)
+    few = [line for i, line in enumerate(lines) if i % every == 0 or line in (best, lines[-1])]
+
+    def bits(line: dict) -> str:
+        return f"**{line['val_bpb']:.4f}**" if line is best else f"{line['val_bpb']:.4f}"
+
+    found = {
+        "header": ["step", *(f"{line['step']:,}" for line in few)],
+        "rows": [
+            ["BPB", *map(bits, few)],
+            ["nats a byte", *(f"{line['val_bpb'] * math.log(2):.4f}" for line in few)],
+        ],
+    }
+    metrics = path.with_name("metrics.json")
+    if metrics.is_file():
+        found["script_sha256"] = read_json(metrics)["script_sha256"]
+    return found
+
+
+KINDS = {"generation": generation, "gate": gate, "history": history}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("report", type=Path, help="the file that the script wrote")
+    parser.add_argument("--out", type=Path, help="write the table here as JSON")
+    options = parser.parse_args(argv)
+
+    try:
+        found = KINDS[options.kind](options.report)
+    except KeyError as error:
+        raise Misuse(f"{options.report}: has no {error}; a report for `{options.kind}` is needed") from None
+    if options.out:
+        write_atomic(options.out, json.dumps(found, indent=1).encode())
+    else:
+        table = markdown_table(found["header"], found["rows"])
+        print(f"{table}\n\n{found['note']}" if found.get("note") else table)
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)
