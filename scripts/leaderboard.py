@@ -1,28 +1,29 @@
-"""Every record in one table, and plots beside it: rewrites README.md between its markers, records/leaderboard/*.png.
+"""Every record in one table, and plots beside it: rewrites a part of README.md and records/leaderboard/*.png.
 
     python scripts/leaderboard.py            writes what has changed
-    python scripts/leaderboard.py --check    writes nothing; exit code 1 where README or plots disagree with the files
+    python scripts/leaderboard.py --check    writes nothing; exit code 1 where README or plots are out of date
 
 The table stands in README.md between `<!-- leaderboard -->` and `<!-- end -->`. It is made from
 records/*/submission.json, records/*/seed*/metrics.json and records/texts.json, the plots from these and
 metrics.jsonl; nothing is typed.
 
-One table a text: bits per byte do not depend on the tokenizer, so records that were scored on the same original
-documents stand together, with columns for ids, budget and training bytes. The text is `val_text_sha256` of a run's
-`dataset`, or what records/texts.json (see scripts/texts.py) says of its fingerprint. Runs that score only the
-first VAL_BYTES of a text have a table of their own.
+One table a text: bits per byte do not depend on the tokenizer, so records that were scored on the same
+original documents stand together, with columns for ids, budget and training bytes. The text is
+`val_text_sha256` of a run's `dataset`, or what records/texts.json (see scripts/texts.py) says of its
+fingerprint. Runs that score only the first VAL_BYTES of a text have a table of their own.
 
-The verdict is that of scripts/stats.py against the record's parent on the same text, seeds paired; it names what
-else differs. A parent `train_gpt.py` is the latest record whose submission.json says `"trunk": true`; such a record
-is itself compared with the trunk before it.
+The verdict is that of scripts/stats.py against the record's parent on the same text, seeds paired; it names
+what else differs. A parent `train_gpt.py` is the latest record whose submission.json says `"trunk": true`;
+such a record is itself compared with the trunk before it.
 
-A plot carries the sha256 of its numbers; that is what --check compares, so another matplotlib is no difference. One
-whose numbers have not changed is left as it is: delete it to have it drawn again. The tool has its own markers,
-beside those of scripts/tables.py, because a table of records reads all of them where a table there reads one
-folder, and because --check then needs nothing but Python.
+A plot carries the sha256 of its numbers; that is what --check compares, so another matplotlib is no
+difference. One whose numbers have not changed is left as it is: delete it to have it drawn again. The tool
+has its own markers, beside those of scripts/tables.py, because a table of records reads all of them where a
+table there reads one folder, and because --check then needs nothing but Python.
 
-Exit code 1 too: a record whose seeds are not seeds of one configuration or that broke a budget (it is listed, not
-ranked), whose submission.json says another score, or which is frozen and stale. 2: a file is not what it should be.
+Exit code 1 too: a record whose seeds are not seeds of one configuration or that broke a budget (it is listed,
+not ranked), whose submission.json says another score, or which is frozen and stale. 2: a file is not what it
+should be.
 """
 
 from __future__ import annotations
@@ -57,10 +58,11 @@ from texts import TEXTS
 
 BLOCK = re.compile(r"(<!-- leaderboard -->\n).*?(<!-- end -->)", re.S)
 PLOTS = Path("records/leaderboard")
-# Okabe and Ito's colours, which the colour-blind tell apart, darkest first; marker and dash say it in black and white.
+# Okabe and Ito's colours, which the colour-blind tell apart, darkest first; markers and dashes for
+# black and white.
 STYLES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#000000", "^", ":"), ("#009E73", "D", "-."),
           ("#CC79A7", "v", (0, (1, 1))), ("#E69F00", "P", (0, (5, 1))), ("#56B4E9", "X", (0, (3, 1, 1, 1)))]
-# Two records saw the same amount of text where it differs by less: batches of other ids never match to a byte.
+# Two records saw the same amount of text where it differs by less: other ids never match to a byte.
 SAME_AMOUNT = 0.01
 
 
@@ -98,8 +100,12 @@ class Setting:
 
     def differences(self, other: Setting) -> list[str]:
         """What a comparison of two records has to say beside their scores."""
-        found = [word for word, mine, theirs in (("ids", self.ids, other.ids), ("budget", self.budget, other.budget),
-                                                 ("time limit", self.seconds, other.seconds)) if mine != theirs]
+        pairs = {
+            "ids": (self.ids, other.ids),
+            "budget": (self.budget, other.budget),
+            "time limit": (self.seconds, other.seconds),
+        }
+        found = [word for word, (mine, theirs) in pairs.items() if mine != theirs]
         limited = self.seconds and self.seconds == other.seconds  # then a faster script may see more
         if not limited and not math.isclose(self.trained, other.trained, rel_tol=SAME_AMOUNT):
             found.append("training bytes")
@@ -131,7 +137,8 @@ class Record:
     def parent(self) -> str:
         """Folder of the parent record, `trunk`, or nothing."""
         parent = self.submission.get("parent")
-        parts = [part for part in Path(parent or "").parts if part not in ("records", "train_gpt.py", "trunk")]
+        parts = [part for part in Path(parent or "").parts
+                 if part not in ("records", "train_gpt.py", "trunk")]
         return parts[-1] if parts else "trunk" if parent else ""
 
     @property
@@ -249,7 +256,8 @@ def ranked(found: list[Record]) -> list[list[Record]]:
     for record in found:
         if not record.unranked:
             groups.setdefault(record.text.key, []).append(record)
-    ordered = [sorted(group, key=lambda record: (record.group.mean, record.when)) for group in groups.values()]
+    ordered = [sorted(group, key=lambda record: (record.group.mean, record.when))
+               for group in groups.values()]
     return sorted(ordered, key=lambda group: (group[0].text.name, group[0].text.key))
 
 
@@ -281,8 +289,8 @@ def verdict(record: Record, group: list[Record]) -> str:
     return "; ".join([f"{word}: {found.difference:+.4f}{span}", *([", ".join(other)] if other else [])])
 
 
-HEADER = ["rank", "record", "BPB", "evaluation", "ids", "bytes", "budget", "training bytes", "parameters", "verdict",
-          "parent", "hardware", "date"]
+HEADER = ["rank", "record", "BPB", "evaluation", "ids", "bytes", "budget", "training bytes",
+          "parameters", "verdict", "parent", "hardware", "date"]
 
 
 def table(group: list[Record]) -> str:
@@ -304,14 +312,17 @@ def table(group: list[Record]) -> str:
         if record.stale:
             lines.append(f"{record.title} is {record.stale}.")
         if text.bytes and not text.prefix and first.entry["bytes"] != text.bytes:
-            lines.append(f"{record.title}'s tokenizer normalises the text: its bits are divided by "
-                         f"{first.entry['bytes']:,} bytes instead of {text.bytes:,}, which makes its score higher.")
+            lines.append(
+                f"{record.title}'s tokenizer normalises the text: its bits are divided by "
+                f"{first.entry['bytes']:,} bytes instead of {text.bytes:,}, which makes its score higher.")
     return "\n\n".join([f"Text {text}:", markdown_table(HEADER, rows), *lines])
 
 
-NOTE = ("BPB: mean +- standard deviation of the seeds, lower is better. Bytes: code and artifact, the largest of the "
-        "seeds. Verdict: difference in BPB with its 95 % interval, seeds paired, against the parent on the same text; "
-        "a parent `trunk` is the latest record of the trunk. What else differs from the parent's run is named.")
+NOTE = ("BPB: mean +- standard deviation of the seeds, lower is better. "
+        "Bytes: code and artifact, the largest of the seeds. "
+        "Verdict: difference in BPB with its 95 % interval, seeds paired, against the parent on the same "
+        "text; a parent `trunk` is the latest record of the trunk. Other differences from the parent's run "
+        "are named.")
 
 
 def block(found: list[Record], plots: dict[str, dict]) -> str:
@@ -333,7 +344,7 @@ CAPTIONS = {
 
 
 def read_curve(path: Path, record: Record) -> dict[str, list]:
-    """A metrics.jsonl -> {"train": [[bytes of text, seconds, bits per byte]], "val": [[bytes of text, BPB]]}."""
+    """A metrics.jsonl -> {"train": [[bytes of text, seconds, BPB]], "val": [[bytes of text, BPB]]}."""
     bits = 1 / (math.log(2) * record.bytes_a_token)  # per byte, of a nat per token
     curve: dict[str, list] = {"train": [], "val": []}
     for i, line in enumerate(path.read_text().splitlines(), 1):
@@ -364,7 +375,8 @@ def plot_data(found: list[Record]) -> dict[str, dict]:
     data: dict[str, list] = {name: [] for name in CAPTIONS}
     for group in ranked(found):
         title = str(group[0].text).replace("`", "")
-        group = sorted(group, key=lambda record: record.when)  # a record keeps its colour when another passes it
+        # By date: a record keeps its colour when another one passes it.
+        group = sorted(group, key=lambda record: record.when)
         data["bytes"].append({"title": title, "records": [
             {"name": record.title, "bytes": record.bytes_total, "values": record.group.values,
              "budget": record.setting.budget} for record in group]})
@@ -406,7 +418,8 @@ def draw(name: str, data: dict) -> bytes:
     from matplotlib.figure import Figure
     with matplotlib.style.context("default"):
         panels = 2 if name == "training" else 1
-        figure = Figure(figsize=(11 if panels == 2 else 9, 0.4 + 4.2 * len(data["groups"])), layout="constrained")
+        size = 11 if panels == 2 else 9, 0.4 + 4.2 * len(data["groups"])
+        figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(len(data["groups"]), panels, squeeze=False)
         for row, group in zip(grid, data["groups"]):
             {"bytes": draw_bytes, "training": draw_training, "classes": draw_classes}[name](row, group)
@@ -446,7 +459,8 @@ def draw_bytes(row, group: dict) -> None:
             axes.axvline(budget / 1e6, color="#555555", linestyle=":", linewidth=1.2,
                          label=f"a budget, {budget:,} bytes")
     axes.margins(0.15, 0.2)
-    axes.set(xlabel="code and artifact (MB = 1,000,000 bytes)", ylabel="bits per byte (BPB), mean +- sd of seeds")
+    axes.set(xlabel="code and artifact (MB = 1,000,000 bytes)",
+             ylabel="bits per byte (BPB), mean +- sd of seeds")
     axes.legend(fontsize=8)
 
 
@@ -461,13 +475,14 @@ def smooth(line: list[list[float]]) -> dict[float, tuple[float, float]]:
     sums = [0.0, *itertools.accumulate(point[2] for point in line)]
     curve = {}
     for place, seconds, _ in line:
-        first, end = bisect.bisect_left(places, place / SMOOTHING), bisect.bisect_right(places, place * SMOOTHING)
+        first = bisect.bisect_left(places, place / SMOOTHING)
+        end = bisect.bisect_right(places, place * SMOOTHING)
         curve[place] = seconds, (sums[end] - sums[first]) / (end - first)
     return curve
 
 
 def draw_training(row, group: dict) -> None:
-    """The line is the mean of the seeds' running means, the band reaches from the lowest seed to the highest."""
+    """A line is the mean of the seeds' running means, its band goes from the lowest seed to the highest."""
     for axes, unit in zip(row, ("bytes of text", "seconds of training")):
         ends = []
         for i, record in enumerate(group["records"]):
@@ -485,8 +500,8 @@ def draw_training(row, group: dict) -> None:
                       label=f"{record['name']}, {record['hardware']}")
             ends.append((y[-1], x[-1], record["name"]))
             for curve in record["seeds"].values() if unit == "bytes of text" else ():
-                axes.plot([point[0] for point in curve["val"]], [point[1] for point in curve["val"]], **points(i),
-                          markersize=6, markerfacecolor="none")
+                seen, scores = ([point[of] for point in curve["val"]] for of in (0, 1))
+                axes.plot(seen, scores, **points(i), markersize=6, markerfacecolor="none")
 
         axes.set(xscale="log", yscale="log", xlabel=unit)
         low, high = axes.get_ylim()
@@ -497,7 +512,8 @@ def draw_training(row, group: dict) -> None:
         axes.set_yticks([], minor=True)
         axes.yaxis.set_major_formatter("{x:g}")
 
-    row[0].plot([], [], "o", color="#555555", markersize=6, markerfacecolor="none", label="validation, raw weights")
+    row[0].plot([], [], "o", color="#555555", markersize=6, markerfacecolor="none",
+                label="validation, raw weights")
     row[0].legend(handles=row[0].get_lines()[-1:], fontsize=8)
     row[0].set_ylabel("loss of training batches (bits per byte),\nrunning mean over +-10 % of the bytes")
     row[1].legend(fontsize=7)
@@ -526,9 +542,10 @@ def draw_classes(row, group: dict) -> None:
             others = [other["bits"].get(name, 0.0) for other in group["records"]]
             if value > 0 and value in (min(others), max(others)):
                 right = value == max(others)  # the most is written to the right, the least to the left
-                axes.annotate(f"{value:.4f}", (value, height), (7 if right else -7, -3), textcoords="offset points",
-                              ha="left" if right else "right", fontsize=8)
-    axes.set(xscale="log", xlabel="bits of the class over all validation bytes (BPB; the classes add up to the score)",
+                axes.annotate(f"{value:.4f}", (value, height), (7 if right else -7, -3),
+                              textcoords="offset points", ha="left" if right else "right", fontsize=8)
+    axes.set(xscale="log",
+             xlabel="bits of the class over all validation bytes (BPB; the classes add up to the score)",
              ylabel="class of the target byte", ylim=(-0.6, len(names) - 0.4))
     axes.set_yticks(range(len(names)), names)
     axes.xaxis.set_major_formatter("{x:g}")
@@ -587,8 +604,11 @@ def write(board: Board) -> None:
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where something would")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true",
+                        help="change nothing; exit with 1 where something would")
     parser.add_argument("--json", action="store_true", help="findings as one JSON document")
     options = parser.parse_args(argv)
     board = read(root)

@@ -1,17 +1,19 @@
 """Which validation text do a record's numbers stand on? Writes records/texts.json.
 
-    python scripts/texts.py NAME FOLDER...    folders of shards that hold the same validation text as different ids
+    python scripts/texts.py NAME FOLDER...    folders of shards with the same validation text
     python scripts/texts.py books data/datasets/books_bench data/datasets/books_sp1024_bench
 
-Bits per byte do not depend on the tokenizer, so the leaderboard groups records by the text that they were scored
-on. Runs copy `val_text_sha256` from the manifest of data/prepare.py into `dataset` of their metrics.json. Older
-runs have only the fingerprint of their ids; records/texts.json says which text such a fingerprint stands for:
+Bits per byte do not depend on the tokenizer, so the leaderboard groups records by the text that they were
+scored on. Runs copy `val_text_sha256` from the manifest of data/prepare.py into `dataset` of their
+metrics.json. Older runs have only the fingerprint of their ids; records/texts.json says which text such a
+fingerprint stands for:
 
     {sha256 of the text: {"name": NAME, "bytes": ..., "documents": ..., "datasets": {fingerprint: ids}}}
 
-The fingerprint is computed from the shards as the training scripts do it, and the hash of the text is read from
-manifest.json: make a folder again with data/prepare.py where its manifest has none. What the file already says of
-other folders stays. Exit code 2: a folder is no folder of shards, or the folders hold different texts.
+The fingerprint is computed from the shards as the training scripts do it, and the hash of the text is read
+from manifest.json: make a folder again with data/prepare.py where its manifest has none. What the file
+already says of other folders stays. Exit code 2: a folder is no folder of shards, or the folders hold
+different texts.
 """
 
 from __future__ import annotations
@@ -83,7 +85,8 @@ def merged(known: dict, name: str, folders: list[Path]) -> dict:
         text, entry = described(folder)
         first = first or text
         if text != first:
-            raise Misuse(f"{folder}: its validation text is {text[:16]}, that of {folders[0]} is {first[:16]}")
+            raise Misuse(f"{folder}: its validation text is {text[:16]}, "
+                         f"that of {folders[0]} is {first[:16]}")
 
         datasets = {**known.get(text, {}).get("datasets", {}), **entry["datasets"]}
         known[text] = {"name": name, **entry, "datasets": dict(sorted(datasets.items()))}
@@ -95,7 +98,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", metavar="NAME", help="of the text, for the leaderboard's heading")
-    parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="of shards with a manifest.json")
+    parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path,
+                        help="of shards with a manifest.json")
     parser.add_argument("--json", action="store_true", help="print the whole file instead of a line a folder")
     options = parser.parse_args(argv)
 
@@ -107,7 +111,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     else:
         for text, entry in found.items():
             ids = ", ".join(f"{ids} ({sha256[:8]})" for sha256, ids in entry["datasets"].items())
-            print(f"{entry['name']} ({text[:8]}): {entry['bytes']:,} bytes, {entry['documents']} documents; {ids}")
+            size = f"{entry['bytes']:,} bytes, {entry['documents']:,} documents"
+            print(f"{entry['name']} ({text[:8]}): {size}; {ids}")
     return FINE
 
 
