@@ -458,7 +458,7 @@ def draw_bytes(row, group: dict) -> None:
         if 0 < budget < 2 * most:
             axes.axvline(budget / 1e6, color="#555555", linestyle=":", linewidth=1.2,
                          label=f"a budget, {budget:,} bytes")
-    axes.margins(0.15, 0.2)
+    axes.margins(0.2)
     axes.set(xlabel="code and artifact (MB = 1,000,000 bytes)",
              ylabel="bits per byte (BPB), mean +- sd of seeds")
     axes.legend(fontsize=8)

@@ -19,7 +19,7 @@ def test_the_readme_is_short_and_in_order():
     terms = text.split("## Ten terms")[1].split("\n## ")[0]
     assert len(re.findall(r"^\| ", terms, re.M)) == 1 + 10  # the heading and ten terms
     introduction = text.split("\n\n")[1]
-    assert len(introduction.splitlines()) <= 6
+    assert len(introduction.splitlines()) <= 5
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
