@@ -1,6 +1,6 @@
 """Text -> documents -> shards: everything between a corpus and `train_gpt.py`.
 
-    python data/prepare.py                                    the running Python's standard library
+    python data/prepare.py                                    the running Python's standard library (no network)
     python data/prepare.py files A.jsonl.zst B.txt --val C.txt
     python data/prepare.py python PATH                        every .py file below PATH
     python data/prepare.py python_extended                    standard library and site-packages
@@ -9,7 +9,7 @@
     python data/prepare.py markov2                            a deterministic toy stream, for tests only
     python data/prepare.py convert --from FOLDER --variant byte260 --tokenizer sp1024.model
 
-A folder is written whole or not at all: the work happens in a hidden folder beside it, renamed at the end.
+A folder is written whole or not at all: the work happens in a hidden folder beside it that is renamed at the end.
 `data/README.md` describes every source, variant and file.
 """
 
@@ -231,7 +231,7 @@ def source_python_extended(args: argparse.Namespace) -> Corpus:
 
 
 def source_files(args: argparse.Namespace) -> Corpus:
-    """Named files, in their order (`--no-shuffle`) or in that of a seeded permutation of the documents."""
+    """Named files, in their order (`--no-shuffle`) or in the order of a seeded permutation of the documents."""
 
     def documents(paths: list[str]) -> Iterator[bytes]:
         for path in paths:
@@ -328,9 +328,8 @@ def source_tinyshakespeare(args: argparse.Namespace) -> Corpus:
 
 
 def markov2(length: int, seed: int) -> bytes:
-    """SGJM's synthetic stream: P[i mod 96] xor (17 a + 31 c + 7 i) mod 256 over the two bytes before.
+    """SGJM's synthetic stream: P[i mod 96] xor (17 a + 31 c + 7 i) mod 256 over the two bytes before (c before a).
 
-    `a` is the last byte, `c` the one before it.
     Deterministic and periodic (24,576 bytes for seed 42): text for tests, never for a score.
     """
     rng = random.Random(seed)
@@ -479,11 +478,8 @@ class ByteTokenizer:
 
 
 class PieceTokenizer:
-    """A SentencePiece model.
-
-    Those trained here (identity normalisation, byte fallback, no dummy prefix) lose nothing: a literal U+2581,
-    which SentencePiece cannot tell from a space, is written as its three byte pieces.
-    """
+    """A SentencePiece model. Those trained here (identity normalisation, byte fallback, no dummy prefix) lose nothing:
+    a literal U+2581, which SentencePiece cannot tell from a space, is written as its three byte pieces."""
 
     notes: dict = {}  # what the manifest says on top
 
@@ -528,14 +524,13 @@ class PieceTokenizer:
 
 
 class CaseOpsTokenizer(PieceTokenizer):
-    """A SentencePiece model of text in CaseOps form (`caseops.py`): takes plain documents, counts bytes.
+    """A SentencePiece model of text in CaseOps form (`caseops.py`): takes plain documents, counts their bytes.
 
-    A model that normalises, as the field's does, is used as it is: a literal U+2581 is its space, and bytes go
-    by the pieces' surfaces. One that keeps everything has a table of them.
+    A model that normalises, as the field's does, is used as it is: a literal U+2581 is its space, and bytes go by the
+    pieces' surfaces. One that keeps everything has a table of them.
     """
 
-    # White space to fold, a ligature, a character that no vocabulary has.
-    PROBE = "  a\t\n \ufb01 \U0010fffd  "
+    PROBE = "  a\t\n \ufb01 \U0010fffd  "  # white space to fold, a ligature, a character that no vocabulary has
 
     def __init__(self, model: Path, variant: str):
         super().__init__(model, variant)
@@ -580,7 +575,7 @@ class CaseOpsTokenizer(PieceTokenizer):
 def train_pieces(
     documents: Iterator[bytes], size: int, folder: Path, limit: int = 40_000_000, with_caseops: bool = False
 ) -> Path:
-    """A BPE model of `size` ids on the first `limit` bytes of the training documents.
+    """A BPE model of `size` ids on the first `limit` bytes of the training documents (the last few are never seen).
 
     `with_caseops`: of the documents in CaseOps form, with its operators as user-defined symbols.
     """
@@ -631,7 +626,7 @@ HASH_BASE = 0x9E3779B97F4A7C15 | 1
 
 
 class OverlapScan:
-    """Looks for the validation text's 64-byte shingles (every 64th offset) anywhere in the training text.
+    """Looks for the validation text's 64-byte shingles (every 64th offset) at every offset of the training text.
 
     Rolling hash without a loop: with S the running sum of byte * B^i (mod 2^64), a window's hash is
     (S[i + 64] - S[i]) * B^-i. A table of bits on the hash's top bits keeps the exact look-up rare.
@@ -676,10 +671,8 @@ class OverlapScan:
         return (hashes * np.uint64(0xD6E8FEB86659FD93)) >> self.shift
 
     def add_training(self, document: bytes) -> None:
-        """Call for every training document, and `flush` at the end.
-
-        Windows never span two documents by accident: the join is a byte that UTF-8 does not use.
-        """
+        """Call for every training document; `flush` at the end. Windows never span two documents by accident: the
+        join is a byte that UTF-8 does not use."""
         self.held.append(document)
         self.size += len(document) + 1
         if self.size >= 1 << 23:
@@ -709,7 +702,7 @@ class OverlapScan:
 
 
 class Shard:
-    """One file of ids or of their sidecar, written as they come; the header comes last. Memory holds none."""
+    """One file of ids, or of their sidecar, written as they come: memory holds none of it. The header comes last."""
 
     def __init__(self, path: Path):
         self.path, self.tokens = path, 0
@@ -732,7 +725,7 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes files `<prefix>_<split>_NNNNNN.bin` of at most `shard_tokens` ids, and sidecars where given."""
+    """Writes `<prefix>_<split>_NNNNNN.bin` files of at most `shard_tokens` ids, with a sidecar where one is given."""
 
     def __init__(self, folder: Path, prefix: str, split: str, shard_tokens: int):
         self.folder, self.prefix, self.split, self.limit = folder, prefix, split, shard_tokens
@@ -793,7 +786,7 @@ def sha256_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def whole_folder(target: Path, force: bool):
-    """Yields a hidden folder that becomes `target` when the block ends well, and vanishes otherwise."""
+    """Yields a hidden folder that becomes `target` when the block ends well, and vanishes when it does not."""
     if target.exists() and not force:
         raise UserError(f"{target} exists; --force replaces it")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -811,7 +804,7 @@ def whole_folder(target: Path, force: bool):
 
 
 def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
-    """One pass over the validation text, one over the training text, one to write the documents held out."""
+    """One pass over the validation text, one over the training text, one to write the validation documents kept."""
     scan = OverlapScan() if args.overlap != "off" else None
     held_out: dict[bytes, int] = {}
     for number, document in enumerate(bar(corpus.val(), "validation")):
@@ -933,7 +926,7 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def piece_bytes(model_path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Look-up table of a SentencePiece model: (bytes of all pieces, start of each id's, length of each id's).
+    """Look-up table of a SentencePiece model: (all pieces' bytes joined, start of each id's, length of each id's).
 
     A piece's leading space is part of it; `ids_to_bytes` drops it after a BOS, where the dummy prefix stood.
     """
@@ -1120,8 +1113,7 @@ SOURCES = {
 
 def parse(argv: list[str]) -> argparse.Namespace:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--variant", default="byte260",
-                        help="byte260, sp<N> or sp<N>-caseops, for example sp1024")
+    shared.add_argument("--variant", default="byte260", help="byte260, sp<N> or sp<N>-caseops, for example sp1024")
     shared.add_argument("--tokenizer", default="", help="a .model to use instead of training one")
     shared.add_argument("--out", default="", help="folder to write (default: OUT_ROOT/<source>_<variant>)")
     shared.add_argument("--out-root", default="data/datasets", help="where folders go by default")

@@ -7,8 +7,8 @@ from conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md",
          *sorted((ROOT / "docs").glob("*.md"))]
-ORDER = ["One result", "Start", "Your own text", "Eight GPUs", "Ten terms", "How to read the script", "Leaderboard",
-         "Tools"]
+ORDER = ["One result", "Start", "Your own text", "Eight GPUs", "Ten terms", "How to read the script",
+         "Leaderboard", "Tools"]
 
 
 def test_the_readme_is_short_and_in_order():
