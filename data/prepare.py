@@ -91,6 +91,23 @@ def digest(document: bytes) -> bytes:
     return hashlib.blake2b(document, digest_size=16).digest()
 
 
+class TextHash:
+    """Names a text by its documents, whatever ids they become: folders with equal hashes hold the same text.
+
+    sha256 over the documents in their order, each after its length as 8 bytes, little-endian: no other list
+    of documents makes the same stream.
+    """
+
+    def __init__(self):
+        self.sha = hashlib.sha256()
+
+    def add(self, document: bytes) -> None:
+        self.sha.update(len(document).to_bytes(8, "little") + document)
+
+    def hexdigest(self) -> str:
+        return self.sha.hexdigest()
+
+
 def clean(text: str) -> bytes:
     return text.encode("utf-8", errors="replace")
 
@@ -840,10 +857,11 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
             shares = scan.shares()
         drop = shares > OVERLAP_LIMIT if args.overlap == "drop" else np.zeros(len(shares), bool)
         val = ShardWriter(folder, corpus.name, "val", args.shard_tokens)
-        normalised = 0
+        text, normalised = TextHash(), 0
         for number, document in enumerate(bar(corpus.val(), "validation")):
             if scan and drop[number]:
                 continue
+            text.add(document)
             val.add(*tokenizer.encode_sized(document), document)
             normalised += tokenizer.normalised_bytes(document)
         val.close_shard()
@@ -865,6 +883,7 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
             "bytes": {"train": train.bytes, "val": val.bytes},
             "val_bytes": val.bytes,
             "val_normalised_bytes": normalised,
+            "val_text_sha256": text.hexdigest(),
             "train": train.summary(),
             "val": val.summary(),
             "overlap": {
@@ -963,6 +982,34 @@ def ids_to_bytes(
     return out
 
 
+class ShardText:
+    """The `TextHash` of byte260 ids that come in blocks. Memory holds one document."""
+
+    def __init__(self):
+        self.hash, self.document, self.started = TextHash(), bytearray(), False
+
+    def add(self, ids: np.ndarray) -> None:
+        first, *others = np.split(ids, np.flatnonzero(ids == BOS_ID))
+        self.document += self.text_of(first)
+
+        for ids_of_one in others:
+            self.close()
+            self.document, self.started = bytearray(self.text_of(ids_of_one[1:])), True
+
+    @staticmethod
+    def text_of(ids: np.ndarray) -> bytes:
+        return (ids - BYTE_OFFSET).astype(np.uint8).tobytes()
+
+    def close(self) -> None:
+        if self.started or self.document:  # ids before the first BOS are a document too
+            self.hash.add(bytes(self.document))
+        self.document, self.started = bytearray(), False
+
+    def hexdigest(self) -> str:
+        self.close()
+        return self.hash.hexdigest()
+
+
 def convert(args: argparse.Namespace) -> dict:
     """Published token shards -> byte shards of the same text, shard by shard, by a table."""
     source = Path(args.source)
@@ -982,6 +1029,7 @@ def convert(args: argparse.Namespace) -> dict:
     dummy_prefix = not PieceTokenizer(Path(args.tokenizer), "sp").lossless
     target = Path(args.out) if args.out else Path(args.out_root) / f"{source.name}_byte260"
     entries, totals = [], {"train": [0, 0, 0], "val": [0, 0, 0]}
+    text = ShardText()
     with whole_folder(target, args.force) as folder:
         after_bos = {"train": False, "val": False}
         for path in bar(paths, "converting", len(paths), "shard"):
@@ -995,6 +1043,8 @@ def convert(args: argparse.Namespace) -> dict:
                 out = ids_to_bytes(block, table, dummy_prefix, after_bos[split])
                 after_bos[split] = bool(block[-1] == BOS_ID)
                 shard.write(out)
+                if split == "val":
+                    text.add(out)
                 documents = int((out == BOS_ID).sum())
                 for i, value in enumerate((documents, len(out), len(out) - documents)):
                     totals[split][i] += value
@@ -1011,6 +1061,7 @@ def convert(args: argparse.Namespace) -> dict:
             "converted_with": sha256_file(Path(args.tokenizer)),
             **parts,
             "val_bytes": parts["bytes"]["val"],
+            "val_text_sha256": text.hexdigest(),
             "shards": entries,
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")

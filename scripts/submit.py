@@ -64,7 +64,7 @@ SMOKE_SECONDS = 300
 OF_THE_MACHINE = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 # The competition's limits, and what of submission.json is only of this repository.
 CONTEST = {"ARTIFACT_BUDGET_BYTES": 16_000_000, "MAX_WALLCLOCK_SECONDS": 600, "EVAL_BUDGET_SECONDS": 600}
-HOUSE_KEYS = ("parent", "changes", "answers", "frozen", "draft", "audit", "dataset")
+HOUSE_KEYS = ("parent", "changes", "answers", "carried", "frozen", "trunk", "draft", "audit", "dataset")
 
 
 def sha256(data: bytes) -> str:

@@ -93,15 +93,8 @@ def evaluations(runs: list[dict]) -> dict[str, str]:
             if all(name in run["evals"] for run in runs)}
 
 
-def width(name: str) -> str:
-    """Bits of `final_int6_...`, as text; empty for another pass."""
-    found = re.match(r"final_int(\d+)", name)
-    return found[1] if found else ""
-
-
-# Columns of the table `seeds`.
-COLUMNS = {"final_raw": "raw", "final_ema": "EMA", "final_int_roundtrip": "int{}",
-           "final_int_sliding": "int{} sliding"}
+# Columns of the table `seeds`, each named as in the log and in metrics.json.
+COLUMNS = ("final_raw", "final_ema", "final_int_roundtrip", "final_int_sliding")
 
 
 def seeds(folder: Path, _) -> str:
@@ -129,18 +122,20 @@ def seeds(folder: Path, _) -> str:
         f"`{first['dataset']['name']}`: {first['evals'][names[0]]['bytes']:,} validation bytes in "
         f"{first['evals'][names[0]]['targets']:,} targets."
     )
-    columns = [COLUMNS.get(key, name).format(width(name)) for key, name in zip(shown, names)]
-    header = ["seed", *columns, "model bytes", "code bytes", "total bytes"]
+    header = ["seed", *(f"`{name}`" for name in names), "model bytes", "code bytes", "total bytes"]
     return marked(markdown_table([*header, "ms a step", "scoring s"], rows) + f"\n\n{note}", folder, runs)
 
 
-# Each scoring pass, what it is called, and the pass that it is to be compared with. {} is the 6 of `final_int6_...`.
+# Each scoring pass and the pass that it is to be compared with.
 PASSES = {
-    "final_raw": ("raw weights", None), "final_ema": ("averaged weights (EMA)", "final_raw"),
-    "final_int_roundtrip": ("int{}", "final_ema"), "final_int_sliding": ("int{} sliding", "final_int_roundtrip"),
-    "final_int_ttt": ("+ TTT", "final_int_sliding"), "final_int_sliding_tilt": ("+ tilt", "final_int_sliding"),
-    "final_int_sliding_mix": ("+ mixture", "final_int_sliding"),
-    "final_int_ttt_mix": ("+ TTT and mixture", "final_int_sliding_mix"),
+    "final_raw": None,
+    "final_ema": "final_raw",
+    "final_int_roundtrip": "final_ema",
+    "final_int_sliding": "final_int_roundtrip",
+    "final_int_ttt": "final_int_sliding",
+    "final_int_sliding_tilt": "final_int_sliding",
+    "final_int_sliding_mix": "final_int_sliding",
+    "final_int_ttt_mix": "final_int_sliding_mix",
 }
 
 
@@ -148,14 +143,14 @@ def passes(folder: Path, _) -> str:
     runs = seed_runs(folder)
     rows, known = [], evaluations(runs)
     for key in (*(key for key in PASSES if key in known), *(key for key in known if key not in PASSES)):
-        name, (label, before) = known[key], PASSES.get(key, (known[key].removeprefix("final_"), None))
+        name, before = known[key], PASSES.get(key)
         scores = [run["evals"][name]["val_bpb"] for run in runs]
-        row = [label.format(width(name)), *(f"{score:.4f}" for score in scores), f"{statistics.mean(scores):.4f}",
+        row = [f"`{name}`", *(f"{score:.4f}" for score in scores), f"{statistics.mean(scores):.4f}",
                f"{statistics.mean(run['evals'][name]['seconds'] for run in runs):.0f}"]
         if before in known:
             mean, half, word = verdict([run["evals"][name]["val_bpb"] - run["evals"][known[before]]["val_bpb"]
                                         for run in runs])
-            row += [PASSES[before][0].format(width(known[before])), f"{mean:+.4f}",
+            row += [f"`{known[before]}`", f"{mean:+.4f}",
                     f"{mean - half:+.4f} to {mean + half:+.4f}", word]
         rows.append(row + [""] * (len(runs) + 7 - len(row)))
     header = ["pass", *(f"seed {run['seed']}" for run in runs), "mean", "seconds", "against", "difference",
@@ -312,7 +307,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON document instead of lines")
     options = parser.parse_args(argv)
     stale = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "records").glob("*/README.md"))]:
+    others = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "records").glob("*/README.md")])
+    for path in [ROOT / "README.md", *others]:
         new = rewrite(path)
         if new != path.read_text():
             stale.append(path.relative_to(ROOT))

@@ -80,6 +80,42 @@ def test_shards_hold_the_documents_in_order(prepare_files, jsonl):
     assert len(list(out.glob("*_train_*.bin"))) == -(-manifest["tokens"]["train"] // 2500)
 
 
+def text_sha256(documents: list[str]) -> str:
+    """What `val_text_sha256` of a manifest is to be."""
+    parts = [document.encode() for document in documents]
+    return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).hexdigest()
+
+
+def test_the_validation_text_has_one_name_whatever_its_ids(prepare_files, prepare, jsonl):
+    train, val = [text(i, 200) for i in range(9)], [text(100, 150), "\u00c9 NASA \u2581", text(101, 150)]
+    files = jsonl("a.jsonl", train), jsonl("v.jsonl", val)
+
+    def named(*options) -> str:
+        out = prepare_files(*files, "--overlap", "off", "--force", *options)
+        return json.loads((out / "manifest.json").read_text())["val_text_sha256"]
+
+    assert named() == text_sha256(val)
+    assert named("--variant", "sp320") == named("--variant", "sp320-caseops") == text_sha256(val)
+    assert named("--val-bytes", 1) == text_sha256(val[:1]) != text_sha256(val)
+    assert text_sha256(["ab", "c"]) != text_sha256(["a", "bc"]) != text_sha256(["abc"])
+
+    # Equal for the bytes of shards that come in blocks, wherever a block ends.
+    ids = np.concatenate([np.array([1, *(byte + 4 for byte in d.encode())], np.uint16) for d in ["", *val]])
+    for size in (1, 7, len(ids)):
+        found = prepare.ShardText()
+        for start in range(0, len(ids), size):
+            found.add(ids[start : start + size])
+        assert found.hexdigest() == text_sha256(["", *val])
+
+
+def test_documents_that_are_dropped_are_not_in_the_texts_name(prepare_files, jsonl):
+    train, val = [text(i, 200) for i in range(9)], [text(100, 150), text(3, 200)[:-1], text(101, 150)]
+    out = prepare_files(jsonl("a.jsonl", train), jsonl("v.jsonl", val))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["overlap"]["documents_dropped"] == 1
+    assert manifest["val_text_sha256"] == text_sha256([val[0], val[2]])
+
+
 def test_shuffle_keeps_every_document_and_limits_count_bytes(prepare_files, jsonl):
     train = [text(i, 50) for i in range(30)]
     arguments = [jsonl("a.jsonl", train), jsonl("v.jsonl", [text(99, 90)]), "--overlap", "off"]
@@ -282,6 +318,8 @@ def test_fineweb_shards_are_fetched_and_converted_to_bytes(prepare, hub, tmp_pat
     assert prepare.main([*convert, "--out", str(converted)]) == 0
     assert documents_of(converted, "val") == [d.encode() for d in documents[:4]]
     assert documents_of(converted, "train") == [d.encode() for d in documents[4:]]
+    manifest = json.loads((converted / "manifest.json").read_text())
+    assert manifest["val_text_sha256"] == text_sha256(documents[:4])
     damaged = root / "datasets" / "fineweb10B_sp320" / "fineweb_val_000000.bin"
     damaged.write_bytes(damaged.read_bytes()[:-2] + b"\1\1")
     assert prepare.main([*fetch, "--force"]) == 2

@@ -1,4 +1,5 @@
-"""scripts/leaderboard.py on records of its own: ranks, settings that are kept apart, marks, --check, plots; and on the real ones."""
+"""scripts/leaderboard.py and scripts/texts.py on records of their own, and on the real ones: ranks,
+texts that are kept apart, parents, marks, --check, plots."""
 
 import hashlib
 import json
@@ -13,7 +14,8 @@ import zlib
 
 import leaderboard
 import pytest
-from conftest import ROOT
+import texts
+from conftest import ROOT, environment
 from family import Misuse
 
 SCRIPT = "print()\n"
@@ -23,7 +25,7 @@ DRAW = leaderboard.draw
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """An empty repository; what stands for a plot carries its hash alone, see `plots`."""
+    """An empty repository; a stand-in for a plot carries only its hash, see `plots`."""
     def stand_in(name, data):
         text = f"Description\0{leaderboard.digest(data)}".encode()
         return b"\x89PNG\r\n\x1a\n" + struct.pack(">I4s", len(text), b"tEXt") + text + bytes(4)
@@ -43,10 +45,12 @@ def plots(tree, monkeypatch):
 
 @pytest.fixture
 def add(tree):
-    """add(name, score or {seed: score}, changes of submission, run=changes of metrics) -> the record's folder."""
+    """add(name, score or {seed: score}, changes of submission, run=changes of metrics) -> its folder."""
 
-    def add(name: str, score, run: dict | None = None, settings: dict | None = None, count: int = 1000, **submission):
+    def add(name, score, run=None, settings=None, count=1000, dataset=None, **submission):
         scores = score if isinstance(score, dict) else {1: score, 2: score + 0.001, 3: score + 0.002}
+        data = {"name": "books", "sha256": "ab" * 32, "variant": "byte260", "train_tokens": 100,
+                "bytes": {"train": 100, "val": 1000}, "val_documents": 3, **(dataset or {})}
         folder = tree / "records" / name
         folder.mkdir()
         (folder / "train_gpt.py").write_text(SCRIPT)
@@ -57,14 +61,16 @@ def add(tree):
                       "TRAIN_BATCH_TOKENS": 8, **(settings or {})}
             metrics = {"headline": "final_x", "evals": {"final_x": entry}, "val_bpb": bpb, "seed": seed,
                        "script_sha256": hashlib.sha256(SCRIPT.encode()).hexdigest(), "params": 12345,
-                       "bytes_total": 1_000_000 + seed, "device": "cpu (x)", "world_size": 1, "settings": chosen,
-                       "dataset": {"name": "books", "sha256": "ab" * 32}, **(run or {})}
+                       "bytes_total": 1_000_000 + seed, "device": "cpu (x)", "world_size": 1,
+                       "steps": chosen["ITERATIONS"], "settings": chosen, "dataset": data, **(run or {})}
             (folder / f"seed{seed}").mkdir()
             (folder / f"seed{seed}" / "metrics.json").write_text(json.dumps(metrics))
             curve = [{"step": i, "train_loss": 5 / i, "train_seconds": 0.1 * i} for i in (1, 2, 4)]
             lines = [*curve, {"step": 4, "val_loss": 1.3, "val_bpb": 1.9}]
-            (folder / f"seed{seed}" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        told = {"name": name, "date": name[:10], "parent": None, "val_bpb": statistics.mean(scores.values())} | submission
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (folder / f"seed{seed}" / "metrics.jsonl").write_text(text)
+        told = {"name": name, "date": name[:10], "parent": None, "val_bpb": statistics.mean(scores.values()),
+                **submission}
         (folder / "submission.json").write_text(json.dumps(told))
         return folder
 
@@ -90,59 +96,125 @@ def titles(tree) -> list[str]:
 # --- The table ---
 
 
-def test_records_are_ranked_by_score_and_held_against_parent_or_the_best_before(add, tree):
+def rows_of(tree) -> dict[str, dict[str, str]]:
+    """{record: {heading: cell}}."""
+    return {title: dict(zip(leaderboard.HEADER, row)) for title, row in zip(titles(tree), table(tree))}
+
+
+def test_records_are_ranked_by_score_and_held_against_their_parents(add, tree):
     add("2026-01-01_Old", 1.9)
     add("2026-01-02_Child", 1.85, parent="records/2026-01-01_Old/train_gpt.py")
-    add("2026-01-03_Worse", 1.95, parent="train_gpt.py")
+    add("2026-01-03_Worse", 1.95, parent="Child")
     add("2026-01-04_Late", 1.88, parent="Old")
-    add("2026-01-05_Same", {1: 1.8502, 2: 1.8508, 3: 1.8521}, parent="gone")
+    add("2026-01-05_Same", {1: 1.8502, 2: 1.8508, 3: 1.8521}, parent="records/2026-01-02_Child")
+    add("2026-01-06_Orphan", 1.99, parent="records/gone")
     assert run(tree) == 0
-    assert titles(tree) == ["Child", "Same", "Late", "Old", "Worse"]
-    rows = dict(zip(titles(tree), table(tree)))
-    assert [row[0] for row in table(tree)] == ["1", "2", "3", "4", "5"]
-    assert rows["Old"][6:8] == ["first of its setting", "none"]
-    assert rows["Child"][6].startswith("better than Old: -0.0500") and rows["Child"][7] == "2026-01-01_Old"
-    assert rows["Worse"][6].startswith("worse than Child: +0.1000") and rows["Worse"][7] == "trunk"  # the best before
-    assert rows["Late"][6].startswith("better than Old: -0.0200")  # its parent, though Child was better
-    assert rows["Same"][6].startswith("no effect against Child: +0.0000")
-    assert "](records/2026-01-02_Child/README.md)" in rows["Child"][1] and rows["Child"][2] == "**1.8510** +- 0.0010"
-    assert rows["Child"][4:6] == ["1,000,003", "12,345"]
+    assert titles(tree) == ["Child", "Same", "Late", "Old", "Worse", "Orphan"]
+    assert [row[0] for row in table(tree)] == ["1", "2", "3", "4", "5", "6"]
+
+    rows = rows_of(tree)
+    verdicts = {title: row["verdict"] for title, row in rows.items()}
+    assert verdicts["Old"] == "no parent" and rows["Old"]["parent"] == "none"
+    assert re.fullmatch(r"better than Old: -0\.0500 \(.*\)", verdicts["Child"])  # and nothing else differs
+    assert rows["Child"]["parent"] == "2026-01-01_Old"
+    assert verdicts["Worse"].startswith("worse than Child: +0.1000")
+    assert verdicts["Late"].startswith("better than Old: -0.0200")  # its parent, though Child was better
+    assert verdicts["Same"].startswith("no effect against Child: +0.0000")
+    assert verdicts["Orphan"] == "its parent is not measured on this text"
+
+    child = rows["Child"]
+    assert "](records/2026-01-02_Child/README.md)" in child["record"]
+    assert child["BPB"] == "**1.8510** +- 0.0010"
+    assert [child[key] for key in ("bytes", "budget", "training bytes", "parameters", "ids")] == [
+        "1,000,003", "16,000,000", "72 in 600 s", "12,345", "byte260"]
     text = (tree / "README.md").read_text()
     assert text.startswith("# A\n\n<!-- leaderboard -->\n") and text.endswith("<!-- end -->\n\nAfter.\n")
+    assert f"Text `books` ({'ab' * 4}), 1,000 bytes in 3 documents:" in text
 
 
-@pytest.mark.parametrize("changes", [
-    {"run": {"dataset": {"name": "books", "sha256": "cd" * 32}}}, {"count": 500},
-    {"settings": {"ARTIFACT_BUDGET_BYTES": 2_000_000}}, {"settings": {"MAX_WALLCLOCK_SECONDS": 60.0}},
-    {"settings": {"MAX_WALLCLOCK_SECONDS": 0.0}},
+def test_the_trunks_record_is_the_parent_of_those_that_start_from_it(add, tree):
+    add("2026-01-01_Baseline", 1.9, trunk=True, frozen=True)
+    add("2026-01-02_Child", {1: 1.8, 2: 1.81, 3: 1.82, 4: 9.0}, parent="train_gpt.py")
+    assert run(tree) == 0
+    assert rows_of(tree)["Child"]["verdict"].startswith("better than Baseline: -0.0")
+    assert rows_of(tree)["Baseline"]["verdict"] == "no trunk before it"
+
+    # The latest takes its place, though it is younger than the child; only shared seeds count.
+    add("2026-01-09_Trunk", {1: 1.85, 2: 1.86, 3: 1.872}, trunk=True, parent="train_gpt.py")
+    add("2026-01-10_Named", 1.7, parent="records/2026-01-01_Baseline")
+    assert run(tree) == 0
+    rows = rows_of(tree)
+    assert rows["Child"]["verdict"].startswith("better than Trunk: -0.0507 (")
+    assert rows["Child"]["parent"] == "trunk"
+    assert rows["Trunk"]["verdict"].startswith("better than Baseline: -0.04")
+    assert rows["Baseline"]["verdict"] == "no trunk before it"
+    assert rows["Named"]["verdict"].startswith("better than Baseline: -0.2")
+
+
+def test_other_ids_of_one_text_share_a_table_and_the_verdict_says_so(add, tree):
+    pieces = {"sha256": "cd" * 32, "variant": "sp1024", "train_tokens": 40, "name": "pieces"}
+    known = {"12" * 32: {"name": "novels", "bytes": 1000, "documents": 3,
+                         "datasets": {"ab" * 32: "byte260", "cd" * 32: "sp1024"}}}
+    (tree / "records" / "texts.json").write_text(json.dumps(known))
+    add("2026-01-01_Trunk", 1.9, trunk=True)
+    add("2026-01-02_Pieces", 1.8, parent="train_gpt.py", dataset=pieces, count=990,
+        settings={"ARTIFACT_BUDGET_BYTES": 2_000_000, "MAX_WALLCLOCK_SECONDS": 0.0})
+    # One that says itself which text it is, of ids that the file does not know.
+    add("2026-01-03_Says", 1.7, parent="train_gpt.py",
+        dataset={"sha256": "ef" * 32, "val_text_sha256": "12" * 32, "variant": "sp512"})
+    assert run(tree) == 0
+
+    rows = rows_of(tree)
+    assert titles(tree) == ["Says", "Pieces", "Trunk"] and [row[0] for row in table(tree)] == ["1", "2", "3"]
+    assert [rows[name]["ids"] for name in titles(tree)] == ["sp512", "sp1024", "byte260"]
+    assert rows["Says"]["verdict"].endswith("); other ids")
+    wanted = "; other ids, other budget, other time limit, other training bytes"
+    assert rows["Pieces"]["verdict"].endswith(wanted)
+    assert rows["Pieces"]["training bytes"] == "180"  # 9 steps of 8 ids, 2.5 bytes each
+    text = (tree / "README.md").read_text()
+    assert text.count("Text `novels` (12121212), 1,000 bytes in 3 documents:") == 1
+    assert text.count("its bits are divided by 990 bytes instead of 1,000") == 1
+
+
+@pytest.mark.parametrize("changes, heading", [
+    ({"dataset": {"sha256": "cd" * 32}}, "`books` (cdcdcdcd), 1,000 bytes"),
+    ({"dataset": {"val_text_sha256": "cd" * 32}}, "`books` (cdcdcdcd), 1,000 bytes"),
+    ({"settings": {"VAL_BYTES": 500}, "count": 500}, "3 documents, scored on its first 500 bytes"),
 ])
-def test_other_data_or_budgets_are_never_ranked_together(add, tree, changes):
+def test_other_texts_are_never_ranked_together(add, tree, changes, heading):
     add("2026-01-01_One", 1.9)
     add("2026-01-02_Other", 1.8, parent="2026-01-01_One", **changes)
     assert run(tree) == 0
     assert [row[0] for row in table(tree)] == ["1", "1"] and set(titles(tree)) == {"One", "Other"}
-    assert all(row[6] == "first of its setting" for row in table(tree))
-    headings = re.findall(r"^Data `books`.*:$", (tree / "README.md").read_text(), re.M)
-    assert len(set(headings)) == 2  # and the reader sees what differs
+    assert rows_of(tree)["Other"]["verdict"] == "its parent is not measured on this text"
+    headings = re.findall(r"^Text `books`.*:$", (tree / "README.md").read_text(), re.M)
+    assert len(set(headings)) == 2 and sum(heading in line for line in headings) == 1
 
 
-def test_steps_count_as_a_budget_only_without_a_clock(add, tree):
+def test_a_prefix_as_long_as_the_text_is_the_text(add, tree):
     add("2026-01-01_One", 1.9)
-    add("2026-01-02_Slow", 1.8, settings={"ITERATIONS": 5})
+    add("2026-01-02_All", 1.8, settings={"VAL_BYTES": 1000})
     assert run(tree) == 0 and [row[0] for row in table(tree)] == ["1", "2"]
 
 
-def test_of_one_day_the_record_without_a_parent_comes_first(add, tree):
-    add("2026-01-01_A", 1.8, parent="train_gpt.py")
-    add("2026-01-01_B", 1.9)
+def test_under_a_clock_a_faster_script_may_see_more_text(add, tree):
+    add("2026-01-01_One", 1.9)
+    add("2026-01-02_Slow", 1.8, run={"steps": 5}, parent="One")
+    for name in ("2026-01-03_Free", "2026-01-04_Less"):
+        steps = {"run": {"steps": 5}, "parent": "Free"} if "Less" in name else {}
+        add(name, 1.7, settings={"MAX_WALLCLOCK_SECONDS": 0.0}, **steps)
     assert run(tree) == 0
-    assert [row[6][:13] for row in table(tree)] == ["better than B", "first of its "]
+    rows = rows_of(tree)
+    assert rows["Slow"]["training bytes"] == "40 in 600 s" and rows["Slow"]["verdict"].endswith(")")
+    assert rows["Less"]["training bytes"] == "40"
+    assert rows["Less"]["verdict"].endswith("; other training bytes")
 
 
 def test_stale_and_frozen_marks(add, tree, capsys):
     folder = add("2026-01-01_One", 1.9)
     add("2026-01-02_Two", 1.8, frozen=True)
-    assert run(tree) == 0 and "*frozen*" in table(tree)[0][1] and "stale" not in (tree / "README.md").read_text()
+    assert run(tree) == 0 and "*frozen*" in table(tree)[0][1]
+    assert "stale" not in (tree / "README.md").read_text()
     (folder / "train_gpt.py").write_text("print(1)\n")
     assert run(tree, "--check") == 1
     assert run(tree) == 0 and "*stale*" in table(tree)[1][1]
@@ -217,6 +289,40 @@ def test_misuse_names_the_file(add, tree):
         run(tree)
 
 
+def test_texts_are_named_by_their_fingerprints(trunk, tiny, prepare, tree, tmp_path, capsys):
+    """scripts/texts.py computes what the scripts do, and refuses folders of different texts."""
+    words = "The quick brown fox jumps over the lazy dog. "
+    (tmp_path / "t.txt").write_text(words * 300)
+    (tmp_path / "v.txt").write_text(words[::-1] * 20)
+    (tmp_path / "w.txt").write_text(words[::-1] * 21)
+
+    def make(name: str, val: str, *options) -> str:
+        call = ["files", str(tmp_path / "t.txt"), "--val", str(tmp_path / val), "--overlap", "off"]
+        assert prepare.main([*call, "--out", str(tmp_path / name), *options]) == 0
+        return str(tmp_path / name)
+
+    plain, small = make("a", "v.txt"), make("b", "v.txt", "--shard-tokens", "5000")
+    other = make("c", "w.txt")
+    assert texts.main(["dogs", plain, small], tree) == 0
+    known = json.loads((tree / texts.TEXTS).read_text())
+    (sha256, entry), = known.items()
+    prints = {trunk.Dataset(tiny(DATA_PATH=folder), True).fingerprint()["sha256"]
+              for folder in (plain, small)}
+    assert len(prints) == 2 and entry["datasets"] == dict.fromkeys(sorted(prints), "byte260")
+    assert sha256 == json.loads((tmp_path / "a" / "manifest.json").read_text())["val_text_sha256"]
+    assert (entry["name"], entry["bytes"], entry["documents"]) == ("dogs", 20 * len(words), 1)
+
+    with pytest.raises(Misuse, match="c: its validation text is"):
+        texts.main(["dogs", plain, other], tree)
+    assert json.loads((tree / texts.TEXTS).read_text()) == known
+    assert texts.main(["more", other], tree) == 0 and len(json.loads((tree / texts.TEXTS).read_text())) == 2
+    with pytest.raises(Misuse, match="no \\*_train_\\*.bin"):
+        texts.fingerprint(tmp_path)
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "texts.py"), "x", str(tmp_path / "gone")],
+                          capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.returncode == 2 and "gone/manifest.json" in done.stderr and "Traceback" not in done.stderr
+
+
 # --- --check and plots ---
 
 
@@ -249,10 +355,25 @@ def pixels(path) -> tuple[int, int, set]:
     return width, height, set(zlib.decompress(data))
 
 
-def test_plots_are_images_that_depend_on_the_numbers_alone(add, tree, plots):
+def test_curves_are_bits_per_byte_over_bytes_and_smooth(add, tree):
+    add("2026-01-01_One", 1.9, dataset={"train_tokens": 40})  # 2.5 bytes an id, 20 a step
+    assert run(tree) == 0
+    (group,) = leaderboard.read(tree).plots["training"]["groups"]
+    curve = group["records"][0]["seeds"]["1"]
+    assert [point[:2] for point in curve["train"]] == [[20, 0.1], [40, 0.2], [80, 0.4]]
+    bits = [5 / i / math.log(2) / 2.5 for i in (1, 2, 4)]
+    assert [point[2] for point in curve["train"]] == pytest.approx(bits)
+    assert curve["val"] == [[80, 1.9]]
+
+    # A point is the mean of all points within 10 % of its bytes; far ones are left out.
+    found = leaderboard.smooth([[110.0, 3.0, 3.0], [100.0, 2.0, 2.0], [10.0, 1.0, 9.0], [95.0, 1.5, 1.0]])
+    assert found == {10.0: (1.0, 9.0), 95.0: (1.5, 1.5), 100.0: (2.0, 2.0), 110.0: (3.0, 2.5)}
+
+
+def test_plots_are_images_that_depend_only_on_the_numbers(add, tree, plots):
     add("2026-01-01_One", 1.9)
     add("2026-01-02_Two", {1: 1.8}, parent="One")
-    add("2026-01-03_Else", 1.7, count=500)
+    add("2026-01-03_Else", 1.7, dataset={"sha256": "cd" * 32})
     assert run(tree) == 0
     first = {name: path.read_bytes() for name, path in plots.items()}
     for path in plots.values():
@@ -271,7 +392,8 @@ def test_a_plot_is_judged_by_its_numbers_and_drawn_only_when_they_change(add, tr
     assert run(tree) == 0
     path = plots["bytes"]
     content = path.read_bytes()
-    other = content[:-12] + struct.pack(">I4s", 1, b"tIME") + b"\0" * 5 + content[-12:]  # as another matplotlib would
+    # As another matplotlib would write it.
+    other = content[:-12] + struct.pack(">I4s", 1, b"tIME") + b"\0" * 5 + content[-12:]
     path.write_bytes(other)
     assert run(tree, "--check") == 0 and run(tree) == 0 and path.read_bytes() == other
     stored = leaderboard.stored_digest(path)
@@ -296,5 +418,6 @@ def test_the_repositorys_leaderboard_is_that_of_its_records():
     done = subprocess.run([*call, "--check"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     probe = "import leaderboard, sys; print({'torch', 'numpy', 'matplotlib'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT / "scripts", capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT / "scripts", capture_output=True, text=True,
+                          timeout=60)
     assert done.stdout.strip() == "set()", done.stderr

@@ -180,10 +180,11 @@ def test_tables_take_the_evaluations_that_the_runs_have(record, tmp_path):
         run["evals"]["final_int5_own"] = run["evals"].pop("final_ema")
         path.write_text(json.dumps(run))
     text = tables.rewrite(readme(tmp_path, "seeds", "passes"), tmp_path)
-    assert "| seed | raw | int5 | int5 sliding | model bytes |" in text
+    assert "| seed | `final_raw` | `final_int5_roundtrip` | `final_int5_sliding` | model bytes |" in text
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     rows = {row[0]: row for row in rows}
-    assert rows["int5"][6] == "" and rows["int5 sliding"][6] == "int5" and rows["int5_own"][4] == "1.9020"
+    assert rows["`final_int5_roundtrip`"][6] == "" and rows["`final_int5_own`"][4] == "1.9020"
+    assert rows["`final_int5_sliding`"][6] == "`final_int5_roundtrip`"
 
 
 def test_verdicts_are_those_of_the_statistics():
