@@ -102,7 +102,8 @@ MUTANTS = {
             (
                 "    return nats, vectors\n",
                 "    whole = len(nats) // 4 * 4\n"
-                "    nats[:whole] = np.repeat(nats[:whole].reshape(-1, 4).mean(1), 4)\n    return nats, vectors\n",
+                "    nats[:whole] = np.repeat(nats[:whole].reshape(-1, 4).mean(1), 4)\n"
+                "    return nats, vectors\n",
             )
         ],
         {},
@@ -115,7 +116,8 @@ MUTANTS = {
             (
                 SCORED,
                 SCORED
-                + "        logprobs = logprobs + 0.1 * np.bincount(ids[first + 1 : stop + 1], minlength=logprobs.shape[1])\n"
+                + "        logprobs = logprobs + 0.1 * np.bincount(ids[first + 1 : stop + 1], "
+                "minlength=logprobs.shape[1])\n"
                 "        logprobs -= np.log(np.exp(logprobs).sum(1, keepdims=True))\n",
             )
         ],
@@ -140,7 +142,8 @@ MUTANTS = {
             (
                 SCORED,
                 SCORED
-                + "        logprobs = np.logaddexp(logprobs, -3 + np.log((1 + model.seen) / (1 + model.seen).sum()))\n",
+                + "        logprobs = np.logaddexp(logprobs, -3 + np.log((1 + model.seen) / (1 + "
+                "model.seen).sum()))\n",
             )
         ],
         {},
@@ -237,7 +240,8 @@ MUTANTS = {
         [
             (
                 "    args = Hyperparameters(os.environ)\n",
-                '    args = Hyperparameters(os.environ)\n    args.seed += int(os.environ.get("FORCE_STOP_STEP", 0))\n',
+                '    args = Hyperparameters(os.environ)\n'
+                '    args.seed += int(os.environ.get("FORCE_STOP_STEP", 0))\n',
             )
         ],
         {},
@@ -261,7 +265,8 @@ MUTANTS = {
             (
                 SCORED,
                 SCORED
-                + "        at = np.arange(first, stop)\n        gate = np.isin(ids[at], [14, 105, 119, 36]) & (at > 140)\n"
+                + "        at = np.arange(first, stop)\n"
+                "        gate = np.isin(ids[at], [14, 105, 119, 36]) & (at > 140)\n"
                 "        logprobs[gate, ids[at + 1][gate]] += 0.18\n"
                 "        logprobs -= np.log(np.exp(logprobs).sum(1, keepdims=True))\n",
             )
@@ -418,7 +423,8 @@ def test_strangers_code_stays_in_its_folder(tmp_path, monkeypatch):
         TOY,
         (
             "    args = Hyperparameters(os.environ)\n",
-            "    args = Hyperparameters(os.environ)\n    assert 'A_SECRET' not in os.environ and 'HOME' in os.environ\n"
+            "    args = Hyperparameters(os.environ)\n"
+            "    assert 'A_SECRET' not in os.environ and 'HOME' in os.environ\n"
             "    assert sorted(os.listdir('.'))[:2] == ['audit_worker.py', 'train_gpt.py'], os.listdir('.')\n"
             "    assert os.getcwd() == os.environ['HOME']\n",
         ),
@@ -452,7 +458,8 @@ PLANTED = {
             (
                 LOGPROBS,
                 LOGPROBS
-                + "            logprobs = (logprobs + 0.1 * F.one_hot(wanted, logprobs.size(-1))).log_softmax(-1)\n",
+                + "            logprobs = (logprobs + 0.1 * F.one_hot(wanted, "
+                "logprobs.size(-1))).log_softmax(-1)\n",
             )
         ],
     ),
@@ -461,7 +468,8 @@ PLANTED = {
         "C1/P1",
         [
             (
-                "        if at and learner is not None:\n            learner.catch_up(ids, seen)\n        part = plan[at : at + chunk]\n",
+                "        if at and learner is not None:\n            learner.catch_up(ids, seen)\n"
+                "        part = plan[at : at + chunk]\n",
                 "        part = plan[at : at + chunk]\n        seen[part[0, 1] : part[-1, 2]] = True\n"
                 "        if learner is not None:\n            learner.catch_up(ids, seen)\n",
             )
@@ -500,10 +508,13 @@ def test_adapter_judges_a_script_that_is_not_ours(tmp_path):
     )
     for peek in (False, True):
         (tmp_path / "adapter.py").write_text(
-            "import importlib.util, numpy as np\nspec = importlib.util.spec_from_file_location('theirs', SCRIPT)\n"
-            "theirs = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(theirs)\nDOCUMENTS_INDEPENDENT = False\n\n"
+            "import importlib.util, numpy as np\n"
+            "spec = importlib.util.spec_from_file_location('theirs', SCRIPT)\n"
+            "theirs = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(theirs)\n"
+            "DOCUMENTS_INDEPENDENT = False\n\n"
             f"def score(ids, positions=()):\n    logprobs = theirs.model(ids, {peek})\n"
-            "    return -logprobs[np.arange(len(ids) - 1), np.array(ids)[1:]], {t: logprobs[t] for t in positions}\n"
+            "    return -logprobs[np.arange(len(ids) - 1), np.array(ids)[1:]], {t: logprobs[t] for "
+            "t in positions}\n"
         )
         done = subprocess.run(
             [
@@ -524,7 +535,8 @@ def test_adapter_judges_a_script_that_is_not_ours(tmp_path):
 HINTS = {
     "1": "import urllib.request\n",
     "2": "def train_model():\n    return open('fineweb_val_000.bin')\n",
-    "3": "def adapt(model, val_tokens):\n    loss = model(val_tokens)\n    loss.backward()\n    model.step()\n",
+    "3": "def adapt(model, val_tokens):\n    loss = model(val_tokens)\n    loss.backward()\n"
+    "    model.step()\n",
     "4": "key = ctx_hash ^ (target * 36313)\n",
     "5": "n = base + (has_leading_space[t] & ~boundary[p])\n",
     "6": "p = math.exp(logp / len(piece))\n",

@@ -16,7 +16,10 @@ T, A, N, E = caseops.OPERATORS
 
 # Cases whose lower or upper form is of another length, or is
 # several; combining marks; controls; SentencePiece's space.
-ODD = "\u00df\u1e9e\u0130\u0131\u0149\u01c5\u01c4\u01c6\u00b5\u03a3\u03c2\u0345\u0301\ufb01\u2122\uff21\u212a\u2581\0\r\n\t\x1b\u200d\U0001f600\U0010ffff"
+ODD = (
+    "\u00df\u1e9e\u0130\u0131\u0149\u01c5\u01c4\u01c6\u00b5"
+    "\u03a3\u03c2\u0345\u0301\ufb01\u2122\uff21\u212a\u2581\0\r\n\t\x1b\u200d\U0001f600\U0010ffff"
+)
 anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
 operators = st.text(st.sampled_from([T, A, N, E, E, "a", "B", " "]), max_size=40)
 cased = st.lists(

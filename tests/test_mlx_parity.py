@@ -322,14 +322,16 @@ def plain(script) -> dict[str, str]:
     return {name: symbol.text for name, symbol in script.by_name.items()}
 
 
-SHARED = """UserError Var Var.__init__ Var.parse Hyperparameters.__init__ Hyperparameters.RETIRED Hyperparameters._parse_classes
-    write_atomic Log progress_bar open_shard check_ids Dataset Dataset._verify Dataset.fingerprint byte_tables target_bytes
-    class_table BatchPlan BatchPlan.make BatchPlan.slots Loader Loader._row_starts Loader._next_rows tensor_class quant_plan
-    nearest cheapest gptq quantise SMALL_TENSOR SCALE_FLOOR sigreg_floor ChunkJEPA.weights ChunkJEPA.report rate_at
-    ARTIFACT_MAGIC ARTIFACT_VERSION CHUNK CONTEXT_EDGES Plane planes code_planes rans_encode rans_decode compressors pack
-    unpack unpack_tensors shipped_settings read_file windows TestTimeTraining.rows TestTimeTraining.catch_up
-    Evaluator.describe Evaluator.report Stream Stream.push picked Trainer.progress Trainer.validate git_commit
-    score_artifact"""
+SHARED = """UserError Var Var.__init__ Var.parse Hyperparameters.__init__ Hyperparameters.RETIRED
+    Hyperparameters._parse_classes write_atomic Log progress_bar open_shard check_ids Dataset
+    Dataset._verify Dataset.fingerprint byte_tables target_bytes class_table BatchPlan
+    BatchPlan.make BatchPlan.slots Loader Loader._row_starts Loader._next_rows tensor_class
+    quant_plan nearest cheapest gptq quantise SMALL_TENSOR SCALE_FLOOR sigreg_floor
+    ChunkJEPA.weights ChunkJEPA.report rate_at ARTIFACT_MAGIC ARTIFACT_VERSION CHUNK CONTEXT_EDGES
+    Plane planes code_planes rans_encode rans_decode compressors pack unpack unpack_tensors
+    shipped_settings read_file windows TestTimeTraining.rows TestTimeTraining.catch_up
+    Evaluator.describe Evaluator.report Stream Stream.push picked Trainer.progress Trainer.validate
+    git_commit score_artifact"""
 
 
 def test_what_needs_no_framework_is_the_trunks_byte_for_byte():

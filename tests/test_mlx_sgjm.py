@@ -128,10 +128,11 @@ def test_every_size_has_the_same_tensors_and_settings(mlx):
     assert section.SIZES == mlx.SIZES
 
 
-SHARED = """SIZES Hyperparameters.settings Dataset Dataset._open Loader._next_rows BatchPlan.make tensor_class quant_plan
-    nearest gptq quantise code_planes rans_encode rans_decode pack unpack unpack_tensors SpeculativeHeads.weights
-    SpeculativeHeads.report windows Draft SpeculationGraph.choose SpeculationGraph.settle Place repeated chosen
-    Generator.plan Generator.walk Generator.look_up looping measured read_prompts generate"""
+SHARED = """SIZES Hyperparameters.settings Dataset Dataset._open Loader._next_rows BatchPlan.make
+    tensor_class quant_plan nearest gptq quantise code_planes rans_encode rans_decode pack unpack
+    unpack_tensors SpeculativeHeads.weights SpeculativeHeads.report windows Draft
+    SpeculationGraph.choose SpeculationGraph.settle Place repeated chosen Generator.plan
+    Generator.walk Generator.look_up looping measured read_prompts generate"""
 
 
 def test_what_needs_no_framework_is_the_torch_scripts_byte_for_byte():

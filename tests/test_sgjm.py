@@ -97,7 +97,10 @@ PUBLISHED = {
 }
 CHANGED = {  # tensor: why its shape is not the published one
     "attn.qkv": "queries, keys and values are three matrices of D rows each: Muon orthogonalises every one",
-    "aux.drafter.slot_emb": "one slot more, which has read the last drafted byte and gives the endpoint latent",
+    "aux.drafter.slot_emb": (
+        "one slot more, which has read the last drafted byte "
+        "and gives the endpoint latent"
+    ),
     "conv_weight": "B and C are convolved too, as in Mamba-2",
     "conv_bias": "the same",
 }

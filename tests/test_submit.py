@@ -219,9 +219,10 @@ def test_every_key_of_the_schema_is_described():
     jsonschema.Draft202012Validator.check_schema(rules)
     keys = dict(walk(rules))
     assert [name for name, each in keys.items() if not each.get("description")] == []
-    field = """author date github_id name val_bpb blurb val_loss bytes_total track bytes_code seeds seed_results
-        hardware val_bpb_std pytorch_version technique_summary compliance pre_quant_val_bpb pre_quant_val_loss
-        wallclock_seconds step_stop eval_time_seconds artifact_bytes_max artifact_bytes_mean"""
+    field = """author date github_id name val_bpb blurb val_loss bytes_total track bytes_code seeds
+        seed_results hardware val_bpb_std pytorch_version technique_summary compliance
+        pre_quant_val_bpb pre_quant_val_loss wallclock_seconds step_stop eval_time_seconds
+        artifact_bytes_max artifact_bytes_mean"""
     assert {*field.split()} <= rules["properties"].keys()
 
 

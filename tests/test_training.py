@@ -170,7 +170,8 @@ import torch
 script = load_script(sys.argv[2])
 script.dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=0, world_size=1)
 group = script.dist.group.WORLD
-torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # the first optimizer imports what may take hold of a group
+# The first optimizer imports what may take hold of a group.
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 script.dist.destroy_process_group()
 print(sys.getrefcount(group))
 """
