@@ -39,7 +39,9 @@ def stream():
 def test_the_published_stream_repeats_itself(stream):
     text = b"".join(stream)
     assert text[24_576:] == text[:-24_576]
-    assert not any(text[period:] == text[:-period] for period in range(1, 24_576))
+    # The first bytes tell most periods apart, without a copy of the whole text.
+    begins = [period for period in range(1, 24_576) if text.startswith(text[:16], period)]
+    assert not any(text[period:] == text[:-period] for period in begins)
     shares = [count / len(text) for count in Counter(text).values()]
     entropy = -sum(share * math.log(share) for share in shares)
     assert entropy == pytest.approx(5.5225, abs=5e-4)  # the plateau of the published curves, 5.526 nats

@@ -277,6 +277,7 @@ def test_a_compiler_that_fails_falls_back_to_eager(run, tmp_path):
         (wrong / name).chmod(0o755)
     code, output, metrics = run(
         COMPILE=1,
+        NUM_LAYERS=2,
         ITERATIONS=3,
         PATH=f"{wrong}:{os.environ['PATH']}",
         TORCHINDUCTOR_CACHE_DIR=tmp_path / "cache",
