@@ -96,28 +96,18 @@ def byte_sizes(args):
     from sentencepiece import SentencePieceProcessor
     sp = SentencePieceProcessor(model_file=args.tokenizer_path)
     pieces = [sp.id_to_piece(i).replace("\u2581", " ") for i in range(sp.vocab_size())]
-    return np.array(
-        [
-            0
-            if sp.is_control(i) or sp.is_unknown(i)
-            else 1
-            if sp.is_byte(i)
-            else len(piece.encode())
-            for i, piece in enumerate(pieces)
-        ]
-    )
+    return np.array([
+        0 if sp.is_control(i) or sp.is_unknown(i) else 1 if sp.is_byte(i) else len(piece.encode())
+        for i, piece in enumerate(pieces)
+    ])
 
 
 def evaluate(args, artifact):
     ids, sizes = shards(args, "val"), byte_sizes(args)
     nats = score(load(artifact), ids)[0]
     size = int(sizes[ids[1:]].sum())
-    return {
-        "val_loss": nats.mean(),
-        "val_bpb": nats.sum() / math.log(2) / size,
-        "targets": len(nats),
-        "bytes": size,
-    }
+    return {"val_loss": nats.mean(), "val_bpb": nats.sum() / math.log(2) / size,
+            "targets": len(nats), "bytes": size}
 
 
 def main():
