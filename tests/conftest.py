@@ -1,4 +1,5 @@
-"""What the tests share: the trunk as a module, a small real corpus, and runs of the real script in a subprocess."""
+"""What the tests share: the trunk as a module, a small
+real corpus, and runs of the real script in a subprocess."""
 
 import itertools
 import json
@@ -11,7 +12,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-# Two workers with a thread for every core each wait for one another at every barrier: the suite took minutes for what takes seconds.
+# Two workers with a thread for every core each wait for one another
+# at every barrier: the suite took minutes for what takes seconds.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -62,7 +64,8 @@ def environment(**overrides) -> dict[str, str]:
 
 @pytest.fixture
 def run(corpus, tmp_path):
-    """run(VAR=value, ...) -> (exit code, output, metrics or None): the real script in a process of its own."""
+    """run(VAR=value, ...) -> (exit code, output, metrics
+    or None): the real script in a process of its own."""
 
     def run(ranks: int = 1, timeout: int = 120, script: Path = ROOT / "train_gpt.py", **overrides):
         overrides = {"DATA_PATH": corpus, "RUNS_PATH": tmp_path / "runs", "RUN_ID": "test", **overrides}
@@ -81,7 +84,8 @@ def run(corpus, tmp_path):
 
 @pytest.fixture
 def cut(corpus, tmp_path):
-    """cut(script, signal, first line, VAR=value, ...) -> the step at which a run `cut` stopped, sent the signal at that line.
+    """cut(script, signal, first line, VAR=value, ...) -> the step
+    at which a run `cut` stopped, sent the signal at that line.
 
     It ends with the signal's exit code, says how to go on, and leaves no artifact.
     """
@@ -95,7 +99,9 @@ def cut(corpus, tmp_path):
                 break
         rest = process.stdout.read()
         assert process.wait(timeout=60) == 128 + number, rest
-        stopped = re.search(rf"stopped by {signal.Signals(number).name} at step (\d+).*RUN_ID=cut RESUME=auto", rest)
+        stopped = re.search(
+            rf"stopped by {signal.Signals(number).name} at step (\d+).*RUN_ID=cut RESUME=auto", rest
+        )
         assert stopped and not (tmp_path / "runs/cut/artifact.bin").exists()
         return int(stopped[1])
 
@@ -104,7 +110,8 @@ def cut(corpus, tmp_path):
 
 @pytest.fixture
 def inside(corpus, tmp_path, monkeypatch, capfd):
-    """inside(module, VAR=value, ...) -> what `run` gives: `main` of a script that is loaded already, without a process's start."""
+    """inside(module, VAR=value, ...) -> what `run` gives: `main`
+    of a script that is loaded already, without a process's start."""
 
     def inside(script, **overrides):
         overrides = {"DATA_PATH": corpus, "RUNS_PATH": tmp_path / "runs", "RUN_ID": "inside", **overrides}
@@ -138,8 +145,8 @@ def prepare_files(prepare, tmp_path):
 def field_tokenizer(tmp_path):
     """field_tokenizer(text, size) -> (model, its path): SentencePiece as the field trains it.
 
-    It puts a space before a document and folds white space and Unicode; data/prepare.py's own does neither, and
-    no more does one with options that say so.
+    It puts a space before a document and folds white space and Unicode;
+    data/prepare.py's own does neither, and no more does one with options that say so.
     """
 
     def field_tokenizer(text: str, size: int, name: str = "field", **options):
@@ -191,7 +198,8 @@ def alive(trunk):
 
 
 def assert_causal(model, length: int = 40) -> None:
-    """Changing one id, at every position in turn, moves no logit before it, and does move those from it on."""
+    """Changing one id, at every position in turn, moves
+    no logit before it, and does move those from it on."""
     import torch
 
     ids = torch.randint(4, 260, (1, length), generator=torch.Generator().manual_seed(3))
@@ -208,8 +216,8 @@ def assert_causal(model, length: int = 40) -> None:
 
 
 def assert_stream_follows_score(script, model, ids, every: int = 1, atol: float = 1e-4):
-    """At every position, the stream has the nats of the scorer, and a distribution that sums to one; at each `every`th
-    the scorer's own distribution, which holds the nats; the stream."""
+    """At every position, the stream has the nats of the scorer, and a distribution that sums
+    to one; at each `every`th the scorer's own distribution, which holds the nats; the stream."""
     import numpy as np
 
     nats, vectors = script.score(model, ids, range(0, len(ids) - 1, every))
@@ -227,7 +235,8 @@ def assert_stream_follows_score(script, model, ids, every: int = 1, atol: float 
 
 
 def assert_drafts_follow_score(script, model, ids) -> None:
-    """Drafts right, wrong and in part right, asked for or not: what a pass over them says is what `score` says."""
+    """Drafts right, wrong and in part right, asked for or
+    not: what a pass over them says is what `score` says."""
     import numpy as np
 
     rng, t = np.random.default_rng(0), 0
@@ -239,7 +248,8 @@ def assert_drafts_follow_score(script, model, ids) -> None:
         drafts = [*ids[t + 1 : t + 1 + right], *rng.integers(4, 260, int(rng.integers(0, 3)))]
         if rng.random() < 0.3:
             assert np.abs(stream.logprobs() - vectors[t]).max() < 1e-4, t
-        for row in itertools.islice(stream.ahead(drafts), right + 1):  # lazy where a mixture learns on the way
+        # Lazy where a mixture learns on the way
+        for row in itertools.islice(stream.ahead(drafts), right + 1):
             if t < len(ids) - 1:
                 assert np.abs(row - vectors[t]).max() < 1e-4, t
                 stream.push(ids[t + 1])
@@ -247,7 +257,8 @@ def assert_drafts_follow_score(script, model, ids) -> None:
 
 
 def mlx_or_skip() -> None:
-    """Puts MLX on the CPU. Skips a module of tests only where it has no wheel: elsewhere requirements-dev.txt brings it."""
+    """Puts MLX on the CPU. Skips a module of tests only where
+    it has no wheel: elsewhere requirements-dev.txt brings it."""
     if not (sys.platform == "linux" or (sys.platform == "darwin" and platform.machine() == "arm64")):
         reason = f"MLX runs on Linux and on Apple Silicon, not on {sys.platform} {platform.machine()}"
         pytest.skip(reason, allow_module_level=True)
@@ -268,7 +279,8 @@ def pair(trunk, twin):
 
     def pair(**overrides):
         settings = {**TINY, **{key: str(value) for key, value in overrides.items()}}
-        model, other = enlivened(trunk, trunk.Hyperparameters(settings)), twin.GPT(twin.Hyperparameters(settings))
+        model = enlivened(trunk, trunk.Hyperparameters(settings))
+        other = twin.GPT(twin.Hyperparameters(settings))
         arrays = {name: mx.array(p.detach().numpy()) for name, p in model.named_parameters()}
         assert list(arrays) == list(other.named_parameters())  # the order that an artifact has
         twin.update_parameters(other, arrays)
@@ -278,7 +290,8 @@ def pair(trunk, twin):
 
 
 def trainers_alike(scripts, models, settings, log) -> list:
-    """Trainers of a torch script and of its twin with the weights of these models, and with torch's draws for the auxiliary losses."""
+    """Trainers of a torch script and of its twin with the weights of
+    these models, and with torch's draws for the auxiliary losses."""
     import mlx.core as mx
     import torch
 
@@ -292,14 +305,17 @@ def trainers_alike(scripts, models, settings, log) -> list:
             script.update_parameters(trainer.model, start.named_parameters())
         trainer.fresh_optimizers()
     if models[0].aux is not None:
-        made[1].model.aux.inputs = lambda step: mx.array(made[0].model.aux.inputs(step, torch.device("cpu")).numpy())
+        made[1].model.aux.inputs = lambda step: mx.array(
+            made[0].model.aux.inputs(step, torch.device("cpu")).numpy()
+        )
     return made
 
 
 @pytest.fixture
 def tracing(tmp_path, monkeypatch):
-    """mx.compile without its kernels, each of which costs seconds of a C++ compiler: graphs are traced, written and read back.
-    What a function took from elsewhere than its arguments is a constant in such a graph. The list has the graphs' numbers of calls."""
+    """mx.compile without its kernels, each of which costs seconds of a C++ compiler:
+    graphs are traced, written and read back. What a function took from elsewhere than its
+    arguments is a constant in such a graph. The list has the graphs' numbers of calls."""
     import mlx.core as mx
     from mlx.utils import tree_map
 
@@ -318,14 +334,21 @@ def tracing(tmp_path, monkeypatch):
         graphs = {}
 
         def call(*args):
-            given, key = leaves(args), str(tree_map(lambda x: x.shape if isinstance(x, mx.array) else x, args))
+            given = leaves(args)
+            key = str(tree_map(lambda x: x.shape if isinstance(x, mx.array) else x, args))
             arrays = [x for x in given if isinstance(x, mx.array)]
             if key not in graphs:
                 results, path = [], str(tmp_path / f"{len(calls)}.mlxfn")
 
                 def traced(*arrays):
                     rest = iter(arrays)
-                    results.append(method(*filled(args, [next(rest) if isinstance(x, mx.array) else x for x in given])))
+                    results.append(
+                        method(
+                            *filled(
+                                args, [next(rest) if isinstance(x, mx.array) else x for x in given]
+                            )
+                        )
+                    )
                     return leaves(results[0])
 
                 mx.export_function(path, traced, *arrays)

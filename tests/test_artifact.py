@@ -100,8 +100,12 @@ def test_unpack_gives_what_the_quantiser_gives(trunk, packed, tiny, compressor):
         assert np.array_equal(found[name], weight)
 
 
-@pytest.mark.parametrize(
-    "folder", [".", *sorted(path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("records/*/train_gpt.py"))])
+@pytest.mark.parametrize("folder", [
+    ".",
+    *sorted(
+        path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("records/*/train_gpt.py")
+    ),
+])
 def test_an_artifact_asks_nothing_of_the_training_batch(folder):
     """Rows of 56 ids fill no default batch: of no interest to a script that scores."""
     about, script = ROOT / folder / "submission.json", load_script(ROOT / folder)
@@ -116,7 +120,8 @@ def test_an_artifact_asks_nothing_of_the_training_batch(folder):
 
 
 def test_default_configuration_fits_its_budget(trunk):
-    """Entropy of normally distributed weights at the configured steps, 2 % for the coder, steps, header and code."""
+    """Entropy of normally distributed weights at the configured
+    steps, 2 % for the coder, steps, header and code."""
     args = trunk.Hyperparameters()
     with torch.device("meta"):
         model = trunk.GPT(args)
@@ -164,7 +169,8 @@ def test_damaged_artifacts_are_refused_by_name(trunk, packed, data):
 
 
 def test_well_formed_lies_are_refused(trunk, packed, tmp_path):
-    """A file with a right checksum and a wrong story: other version, unknown compressor, tensors of another model."""
+    """A file with a right checksum and a wrong story: other
+    version, unknown compressor, tensors of another model."""
     blob, tensors, args = packed
 
     def forge(change) -> bytes:
@@ -179,7 +185,9 @@ def test_well_formed_lies_are_refused(trunk, packed, tmp_path):
     lies = {
         "version": lambda header: 9,
         "compressor": lambda header: header.update(compressor="rar") or 2,
-        "decoder": lambda header: header.update(compressor={"zlib": "lzma"}.get(header["compressor"], "zlib")) or 2,
+        "decoder": lambda header: (
+            header.update(compressor={"zlib": "lzma"}.get(header["compressor"], "zlib")) or 2
+        ),
         "config": lambda header: header["config"].update(MODEL_DIM=64) or 2,
         "names": lambda header: header["tensors"][0].__setitem__(0, "other") or 2,
         "shape": lambda header: header["tensors"][0].__setitem__(1, [7, 7]) or 2,

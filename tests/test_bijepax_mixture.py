@@ -1,4 +1,5 @@
-"""The record BiJEPAX: its mixture over token ids is a distribution, causal, decodable, and that of a slow reference.
+"""The record BiJEPAX: its mixture over token ids is a
+distribution, causal, decodable, and that of a slow reference.
 
 Also the byte sidecars of CaseOps text, and what the published rule (INVALID) sums to.
 """
@@ -21,7 +22,11 @@ RECORD, = (ROOT / "records").glob("*_BiJEPAX")
 section = load_script(RECORD)
 mixtures = load_script(RECORD / "mixtures.py")
 MIXES = ["binary", "tilt"]
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "The", "Dog", "ran", "to", "the", "barn", "while", "Mary", "who", "had", "the", "cat", "sang", "of", "rivers", "NASA", "iPhone", "café", "été", "1234"]
+WORDS = [
+    "the", "cat", "sat", "on", "a", "mat", "and", "The", "Dog", "ran", "to", "the", "barn", "while",
+    "Mary", "who", "had", "the", "cat", "sang", "of", "rivers", "NASA", "iPhone", "café", "été",
+    "1234",
+]
 
 
 def prose(seed: int, documents: int = 12) -> list[str]:
@@ -38,8 +43,15 @@ def shards(prepare, tmp_path_factory):
         lines = [json.dumps({"text": part}) for part in prose(seed, 60)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     out = folder / "shards"
-    assert prepare.main(["files", str(folder / "train.jsonl"), "--val", str(folder / "val.jsonl"), "--variant",
-                         "sp360-caseops", "--overlap", "off", "--out", str(out)]) == 0
+    assert (
+        prepare.main(
+            [
+                "files", str(folder / "train.jsonl"), "--val", str(folder / "val.jsonl"),
+                "--variant", "sp360-caseops", "--overlap", "off", "--out", str(out),
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -87,7 +99,8 @@ symbols = st.lists(st.integers(0, 3) | st.sampled_from([32, 97, 255, 256, 300]),
 @settings(max_examples=60, deadline=None)
 @given(st.lists(symbols, min_size=2, max_size=60))
 def test_the_tree_of_any_vocabulary(spelled):
-    """Strings that repeat, extend one another or are empty: every id has its own path, every node its own border."""
+    """Strings that repeat, extend one another or are empty:
+    every id has its own path, every node its own border."""
     tree, size = section.vocabulary_tree(spelled), len(spelled)
     words = [spelled[i] for i in tree.order]
     assert words == sorted(spelled) and (tree.order[tree.rank] == np.arange(size)).all()
@@ -141,7 +154,10 @@ def test_what_ids_spell(args):
         if i < 8:  # specials and operators: a symbol of their own
             assert word == (256 + i,)
         else:
-            assert bytes(word) == tokenizer.decode([tokenizer.piece_to_id("a"), i]).encode()[1:] or word[0] > 127
+            assert (
+                bytes(word) == tokenizer.decode([tokenizer.piece_to_id("a"), i]).encode()[1:]
+                or word[0] > 127
+            )
     with pytest.raises(section.UserError, match="TOKENIZER_PATH"):
         section.spelling(SimpleNamespace(vocab_size=512, tokenizer_path=""))
     byte260 = section.spelling(SimpleNamespace(vocab_size=260, tokenizer_path=""))
@@ -154,7 +170,9 @@ def test_what_ids_spell(args):
 @pytest.mark.parametrize("mix", MIXES)
 def test_sums_to_one_whatever_the_weights_and_is_what_is_booked(args, text, mix):
     lp = network(text, args.vocab_size, 1)
-    whole, stepwise, rng = booked(mixture(args, mix=mix), text, lp), mixture(args, mix=mix), np.random.default_rng(0)
+    whole = booked(mixture(args, mix=mix), text, lp)
+    stepwise = mixture(args, mix=mix)
+    rng = np.random.default_rng(0)
     stepwise.push(text[0], None)
     for t, token in enumerate(text[1:400]):
         if t % 9 == 0:
@@ -175,7 +193,9 @@ def test_any_cut_into_blocks_gives_the_same_numbers(args, text, mix):
     for n in (1, 2, 7, 300, 0, len(text) - 311):
         parts.append(booked(found, text, lp, at, at + n))
         at += n
-    np.testing.assert_allclose(np.concatenate(parts), booked(mixture(args, mix=mix), text, lp), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+        np.concatenate(parts), booked(mixture(args, mix=mix), text, lp), rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -221,7 +241,11 @@ class Slow:
     """The binary mixer again, from dictionaries and lists: no hashing, no rows, no scratch."""
 
     def __init__(self, args):
-        self.tree, self.spelled, self.order = (tree := section.vocabulary_tree(section.spelling(args))), section.spelling(args), args.ppm_order
+        self.tree, self.spelled, self.order = (
+            (tree := section.vocabulary_tree(section.spelling(args))),
+            section.spelling(args),
+            args.ppm_order,
+        )
         self.counters, self.known, self.document, self.forget = {}, {}, 0, True
         self.shared, self.by_node = {}, {}
         self.trust, self.hits = {}, {}
@@ -239,7 +263,10 @@ class Slow:
             key = (r, *self.past[n - min(need, here) + 1 :])
             if run < 32 and key in self.last:
                 before, length = self.last[key], 0
-                while length < min(before + 1, here, 32) and self.past[before - length] == self.past[n - length]:
+                while (
+                    length < min(before + 1, here, 32)
+                    and self.past[before - length] == self.past[n - length]
+                ):
                     length += 1
                 if length >= min(need, here) and length > run:
                     at, run = before + 1, length
@@ -253,7 +280,10 @@ class Slow:
         for x in history:
             if x < 256:
                 word = [*word, x | 32] if 97 <= x | 32 <= 122 or 48 <= x <= 57 or x >= 128 else []
-        orders = [tuple(history[-k:]) if len(history) >= k else ("short", k, tuple(history)) for k in (1, min(3, self.order), self.order)]
+        orders = [
+            tuple(history[-k:]) if len(history) >= k else ("short", k, tuple(history))
+            for k in (1, min(3, self.order), self.order)
+        ]
         return [*((key, True) for key in orders), (("w", *word), True), (("1", *self.ids[-1:]), True),
                 (("2", *self.ids[-2:]), False), (("w", *word), False)]
 
@@ -263,7 +293,10 @@ class Slow:
         met = [True] * 7
         for node in (int(x) for x in tree.paths[token] if x):
             low, high, y = tree.low[node], tree.high[node], int(leaf >= node)
-            odds = math.log((sums[high] - sums[node] + 1e-12 * (high - node)) / (sums[node] - sums[low] + 1e-12 * (node - low)))
+            odds = math.log(
+                (sums[high] - sums[node] + 1e-12 * (high - node))
+                / (sums[node] - sums[low] + 1e-12 * (node - low))
+            )
             if tree.alike[node]:
                 nats -= math.log(1 / (1 + math.exp(-odds if y else odds)))
                 continue
@@ -273,7 +306,12 @@ class Slow:
                 if not path or path[-1][0] != group:
                     met[c] = met[c] and key in self.known
                 p, n = self.counters.get((key, node), (1 << 21, 0)) if met[c] else (1 << 21, 0)
-                cell = (c, section.TRIALS[n], section.DOUBT[p >> 14], met[c] and self.known[key] == self.document)
+                cell = (
+                    c,
+                    section.TRIALS[n],
+                    section.DOUBT[p >> 14],
+                    met[c] and self.known[key] == self.document,
+                )
                 inputs.append(float(section.STRETCH[p >> 10]) if n else 0.0)
                 cells.append((key, cell if n else (c, "none")))
             state = 0
@@ -288,7 +326,9 @@ class Slow:
                     state += 5 if r else 1 + int(section.AGREED[hint[1]])
             sets = [("state", state), ("sure", min(int(abs(inputs[0])), 11)), ("node", node)]
             for s in sets:
-                self.shared.setdefault(s, np.array([1.0 if s[0] == "state" and i == 0 else 0.0 for i in range(10)]))
+                self.shared.setdefault(
+                    s, np.array([1.0 if s[0] == "state" and i == 0 else 0.0 for i in range(10)])
+                )
             z = sum(float(sum(self.shared[s][i] for s in sets)) * x for i, x in enumerate(inputs))
             z += sum(self.trust.get(cells[c][1], 0.0) * inputs[1 + c] for c in range(7))
             one = 1 / (1 + math.exp(-max(-12, min(12, z))))
@@ -307,7 +347,9 @@ class Slow:
                 self.known[key] = self.document
             for hit in cells[7:]:
                 if hit:
-                    self.hits[hit[0]] = (old := self.hits.get(hit[0], 0.75)) + ((0.999 if hit[1] else 0.001) - old) * section.SLOW
+                    self.hits[hit[0]] = (old := self.hits.get(hit[0], 0.75)) + (
+                        (0.999 if hit[1] else 0.001) - old
+                    ) * section.SLOW
         if token == 1:
             self.history, self.ids, self.document = [], [], self.document + 1
         else:
@@ -348,13 +390,18 @@ def test_without_numba_there_is_one_clear_line(args, monkeypatch):
 
 def test_bytes_of_targets_come_from_the_sidecars(shards):
     tokenizer, = shards.glob("*.model")
-    script = section.Hyperparameters({"DATA_PATH": str(shards), "VOCAB_SIZE": str(vocab_of(shards)), "VAL_BYTES": "0",
-                                      "TOKENIZER_PATH": str(tokenizer), "MIX_ROWS": "4"})
+    script = section.Hyperparameters(
+        {
+            "DATA_PATH": str(shards), "VOCAB_SIZE": str(vocab_of(shards)), "VAL_BYTES": "0",
+            "TOKENIZER_PATH": str(tokenizer), "MIX_ROWS": "4",
+        }
+    )
     data = section.Dataset(script, verify=True)
     evaluator = section.Evaluator(script, data, SimpleNamespace(), None)
     written = sum(len(part.encode()) for part in prose(1, 60))
     assert evaluator.bytes == written and len(evaluator.sizes) == len(data.val) - 1
-    assert not evaluator.sizes[np.isin(data.val[1:], [1, 4, 5, 6])].any()  # BOS and operators cost nats, add none
+    # BOS and operators cost nats, add none
+    assert not evaluator.sizes[np.isin(data.val[1:], [1, 4, 5, 6])].any()
 
 
 @pytest.mark.parametrize("spoil, words", [
@@ -391,7 +438,12 @@ EXTRA = {name: "" for name in TINY if name not in HERE}
 
 @pytest.fixture(scope="module")
 def model(args):
-    mine = {**HERE, "MIX_ROWS": "10", "VOCAB_SIZE": str(args.vocab_size), "TOKENIZER_PATH": args.tokenizer_path}
+    mine = {
+        **HERE,
+        "MIX_ROWS": "10",
+        "VOCAB_SIZE": str(args.vocab_size),
+        "TOKENIZER_PATH": args.tokenizer_path,
+    }
     return enlivened(section, section.Hyperparameters(mine)).eval()
 
 
@@ -412,8 +464,10 @@ def test_weight_zero_reproduces_the_network(model, text, monkeypatch):
 
 def test_lines_of_a_run_on_two_ranks(run, shards, args, monkeypatch):
     """The mixture is one stream: two ranks gather their blocks in order and find what `score` finds alone."""
-    code, output, metrics = run(ranks=2, script=RECORD / "train_gpt.py", **EXTRA, DATA_PATH=shards, VAL_BYTES=1500,
-                                VOCAB_SIZE=args.vocab_size, TOKENIZER_PATH=args.tokenizer_path, MIX_ROWS=10)
+    code, output, metrics = run(
+        ranks=2, script=RECORD / "train_gpt.py", **EXTRA, DATA_PATH=shards, VAL_BYTES=1500,
+        VOCAB_SIZE=args.vocab_size, TOKENIZER_PATH=args.tokenizer_path, MIX_ROWS=10,
+    )
     assert code == 0, output
     names = ["final_int6_sliding", "final_int6_sliding_tilt", "final_int6_sliding_mix"]
     found = [metrics["evals"][name] for name in names]
@@ -435,9 +489,16 @@ def test_a_codec_proves_the_mixture(model, shards, args, tmp_path):
     tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
     (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))
     shard, = shards.glob("*_val_*.bin")
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "codec.py", "prove", RECORD, tmp_path / "model.bin", shard,
-                           "--bytes", "2000", "--tokenizer", args.tokenizer_path, "--json"],
-                          env=environment(**EXTRA), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable, ROOT / "scripts" / "codec.py", "prove", RECORD, tmp_path / "model.bin",
+            shard, "--bytes", "2000", "--tokenizer", args.tokenizer_path, "--json",
+        ],
+        env=environment(**EXTRA),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
     assert result["bytes"] >= 2000 and abs(result["coded_bytes"] - result["score_bytes"]) < 100
@@ -447,7 +508,8 @@ def test_a_codec_proves_the_mixture(model, shards, args, tmp_path):
 
 
 def test_the_published_rule_is_no_probability(args):
-    """A network that is sure of a long piece, and counts that expect its bytes: the rule's numbers sum to more than 1."""
+    """A network that is sure of a long piece, and counts that
+    expect its bytes: the rule's numbers sum to more than 1."""
     spelled = [tuple(word) if word[0] < 256 else () for word in section.spelling(args)]
     text = np.array([i for _ in range(40) for i in range(280, 300)])
     rule = mixtures.Published(spelled)

@@ -55,15 +55,17 @@ def test_submitted_settings_are_the_defaults():
     args = section.Hyperparameters({})
     submitted = {
         "num_layers": 13, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 2.0,
-        "train_seq_len": 4096, "eval_seq_len": 4096, "train_batch_tokens": 393216, "iterations": 9000,
-        "warmdown_iters": 3000, "muon_momentum": 0.99, "muon_momentum_warmup_start": 0.92,
-        "muon_momentum_warmup_steps": 1500, "matrix_lr": 0.025, "scalar_lr": 0.025, "tied_embed_lr": 0.035,
-        "tied_embed_init_std": 0.005, "muon_wd": 0.04, "adam_wd": 0.04, "grad_clip_norm": 0.3, "ema_decay": 0.997,
-        "xsa_last_n": 4, "rope_dims": 16, "ln_scale": True, "qk_gain_init": 1.5, "rope_base": 10000.0,
+        "train_seq_len": 4096, "eval_seq_len": 4096, "train_batch_tokens": 393216,
+        "iterations": 9000, "warmdown_iters": 3000, "muon_momentum": 0.99,
+        "muon_momentum_warmup_start": 0.92, "muon_momentum_warmup_steps": 1500, "matrix_lr": 0.025,
+        "scalar_lr": 0.025, "tied_embed_lr": 0.035, "tied_embed_init_std": 0.005, "muon_wd": 0.04,
+        "adam_wd": 0.04, "grad_clip_norm": 0.3, "ema_decay": 0.997, "xsa_last_n": 4,
+        "rope_dims": 16, "ln_scale": True, "qk_gain_init": 1.5, "rope_base": 10000.0,
         "logit_softcap": 30.0, "bigram_vocab_size": 4096, "bigram_dim": 32, "ngram_orders": "0",
-        "eval_stride": 512, "jepa_latent_dim": 256, "jepa_proj_hidden": 256, "jepa_sigreg_projs": 256,
-        "jepa_sigreg_knots": 17, "jepa_sigreg_weight": 0.02, "jepa_lambda_max": 0.001, "jepa_phase1_frac": 0.3,
-        "jepa_phase2_frac": 0.5, "jepa_lr": 0.001, "max_wallclock_seconds": 600.0, "tie_embeddings": True,
+        "eval_stride": 512, "jepa_latent_dim": 256, "jepa_proj_hidden": 256,
+        "jepa_sigreg_projs": 256, "jepa_sigreg_knots": 17, "jepa_sigreg_weight": 0.02,
+        "jepa_lambda_max": 0.001, "jepa_phase1_frac": 0.3, "jepa_phase2_frac": 0.5,
+        "jepa_lr": 0.001, "max_wallclock_seconds": 600.0, "tie_embeddings": True,
     }
     assert {name: getattr(args, name) for name in submitted} == submitted
 
@@ -149,9 +151,12 @@ def test_a_text_target_is_not_in_its_context():
     for term in ("jepa_pred", "sigreg"):
         names, params = zip(*model.named_parameters())
         grads = torch.autograd.grad(sums[term], params, allow_unused=True, retain_graph=True)
-        reached[term] = {name for name, grad in zip(names, grads) if grad is not None and grad.abs().max() > 0}
+        reached[term] = {
+            name for name, grad in zip(names, grads) if grad is not None and grad.abs().max() > 0
+        }
     assert reached["sigreg"] == {"aux.sketch.weight"}
-    assert "blocks.0.attn.c_q.weight" in reached["jepa_pred"] and "aux.sketch.weight" not in reached["jepa_pred"]
+    assert "blocks.0.attn.c_q.weight" in reached["jepa_pred"]
+    assert "aux.sketch.weight" not in reached["jepa_pred"]
 
 
 def test_blind_sigreg_cannot_see_what_ours_sees():
@@ -171,7 +176,9 @@ def test_blind_sigreg_cannot_see_what_ours_sees():
 
 
 def test_the_weight_can_fall_instead_of_rise():
-    aux = section.GPT(tiny(JEPA_RAMP="down", JEPA_PHASE1_FRAC=0, JEPA_PHASE2_FRAC=0.8, JEPA_LAMBDA_MAX=0.1)).aux
+    aux = section.GPT(
+        tiny(JEPA_RAMP="down", JEPA_PHASE1_FRAC=0, JEPA_PHASE2_FRAC=0.8, JEPA_LAMBDA_MAX=0.1)
+    ).aux
     found = [aux.weights(progress)["jepa_pred"] for progress in (0, 0.4, 0.79, 0.8, 1)]
     assert found == pytest.approx([0.1, 0.05, 0.00125, 0, 0], abs=1e-9)
 
@@ -190,8 +197,14 @@ def test_a_pass_over_drafts_is_the_scorer(arm, corpus):
 
 @pytest.mark.parametrize("arm", ["text", "published"])
 def test_a_run_and_what_its_artifact_carries(run, corpus, tmp_path, arm):
-    """The sketch stays at home, the artifact scores as the run did, and R^2 and SIGReg's floor are in the log."""
-    settings = {**ARMS[arm], "NGRAM_ORDERS": 0, "JEPA_LAMBDA_MAX": 0.1, "BF16_MASTERS": int(arm == "published")}
+    """The sketch stays at home, the artifact scores as the
+    run did, and R^2 and SIGReg's floor are in the log."""
+    settings = {
+        **ARMS[arm],
+        "NGRAM_ORDERS": 0,
+        "JEPA_LAMBDA_MAX": 0.1,
+        "BF16_MASTERS": int(arm == "published"),
+    }
     code, output, metrics = run(script=RECORD / "train_gpt.py", **settings)
     assert code == 0, output
     steps = [json.loads(line) for line in (tmp_path / "runs/test/metrics.jsonl").read_text().splitlines()]
@@ -212,7 +225,11 @@ def test_bf16_masters_are_bf16(corpus):
     optimizers = section.Optimizers(model, args, section.Runtime(args))
     losses(model, batch())["ce"].backward()
     optimizers.step(0, 0.0, optimizers.reduce(1.0))
-    coarse = {name for name, p in model.named_parameters() if torch.equal(p, p.bfloat16().float()) and p.numel() > 99}
+    coarse = {
+        name
+        for name, p in model.named_parameters()
+        if torch.equal(p, p.bfloat16().float()) and p.numel() > 99
+    }
     assert {"tok_emb.weight", "aux.projector.fc1.weight", "bigram.table"} <= coarse
     assert "blocks.0.attn.c_q.weight" not in coarse
 
@@ -225,8 +242,16 @@ def test_two_ranks_give_the_losses_of_one(run):
                               **ARMS["text"])
         assert code == 0, output
         lines = [line for line in output.splitlines() if line.startswith("step:") and "train_loss" in line]
-        found.append([[part.split(":")[1] for part in line.split() if part.startswith(("train_loss", "jepa", "sig"))]
-                      for line in lines])
+        found.append(
+            [
+                [
+                    part.split(":")[1]
+                    for part in line.split()
+                    if part.startswith(("train_loss", "jepa", "sig"))
+                ]
+                for line in lines
+            ]
+        )
     assert np.allclose(np.array(found[0], float), np.array(found[1], float), atol=2e-4)
 
 

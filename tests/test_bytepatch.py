@@ -1,4 +1,5 @@
-"""The record BytePatchJEPA: parameters as published, causal patches, cached decoding, SIGReg, the exporter's rounding."""
+"""The record BytePatchJEPA: parameters as published, causal
+patches, cached decoding, SIGReg, the exporter's rounding."""
 
 import json
 import math
@@ -15,18 +16,28 @@ SCRIPT = RECORD / "train_gpt.py"
 section = load_script(RECORD)
 
 SMALL = {
-    "NUM_LAYERS": 2, "ENCODER_REPEATS": 2, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "DECODER_LAYERS": 2,
-    "DECODER_HEADS": 2, "LATENT_DIM": 16, "SIGREG_NUM_PROJ": 16, "SIGREG_GROUP": 2, "TRAIN_SEQ_LEN": 61,
-    "TRAIN_BATCH_TOKENS": 488, "EVAL_STRIDE": 16, "EVAL_BATCH_TOKENS": 2048, "TTT": 0, "TTT_CHUNK_TOKENS": 1024,
-    "ROPE_DIMS": 0, "XSA_LAST_N": 0, "LN_SCALE": 0, "LOGIT_SOFTCAP": 0,
-    "PATCH_SPLIT": "fixed", "JEPA_CHUNK_SIZE": "", "NGRAM_ORDERS": "", "BIGRAM_VOCAB_SIZE": "",
+    "NUM_LAYERS": 2, "ENCODER_REPEATS": 2, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2,
+    "DECODER_LAYERS": 2, "DECODER_HEADS": 2, "LATENT_DIM": 16, "SIGREG_NUM_PROJ": 16,
+    "SIGREG_GROUP": 2, "TRAIN_SEQ_LEN": 61, "TRAIN_BATCH_TOKENS": 488, "EVAL_STRIDE": 16,
+    "EVAL_BATCH_TOKENS": 2048, "TTT": 0, "TTT_CHUNK_TOKENS": 1024, "ROPE_DIMS": 0, "XSA_LAST_N": 0,
+    "LN_SCALE": 0, "LOGIT_SOFTCAP": 0, "PATCH_SPLIT": "fixed", "JEPA_CHUNK_SIZE": "",
+    "NGRAM_ORDERS": "", "BIGRAM_VOCAB_SIZE": "",
 }
-SPACE, TTT = {"PATCH_SPLIT": "space"}, {"TTT": "sgd", "TTT_CHUNK_TOKENS": 32, "TTT_LR": 0.05, "TTT_BATCH_ROWS": 2}
+SPACE = {"PATCH_SPLIT": "space"}
+TTT = {"TTT": "sgd", "TTT_CHUNK_TOKENS": 32, "TTT_LR": 0.05, "TTT_BATCH_ROWS": 2}
 VARIANTS = [
-    {}, SPACE, {"PATCH_CONDITION": "context"}, {**SPACE, "PATCH_CONDITION": "both"}, {"PATCH_SIZE": 0},
-    {"PATCH_SIZE": 3}, {**SPACE, "PATCH_SIZE": 3}, {"ENCODER_REPEATS": 1, "EVAL_SEQ_LEN": 96, "EVAL_STRIDE": 8},
-    {"ENCODER_REPEATS": 3, "NUM_LAYERS": 1, "XSA_LAST_N": 1, "LN_SCALE": 1, "ROPE_DIMS": 4, "LOGIT_SOFTCAP": 10,
-     "RESID_MIX": 0},
+    {},
+    SPACE,
+    {"PATCH_CONDITION": "context"},
+    {**SPACE, "PATCH_CONDITION": "both"},
+    {"PATCH_SIZE": 0},
+    {"PATCH_SIZE": 3},
+    {**SPACE, "PATCH_SIZE": 3},
+    {"ENCODER_REPEATS": 1, "EVAL_SEQ_LEN": 96, "EVAL_STRIDE": 8},
+    {
+        "ENCODER_REPEATS": 3, "NUM_LAYERS": 1, "XSA_LAST_N": 1, "LN_SCALE": 1, "ROPE_DIMS": 4,
+        "LOGIT_SOFTCAP": 10, "RESID_MIX": 0,
+    },
 ]
 
 
@@ -54,18 +65,24 @@ def published_tensors():
     """{name here: shape}, written down from #696, whose names are to the right."""
     found = {"encoder.tok_emb.weight": (260, 480),  # tok_emb
              "tok_emb.weight": (260, 480),  # decoder_token_emb
-             "encoder.patch_pos.weight": (8, 480), "encoder.patch_in.weight": (480, 8 * 480),  # patch_pos, W_in
+             # patch_pos, W_in
+             "encoder.patch_pos.weight": (8, 480), "encoder.patch_in.weight": (480, 8 * 480),
              "aux.start_latent": (192,), "aux.from_latent.weight": (480, 192),  # start_latent, W_cond
              "lm_head.weight": (260, 480)}  # decoder_out
     for name in ("projector", "predictor"):
         found |= {f"aux.{name}.fc1.weight": (960, 480), f"aux.{name}.fc2.weight": (192, 960)}
     for stack, count, heads, kv_dim in (("encoder.blocks", 5, 6, 240), ("blocks", 7, 4, 480)):
         for i in range(count):
-            found |= {f"{stack}.{i}.{name}": shape for name, shape in {
-                "attn.c_q.weight": (480, 480), "attn.c_k.weight": (kv_dim, 480), "attn.c_v.weight": (kv_dim, 480),
-                "attn.proj.weight": (480, 480), "attn.q_gain": (heads,), "mlp.fc.weight": (960, 480),
-                "mlp.proj.weight": (480, 960), "attn_scale": (480,), "mlp_scale": (480,), "resid_mix": (2, 480),
-            }.items()}
+            found |= {
+                f"{stack}.{i}.{name}": shape
+                for name, shape in {
+                    "attn.c_q.weight": (480, 480), "attn.c_k.weight": (kv_dim, 480),
+                    "attn.c_v.weight": (kv_dim, 480), "attn.proj.weight": (480, 480),
+                    "attn.q_gain": (heads,), "mlp.fc.weight": (960, 480),
+                    "mlp.proj.weight": (480, 960), "attn_scale": (480,), "mlp_scale": (480,),
+                    "resid_mix": (2, 480),
+                }.items()
+            }
     return found
 
 
@@ -83,7 +100,10 @@ def test_the_default_model_has_the_tensors_of_the_published_one():
         groups[group] = groups.get(group, 0) + p.numel()
     assert groups == {"embed": 253_440, "matrix": 24_192_000, "head": 124_800, "scalar": 23_290}
     assert sum(p.numel() for p in model.exported().values()) == 24_593_530 - 645_120  # no projector
-    assert sum(section.size_plan(model, args).values()) + len(SCRIPT.read_bytes()) < args.artifact_budget_bytes
+    assert (
+        sum(section.size_plan(model, args).values()) + len(SCRIPT.read_bytes())
+        < args.artifact_budget_bytes
+    )
 
 
 @pytest.mark.parametrize("overrides,gone", [
@@ -188,15 +208,18 @@ def test_the_decoder_hears_of_a_patch_when_it_is_complete(ids, overrides):
     assert moved.nonzero().flatten().tolist() == [16, *range(23, 61)]
 
 
-@pytest.mark.parametrize("overrides", [*VARIANTS, TTT, {**TTT, **SPACE, "TTT_MODULES": "blocks,encoder.blocks"}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "overrides", [*VARIANTS, TTT, {**TTT, **SPACE, "TTT_MODULES": "blocks,encoder.blocks"}], ids=str
+)
 def test_cached_decoding_equals_the_full_forward_everywhere(ids, overrides):
     model = alive(**overrides)
     stream = assert_stream_follows_score(section, model, ids)
     assert (stream.updates > 0) == ("TTT" in overrides)
 
 
-@pytest.mark.parametrize("overrides", [{}, SPACE, {**SPACE, "PATCH_CONDITION": "both"}, {"PATCH_SIZE": 0}], ids=str)
+@pytest.mark.parametrize(
+    "overrides", [{}, SPACE, {**SPACE, "PATCH_CONDITION": "both"}, {"PATCH_SIZE": 0}], ids=str
+)
 def test_a_pass_over_drafts_is_the_scorer(ids, overrides):
     assert_drafts_follow_score(section, alive(**overrides), ids)
 
@@ -207,7 +230,9 @@ def test_draft_heads_leave_the_model_as_it_is():
         model.init_weights(3)
     tensors = dict(heads.named_parameters())
     assert all(torch.equal(p, tensors[name]) for name, p in plain.named_parameters())
-    rows = torch.randint(4, 260, (8, settings().train_seq_len + 1), generator=torch.Generator().manual_seed(1))
+    rows = torch.randint(
+        4, 260, (8, settings().train_seq_len + 1), generator=torch.Generator().manual_seed(1)
+    )
     inputs = heads.aux.inputs(0, rows.device)
     found = heads.losses(rows, torch.ones(8), inputs)
     assert torch.equal(found["ce"], plain.losses(rows, torch.ones(8), inputs)["ce"])
@@ -222,7 +247,9 @@ def test_draft_heads_leave_the_model_as_it_is():
 def test_decoding_encodes_each_patch_once(ids, overrides, monkeypatch):
     model, seen = alive(EVAL_SEQ_LEN=61, EVAL_STRIDE=61, **overrides), []
     forward = model.encoder.forward
-    monkeypatch.setattr(model.encoder, "forward", lambda new, *rest: seen.append(new.size(1)) or forward(new, *rest))
+    monkeypatch.setattr(
+        model.encoder, "forward", lambda new, *rest: seen.append(new.size(1)) or forward(new, *rest)
+    )
     stream = section.stream(model)
     for token in ids[:61]:
         stream.push(token)
@@ -260,7 +287,9 @@ def test_sigreg_is_the_published_statistic():
     assert section.sigreg_floor(torch.tensor([64.0]), 17).item() == pytest.approx(1.0525 / 2, rel=1e-3)
     weighted = torch.cat((share, torch.zeros(2, 7)), 1)
     padded = torch.cat((z, torch.full((2, 7, 12), 9.0)), 1)
-    torch.testing.assert_close(section.sigreg(padded, weighted, directions, 17), section.sigreg(z, share, directions, 17))
+    torch.testing.assert_close(
+        section.sigreg(padded, weighted, directions, 17), section.sigreg(z, share, directions, 17)
+    )
 
 
 @pytest.mark.parametrize("overrides", [{}, SPACE], ids=str)
@@ -280,11 +309,15 @@ def test_terms_are_those_of_a_slow_loop(ids, overrides):
             targets[i // 2].append(z[1:])
             latents[i // 2].append(z)
         for group in range(2):
-            assert terms["jepa_pred"][group] == pytest.approx(torch.cat(errors[group]).mean().item(), rel=1e-4)
+            assert terms["jepa_pred"][group] == pytest.approx(
+                torch.cat(errors[group]).mean().item(), rel=1e-4
+            )
             variance = torch.cat(targets[group]).var(0, correction=0).mean().item()
             assert terms["latent_var"][group] == pytest.approx(variance, rel=1e-4)
             z = torch.cat(latents[group])[None]
-            want = section.sigreg(z, torch.full(z.shape[:2], 1 / z.size(1)), model.aux.inputs(3, rows.device), 17)
+            want = section.sigreg(
+                z, torch.full(z.shape[:2], 1 / z.size(1)), model.aux.inputs(3, rows.device), 17
+            )
             assert terms["sigreg"][group] == pytest.approx(want.item(), rel=1e-3)
 
 
@@ -297,7 +330,11 @@ def test_gradients_go_where_they_should(ids):
         names, params = zip(*model.named_parameters())
         grads = torch.autograd.grad(sums[term].sum(), params, retain_graph=True, allow_unused=True)
         parts = (name.split(".")[: 2 if name.startswith(("encoder", "aux")) else 1] for name in names)
-        return {".".join(part) for part, grad in zip(parts, grads) if grad is not None and grad.abs().max() > 0}
+        return {
+            ".".join(part)
+            for part, grad in zip(parts, grads)
+            if grad is not None and grad.abs().max() > 0
+        }
     embeds = {"encoder.tok_emb", "encoder.patch_pos", "encoder.patch_in"}
     predicts = embeds | {"encoder.blocks", "aux.predictor"}
     assert reached("ce") == predicts | {"tok_emb", "blocks", "lm_head", "aux.start_latent", "aux.from_latent"}
@@ -327,7 +364,8 @@ def test_weights_keep_ce_at_one_and_zero_switches_off(ids):
 
 
 def test_the_published_exporter_can_be_chosen():
-    """Per tensor one of five quantiles of |row|; steps of at least 1 / 31, which only large weights exceed."""
+    """Per tensor one of five quantiles of |row|; steps
+    of at least 1 / 31, which only large weights exceed."""
     rng = np.random.default_rng(0)
     for scale in (0.05, 3.0):
         weight = (scale * rng.standard_t(3, (40, 500))).astype(np.float32)
@@ -358,11 +396,17 @@ def test_training_rounds_everything_as_the_exporter_does():
         assert hasattr(owner, "qat") == bool(bits), name
         if bits:
             q, step = section.quantise(p.detach().numpy(), bits, "std", 5.0, axis)
-            np.testing.assert_allclose(section.rounded(owner).detach().numpy(), q * step.astype(np.float32), atol=1e-6)
+            np.testing.assert_allclose(
+                section.rounded(owner).detach().numpy(), q * step.astype(np.float32), atol=1e-6
+            )
             coarse += 1
     names = {name for name in trainer.model.exported() if "tok_emb" in name}
     assert coarse > 10 and names == {"tok_emb.weight", "encoder.tok_emb.weight"}
-    assert section.rate_at(1 - 0.19 * 3500 / 20000, args) < 0.2 < section.rate_at(1 - 0.21 * 3500 / 20000, args)
+    assert (
+        section.rate_at(1 - 0.19 * 3500 / 20000, args)
+        < 0.2
+        < section.rate_at(1 - 0.21 * 3500 / 20000, args)
+    )
 
 
 @pytest.mark.parametrize("overrides", [{}, {**SPACE, "PATCH_CONDITION": "both"}], ids=str)
@@ -386,7 +430,9 @@ def test_published_names_are_aliases():
     assert (args.eval_stride, args.ttt, args.ttt_batch_rows, args.compile) == (128, "0", 8, "1")
     assert section.byte_tables(args)[0].sum() == 256
     assert section.Hyperparameters({"TTT_ENABLED": "1", "TTT": "sgd"}).ttt == "sgd"
-    with pytest.raises(section.UserError, match="VAL_SLIDING_STRIDE=128 means EVAL_STRIDE=128, but EVAL_STRIDE=64"):
+    with pytest.raises(
+        section.UserError, match="VAL_SLIDING_STRIDE=128 means EVAL_STRIDE=128, but EVAL_STRIDE=64"
+    ):
         section.Hyperparameters({"VAL_SLIDING_STRIDE": "128", "EVAL_STRIDE": "64"})
     with pytest.raises(section.UserError, match="TTT_FREEZE_BLOCKS"):
         section.Hyperparameters({"TTT_FREEZE_BLOCKS": "2"})
@@ -412,7 +458,10 @@ def losses(output: str) -> list[float]:
 
 @pytest.mark.parametrize("overrides", [{}, {**SPACE, "PATCH_CONDITION": "both"}], ids=str)
 def test_a_run_trains_packs_and_scores_the_same_again(run, tmp_path, overrides):
-    wanted = {**SMALL, "TTT": "sgd", "TRAIN_SEQ_LEN": 64, "TRAIN_BATCH_TOKENS": 512, "VAL_BYTES": 2000, **overrides}
+    wanted = {
+        **SMALL, "TTT": "sgd", "TRAIN_SEQ_LEN": 64, "TRAIN_BATCH_TOKENS": 512, "VAL_BYTES": 2000,
+        **overrides,
+    }
     code, output, metrics = run(script=SCRIPT, **wanted)
     assert code == 0 and metrics["headline"] == "final_int6_ttt", output
     assert "jepa_r2:" in output and "sigreg_floor:" in output
@@ -425,12 +474,20 @@ def test_a_run_trains_packs_and_scores_the_same_again(run, tmp_path, overrides):
 
 
 def test_ranks_do_not_change_the_losses(run, tmp_path):
-    wanted = {**SMALL, "TRAIN_SEQ_LEN": 64, "TRAIN_BATCH_TOKENS": 512, "VAL_BYTES": 1000, "TRAIN_LOG_EVERY": 1}
+    wanted = {
+        **SMALL, "TRAIN_SEQ_LEN": 64, "TRAIN_BATCH_TOKENS": 512, "VAL_BYTES": 1000,
+        "TRAIN_LOG_EVERY": 1,
+    }
     one, two = (run(script=SCRIPT, ranks=ranks, RUN_ID=f"r{ranks}", **wanted) for ranks in (1, 2))
     assert one[0] == two[0] == 0, two[1]
     np.testing.assert_allclose(losses(one[1]), losses(two[1]), atol=2e-3)
-    lines = [[json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-             for name in ("r1", "r2")]
+    lines = [
+        [
+            json.loads(line)
+            for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("r1", "r2")
+    ]
     for a, b in zip(*lines):
         for key in {"sigreg", "jepa_pred", "sigreg_floor"} & a.keys():
             assert a[key] == pytest.approx(b[key], rel=1e-3), key

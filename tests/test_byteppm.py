@@ -1,4 +1,5 @@
-"""The record BytePPM: its mixtures are distributions, causal, decodable, and PPM-D is that of a slow reference."""
+"""The record BytePPM: its mixtures are distributions,
+causal, decodable, and PPM-D is that of a slow reference."""
 
 import hashlib
 import json
@@ -15,8 +16,10 @@ from family import load_script
 RECORD, = (ROOT / "records").glob("*_BytePPM")
 section = load_script(RECORD)
 KINDS = [("binary", 1.0), ("ppm", 1.0), ("ppm", 0.1)]
-WORDS = (b"the cat sat on a mat and the dog ran to the barn\nwhile Mary, who had the cat, sang of rivers 1234 "
-         b"\xc3\xa9t\xc3\xa9. ")
+WORDS = (
+    b"the cat sat on a mat and the dog ran to the barn\nwhile Mary, who had the cat, sang of rivers 1234 "
+    b"\xc3\xa9t\xc3\xa9. "
+)
 
 
 def mixture(mix="binary", weight=1.0, order=4, rows=10):
@@ -100,11 +103,13 @@ def test_ppm_equals_a_slow_reference(order, seed):
 
 @pytest.mark.parametrize("mix,weight", KINDS)
 def test_sums_to_one_and_scores_what_it_says(mix, weight):
-    """1,000 positions: the 260 probabilities sum to one, and the realised one is the number that is booked."""
+    """1,000 positions: the 260 probabilities sum to one,
+    and the realised one is the number that is booked."""
     ids = text(3, 6000)
     lp = network(ids, 3)
     whole = mixture(mix, weight).score(ids, lp)
-    stepwise, audit = mixture(mix, weight), set(np.random.default_rng(3).choice(len(ids), 1000, replace=False))
+    stepwise = mixture(mix, weight)
+    audit = set(np.random.default_rng(3).choice(len(ids), 1000, replace=False))
     worst = apart = 0.0
     for t, token in enumerate(ids):
         if t in audit:
@@ -130,7 +135,8 @@ def test_any_cut_into_blocks_gives_the_same_numbers(mix, weight):
 @pytest.mark.parametrize("mix,weight", KINDS)
 @pytest.mark.parametrize("at", [0, 1, 777, 2500])
 def test_poisoned_target(mix, weight, at):
-    """Another id at t moves no earlier score and not the distribution at t; its own score is that distribution's."""
+    """Another id at t moves no earlier score and not the
+    distribution at t; its own score is that distribution's."""
     ids = text(5, 3000)
     lp = network(ids, 5)
     want, before = mixture(mix, weight).score(ids, lp), mixture(mix, weight)
@@ -167,7 +173,8 @@ def test_bos_forgets_the_history_but_not_the_counts(mix, weight):
     tail = np.array([1] + [4 + b for b in b"the cat sat on the mat"])
     tail_lp = network(tail, 8)
     a, b = mixture(mix, weight), mixture(mix, weight)
-    # The same ids in another order before BOS: orders above 0 have other contexts, but only the counts may tell.
+    # The same ids in another order before BOS: orders above
+    # 0 have other contexts, but only the counts may tell.
     a.score(ids, lp)
     b.score(ids, lp)
     for m, last in ((a, b"the ca"), (b, b"zzzzzz")):
@@ -229,13 +236,18 @@ def test_arithmetic_coder_round_trip():
         bits, low, high, pending, m = [], 0, (1 << 48) - 1, 0, mixture(mix, weight)
 
         def table(logprobs):
-            return np.concatenate(([0], np.cumsum(np.floor(np.exp(logprobs) * (1 << 30)).astype(np.int64) + 1)))
+            return np.concatenate(
+                ([0], np.cumsum(np.floor(np.exp(logprobs) * (1 << 30)).astype(np.int64) + 1))
+            )
 
         half, quarter = 1 << 47, 1 << 46
         for t, token in enumerate(ids):
             c = table(m.distribution(lp[t]))
             span = high - low + 1
-            low, high = low + span * int(c[token]) // int(c[-1]), low + span * int(c[token + 1]) // int(c[-1]) - 1
+            low, high = (
+                low + span * int(c[token]) // int(c[-1]),
+                low + span * int(c[token + 1]) // int(c[-1]) - 1,
+            )
             m.push(token, lp[t])
             while True:
                 if high < half or low >= half:
@@ -259,7 +271,10 @@ def test_arithmetic_coder_round_trip():
             span = high - low + 1
             token = int(np.searchsorted(c, ((value - low + 1) * int(c[-1]) - 1) // span, side="right")) - 1
             assert token == ids[t], (mix, t)
-            low, high = low + span * int(c[token]) // int(c[-1]), low + span * int(c[token + 1]) // int(c[-1]) - 1
+            low, high = (
+                low + span * int(c[token]) // int(c[-1]),
+                low + span * int(c[token + 1]) // int(c[-1]) - 1,
+            )
             m.push(token, lp[t])
             while True:
                 if high < half or low >= half:
@@ -284,7 +299,9 @@ def model():
     return enlivened(section, section.Hyperparameters({**BYTES, "MIX_ROWS": "10"})).eval()
 
 
-@pytest.mark.parametrize("settings", [{"mix": "binary"}, {"mix": "ppm"}, {"ppm_weight": 0.0}, {"ttt": "sgd"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"mix": "binary"}, {"mix": "ppm"}, {"ppm_weight": 0.0}, {"ttt": "sgd"}], ids=str
+)
 def test_score_and_stream_agree_on_the_mixture(model, monkeypatch, settings):
     monkeypatch.setattr(model.args, "ttt_chunk_tokens", 64)
     for name, value in settings.items():
@@ -319,8 +336,10 @@ def test_lines_of_a_run_on_any_number_of_ranks(run):
     """The mixture is one stream: two ranks gather their blocks in order and find what one finds."""
     found = []
     for ranks in (1, 2):
-        code, output, metrics = run(ranks=ranks, script=RECORD / "train_gpt.py", RUN_ID=f"ranks{ranks}", **SETTINGS,
-                                    **LEARN, VAL_BYTES=1500)
+        code, output, metrics = run(
+            ranks=ranks, script=RECORD / "train_gpt.py", RUN_ID=f"ranks{ranks}", **SETTINGS,
+            **LEARN, VAL_BYTES=1500,
+        )
         assert code == 0, output
         assert metrics["headline"] == "final_int6_ttt_mix"
         found.append(metrics["evals"])
@@ -332,25 +351,42 @@ def test_lines_of_a_run_on_any_number_of_ranks(run):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"VOCAB_SIZE": 512, "TOKENIZER_PATH": "some.model"}, "VOCAB_SIZE=512, PPM_WEIGHT=1.0: the mixture counts bytes"),
-    ({"PPM_WEIGHT": 0.5}, "MIX=binary, PPM_WEIGHT=0.5"), ({"MIX": "lpaq"}, "MIX='lpaq' is not accepted"),
-    ({"PPM_ORDER": 0}, "PPM_ORDER='0' is not accepted"), ({"JEPA_CHUNK_SIZE": 8}, "JEPA_CHUNK_SIZE='8' is retired"),
+    (
+        {"VOCAB_SIZE": 512, "TOKENIZER_PATH": "some.model"},
+        "VOCAB_SIZE=512, PPM_WEIGHT=1.0: the mixture counts bytes",
+    ),
+    ({"PPM_WEIGHT": 0.5}, "MIX=binary, PPM_WEIGHT=0.5"),
+    ({"MIX": "lpaq"}, "MIX='lpaq' is not accepted"),
+    ({"PPM_ORDER": 0}, "PPM_ORDER='0' is not accepted"),
+    ({"JEPA_CHUNK_SIZE": 8}, "JEPA_CHUNK_SIZE='8' is retired"),
 ])
 def test_bad_settings_are_one_line(run, settings, words):
     code, output, metrics = run(script=RECORD / "train_gpt.py", **(SETTINGS | settings))
     assert code == 2 and words in output and "Traceback" not in output and metrics is None
 
 
-@pytest.mark.parametrize("settings", [{}, {"MIX": "ppm"}, {"TTT": "sgd", "TTT_CHUNK_TOKENS": 64, "TTT_LR": 0.02}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"MIX": "ppm"}, {"TTT": "sgd", "TTT_CHUNK_TOKENS": 64, "TTT_LR": 0.02}],
+    ids=str,
+)
 def test_a_codec_proves_the_mixture(model, tmp_path, settings):
-    """Text coded and decoded by the record's own stream: plain mixture, PPM-D, and with at least three updates."""
+    """Text coded and decoded by the record's own stream:
+    plain mixture, PPM-D, and with at least three updates."""
     tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
     (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))
     (tmp_path / "text.txt").write_bytes(WORDS * 20)
     sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "codec.py", "prove", RECORD, tmp_path / "model.bin",
-                           tmp_path / "text.txt", "--bytes", "700", "--json", *sets],
-                          env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable, ROOT / "scripts" / "codec.py", "prove", RECORD, tmp_path / "model.bin",
+            tmp_path / "text.txt", "--bytes", "700", "--json", *sets,
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
     assert "TTT" not in settings or result["updates"] >= 3
@@ -369,6 +405,10 @@ def test_what_each_mixture_is_worth(model, corpus, tmp_path):
     rows = {row[0]: float(row[1]) for row in found["rows"]}
     assert rows["**binary mixing (`MIX=binary`)**"] < rows["control: network alone through the binary mixer"]
     better, = (name for name in rows if "better of the two" in name)
-    assert rows[better] < min(rows["network alone"], rows["PPM-D alone, order 5"])  # whatever comes: no probability
+    # Whatever comes: no probability
+    assert rows[better] < min(rows["network alone"], rows["PPM-D alone, order 5"])
     assert float(better.split()[-1]) > 1.001
-    assert rows["context mixer alone after 2,000 training ids, state not counted"] < rows["context mixer alone, empty start"]
+    assert (
+        rows["context mixer alone after 2,000 training ids, state not counted"]
+        < rows["context mixer alone, empty start"]
+    )

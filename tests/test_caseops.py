@@ -14,12 +14,23 @@ from hypothesis import strategies as st
 caseops = load_script(ROOT / "data" / "caseops.py")
 T, A, N, E = caseops.OPERATORS
 
-# Cases whose lower or upper form is of another length, or is several; combining marks; controls; SentencePiece's space.
-ODD = "\u00df\u1e9e\u0130\u0131\u0149\u01c5\u01c4\u01c6\u00b5\u03a3\u03c2\u0345\u0301\ufb01\u2122\uff21\u212a\u2581\0\r\n\t\x1b\u200d\U0001f600\U0010ffff"
+# Cases whose lower or upper form is of another length, or is
+# several; combining marks; controls; SentencePiece's space.
+ODD = (
+    "\u00df\u1e9e\u0130\u0131\u0149\u01c5\u01c4\u01c6\u00b5"
+    "\u03a3\u03c2\u0345\u0301\ufb01\u2122\uff21\u212a\u2581\0\r\n\t\x1b\u200d\U0001f600\U0010ffff"
+)
 anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
 operators = st.text(st.sampled_from([T, A, N, E, E, "a", "B", " "]), max_size=40)
-cased = st.lists(st.sampled_from(["the", "The", "NASA", "iPhone", "OpenAI", "A", "I'm", "eBay", "x", "USAir", "mRNA", " ", ". ", "-", "7",
-                                  "\n\n", *ODD, *caseops.OPERATORS]), max_size=40).map("".join)
+cased = st.lists(
+    st.sampled_from(
+        [
+            "the", "The", "NASA", "iPhone", "OpenAI", "A", "I'm", "eBay", "x", "USAir", "mRNA", " ",
+            ". ", "-", "7", "\n\n", *ODD, *caseops.OPERATORS,
+        ]
+    ),
+    max_size=40,
+).map("".join)
 texts = st.one_of(anything, operators, cased, st.text("aAbB \u00e9\u00c9", max_size=40))
 
 WORDS = [
@@ -59,10 +70,11 @@ def by_the_rules(document: str) -> str:
 
 def test_published_examples():
     cases = {
-        "The NASA Launch": f"{T}the {A}nasa {T}launch",
-        "iPhone": f"i{N}phone", "OpenAI": f"{T}open{N}a{N}i", "A": f"{T}a", "AB": f"{A}ab", "aB": f"a{N}b", "Ab2C": f"{T}ab2{T}c",
-        "plain": "plain", "\u00c9T\u00c9": f"\u00c9{T}t\u00c9", "\u0130I\u0149": f"\u0130{T}i\u0149", "": "",
-        E: E + E, f"a{T}B": f"a{E}{T}{T}b", f"{E}{E}A": f"{E}{E}{E}{E}{T}a",
+        "The NASA Launch": f"{T}the {A}nasa {T}launch", "iPhone": f"i{N}phone",
+        "OpenAI": f"{T}open{N}a{N}i", "A": f"{T}a", "AB": f"{A}ab", "aB": f"a{N}b",
+        "Ab2C": f"{T}ab2{T}c", "plain": "plain", "\u00c9T\u00c9": f"\u00c9{T}t\u00c9",
+        "\u0130I\u0149": f"\u0130{T}i\u0149", "": "", E: E + E, f"a{T}B": f"a{E}{T}{T}b",
+        f"{E}{E}A": f"{E}{E}{E}{E}{T}a",
     }
     for document, wanted in cases.items():
         assert caseops.encode(document) == wanted and caseops.decode(wanted) == document
@@ -132,7 +144,9 @@ def test_characters_stand_for_the_documents_bytes(document):
 def pieces(prepare, tmp_path_factory):
     """A model that data/prepare.py trains: it loses nothing."""
     folder = tmp_path_factory.mktemp("caseops")
-    model = prepare.train_pieces(iter([text(i, 300).encode() for i in range(9)]), 320, folder, with_caseops=True)
+    model = prepare.train_pieces(
+        iter([text(i, 300).encode() for i in range(9)]), 320, folder, with_caseops=True
+    )
     return prepare.CaseOpsTokenizer(model, "sp320-caseops")
 
 
@@ -142,16 +156,32 @@ def field_model(prepare, folder: Path, **options) -> Path:
 
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(caseops.encode(text(i, 300)) for i in range(9)),
-        model_prefix=str(folder / "field"), vocab_size=320, model_type="bpe", hard_vocab_limit=False, minloglevel=2,
-        pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-        **{"byte_fallback": True, "add_dummy_prefix": False, "user_defined_symbols": list(caseops.OPERATORS), **options},
+        model_prefix=str(folder / "field"),
+        vocab_size=320,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        **{
+            "byte_fallback": True,
+            "add_dummy_prefix": False,
+            "user_defined_symbols": list(caseops.OPERATORS),
+            **options,
+        },
     )
     return folder / "field.model"
 
 
 @pytest.fixture(scope="module", params=["field", "dummy prefix", "no byte fallback"])
 def folding(request, prepare, tmp_path_factory):
-    options = {"field": {}, "dummy prefix": {"add_dummy_prefix": True}, "no byte fallback": {"byte_fallback": False}}
+    options = {
+        "field": {},
+        "dummy prefix": {"add_dummy_prefix": True},
+        "no byte fallback": {"byte_fallback": False},
+    }
     model = field_model(prepare, tmp_path_factory.mktemp("field"), **options[request.param])
     return prepare.CaseOpsTokenizer(model, "sp320-caseops")
 
@@ -206,17 +236,24 @@ def test_bytes_go_where_the_text_was(prepare, tmp_path):
     assert pieces[0] == T and list(sizes[:2]) == [0, 0]
     assert sizes[2] == 2 + len(pieces[1])  # the white space before the operator, which no operator may have
     at = pieces.index(E)
-    assert pieces[at : at + 2] == [E, E] and list(sizes[1:][at : at + 2]) == [0, 3]  # ESCAPE, and what it escapes
+    # ESCAPE, and what it escapes
+    assert pieces[at : at + 2] == [E, E] and list(sizes[1:][at : at + 2]) == [0, 3]
     assert list(sizes[-2:]) == [0, 2 + 3]  # the letter's last byte piece, and the white space at the end
     assert list(check_sidecar(tokenizer, " \n")[1]) == [2]  # nothing but BOS is left to hold them
 
 
 def test_a_token_hands_on_what_sixteen_bits_cannot_hold(prepare, tmp_path):
     tokenizer = prepare.CaseOpsTokenizer(field_model(prepare, tmp_path), "sp320-caseops")
-    for document in ("The" + " " * 100_000 + "quick brown fox", "The quick" + " " * 200_000, " " * 200_000 + "The quick x"):
+    for document in (
+        "The" + " " * 100_000 + "quick brown fox",
+        "The quick" + " " * 200_000,
+        " " * 200_000 + "The quick x",
+    ):
         _, sizes = check_sidecar(tokenizer, document)
         assert sizes.max() == 65535
-    with pytest.raises(prepare.UserError, match="70000 bytes in 1 tokens: a sidecar holds 65535 a token") as caught:
+    with pytest.raises(
+        prepare.UserError, match="70000 bytes in 1 tokens: a sidecar holds 65535 a token"
+    ) as caught:
         tokenizer.encode_sized(b" " * 70_000)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
@@ -224,12 +261,19 @@ def test_a_token_hands_on_what_sixteen_bits_cannot_hold(prepare, tmp_path):
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_sidecar_of_any_cut(data):
-    """Whatever the tokens are: ends in their order, of which operators have their own, give a sum that is the document's length."""
+    """Whatever the tokens are: ends in their order, of which operators
+    have their own, give a sum that is the document's length."""
     written = caseops.encode(data.draw(texts))
     ends, ids = [], []
     at = 0
     while at < len(written):
-        room = next((i for i in range(at, len(written)) if written[i] in caseops.OPERATORS), len(written)) - at
+        room = (
+            next(
+                (i for i in range(at, len(written)) if written[i] in caseops.OPERATORS),
+                len(written),
+            )
+            - at
+        )
         step = data.draw(st.integers(1, room)) if room else 1
         ids.append(9 if room else 4 + caseops.OPERATORS.index(written[at]))
         at += step
@@ -309,18 +353,23 @@ def test_shards_and_sidecars_hold_the_documents(prepare, prepare_files, jsonl):
 
 def test_a_script_that_reads_no_sidecars_refuses_the_folder(trunk, tiny, prepare, prepare_files, jsonl):
     train, val = [text(i, 400) for i in range(9)], [text(100, 300)]
-    out = prepare_files(jsonl("a.jsonl", train), jsonl("v.jsonl", val), "--variant", "sp320-caseops", "--overlap", "off")
+    out = prepare_files(
+        jsonl("a.jsonl", train), jsonl("v.jsonl", val), "--variant", "sp320-caseops", "--overlap",
+        "off",
+    )
     manifest = json.loads((out / "manifest.json").read_text())
     with pytest.raises(trunk.UserError, match=f"DATA_PATH={out}: CaseOps ids"):
         trunk.Dataset(tiny(DATA_PATH=out, VOCAB_SIZE=320), True)
-    (out / "manifest.json").unlink()  # without it nobody can know, but ids are not mixed up with their sidecars
+    # Without it nobody can know, but ids are not mixed up with their sidecars
+    (out / "manifest.json").unlink()
     data = trunk.Dataset(tiny(DATA_PATH=out, VOCAB_SIZE=320), True)
     ((ids, _),) = parts_of(out, manifest, "val", prepare)
     assert np.array_equal(data.val, ids) and len(data.train_files) == 1
 
 
 def test_a_folding_model_that_was_made_elsewhere(prepare, prepare_files, jsonl, tmp_path):
-    train, val = [text(i, 200) for i in range(5)], ["  The  NASA \ufb01\u2122 \u00c9 \n\n x ", " \n", text(77, 90)]
+    train = [text(i, 200) for i in range(5)]
+    val = ["  The  NASA \ufb01\u2122 \u00c9 \n\n x ", " \n", text(77, 90)]
     model = field_model(prepare, tmp_path)
     options = ["--variant", "sp320-caseops", "--tokenizer", model, "--overlap", "off", "--no-shuffle"]
     out = prepare_files(jsonl("a.jsonl", train), jsonl("v.jsonl", val), *options)
@@ -335,7 +384,8 @@ def test_a_folding_model_that_was_made_elsewhere(prepare, prepare_files, jsonl, 
 
 
 def test_no_validation_document_is_in_training(prepare, prepare_files, jsonl, tmp_path, capsys):
-    """Split by hash, named files, and a fixed split: what is compared are documents, before their case is moved."""
+    """Split by hash, named files, and a fixed split: what
+    is compared are documents, before their case is moved."""
     documents = [text(i, 60) for i in range(40)]
     options = ["--variant", "sp320-caseops", "--overlap", "off", "--no-shuffle"]
 
@@ -350,13 +400,18 @@ def test_no_validation_document_is_in_training(prepare, prepare_files, jsonl, tm
     train, val = sides(tmp_path / "hash")
     assert not set(train) & set(val) and sorted(train + val) == sorted(documents) and len(val) > 2
 
-    out = prepare_files(jsonl("b.jsonl", documents), jsonl("v.jsonl", documents[7:8]), *options, out="named", code=2)
+    out = prepare_files(
+        jsonl("b.jsonl", documents), jsonl("v.jsonl", documents[7:8]), *options, out="named", code=2
+    )
     assert "validation document 0 equals training document 7" in capsys.readouterr().err and not out.exists()
 
     hub = tmp_path / "hub"
     hub.mkdir()
     jsonl("hub/docs_selected.jsonl", documents[:30] + documents[2:4])
-    call = ["fineweb", "--hub-folder", str(hub), "--val-documents", "5", "--variant", "sp320-caseops", "--overlap", "off"]
+    call = [
+        "fineweb", "--hub-folder", str(hub), "--val-documents", "5", "--variant", "sp320-caseops",
+        "--overlap", "off",
+    ]
     assert prepare.main([*call, "--out", str(tmp_path / "fixed")]) == 0
     train, val = sides(tmp_path / "fixed")
     assert val == documents[:5] and train == documents[5:30]
@@ -392,5 +447,13 @@ def test_wrong_tokenizers_are_refused_in_one_line(prepare, prepare_files, jsonl,
     assert "the model has 320 ids" in refused(good, "sp400-caseops")
     assert "sp<N>-caseops" in refused(good, "sp320-capsops")
     (tmp_path / "x_val_000000.bin").write_bytes(b"")
-    assert prepare.main(["convert", "--from", str(tmp_path), "--tokenizer", str(good), "--out", str(tmp_path / "c")]) == 2
+    assert (
+        prepare.main(
+            [
+                "convert", "--from", str(tmp_path), "--tokenizer", str(good), "--out",
+                str(tmp_path / "c"),
+            ]
+        )
+        == 2
+    )
     assert "a CaseOps model" in capsys.readouterr().err and not list(tmp_path.glob(".*partial"))

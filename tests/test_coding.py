@@ -17,7 +17,8 @@ def entropy_bits(q: np.ndarray) -> float:
 def test_gptq_loses_less_output_than_rounding_to_the_nearest(trunk):
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((48, 96)).astype(np.float32)
-    x = (rng.standard_normal((4000, 32)) @ rng.standard_normal((32, 96))).astype(np.float32)  # correlated inputs
+    # Correlated inputs
+    x = (rng.standard_normal((4000, 32)) @ rng.standard_normal((32, 96))).astype(np.float32)
     x += 0.1 * rng.standard_normal(x.shape).astype(np.float32)
     losses = []
     for hessian in (None, x.T @ x):
@@ -28,7 +29,8 @@ def test_gptq_loses_less_output_than_rounding_to_the_nearest(trunk):
 
 
 def test_gptq_against_the_definition_column_by_column(trunk):
-    """One column at a time with an explicit inverse of what is left of the hessian: the greedy of the paper."""
+    """One column at a time with an explicit inverse of
+    what is left of the hessian: the greedy of the paper."""
     rng = np.random.default_rng(1)
     x = rng.standard_normal((5, 12)).astype(np.float32) * 3
     a = rng.standard_normal((40, 12))
@@ -76,7 +78,11 @@ def layout(trunk, shapes, bits=6):
 def test_rans_returns_every_byte(trunk, rows, columns, width, bits, spread, seed):
     rng = np.random.default_rng(seed)
     top = 2 ** (bits - 1) - 1
-    plan = layout(trunk, [("blocks.0.mlp.fc.weight", (rows, columns), 1), ("ngram.table", (3, columns, width), 1)], bits)
+    plan = layout(
+        trunk,
+        [("blocks.0.mlp.fc.weight", (rows, columns), 1), ("ngram.table", (3, columns, width), 1)],
+        bits,
+    )
     size = (rows + 3 * width) * columns
     q = np.clip(np.rint(rng.standard_normal(size) * spread), -top, top).astype(np.int8)
     raw = q.tobytes() + rng.bytes(2 * plan[-1].places)
@@ -86,7 +92,8 @@ def test_rans_returns_every_byte(trunk, rows, columns, width, bits, spread, seed
 
 
 def test_rans_is_within_its_bound_of_the_entropy(trunk):
-    """Independent normal weights leave nothing to contexts: at most 0.3 % over the order-0 entropy, all told."""
+    """Independent normal weights leave nothing to contexts:
+    at most 0.3 % over the order-0 entropy, all told."""
     rng = np.random.default_rng(0)
     q = np.clip(np.rint(rng.standard_normal((1024, 1024)) * 2.6), -31, 31).astype(np.int8)
     plan = layout(trunk, [("blocks.0.mlp.fc.weight", (1024, 1024), 1)])
@@ -138,7 +145,10 @@ def test_size_plan_of_normal_weights(trunk, tiny):
                 JEPA_CHUNK_SIZE=0, NUM_LAYERS=4)
     model = trunk.GPT(args)
     generator = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(p.shape, generator=generator).numpy() for name, p in model.exported().items()}
+    tensors = {
+        name: torch.randn(p.shape, generator=generator).numpy()
+        for name, p in model.exported().items()
+    }
     planned = sum(trunk.size_plan(model, args).values())
     assert len(trunk.pack(tensors, args)) == pytest.approx(planned, rel=0.02)
 
@@ -179,7 +189,9 @@ def test_the_switch_of_qat_takes_effect_in_a_compiled_graph(trunk):
 
 def test_qat_and_gptq_in_a_real_run(run, trunk):
     """Late QAT switches on, calibration stands on its own clock and inside the training seconds."""
-    code, output, metrics = run(QAT_START=0.5, QUANT_ROUND="gptq", GPTQ_BATCHES=2, COMPRESSOR="rans", BITS="mlp:5")
+    code, output, metrics = run(
+        QAT_START=0.5, QUANT_ROUND="gptq", GPTQ_BATCHES=2, COMPRESSOR="rans", BITS="mlp:5"
+    )
     assert code == 0, output
     assert metrics["clocks"]["calibration"] > 0 and metrics["train_seconds"] >= metrics["clocks"]["training"]
     assert "size_plan:" in output and "final_int5_sliding" in output
@@ -192,8 +204,11 @@ def test_hessians_are_the_second_moments_of_the_inputs(trunk, tiny, alive, corpu
     trainer = trunk.Trainer(args, data, runtime, trunk.Log(None))
     ids, _, _ = trunk.Loader(data, args, trainer.plan, 0).next()
     sums = trainer.input_moments(ids, {})
-    wanted = {name for name, p in trainer.model.named_parameters() if p.ndim == 2 and name.startswith("blocks")
-              and name.endswith("weight")}
+    wanted = {
+        name
+        for name, p in trainer.model.named_parameters()
+        if p.ndim == 2 and name.startswith("blocks") and name.endswith("weight")
+    }
     assert wanted <= set(sums)
     seen = []
     block = trainer.model.blocks[1].mlp

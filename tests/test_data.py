@@ -143,7 +143,8 @@ def test_tail_of_the_training_text_is_held_out(prepare, jsonl, tmp_path, capsys)
 
 
 def test_files_without_validation_are_split_by_hash(prepare, jsonl, tmp_path):
-    """Equal documents once, none on both sides, the split a function of the documents, whatever their order."""
+    """Equal documents once, none on both sides, the split
+    a function of the documents, whatever their order."""
     train = [text(i, 40) for i in range(60)]
     sides = []
     for name, documents in (("a", train + train[:9]), ("b", train[::-1])):
@@ -327,7 +328,8 @@ def test_fineweb_shards_are_fetched_and_converted_to_bytes(prepare, hub, tmp_pat
 
 
 def test_conversion_table_equals_decoding_with_a_dummy_prefix(prepare, field_tokenizer):
-    """The field's models put a space before every document and fold white space; bytes equal the decoded text's."""
+    """The field's models put a space before every document
+    and fold white space; bytes equal the decoded text's."""
     model, path = field_tokenizer("\n".join(text(i, 60) for i in range(40)), 400)
     texts = ["the quick fox", " leading  double", "na\u00efve \u4f60\u597d", "", "dog" * 30, "a\ttab"]
     ids = np.concatenate([[1, *model.encode(t)] for t in texts])

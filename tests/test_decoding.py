@@ -17,9 +17,16 @@ TTT = {"TTT": "sgd", "TTT_CHUNK_TOKENS": 32, "TTT_LR": 0.05, "TTT_BATCH_ROWS": 2
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"JEPA_CHUNK_SIZE": 0}, {"JEPA_CHUNK_SIZE": 16, "XSA_LAST_N": 3}, {"SMEAR_GATE": 0, "NGRAM_ORDERS": 0},
-    {"NGRAM_WORDS": 0, "UNET_SKIPS": 0, "RESID_MIX": 0}, {"DOC_MASK": 1}, {"EVAL_STRIDE": 64},
-    {"EVAL_SEQ_LEN": 96, "EVAL_STRIDE": 8}, TTT, {**TTT, "DOC_MASK": 1, "TTT_DECAY_CHUNKS": 2, "TTT_EPOCHS": 2},
+    {},
+    {"JEPA_CHUNK_SIZE": 0},
+    {"JEPA_CHUNK_SIZE": 16, "XSA_LAST_N": 3},
+    {"SMEAR_GATE": 0, "NGRAM_ORDERS": 0},
+    {"NGRAM_WORDS": 0, "UNET_SKIPS": 0, "RESID_MIX": 0},
+    {"DOC_MASK": 1},
+    {"EVAL_STRIDE": 64},
+    {"EVAL_SEQ_LEN": 96, "EVAL_STRIDE": 8},
+    TTT,
+    {**TTT, "DOC_MASK": 1, "TTT_DECAY_CHUNKS": 2, "TTT_EPOCHS": 2},
 ], ids=str)
 def test_cached_decoding_equals_the_full_forward_everywhere(trunk, tiny, alive, ids, settings):
     model = alive(tiny(**settings)).eval()
@@ -75,11 +82,14 @@ def test_flash_is_handed_each_document_once(trunk, monkeypatch):
         starts = trunk.document_mask("fa2", ids)
         assert len(starts) & len(starts) - 1 == 0 and len(starts) >= 64
         found = trunk.ATTENTION["fa2"](q, k, k, starts)
-        assert torch.allclose(found, trunk.math_attention(q, k, k, trunk.document_mask("math", ids)), atol=1e-5)
+        assert torch.allclose(
+            found, trunk.math_attention(q, k, k, trunk.document_mask("math", ids)), atol=1e-5
+        )
 
 
 def test_with_document_masks_no_document_reads_another(trunk, tiny, alive, ids):
-    """P8: other text in the documents before leaves a document's scores alone (and without the mask it does not)."""
+    """P8: other text in the documents before leaves a
+    document's scores alone (and without the mask it does not)."""
     other = ids.copy()
     other[1:70] = (other[1:70] - 4 + 7) % 256 + 4
     for mask, same in ((1, True), (0, False)):
@@ -190,7 +200,9 @@ def test_control_line_of_learning(run):
     code, output, metrics = run(**{**TTT, "TTT_ADAPT": 0, "TTT_CHUNK_TOKENS": 256})
     assert code == 0 and metrics["headline"] == "final_int6_ttt_off", output
     evals = metrics["evals"]
-    assert evals["final_int6_ttt_off"]["val_bpb"] == pytest.approx(evals["final_int6_sliding"]["val_bpb"], abs=1e-9)
+    assert evals["final_int6_ttt_off"]["val_bpb"] == pytest.approx(
+        evals["final_int6_sliding"]["val_bpb"], abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("settings, words", [

@@ -53,7 +53,9 @@ def test_the_loss_is_that_of_guesses_on_true_ids(trunk, tiny):
                     nats[i - 1].append(F.cross_entropy(model.head(state), row[t + i + 1]))
         means.append(torch.stack([torch.stack(part).mean() for part in nats]).mean())
     found = model.losses(rows, weights, model.aux.inputs(0, rows.device))["draft"]
-    assert float(found.detach()) == pytest.approx(float((torch.stack(means) * weights).sum().detach() / 2), rel=1e-5)
+    assert float(found.detach()) == pytest.approx(
+        float((torch.stack(means) * weights).sum().detach() / 2), rel=1e-5
+    )
 
 
 def test_the_loss_reaches_the_heads_alone(trunk, tiny):

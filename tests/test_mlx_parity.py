@@ -1,4 +1,5 @@
-"""The MLX twin against the trunk in one process: the same weights give the same logits, losses, gradients, steps, files."""
+"""The MLX twin against the trunk in one process: the same
+weights give the same logits, losses, gradients, steps, files."""
 
 import ast
 import itertools
@@ -27,8 +28,14 @@ SWITCHES = [
     {"DOC_MASK": 1, "BIGRAM_VOCAB_SIZE": 0, "NGRAM_WORDS": 0, "NGRAM_HASHES": 4},
     {"XSA_LAST_N": 0, "UNET_SKIPS": 0, "RESID_MIX": 0, "SMEAR_GATE": 0, "JEPA_ADAPTER_GRAD": 0},
     {"TIE_EMBEDDINGS": 0, "LOGIT_SOFTCAP": 0, "JEPA_CHUNK_SIZE": 0, "NGRAM_ORDERS": 0, "DRAFT": 2},
-    {"EVAL_SEQ_LEN": 128, "LN_SCALE": 0, "ROPE_DIMS": 0, "LEAKY_SLOPE": 0, "JEPA_ADAPTER": 0, "NGRAM_WORDS": 1},
-    {"ATTENTION": "math", "NUM_KV_HEADS": 4, "MLP_MULT": 1.5, "NUM_LAYERS": 2, "XSA_LAST_N": 1, "ROPE_BASE": 500},
+    {
+        "EVAL_SEQ_LEN": 128, "LN_SCALE": 0, "ROPE_DIMS": 0, "LEAKY_SLOPE": 0, "JEPA_ADAPTER": 0,
+        "NGRAM_WORDS": 1,
+    },
+    {
+        "ATTENTION": "math", "NUM_KV_HEADS": 4, "MLP_MULT": 1.5, "NUM_LAYERS": 2, "XSA_LAST_N": 1,
+        "ROPE_BASE": 500,
+    },
 ]
 
 
@@ -97,14 +104,19 @@ def test_rounding_in_training_is_the_exporters(trunk, twin):
     assert not rounding.trainable_parameters() and list(rounding.parameters()) == ["on"]
 
 
-# Adam's first step is lr * g / (|g| + eps): with the default of 1e-8, noise in a gradient of 1e-9 would be a step of its own.
+# Adam's first step is lr * g / (|g| + eps): with the default of
+# 1e-8, noise in a gradient of 1e-9 would be a step of its own.
 EPS = {"ADAM_EPS": 1e-5}
-TRAINED = {**EPS, "DRAFT": 2, "JEPA_PHASE1_FRAC": 0, "JEPA_LAMBDA_MAX": 0.1, "JEPA_BACKBONE_GRAD": 1, "DEVICE_BATCH_TOKENS": 256}
+TRAINED = {
+    **EPS, "DRAFT": 2, "JEPA_PHASE1_FRAC": 0, "JEPA_LAMBDA_MAX": 0.1, "JEPA_BACKBONE_GRAD": 1,
+    "DEVICE_BATCH_TOKENS": 256,
+}
 
 
 @pytest.fixture
 def trainers(trunk, twin, pair):
-    """trainers(VAR=value, ...) -> trainers of both from the same weights, the twin with the trunk's SIGReg directions."""
+    """trainers(VAR=value, ...) -> trainers of both from the
+    same weights, the twin with the trunk's SIGReg directions."""
 
     def trainers(log=print, **overrides):
         settings = {**TINY, **{key: str(value) for key, value in overrides.items()}}
@@ -118,13 +130,19 @@ def weights(trainer) -> dict[str, np.ndarray]:
     return {name: numpy(p).copy() for name, p in dict(named).items()}
 
 
-@pytest.mark.parametrize("overrides", [TRAINED, {**EPS, "TIE_EMBEDDINGS": 0, "GRAD_CLIP_NORM": 0, "JEPA_CHUNK_SIZE": 0,
-                                                 "QAT_START": 0.2, "EMBED_LR": 0.1, "ADAM_WD": 0.5, "MUON_WD": 0.5}], ids=named)
+@pytest.mark.parametrize("overrides", [
+    TRAINED,
+    {
+        **EPS, "TIE_EMBEDDINGS": 0, "GRAD_CLIP_NORM": 0, "JEPA_CHUNK_SIZE": 0, "QAT_START": 0.2,
+        "EMBED_LR": 0.1, "ADAM_WD": 0.5, "MUON_WD": 0.5,
+    },
+], ids=named)
 def test_steps_move_weights_averages_and_moments_alike(trainers, overrides):
     both = trainers(**overrides)
     assert [trainer.plan for trainer in both][0] == both[1].plan and both[0].plan.micro_steps in (1, 2)
     shape = (both[0].plan.micro_steps, both[0].plan.groups * both[0].plan.group, 65)
-    for step in range(1 if "QAT_START" in overrides else 2):  # then some weight rounds the other way: a whole step
+    # Then some weight rounds the other way: a whole step
+    for step in range(1 if "QAT_START" in overrides else 2):
         ids = torch.randint(4, 260, shape, generator=torch.Generator().manual_seed(step))
         before = weights(both[0])
         mine, theirs = (trainer.train_step(convert(ids), convert(torch.ones(shape[:2])), 0.4)
@@ -134,7 +152,10 @@ def test_steps_move_weights_averages_and_moments_alike(trainers, overrides):
             trainer.step += 1
         for name, p in weights(both[0]).items():
             assert np.abs(p - weights(both[1])[name]).max() < 1e-4, (step, name)
-            assert np.abs(p - before[name]).max() > 1e-6 or name.startswith("draft") and not step, (step, name)
+            assert np.abs(p - before[name]).max() > 1e-6 or name.startswith("draft") and not step, (
+                step,
+                name,
+            )
         averages = zip(both[0].ema.average, both[1].ema.average.values())
         assert all(np.abs(numpy(a) - numpy(b)).max() < 1e-4 for a, b in averages)
     states = [trainer.optimizers.state() for trainer in both]
@@ -144,8 +165,11 @@ def test_steps_move_weights_averages_and_moments_alike(trainers, overrides):
 
 
 def test_fifty_steps_end_at_the_same_loss(trunk, trainers, corpus):
-    both = trainers(NUM_LAYERS=2, MODEL_DIM=64, ITERATIONS=50, WARMDOWN_ITERS=20, BIGRAM_VOCAB_SIZE=0, NGRAM_ORDERS="2,3",
-                    NGRAM_WORDS=0, JEPA_PHASE1_FRAC=0, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=256, DATA_PATH=corpus)
+    both = trainers(
+        NUM_LAYERS=2, MODEL_DIM=64, ITERATIONS=50, WARMDOWN_ITERS=20, BIGRAM_VOCAB_SIZE=0,
+        NGRAM_ORDERS="2,3", NGRAM_WORDS=0, JEPA_PHASE1_FRAC=0, TRAIN_SEQ_LEN=32,
+        TRAIN_BATCH_TOKENS=256, DATA_PATH=corpus,
+    )
     data = trunk.Dataset(both[0].args, verify=False)
     loader, losses = trunk.Loader(data, both[0].args, both[0].plan, 0), []
     for _ in range(50):
@@ -161,11 +185,16 @@ def test_fifty_steps_end_at_the_same_loss(trunk, trainers, corpus):
 
 
 def test_compiled_steps_are_the_eager_ones(twin, tracing):
-    """Rates, momentum, weights of the losses, SIGReg's directions and rounding change from step to step; the graph does not."""
+    """Rates, momentum, weights of the losses, SIGReg's directions
+    and rounding change from step to step; the graph does not."""
     found = []
     for compile in ("0", "1"):
-        args = twin.Hyperparameters({**TINY, **{key: str(value) for key, value in TRAINED.items()}, "COMPILE": compile,
-                                     "QAT_START": "0.5", "JEPA_PHASE2_FRAC": "0.7", "TIE_EMBEDDINGS": "0"})
+        args = twin.Hyperparameters(
+            {
+                **TINY, **{key: str(value) for key, value in TRAINED.items()}, "COMPILE": compile,
+                "QAT_START": "0.5", "JEPA_PHASE2_FRAC": "0.7", "TIE_EMBEDDINGS": "0",
+            }
+        )
         trainer = twin.Trainer(args, None, twin.Runtime(args), print)
         shape, sums = (trainer.plan.micro_steps, trainer.plan.groups * trainer.plan.group), []
         assert shape[0] == 2
@@ -206,19 +235,25 @@ def peak(work, *given) -> int:
 
 
 def test_memory_is_that_of_one_micro_batch_and_of_one_batch_of_windows(twin):
-    """The peak of one step moves by a tenth on a busy machine (what is freed when is MLX's own time): the highest of eight is held to."""
+    """The peak of one step moves by a tenth on a busy machine (what
+    is freed when is MLX's own time): the highest of eight is held to."""
     peaks = {}
     for micro_steps, micro_rows in ((2, 4), (8, 4), (1, 32)):
         args = twin.Hyperparameters({**TINY, "TRAIN_BATCH_TOKENS": str(64 * micro_steps * micro_rows),
                                      "DEVICE_BATCH_TOKENS": str(64 * micro_rows)})
         trainer = twin.Trainer(args, None, twin.Runtime(args), print)
-        ids, rows = mx.random.randint(4, 260, (micro_steps, micro_rows, 65)), mx.ones((micro_steps, micro_rows))
+        ids = mx.random.randint(4, 260, (micro_steps, micro_rows, 65))
+        rows = mx.ones((micro_steps, micro_rows))
         trainer.train_step(ids, rows, 0.0)
         peaks[micro_steps] = max(peak(trainer.train_step, ids, rows, 0.0) for _ in range(8))
     assert peaks[8] < 1.05 * peaks[2] and peaks[8] < peaks[1] / 4  # peaks[1]: the same rows in one piece
     sizes, trainer.args.val_bytes = [], 0
     for targets in (400, 2000):
-        data = type("Data", (), {"val": np.random.default_rng(0).integers(4, 260, targets + 1), "val_files": ["val"]})
+        data = type(
+            "Data",
+            (),
+            {"val": np.random.default_rng(0).integers(4, 260, targets + 1), "val_files": ["val"]},
+        )
         evaluator = twin.Evaluator(trainer.args, data, trainer.runtime, twin.Log(None))
         trainer.args.eval_batch_tokens = 256
         sizes.append(peak(evaluator.run, "raw", trainer.model, 64, 16))
@@ -232,10 +267,12 @@ def test_fp16_skips_a_step_that_overflows_and_halves_its_scale(twin):
     ids, before = mx.random.randint(4, 260, (1, 8, 65)), weights(trainer)
     trainer.loss_scale = 2.0**100
     trainer.train_step(ids, mx.ones((1, 8)), 0.0)
-    assert trainer.loss_scale == 2.0**99 and all(np.array_equal(p, before[name]) for name, p in weights(trainer).items())
+    assert trainer.loss_scale == 2.0**99
+    assert all(np.array_equal(p, before[name]) for name, p in weights(trainer).items())
     trainer.loss_scale, trainer.good_steps = 1024.0, 1999
     trainer.train_step(ids, mx.ones((1, 8)), 0.0)
-    assert trainer.loss_scale == 2048.0 and not np.array_equal(weights(trainer)["tok_emb.weight"], before["tok_emb.weight"])
+    assert trainer.loss_scale == 2048.0
+    assert not np.array_equal(weights(trainer)["tok_emb.weight"], before["tok_emb.weight"])
 
 
 def test_batches_come_ahead_and_in_order(trunk, twin, corpus):
@@ -243,21 +280,29 @@ def test_batches_come_ahead_and_in_order(trunk, twin, corpus):
     loaders = []
     for script in (trunk, twin):
         args = script.Hyperparameters(settings)
-        loaders.append(script.Loader(script.Dataset(args, verify=False), args, script.BatchPlan.make(args, 1), 0))
+        loaders.append(
+            script.Loader(
+                script.Dataset(args, verify=False), args, script.BatchPlan.make(args, 1), 0
+            )
+        )
     ahead = loaders[1].prefetch()
     for _ in range(4):
         ids, rows, state = loaders[0].next()
         found = next(ahead)
-        assert np.array_equal(numpy(ids), found[0]) and np.array_equal(numpy(rows), found[1]) and state == found[2]
+        assert np.array_equal(numpy(ids), found[0])
+        assert np.array_equal(numpy(rows), found[1])
+        assert state == found[2]
     ahead.close()
     assert loaders[1].state != state  # it read on while the others were used
 
 
 def test_one_compiled_graph_serves_every_model(twin):
     """A model that needs few kernels: MLX's CPU build asks a C++ compiler for each, a second or so."""
-    settings = {**TINY, "NUM_LAYERS": "1", "NGRAM_ORDERS": "0", "BIGRAM_VOCAB_SIZE": "0", "JEPA_CHUNK_SIZE": "0",
-                "SMEAR_GATE": "0", "XSA_LAST_N": "0", "RESID_MIX": "0", "UNET_SKIPS": "0", "LOGIT_SOFTCAP": "0",
-                "LN_SCALE": "0"}
+    settings = {
+        **TINY, "NUM_LAYERS": "1", "NGRAM_ORDERS": "0", "BIGRAM_VOCAB_SIZE": "0",
+        "JEPA_CHUNK_SIZE": "0", "SMEAR_GATE": "0", "XSA_LAST_N": "0", "RESID_MIX": "0",
+        "UNET_SKIPS": "0", "LOGIT_SOFTCAP": "0", "LN_SCALE": "0",
+    }
     models = [twin.GPT(twin.Hyperparameters(settings)) for _ in range(2)]
     for seed, model in enumerate(models):
         model.init_weights(seed)
@@ -277,14 +322,16 @@ def plain(script) -> dict[str, str]:
     return {name: symbol.text for name, symbol in script.by_name.items()}
 
 
-SHARED = """UserError Var Var.__init__ Var.parse Hyperparameters.__init__ Hyperparameters.RETIRED Hyperparameters._parse_classes
-    write_atomic Log progress_bar open_shard check_ids Dataset Dataset._verify Dataset.fingerprint byte_tables target_bytes
-    class_table BatchPlan BatchPlan.make BatchPlan.slots Loader Loader._row_starts Loader._next_rows tensor_class quant_plan
-    nearest cheapest gptq quantise SMALL_TENSOR SCALE_FLOOR sigreg_floor ChunkJEPA.weights ChunkJEPA.report rate_at
-    ARTIFACT_MAGIC ARTIFACT_VERSION CHUNK CONTEXT_EDGES Plane planes code_planes rans_encode rans_decode compressors pack
-    unpack unpack_tensors shipped_settings read_file windows TestTimeTraining.rows TestTimeTraining.catch_up
-    Evaluator.describe Evaluator.report Stream Stream.push picked Trainer.progress Trainer.validate git_commit
-    score_artifact"""
+SHARED = """UserError Var Var.__init__ Var.parse Hyperparameters.__init__ Hyperparameters.RETIRED
+    Hyperparameters._parse_classes write_atomic Log progress_bar open_shard check_ids Dataset
+    Dataset._verify Dataset.fingerprint byte_tables target_bytes class_table BatchPlan
+    BatchPlan.make BatchPlan.slots Loader Loader._row_starts Loader._next_rows tensor_class
+    quant_plan nearest cheapest gptq quantise SMALL_TENSOR SCALE_FLOOR sigreg_floor
+    ChunkJEPA.weights ChunkJEPA.report rate_at ARTIFACT_MAGIC ARTIFACT_VERSION CHUNK CONTEXT_EDGES
+    Plane planes code_planes rans_encode rans_decode compressors pack unpack unpack_tensors
+    shipped_settings read_file windows TestTimeTraining.rows TestTimeTraining.catch_up
+    Evaluator.describe Evaluator.report Stream Stream.push picked Trainer.progress Trainer.validate
+    git_commit score_artifact"""
 
 
 def test_what_needs_no_framework_is_the_trunks_byte_for_byte():
@@ -308,7 +355,9 @@ def test_twins_keep_the_rules_of_the_house():
     twins = [ROOT / "train_gpt_mlx.py", *ROOT.glob("records/*/train_gpt_mlx.py")]
     findings = [finding for path in twins for finding in lineage.check(path)]
     assert len(twins) > 1 and len(findings) >= 8 * len(twins)
-    assert all(finding.level == "PASS" for finding in findings), [str(f) for f in findings if f.level != "PASS"]
+    assert all(finding.level == "PASS" for finding in findings), [
+        str(f) for f in findings if f.level != "PASS"
+    ]
 
 
 def test_both_know_the_same_variables(trunk, twin):
@@ -322,7 +371,9 @@ def test_both_know_the_same_variables(trunk, twin):
 @pytest.mark.parametrize("settings", [
     {}, {"QUANT_CLIP": "mse", "QUANT_ROUND": "nearest", "COMPRESSOR": "zstd"},
     {"QUANT_RATE": "ngram:0.3", "BITS": "mlp:4,ngram:3", "COMPRESSOR": "lzma", "DRAFT": 1}], ids=named)
-def test_the_same_weights_pack_to_the_same_bytes_and_score_alike(trunk, twin, pair, settings, corpus, tmp_path):
+def test_the_same_weights_pack_to_the_same_bytes_and_score_alike(
+    trunk, twin, pair, settings, corpus, tmp_path
+):
     model, other = pair(**settings)
     hessians = {}
     if settings == {}:  # GPTQ too, given the same moments
@@ -339,8 +390,14 @@ def test_the_same_weights_pack_to_the_same_bytes_and_score_alike(trunk, twin, pa
         nats = []
         for script in (trunk, twin):
             header, _ = script.unpack(path.read_bytes(), str(path))
-            args = script.shipped_settings(header, str(path), {"TTT": ttt, "TTT_CHUNK_TOKENS": "64", "TTT_LR": "0.05",
-                                                               "TTT_BATCH_ROWS": "2", "EVAL_STRIDE": "16"})
+            args = script.shipped_settings(
+                header,
+                str(path),
+                {
+                    "TTT": ttt, "TTT_CHUNK_TOKENS": "64", "TTT_LR": "0.05", "TTT_BATCH_ROWS": "2",
+                    "EVAL_STRIDE": "16",
+                },
+            )
             nats.append(script.score(script.load(path, "cpu", args), ids)[0])
         bits = [part.sum() / np.log(2) / (len(ids) - 1) for part in nats]
         assert abs(bits[0] - bits[1]) < 1e-4 and np.abs(nats[0] - nats[1]).max() < 1e-3
@@ -354,22 +411,36 @@ def test_checkpoints_go_both_ways_and_mistakes_are_told(trunk, twin, trainers, t
         ids = torch.randint(4, 260, shape, generator=torch.Generator().manual_seed(0))
         convert = array if script is twin else lambda x: x
         trainer.train_step(convert(ids), convert(torch.ones(shape[:2])), 0.4)
-        trainer.step, trainer.seconds, trainer.best, trainer.loader_state = 1, 2.5, 3.5, {"epoch": 0, "shard": 0, "row": 8}
+        trainer.step, trainer.seconds, trainer.best, trainer.loader_state = (
+            1,
+            2.5,
+            3.5,
+            {"epoch": 0, "shard": 0, "row": 8},
+        )
         trainer.save("last")
         paths[script] = (tmp_path / "a/last.safetensors").rename(tmp_path / f"{script.__name__}.safetensors")
     for path in paths.values():
         found = []
         for script, trainer in zip((trunk, twin), trainers(log=lambda _: None, **settings)):
             trainer.restore(path)
-            assert (trainer.step, trainer.seconds, trainer.best, trainer.loader_state["row"]) == (1, 2.5, 3.5, 8)
+            assert (trainer.step, trainer.seconds, trainer.best, trainer.loader_state["row"]) == (
+                1,
+                2.5,
+                3.5,
+                8,
+            )
             averages = trainer.ema.average if script is trunk else trainer.ema.average.values()
             moments = [value for _, value in sorted(trainer.optimizers.state().items())]
-            kept = [numpy(value).copy() for value in (*dict(trainer.model.named_parameters()).values(), *averages, *moments)]
+            kept = [
+                numpy(value).copy()
+                for value in (*dict(trainer.model.named_parameters()).values(), *averages, *moments)
+            ]
             ids = torch.randint(4, 260, shape, generator=torch.Generator().manual_seed(1))
             convert = array if script is twin else lambda x: x
             trainer.train_step(convert(ids), convert(torch.ones(shape[:2])), 0.5)
             found.append((kept, weights(trainer)))
-        assert len(found[0][0]) == len(found[1][0]) and all(np.array_equal(a, b) for a, b in zip(found[0][0], found[1][0]))
+        assert len(found[0][0]) == len(found[1][0])
+        assert all(np.array_equal(a, b) for a, b in zip(found[0][0], found[1][0]))
         assert all(np.abs(p - found[1][1][name]).max() < 1e-4 for name, p in found[0][1].items())
     trainer = trainers(**{**settings, "NUM_LAYERS": 2})[1]
     with pytest.raises(twin.UserError, match="made with NUM_LAYERS=3, not 2"):
@@ -382,14 +453,19 @@ def test_checkpoints_go_both_ways_and_mistakes_are_told(trunk, twin, trainers, t
 
 def test_a_checkpoint_has_the_random_state_that_torch_asks_for(twin):
     for seed in (0, 1337, 2**40 + 7):
-        assert np.array_equal(twin.torch_rng_state(seed), torch.Generator().manual_seed(seed).get_state().numpy())
+        assert np.array_equal(
+            twin.torch_rng_state(seed), torch.Generator().manual_seed(seed).get_state().numpy()
+        )
 
 
 # --- Scoring and decoding ---
 
 
-@pytest.mark.parametrize("switches", [{}, {"DOC_MASK": 1, "JEPA_CHUNK_SIZE": 0}, {"TTT": "sgd", "TTT_CHUNK_TOKENS": 32}],
-                         ids=named)
+@pytest.mark.parametrize(
+    "switches",
+    [{}, {"DOC_MASK": 1, "JEPA_CHUNK_SIZE": 0}, {"TTT": "sgd", "TTT_CHUNK_TOKENS": 32}],
+    ids=named,
+)
 def test_the_stream_has_the_scorers_distributions(pair, twin, corpus, switches):
     ids = np.fromfile(next(corpus.glob("*_val_*.bin")), "<u2", offset=1024)[:90].astype(np.int64)
     ids[40] = 1
@@ -423,8 +499,12 @@ def test_drafts_write_what_the_model_writes_and_what_the_trunk_writes(trunk, twi
         texts = []
         for script, source in ((trunk, model), (twin, other)):
             for speculate in ("0", "1"):
-                args = script.Hyperparameters({**TINY, "DRAFT": "3", "MAX_NEW_TOKENS": "24", "SPECULATE": speculate,
-                                               "TEMPERATURE": temperature})
+                args = script.Hyperparameters(
+                    {
+                        **TINY, "DRAFT": "3", "MAX_NEW_TOKENS": "24", "SPECULATE": speculate,
+                        "TEMPERATURE": temperature,
+                    }
+                )
                 texts.append(script.write(source, prompt, args))
         assert len({json.dumps([int(i) for i in made]) for made, _ in texts}) == 1 and len(texts[0][0]) == 24
         assert texts[0][1] == texts[2][1] == 24 and texts[1][1] == texts[3][1] <= 24  # passes
@@ -441,10 +521,19 @@ def test_device_and_limits_are_the_runs_own(twin, monkeypatch):
     args = twin.Hyperparameters({**TINY, "MEMORY_LIMIT_MB": "512", "DTYPE": "auto", "COMPILE": "auto"})
     runtime = twin.Runtime(args)
     assert limits == {"memory": 512 << 20, "cache": 256 << 20} and runtime.world_size == 1
-    assert runtime.from_main([1 / 3, 2.0]) == [1 / 3, 2.0] and runtime.dtype == mx.float32 and not runtime.compile
-    monkeypatch.setattr(twin.mx.metal, "is_available", lambda: True)  # a Mac whose system keeps less resident than that
-    monkeypatch.setattr(twin.mx, "device_info", lambda: {"max_recommended_working_set_size": 300 << 20, "device_name": "M"})
+    assert runtime.from_main([1 / 3, 2.0]) == [1 / 3, 2.0]
+    assert runtime.dtype == mx.float32
+    assert not runtime.compile
+    # A Mac whose system keeps less resident than that
+    monkeypatch.setattr(twin.mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(
+        twin.mx,
+        "device_info",
+        lambda: {"max_recommended_working_set_size": 300 << 20, "device_name": "M"},
+    )
     twin.Runtime(args)
     assert limits == {"memory": 512 << 20, "cache": 256 << 20, "wired": 300 << 20}
     runtime.device = mx.Device(mx.gpu)
-    assert runtime._pick_dtype(args) == mx.bfloat16 and runtime._pick_compile(args) and runtime.device_name() == "M"
+    assert runtime._pick_dtype(args) == mx.bfloat16
+    assert runtime._pick_compile(args)
+    assert runtime.device_name() == "M"

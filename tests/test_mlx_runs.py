@@ -1,4 +1,5 @@
-"""The MLX twin in a process of its own, at toy size and without torch: runs, files, ranks, signals, mistakes."""
+"""The MLX twin in a process of its own, at toy size and
+without torch: runs, files, ranks, signals, mistakes."""
 
 import contextlib
 import json
@@ -32,12 +33,20 @@ def losses(output: str) -> np.ndarray:
 
 
 def scores(output: str) -> dict[str, float]:
-    return {name: float(bpb) for name, bpb in re.findall(r"^(\w+)_exact val_loss:\S+ val_bpb:(\S+)", output, re.M)}
+    return {
+        name: float(bpb)
+        for name, bpb in re.findall(r"^(\w+)_exact val_loss:\S+ val_bpb:(\S+)", output, re.M)
+    }
 
 
-def test_a_run_leaves_what_the_house_promises_and_the_trunk_agrees_on_its_score(run, inside, trunk, no_torch, tmp_path):
-    settings = {"VAL_LOSS_EVERY": 3, "GRAD_REPORT_EVERY": 3, "JEPA_PHASE1_FRAC": 0, "DRAFT": 2, "QAT_START": 0.5,
-                "TTT": "sgd", "TTT_CHUNK_TOKENS": 512, "TTT_BATCH_ROWS": 4, "VAL_BYTES": 1500}
+def test_a_run_leaves_what_the_house_promises_and_the_trunk_agrees_on_its_score(
+    run, inside, trunk, no_torch, tmp_path
+):
+    settings = {
+        "VAL_LOSS_EVERY": 3, "GRAD_REPORT_EVERY": 3, "JEPA_PHASE1_FRAC": 0, "DRAFT": 2,
+        "QAT_START": 0.5, "TTT": "sgd", "TTT_CHUNK_TOKENS": 512, "TTT_BATCH_ROWS": 4,
+        "VAL_BYTES": 1500,
+    }
     code, output, metrics = run(script=TWIN, PYTHONPATH=no_torch, **settings)
     assert code == 0, output
     folder = tmp_path / "runs" / "test"
@@ -52,31 +61,44 @@ def test_a_run_leaves_what_the_house_promises_and_the_trunk_agrees_on_its_score(
     assert metrics["bytes_total"] == (folder / "artifact.bin").stat().st_size + TWIN.stat().st_size
     log = (folder / "log.txt").read_text()
     assert log.startswith(TWIN.read_text()) and set(output.splitlines()) <= set(log.splitlines())
-    assert re.search(r"^step:2/6 .* draft:\S+ jepa_pred:\S+ jepa_r2:\S+ sigreg:\S+ sigreg_floor:0.0\d+$", output, re.M)
+    assert re.search(
+        r"^step:2/6 .* draft:\S+ jepa_pred:\S+ jepa_r2:\S+ sigreg:\S+ sigreg_floor:0.0\d+$",
+        output,
+        re.M,
+    )
     assert re.search(r"^step:6/6 val_loss:\S+ val_bpb:\S+ train_time:\d+ms step_avg:\S+ms$", output, re.M)
     reports = re.findall(r"^grad_report step:3 (\w+) .*blocks.attn:(\S+) .*aux.projector:(\S+)", output, re.M)
     assert {name: float(attn) > 0 for name, attn, _ in reports} == {
         "ce": True, "draft": False, "jepa_pred": False, "sigreg": False}
     assert losses(output)[-1] < losses(output)[0] - 0.3  # it learns
-    code, output, theirs = inside(trunk, EVAL_ONLY=1, ARTIFACT=folder / "artifact.bin", TTT="sgd", VAL_BYTES=1500,
-                                  TTT_CHUNK_TOKENS=512, TTT_BATCH_ROWS=4)
+    code, output, theirs = inside(
+        trunk, EVAL_ONLY=1, ARTIFACT=folder / "artifact.bin", TTT="sgd", VAL_BYTES=1500,
+        TTT_CHUNK_TOKENS=512, TTT_BATCH_ROWS=4,
+    )
     assert code == 0, output
     trunks, twins = scores(output), scores(log)
     assert len(trunks) == 3 and trunks == pytest.approx({name: twins[name] for name in trunks}, abs=1e-4)
     assert set(theirs) - set(metrics) == {"torch"}
-    assert set(metrics) - set(theirs) == {"mlx", "params", "params_shipped", "steps", "ms_per_step"}  # of training
+    # Of training
+    assert set(metrics) - set(theirs) == {"mlx", "params", "params_shipped", "steps", "ms_per_step"}
 
 
 def test_stop_and_resume_equals_one_run_bit_for_bit_in_flat_memory(run, cut, tmp_path):
-    """Ctrl-C somewhere in the middle, then RESUME=auto. Thirty steps of two micro-batches take the memory of ten."""
-    settings = {**SMALL, "ITERATIONS": 30, "WARMDOWN_ITERS": 20, "TRAIN_ORDER": "shuffled", "TRAIN_LOG_EVERY": 1,
-                "JEPA_PHASE1_FRAC": 0, "CHECKPOINT_EVERY": 15, "TRAIN_BATCH_TOKENS": 256, "DEVICE_BATCH_TOKENS": 128}
+    """Ctrl-C somewhere in the middle, then RESUME=auto.
+    Thirty steps of two micro-batches take the memory of ten."""
+    settings = {
+        **SMALL, "ITERATIONS": 30, "WARMDOWN_ITERS": 20, "TRAIN_ORDER": "shuffled",
+        "TRAIN_LOG_EVERY": 1, "JEPA_PHASE1_FRAC": 0, "CHECKPOINT_EVERY": 15,
+        "TRAIN_BATCH_TOKENS": 256, "DEVICE_BATCH_TOKENS": 128,
+    }
     code, output, _ = run(script=TWIN, **settings)
     assert code == 0 and "micro_steps:2" in output, output
     lines = [json.loads(line) for line in (tmp_path / "runs/test/metrics.jsonl").read_text().splitlines()]
     peaks = {line["step"]: line["peak_mem_mb"] for line in lines if "peak_mem_mb" in line}
-    assert len(peaks) == 30 and 0 < max(peaks[step] for step in range(26, 31)) < 1.05 * max(peaks[step] for step in range(6, 11))
-    step = cut(TWIN, signal.SIGINT, "step:2/30 train_loss", **settings)  # early: what is left has to outlast a busy machine's delay
+    assert len(peaks) == 30
+    assert 0 < max(peaks[step] for step in range(26, 31)) < 1.05 * max(peaks[step] for step in range(6, 11))
+    # Early: what is left has to outlast a busy machine's delay
+    step = cut(TWIN, signal.SIGINT, "step:2/30 train_loss", **settings)
     assert 2 <= step < 30
     code, output, _ = run(script=TWIN, **settings, RUN_ID="cut", RESUME="auto")
     assert code == 0 and f"step:{step} train_time" in output, output
@@ -88,8 +110,11 @@ def test_stop_and_resume_equals_one_run_bit_for_bit_in_flat_memory(run, cut, tmp
 
 def test_two_ranks_give_the_losses_of_one(run, corpus, tmp_path):
     """By `mlx.launch`, as the README has it: MLX's ring over two ports of this machine."""
-    settings = {**SMALL, "JEPA_PHASE1_FRAC": 0, "JEPA_LAMBDA_MAX": 0.1, "JEPA_BACKBONE_GRAD": 1, "ITERATIONS": 5,
-                "TRAIN_LOG_EVERY": 1, "TTT": "sgd", "TTT_CHUNK_TOKENS": 256, "TTT_MODULES": "blocks.1,smear", "TTT_LR": 0.1}
+    settings = {
+        **SMALL, "JEPA_PHASE1_FRAC": 0, "JEPA_LAMBDA_MAX": 0.1, "JEPA_BACKBONE_GRAD": 1,
+        "ITERATIONS": 5, "TRAIN_LOG_EVERY": 1, "TTT": "sgd", "TTT_CHUNK_TOKENS": 256,
+        "TTT_MODULES": "blocks.1,smear", "TTT_LR": 0.1,
+    }
     code, one, alone = run(script=TWIN, **settings)
     assert code == 0, one
     with contextlib.ExitStack() as held:  # two ports in a row
@@ -100,16 +125,22 @@ def test_two_ranks_give_the_losses_of_one(run, corpus, tmp_path):
                 break
     launch = [Path(sys.executable).with_name("mlx.launch"), "--hosts", "127.0.0.1,127.0.0.1", "-p", str(port)]
     env = environment(DATA_PATH=corpus, RUNS_PATH=tmp_path / "runs", RUN_ID="two", **settings)
-    done = subprocess.run([*launch, sys.executable, TWIN], capture_output=True, text=True, env=env, timeout=60)
+    done = subprocess.run(
+        [*launch, sys.executable, TWIN], capture_output=True, text=True, env=env, timeout=60
+    )
     both = done.stdout
-    assert "world_size:2" in both and len(re.findall(r"^step:5/5 train_loss", both, re.M)) == 1, both + done.stderr  # rank 0 alone speaks
+    # Rank 0 alone speaks
+    assert "world_size:2" in both and len(re.findall(r"^step:5/5 train_loss", both, re.M)) == 1, (
+        both + done.stderr
+    )
     assert np.abs(losses(one) - losses(both)).max() <= 1.0001e-4 and len(losses(one)) == 5
     together = json.loads((tmp_path / "runs/two/metrics.json").read_text())
     for name, entry in alone["evals"].items():
         assert entry["val_loss"] == pytest.approx(together["evals"][name]["val_loss"], abs=3e-4), name
         assert entry["targets"] == together["evals"][name]["targets"]
     sliding, learned = (alone["evals"][f"final_int6_{name}"] for name in ("sliding", "ttt"))
-    assert learned["updates"] > 0 and abs(learned["val_loss"] - sliding["val_loss"]) > 1e-3  # both ranks learned
+    # Both ranks learned
+    assert learned["updates"] > 0 and abs(learned["val_loss"] - sliding["val_loss"]) > 1e-3
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -126,11 +157,15 @@ def test_mistakes_are_one_line(twin, inside, settings, message):
 
 
 def test_help_and_half_precision(run):
-    done = subprocess.run([sys.executable, str(TWIN), "--help"], capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        [sys.executable, str(TWIN), "--help"], capture_output=True, text=True, env=environment()
+    )
     assert done.returncode == 0 and "MEMORY_LIMIT_MB" in done.stdout and "mlx.launch" in done.stdout
     for dtype, name, ema in (("bf16", "bfloat16", 1), ("fp16", "float16", 0)):
-        code, output, metrics = run(script=TWIN, **{**SMALL, "VAL_BYTES": 200}, NUM_LAYERS=2, QUANT_ROUND="nearest", DTYPE=dtype,
-                                    EMA_ENABLED=ema, ITERATIONS=4, JEPA_PHASE1_FRAC=0)
+        code, output, metrics = run(
+            script=TWIN, **{**SMALL, "VAL_BYTES": 200}, NUM_LAYERS=2, QUANT_ROUND="nearest",
+            DTYPE=dtype, EMA_ENABLED=ema, ITERATIONS=4, JEPA_PHASE1_FRAC=0,
+        )
         assert code == 0 and np.isfinite(metrics["val_bpb"]) and f" dtype:{name} " in output, output
         assert losses(output)[-1] < losses(output)[0] - 0.3 and ("final_ema" in metrics["evals"]) == ema
 
@@ -141,15 +176,25 @@ def test_it_writes_from_a_text(trunk, twin, pair, tmp_path):
     path.write_bytes(twin.pack({name: np.array(p) for name, p in model.exported().items()}, model.args))
     env = environment(GENERATE="def", ARTIFACT=path, MAX_NEW_TOKENS=20, DRAFT=2)
     done = subprocess.run([sys.executable, str(TWIN)], capture_output=True, env=env, timeout=60)
-    assert done.returncode == 0 and re.search(rb"^ids:20 bytes:\d+ passes:\d+ ", done.stderr, re.M), done.stderr
+    assert done.returncode == 0 and re.search(
+        rb"^ids:20 bytes:\d+ passes:\d+ ", done.stderr, re.M
+    ), done.stderr
     source = trunk.load(path)
-    made, _ = trunk.write(source, [1, *(byte + 4 for byte in b"def")], trunk.Hyperparameters({"MAX_NEW_TOKENS": "20"}))
+    made, _ = trunk.write(
+        source, [1, *(byte + 4 for byte in b"def")], trunk.Hyperparameters({"MAX_NEW_TOKENS": "20"})
+    )
     assert done.stdout == bytes(i - 4 for i in made if i >= 4)
 
 
 def test_bench_measures_the_twin():
-    command = [sys.executable, str(ROOT / "scripts" / "bench.py"), "--one", "--raw", "--steps", "2", "--script", str(TWIN)]
-    env = environment(QUANT_ROUND="nearest", EVAL_STRIDE=64, NGRAM_ORDERS=0, BIGRAM_VOCAB_SIZE=0, JEPA_CHUNK_SIZE=0)
+    command = [
+        sys.executable, str(ROOT / "scripts" / "bench.py"), "--one", "--raw", "--steps", "2",
+        "--script", str(TWIN),
+    ]
+    env = environment(
+        QUANT_ROUND="nearest", EVAL_STRIDE=64, NGRAM_ORDERS=0, BIGRAM_VOCAB_SIZE=0,
+        JEPA_CHUNK_SIZE=0,
+    )
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

@@ -29,7 +29,8 @@ def mlx():
 
 
 def both(mlx, seed: int = 0, **overrides):
-    """(torch's model, the twin's) of the same random weights, large enough that every path carries a signal."""
+    """(torch's model, the twin's) of the same random
+    weights, large enough that every path carries a signal."""
     settings = {key: str(value) for key, value in {**SMALL, "INIT_STD": 0.15, **overrides}.items()}
     model, other = (script.GPT(script.Hyperparameters(settings)) for script in (section, mlx))
     model.init_weights(seed)
@@ -58,8 +59,13 @@ def test_logits_losses_and_gradients(mlx, overrides):
     shares = {"ce": 0.01, **(model.aux.weights(0.0) if model.aux else {})}
     sum(share * sums[name] for name, share in shares.items()).backward()
     others, grads = mlx.training_gradients(
-        other, other.named_parameters(), {name: mx.array(share) for name, share in shares.items()}, array(ids),
-        array(weights), array(inputs) if inputs is not None else None)
+        other,
+        other.named_parameters(),
+        {name: mx.array(share) for name, share in shares.items()},
+        array(ids),
+        array(weights),
+        array(inputs) if inputs is not None else None,
+    )
     assert {name: float(value.detach()) for name, value in sums.items()} == pytest.approx(
         {name: value.item() for name, value in others.items()}, rel=1e-4, abs=1e-6)
     for name, p in model.named_parameters():
@@ -71,7 +77,12 @@ def both_trainers(mlx, **overrides) -> list:
     """Trainers of torch and of the twin from the same weights, with torch's draws of places for the heads."""
     settings = {key: str(value) for key, value in {**SMALL, **overrides, "ADAM_EPS": 1e-5, "WARMUP_STEPS": 0,
                                                    "MAX_WALLCLOCK_SECONDS": 0}.items()}
-    return trainers_alike((section, mlx), both(mlx, **overrides), ({**settings, "COMPILE": "0"}, settings), section.Log(None))
+    return trainers_alike(
+        (section, mlx),
+        both(mlx, **overrides),
+        ({**settings, "COMPILE": "0"}, settings),
+        section.Log(None),
+    )
 
 
 @pytest.mark.parametrize("overrides", [{}, HYBRID], ids=named)
@@ -84,12 +95,17 @@ def test_steps_move_weights_averages_and_moments_alike(mlx, overrides):
         for trainer in trainers:
             trainer.step += 1
         for name, p in trainers[0].model.named_parameters():
-            assert np.abs(numpy(p) - np.array(trainers[1].model.named_parameters()[name])).max() < 1e-4, (step, name)
+            assert (
+                np.abs(numpy(p) - np.array(trainers[1].model.named_parameters()[name])).max() < 1e-4
+            ), (step, name)
         averages = zip(trainers[0].ema.average, trainers[1].ema.average.values())
         assert all(np.abs(numpy(a) - numpy(b)).max() < 1e-4 for a, b in averages)
     states = [trainer.optimizers.state() for trainer in trainers]
     assert set(states[0]) == set(states[1])
-    assert all(np.abs(numpy(value) - np.array(states[1][name])).max() < 1e-4 for name, value in states[0].items())
+    assert all(
+        np.abs(numpy(value) - np.array(states[1][name])).max() < 1e-4
+        for name, value in states[0].items()
+    )
 
 
 def test_every_size_has_the_same_tensors_and_settings(mlx):
@@ -104,17 +120,19 @@ def test_every_size_has_the_same_tensors_and_settings(mlx):
     ours, theirs = (script.Hyperparameters.vars() for script in (section, mlx))
     assert set(theirs) - set(ours) == {"memory_limit_mb"}
     assert {name for name in ours if name not in theirs} == {
-        "rank", "local_rank", "master_addr", "master_port", "eval_gate", "sgjm", "baseline", "gate_bench", "gate_batches",
-        "gate_radius"}
+        "rank", "local_rank", "master_addr", "master_port", "eval_gate", "sgjm", "baseline",
+        "gate_bench", "gate_batches", "gate_radius",
+    }
     assert all(theirs[name].default == var.default and theirs[name].ship == var.ship
                for name, var in ours.items() if name in theirs)
     assert section.SIZES == mlx.SIZES
 
 
-SHARED = """SIZES Hyperparameters.settings Dataset Dataset._open Loader._next_rows BatchPlan.make tensor_class quant_plan
-    nearest gptq quantise code_planes rans_encode rans_decode pack unpack unpack_tensors SpeculativeHeads.weights
-    SpeculativeHeads.report windows Draft SpeculationGraph.choose SpeculationGraph.settle Place repeated chosen
-    Generator.plan Generator.walk Generator.look_up looping measured read_prompts generate"""
+SHARED = """SIZES Hyperparameters.settings Dataset Dataset._open Loader._next_rows BatchPlan.make
+    tensor_class quant_plan nearest gptq quantise code_planes rans_encode rans_decode pack unpack
+    unpack_tensors SpeculativeHeads.weights SpeculativeHeads.report windows Draft
+    SpeculationGraph.choose SpeculationGraph.settle Place repeated chosen Generator.plan
+    Generator.walk Generator.look_up looping measured read_prompts generate"""
 
 
 def test_what_needs_no_framework_is_the_torch_scripts_byte_for_byte():
@@ -152,9 +170,13 @@ def step(trainer, progress: float = 0.3) -> None:
 
 def test_fifty_steps_end_at_the_same_loss(mlx):
     trainers, found = both_trainers(mlx, **HYBRID, ITERATIONS=50, WARMDOWN_ITERS=20, HEADS_GRAD=1), []
-    words = np.frombuffer(b"so it goes, and so it went, and so it will go on; " * 20, np.uint8).astype(np.int64)
+    words = np.frombuffer(
+        b"so it goes, and so it went, and so it will go on; " * 20, np.uint8
+    ).astype(np.int64)
     for i in range(50):
-        ids = torch.from_numpy(np.stack([words[at : at + 33] for at in np.random.default_rng(i).integers(900, size=4)]))[None]
+        ids = torch.from_numpy(
+            np.stack([words[at : at + 33] for at in np.random.default_rng(i).integers(900, size=4)])
+        )[None]
         terms = [trainer.train_step(convert(ids), convert(torch.ones(1, 4)), trainer.progress())
                  for trainer, convert in zip(trainers, (lambda x: x, array))]
         found.append([float(each["ce"]) / 128 for each in terms])
@@ -173,7 +195,16 @@ def test_compiled_steps_are_the_eager_ones(mlx, tracing, overrides):
             sums.append(trainer.train_step(array((text() + i) % 256)[None], mx.ones((1, 4)), i / 3))
             trainer.step += 1
         scores = trainer.logits(trainer.model, array(text(2, 32)), mx.zeros(2, mx.int32), 16)
-        found.append((sums, {**trainer.model.named_parameters(), **trainer.optimizers.state(), "scores": scores}))
+        found.append(
+            (
+                sums,
+                {
+                    **trainer.model.named_parameters(),
+                    **trainer.optimizers.state(),
+                    "scores": scores,
+                },
+            )
+        )
     assert sorted(tracing) == [1, 3, 3]  # scoring, the optimizers' step, gradients
     for mine, theirs in zip(found[0][0], found[1][0]):
         assert mine == pytest.approx(theirs, rel=1e-6)
@@ -192,9 +223,15 @@ def test_checkpoints_go_both_ways(mlx, tmp_path, overrides):
         trainers = both_trainers(mlx, **settings)
         for trainer in trainers:
             trainer.restore(path)
-        arrays = [{**dict(trainer.model.named_parameters()), **trainer.optimizers.state()} for trainer in trainers]
+        arrays = [
+            {**dict(trainer.model.named_parameters()), **trainer.optimizers.state()}
+            for trainer in trainers
+        ]
         assert arrays[0].keys() == arrays[1].keys()
-        assert all(np.array_equal(numpy(value), np.array(arrays[1][name])) for name, value in arrays[0].items())
+        assert all(
+            np.array_equal(numpy(value), np.array(arrays[1][name]))
+            for name, value in arrays[0].items()
+        )
         for trainer in trainers:
             step(trainer)
             assert trainer.step == 2
@@ -203,7 +240,8 @@ def test_checkpoints_go_both_ways(mlx, tmp_path, overrides):
 
 
 def test_torchs_gate_judges_the_twins_checkpoints(mlx, inside, tmp_path):
-    """The gate needs no twin: what it says of the twin's checkpoints is what it says of torch's after the same steps."""
+    """The gate needs no twin: what it says of the twin's
+    checkpoints is what it says of torch's after the same steps."""
     reports, pairs = [], []
     for kind in (0, 1):
         pairs.append([])
@@ -212,8 +250,10 @@ def test_torchs_gate_judges_the_twins_checkpoints(mlx, inside, tmp_path):
             step(trainer, 0.0)
             trainer.save("final")
             pairs[-1].append(tmp_path / f"{name}{kind}" / "final.safetensors")
-    gate = {**NOTHING, "DEVICE": "cpu", "DTYPE": "fp32", "COMPILE": 0, "EVAL_GATE": 1,
-            "VAL_BYTES": 500, "GATE_BATCHES": 2, "EVAL_BATCH_TOKENS": 1024, "TRAIN_BATCH_TOKENS": 128, "RUN_ID": "gate"}
+    gate = {
+        **NOTHING, "DEVICE": "cpu", "DTYPE": "fp32", "COMPILE": 0, "EVAL_GATE": 1, "VAL_BYTES": 500,
+        "GATE_BATCHES": 2, "EVAL_BATCH_TOKENS": 1024, "TRAIN_BATCH_TOKENS": 128, "RUN_ID": "gate",
+    }
     for sgjm, baseline in pairs:
         code, output, _ = inside(section, **gate, SGJM=sgjm, BASELINE=baseline)
         assert code == 1 and "gate honest    failed: " in output, output
@@ -222,23 +262,43 @@ def test_torchs_gate_judges_the_twins_checkpoints(mlx, inside, tmp_path):
         asked, told = (report[kind]["conditions"] for report in reports)
         assert len(asked) == 5
         for mine, theirs in zip(asked, told):
-            assert (mine["name"], mine["passed"], mine["why"]) == (theirs["name"], theirs["passed"], theirs["why"])
-            assert mine["value"] == (theirs["value"] and pytest.approx(theirs["value"], rel=0.02, abs=1e-3)), mine["name"]
+            assert (mine["name"], mine["passed"], mine["why"]) == (
+                theirs["name"],
+                theirs["passed"],
+                theirs["why"],
+            )
+            assert mine["value"] == (
+                theirs["value"] and pytest.approx(theirs["value"], rel=0.02, abs=1e-3)
+            ), mine["name"]
     code, output, _ = inside(mlx, **{**gate, "RUN_ID": "twin"}, SGJM=pairs[1][0], BASELINE=pairs[1][1])
-    assert code == 2 and re.fullmatch(r"error: EVAL_GATE='1' .*: train_gpt.py judges, checkpoints of this script too; .*\n", output), output
+    assert code == 2 and re.fullmatch(
+        r"error: EVAL_GATE='1' .*: train_gpt.py judges, checkpoints of this script too; .*\n",
+        output,
+    ), output
 
 
 def test_a_run_resumes_and_its_files_are_torchs_too(mlx, inside, corpus, tmp_path):
-    settings = {"SIZE": "smoke", "ATTN_EVERY_N": 2, "EXPORT_HEADS": 1, "ITERATIONS": 6, "WARMDOWN_ITERS": 3, "TRAIN_SEQ_LEN": 32,
-                "CHECKPOINT_EVERY": 4, "TRAIN_LOG_EVERY": 1, "VAL_BYTES": 200, "EVAL_BATCH_TOKENS": 1024}
-    kept = {"PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "DEVICE", "DTYPE", "COMPILE", "MAX_WALLCLOCK_SECONDS",
-            "EVAL_BUDGET_SECONDS", "OMP_NUM_THREADS"}
+    settings = {
+        "SIZE": "smoke", "ATTN_EVERY_N": 2, "EXPORT_HEADS": 1, "ITERATIONS": 6, "WARMDOWN_ITERS": 3,
+        "TRAIN_SEQ_LEN": 32, "CHECKPOINT_EVERY": 4, "TRAIN_LOG_EVERY": 1, "VAL_BYTES": 200,
+        "EVAL_BATCH_TOKENS": 1024,
+    }
+    kept = {
+        "PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "DEVICE", "DTYPE", "COMPILE",
+        "MAX_WALLCLOCK_SECONDS", "EVAL_BUDGET_SECONDS", "OMP_NUM_THREADS",
+    }
 
     def start(**more) -> str:
         env = {key: value for key, value in environment().items() if key in kept}
-        env |= {key: str(value) for key, value in {**settings, "DATA_PATH": corpus, "RUNS_PATH": tmp_path, "RUN_ID": "twin",
-                                                   **more}.items()}
-        done = subprocess.run([sys.executable, str(TWIN)], env=env, capture_output=True, text=True, timeout=120)
+        env |= {
+            key: str(value)
+            for key, value in {
+                **settings, "DATA_PATH": corpus, "RUNS_PATH": tmp_path, "RUN_ID": "twin", **more,
+            }.items()
+        }
+        done = subprocess.run(
+            [sys.executable, str(TWIN)], env=env, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
     whole, again = start(), start(RESUME="auto")
@@ -247,16 +307,24 @@ def test_a_run_resumes_and_its_files_are_torchs_too(mlx, inside, corpus, tmp_pat
     assert "step:4 train_time" in again and scores(again) == scores(whole)
     metrics = json.loads((tmp_path / "twin" / "metrics.json").read_text())
     artifact, checkpoint = tmp_path / "twin" / "artifact.bin", tmp_path / "twin" / "final.safetensors"
-    judged = {**NOTHING, "DEVICE": "cpu", "DTYPE": "fp32", "EVAL_BATCH_TOKENS": 1024, "VAL_BYTES": 200, "EVAL_BUDGET_SECONDS": 0}
+    judged = {
+        **NOTHING, "DEVICE": "cpu", "DTYPE": "fp32", "EVAL_BATCH_TOKENS": 1024, "VAL_BYTES": 200,
+        "EVAL_BUDGET_SECONDS": 0,
+    }
     code, output, theirs = inside(section, **judged, EVAL_ONLY=1, ARTIFACT=artifact)
     assert code == 0, output
     assert set(theirs) - set(metrics) == {"torch"}
-    assert set(metrics) - set(theirs) == {"mlx", "params", "params_shipped", "steps", "ms_per_step"}  # of training
+    # Of training
+    assert set(metrics) - set(theirs) == {"mlx", "params", "params_shipped", "steps", "ms_per_step"}
     final = [name for name in scores(output) if name.startswith("final_int7")]
-    assert len(final) == 2 and all(scores(output)[name] == pytest.approx(scores(whole)[name], abs=1e-4) for name in final)
+    assert len(final) == 2
+    assert all(scores(output)[name] == pytest.approx(scores(whole)[name], abs=1e-4) for name in final)
     assert scores(whole)["final_int7_sliding"] == pytest.approx(metrics["val_bpb"], abs=1e-7)
     models = [script.open_model(checkpoint) for script in (section, mlx)]  # a text with the heads' drafts
-    texts = [script.Generator(model, [1, *b"so it goes"], 1, True, 0.0).write(16) for script, model in zip((section, mlx), models)]
+    texts = [
+        script.Generator(model, [1, *b"so it goes"], 1, True, 0.0).write(16)
+        for script, model in zip((section, mlx), models)
+    ]
     assert texts[0] == texts[1] and models[1].aux is not None
 
 

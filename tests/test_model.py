@@ -30,7 +30,8 @@ ADDED = {"ngram.table", "ngram.proj.weight"}
 
 
 def test_published_tensor_list(trunk):
-    """Every tensor of #832 is here with its shape, changed, or absent, and nothing else is but the n-gram tables."""
+    """Every tensor of #832 is here with its shape, changed,
+    or absent, and nothing else is but the n-gram tables."""
     assert sum(math.prod(shape) for shape in PUBLISHED.values()) == 24_625_001
     args = trunk.Hyperparameters({"BIGRAM_VOCAB_SIZE": "4096"})
     with torch.device("meta"):
@@ -87,7 +88,8 @@ def context_strings(ids: list[int], t: int, orders, reach: int) -> list[tuple]:
 
 
 def test_contexts_are_what_they_say(trunk):
-    """Positions with equal contexts share their rows, others (nearly) never: against contexts spelt out in Python."""
+    """Positions with equal contexts share their rows, others
+    (nearly) never: against contexts spelt out in Python."""
     text = (b"The cat saw the cat. A cat, the dog and the cat saw 42 dogs; caf\xc3\xa9s saw the cat\n" * 3)[
         :230
     ]
@@ -120,7 +122,8 @@ def test_hash_spreads_over_the_buckets(trunk):
 
 
 def test_every_tensor_learns(trunk, tiny):
-    """With all phases active, after the zero-initialised outputs have moved, no parameter has a zero gradient."""
+    """With all phases active, after the zero-initialised
+    outputs have moved, no parameter has a zero gradient."""
     args = tiny(JEPA_BACKBONE_GRAD=1, DTYPE="fp32")
     model = trunk.GPT(args)
     model.init_weights(0)
@@ -148,7 +151,9 @@ def test_every_parameter_has_one_optimizer(trunk, tiny):
 
 
 @pytest.mark.parametrize("name", ["sdpa", "cpu"])
-@pytest.mark.parametrize("length, heads, kv", [(192, 6, 3), (64, 4, 4), (40, 8, 2), (130, 2, 1), (1030, 1, 1)])
+@pytest.mark.parametrize(
+    "length, heads, kv", [(192, 6, 3), (64, 4, 4), (40, 8, 2), (130, 2, 1), (1030, 1, 1)]
+)
 def test_attention_rungs_agree_with_the_formula(trunk, name, length, heads, kv):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, length, n, 16, generator=generator).requires_grad_() for n in (heads, kv, kv))
@@ -251,7 +256,8 @@ def test_newton_schulz_orthogonalises(trunk):
 
 @pytest.mark.parametrize("cap", [0, 60])
 def test_rate_ends_at_its_floor_in_both_clocks(trunk, tiny, cap):
-    """A run of 1,000 steps that the clock cuts at step 600 (cap 60 s, 0.1 s a step) or that ends by itself."""
+    """A run of 1,000 steps that the clock cuts at step
+    600 (cap 60 s, 0.1 s a step) or that ends by itself."""
     args = tiny(ITERATIONS=1000, WARMDOWN_ITERS=300, MIN_LR=0.1, MAX_WALLCLOCK_SECONDS=cap)
     rates, step = [], 0
     while (progress := max(step / 1000, step * 0.1 / cap if cap else 0)) < 1:

@@ -1,4 +1,5 @@
-"""scripts/run_seeds.py and scripts/sweep.py: what runs, what is skipped or resumed, failures, placement, summaries."""
+"""scripts/run_seeds.py and scripts/sweep.py: what runs,
+what is skipped or resumed, failures, placement, summaries."""
 
 import json
 import os
@@ -148,7 +149,9 @@ def test_a_run_without_a_finite_score_has_failed(go, place, change):
     (place / "A" / "train_gpt.py").write_text(script)
     for _ in range(2):  # just run, and found again
         code, arms, _ = go(run_seeds, "--seeds", "1,2,3")
-        assert code == 1 and states(arms["seeds"])[1] == "failed" and arms["seeds"]["mean"] == pytest.approx(1.002)
+        assert code == 1
+        assert states(arms["seeds"])[1] == "failed"
+        assert arms["seeds"]["mean"] == pytest.approx(1.002)
         assert "finite val_bpb" in arms["seeds"]["runs"][1]["tail"][-1]
 
 
@@ -383,9 +386,19 @@ def test_seeds_are_collected_whole(go, place):
 def test_a_collected_run_tells_no_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "elsewhere" / "a"
-    told = {"artifact": f"{run}/artifact.bin", "RUNS_PATH": str(run.parent), "DATA_PATH": f"{tmp_path}/data/books", "name": "books"}
+    told = {
+        "artifact": f"{run}/artifact.bin",
+        "RUNS_PATH": str(run.parent),
+        "DATA_PATH": f"{tmp_path}/data/books",
+        "name": "books",
+    }
     found = json.loads(run_seeds.without_places(json.dumps(told).encode(), run.parent))
-    assert found == {"artifact": "runs/a/artifact.bin", "RUNS_PATH": "runs", "DATA_PATH": "./data/books", "name": "books"}
+    assert found == {
+        "artifact": "runs/a/artifact.bin",
+        "RUNS_PATH": "runs",
+        "DATA_PATH": "./data/books",
+        "name": "books",
+    }
 
 
 def test_the_tables_name_arms_verdicts_and_failures(place, capsys):
@@ -397,11 +410,22 @@ def test_the_tables_name_arms_verdicts_and_failures(place, capsys):
 
 # --- Cards, evaluations, named sets ---
 
-JUDGE = {"settings": {"JUDGE": True, "OURS": "{run}", "THEIRS": "{run:plain}"}, "report": "report.json",
-         "score": {"nll": -1, "radius": 0.01}, "show": {"theirs": "pair.1", "radius": "radius", "gone": "pair.2"}}
-CARDS = {"base": {"LR": 2, "hypothesis": "as it is"}, "evaluate": JUDGE, "arms": {
-    "more": {"LR": 2.25, "hypothesis": "a larger rate | is worse", "expected": "0.25 more"}, "plain": {"LR": 3, "evaluate": False},
-    "wide": {"of": "base", "RADIUS": 12}, "odd": {"LR": 2.5, "expected": "fails"}}}
+JUDGE = {
+    "settings": {"JUDGE": True, "OURS": "{run}", "THEIRS": "{run:plain}"},
+    "report": "report.json",
+    "score": {"nll": -1, "radius": 0.01},
+    "show": {"theirs": "pair.1", "radius": "radius", "gone": "pair.2"},
+}
+CARDS = {
+    "base": {"LR": 2, "hypothesis": "as it is"},
+    "evaluate": JUDGE,
+    "arms": {
+        "more": {"LR": 2.25, "hypothesis": "a larger rate | is worse", "expected": "0.25 more"},
+        "plain": {"LR": 3, "evaluate": False},
+        "wide": {"of": "base", "RADIUS": 12},
+        "odd": {"LR": 2.5, "expected": "fails"},
+    },
+}
 
 
 def swept(place, capsys, *arguments) -> tuple[int, dict, str]:
@@ -413,44 +437,68 @@ def swept(place, capsys, *arguments) -> tuple[int, dict, str]:
 def test_finished_runs_are_evaluated_and_ranked(place, capsys):
     listed = arms_file(place, **CARDS)
     code, found, err = swept(place, capsys, "--arms", listed, "--seeds", "1,3")
-    assert code == 0 and [row["arm"] for row in found["arms"]] == ["base", "more", "plain", "odd"]  # `wide` is not trained
+    # `wide` is not trained
+    assert code == 0 and [row["arm"] for row in found["arms"]] == ["base", "more", "plain", "odd"]
     assert {(each["arm"], each["seed"], each["state"]) for each in found["evaluations"]} == {
         (arm, seed, "done") for arm in ("base", "more", "odd", "wide") for seed in (1, 3)}
     assert err.count("evaluation: report.json in") == 8
     assert [row["arm"] for row in found["ranked"]] == ["wide", "base", "more", "odd"]
     best, base, more, _ = found["ranked"]
-    assert best["score"] == pytest.approx(-2.002 + 0.12) and base["scores"] == pytest.approx({"1": -2.001 + 0.06, "3": -2.003 + 0.06})
-    assert best["shown"] == {"theirs": pytest.approx(3.002), "radius": 12, "gone": None} and base["shown"]["radius"] == 6
-    assert more["hypothesis"] == "a larger rate | is worse" and base["hypothesis"] == "as it is" and best["expected"] == ""
+    assert best["score"] == pytest.approx(-2.002 + 0.12)
+    assert base["scores"] == pytest.approx({"1": -2.001 + 0.06, "3": -2.003 + 0.06})
+    assert best["shown"] == {"theirs": pytest.approx(3.002), "radius": 12, "gone": None}
+    assert base["shown"]["radius"] == 6
+    assert more["hypothesis"] == "a larger rate | is worse"
+    assert base["hypothesis"] == "as it is"
+    assert best["expected"] == ""
     assert found["cards"]["odd"] == {"expected": "fails"}
     # The same command again evaluates nothing; a run that is newer than its evaluation has that done again.
     code, again, err = swept(place, capsys, "--arms", listed, "--seeds", "1,3")
-    assert code == 0 and {each["state"] for each in again["evaluations"]} == {"kept"} and again["ranked"] == found["ranked"]
-    report = next(place / each["folder"] for each in found["evaluations"] if each["arm"] == "more") / "report.json"
+    assert code == 0
+    assert {each["state"] for each in again["evaluations"]} == {"kept"}
+    assert again["ranked"] == found["ranked"]
+    report = (
+        next(place / each["folder"] for each in found["evaluations"] if each["arm"] == "more")
+        / "report.json"
+    )
     os.utime(report, (1, 1))
     _, again, _ = swept(place, capsys, "--arms", listed, "--seeds", "1,3")
     assert [each["arm"] for each in again["evaluations"] if each["state"] == "done"] == ["more"]
 
 
 def test_what_cannot_be_evaluated_comes_last(place, capsys):
-    arms = {**CARDS["arms"], "odd": {"MODE": "fail", "expected": "one seed of two"}, "broken": {"of": "more", "JUDGED": 7},
-            "none": {"of": "base", "OURS": "nowhere"}}
+    arms = {
+        **CARDS["arms"],
+        "odd": {"MODE": "fail", "expected": "one seed of two"},
+        "broken": {"of": "more", "JUDGED": 7},
+        "none": {"of": "base", "OURS": "nowhere"},
+    }
     score = {"nll": -1, "nan": 1}
-    code, found, err = swept(place, capsys, "--arms", arms_file(place, **{**CARDS, "arms": arms}), "--seeds", "1,2")
+    code, found, err = swept(
+        place, capsys, "--arms", arms_file(place, **{**CARDS, "arms": arms}), "--seeds", "1,2"
+    )
     assert code == 1 and "no evaluation of odd seed 2: no good run of odd" in err
     states = {(each["arm"], each["seed"]): each["state"] for each in found["evaluations"]}
-    assert ("odd", 2) not in states and states["odd", 1] == "done" and states["broken", 1] == states["none", 2] == "failed"
-    assert [row["arm"] for row in found["ranked"]][-2:] == ["broken", "none"] and found["ranked"][-1]["score"] is None
+    assert ("odd", 2) not in states
+    assert states["odd", 1] == "done"
+    assert states["broken", 1] == states["none", 2] == "failed"
+    assert [row["arm"] for row in found["ranked"]][-2:] == ["broken", "none"]
+    assert found["ranked"][-1]["score"] is None
     told, = (each["tail"] for each in found["evaluations"] if (each["arm"], each["seed"]) == ("none", 1))
     assert "FileNotFoundError" in told[-1]
-    code, found, _ = swept(place, capsys, "--arms", arms_file(place, **{**CARDS, "evaluate": {**JUDGE, "score": score}}), "--seeds", "1")
+    code, found, _ = swept(
+        place, capsys, "--arms",
+        arms_file(place, **{**CARDS, "evaluate": {**JUDGE, "score": score}}), "--seeds", "1",
+    )
     assert code == 0 and {row["score"] for row in found["ranked"]} == {None}
     assert [row["arm"] for row in found["ranked"]] == ["base", "more", "odd", "wide"]
 
 
 def test_cards_alone_are_told_and_the_table_names_them(place, capsys):
     arms = {"more": {"LR": 2.25, "hypothesis": "a | b", "expected": "worse"}}
-    code, found, _ = swept(place, capsys, "--arms", arms_file(place, base={"LR": 2}, arms=arms), "--seeds", "1")
+    code, found, _ = swept(
+        place, capsys, "--arms", arms_file(place, base={"LR": 2}, arms=arms), "--seeds", "1"
+    )
     assert code == 0 and found["evaluations"] == [] and [row["arm"] for row in found["ranked"]] == ["more"]
     assert sweep.main(["A", "--arms", arms_file(place, **CARDS), "--seeds", "1"]) == 0
     out = capsys.readouterr().out
@@ -471,7 +519,8 @@ def test_a_named_set_lies_beside_the_script_and_its_summary_too(place, capsys):
     table = tables.plain_rows(place / "A", "sweeps/rates.summary.json")
     best = found["ranked"][0]
     assert table.splitlines()[2].startswith(f"| `{best['arm']}` | {best['score']:.4f} |")
-    assert "gone" not in table and table.endswith("Means over 2 seeds.")  # a title that no arm has a number for
+    # A title that no arm has a number for
+    assert "gone" not in table and table.endswith("Means over 2 seeds.")
     with pytest.raises(Misuse, match="--named x: A offers rates$"):  # the summary is no set
         sweep.main(["A", "--named", "x"])
 
@@ -486,24 +535,48 @@ def test_a_signal_stops_evaluations_too(place, capsys, monkeypatch):
 
     monkeypatch.setattr(run_seeds, "Runner", Stopping)
     code, found, _ = swept(place, capsys, "--arms", arms_file(place, **CARDS), "--seeds", "1")
-    assert code == 130 and {each["state"] for each in found["evaluations"]} == {"stopped"} and not [*place.glob("runs/*/report.json")]
+    assert code == 130
+    assert {each["state"] for each in found["evaluations"]} == {"stopped"}
+    assert not [*place.glob("runs/*/report.json")]
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"arms": {"a": {"of": "b"}}}, "arm a: `of` names an arm that is trained, and needs `evaluate`; b is given"),
+    (
+        {"arms": {"a": {"of": "b"}}},
+        "arm a: `of` names an arm that is trained, and needs `evaluate`; b is given",
+    ),
     ({"arms": {"a": {"of": "base"}}, "evaluate": None}, "evaluate: an object with `settings`"),
     ({"arms": {"a": {"hypothesis": 3}}}, "arm a: `hypothesis` is a text"),
     ({"arms": {"a": {"evaluate": "no"}}}, "arm a: `evaluate` is true or false"),
     ({"arms": {"a": {"hypothesys": "x"}}}, "arm a: the script has no variable hypothesys"),
-    ({"arms": {"a": {"of": "base", "RADIUSS": 3}}}, "arm a: the script has no variable RADIUSS"),
-    ({"evaluate": {**JUDGE, "report": 3}}, "`report` a file's name"), ({"evaluate": {**JUDGE, "score": {"nll": "x"}}}, "`score` is an object of weights"),
-    ({"evaluate": {**JUDGE, "show": {"nll": 3}}}, "`show` is an object of names with dots"), ({"evaluate": {"report": "x"}}, "settings: an object"),
-    ({"evaluate": {**JUDGE, "settings": {"OURS": "{run:gone}"}}}, "OURS={run:gone} names gone, which is no arm that is trained"),
+    (
+        {"arms": {"a": {"of": "base", "RADIUSS": 3}}},
+        "arm a: the script has no variable RADIUSS",
+    ),
+    ({"evaluate": {**JUDGE, "report": 3}}, "`report` a file's name"),
+    ({"evaluate": {**JUDGE, "score": {"nll": "x"}}}, "`score` is an object of weights"),
+    ({"evaluate": {**JUDGE, "show": {"nll": 3}}}, "`show` is an object of names with dots"),
+    ({"evaluate": {"report": "x"}}, "settings: an object"),
+    (
+        {"evaluate": {**JUDGE, "settings": {"OURS": "{run:gone}"}}},
+        "OURS={run:gone} names gone, which is no arm that is trained",
+    ),
     ({"evaluate": {**JUDGE, "settings": {"SEED": 3}}}, "SEED is set by this tool"),
-    ({"evaluate": {**JUDGE, "settings": {"OUR": "x"}}}, "evaluate: the script has no variable OUR"), ({"more": 1}, "an object with `base`"),
+    (
+        {"evaluate": {**JUDGE, "settings": {"OUR": "x"}}},
+        "evaluate: the script has no variable OUR",
+    ),
+    ({"more": 1}, "an object with `base`"),
 ], ids=lambda part: part if isinstance(part, str) else "")
 def test_a_file_of_cards_that_is_wrong_runs_nothing(place, change, words):
-    listed = arms_file(place, **{**CARDS, "arms": {"plain": {"LR": 3}, **change.get("arms", {})}, **{k: v for k, v in change.items() if k != "arms"}})
+    listed = arms_file(
+        place,
+        **{
+            **CARDS,
+            "arms": {"plain": {"LR": 3}, **change.get("arms", {})},
+            **{k: v for k, v in change.items() if k != "arms"},
+        },
+    )
     with pytest.raises(Misuse) as error:
         sweep.main(["A", "--arms", listed])
     assert words in str(error.value) and not (place / "runs").exists()
@@ -517,7 +590,12 @@ def test_the_sets_of_the_records_are_well_formed():
             continue
         plan, known = sweep.listed(path), {*run_seeds.variables(find_script(path.parent.parent))}
         seen.add(path.stem)
-        for settings in (plan.shared, *plan.own.values(), *(mine for _, mine in plan.of.values()), plan.evaluate.get("settings", {})):
+        for settings in (
+            plan.shared,
+            *plan.own.values(),
+            *(mine for _, mine in plan.of.values()),
+            plan.evaluate.get("settings", {}),
+        ):
             assert settings.keys() <= known, path
         assert all({*card} == {*sweep.CARD} for card in plan.cards.values()), path
         assert plan.cards.keys() == {*plan.own, *plan.of} - plan.spared, path

@@ -58,7 +58,9 @@ def test_bad_value_names_variable_value_and_what_is_accepted(trunk, name, value)
 
 
 def test_a_text_keeps_its_spaces_and_a_choice_loses_them(trunk):
-    args = trunk.Hyperparameters({"GENERATE": " def ", "DTYPE": " fp32 ", "NUM_LAYERS": " 3 ", "TIE_EMBEDDINGS": " 1 "})
+    args = trunk.Hyperparameters(
+        {"GENERATE": " def ", "DTYPE": " fp32 ", "NUM_LAYERS": " 3 ", "TIE_EMBEDDINGS": " 1 "}
+    )
     assert (args.generate, args.dtype, args.num_layers, args.tie_embeddings) == (" def ", "fp32", 3, True)
 
 

@@ -1,4 +1,5 @@
-"""The record SGJM: published sizes, causality, Mamba-2 against its recurrence, cached decoding, the heads and their labels."""
+"""The record SGJM: published sizes, causality, Mamba-2 against
+its recurrence, cached decoding, the heads and their labels."""
 
 import math
 import re
@@ -16,9 +17,10 @@ section = load_script(RECORD)
 reports = load_script(RECORD / "rows.py")
 
 SMALL = {
-    "SIZE": "smoke", "MODEL_DIM": 32, "NUM_LAYERS": 2, "BASELINE_LAYERS": 2, "NUM_HEADS": 2, "FF_DIM": 48, "DRAFTER_DIM": 16,
-    "DRAFTER_FF_DIM": 24, "JUDGE_HIDDEN": 24, "VERIFIER_HIDDEN": 24, "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 128,
-    "EVAL_STRIDE": 8, "EVAL_BATCH_TOKENS": 1024, "HEAD_POSITIONS": 0, "MAMBA_HEAD_DIM": 16, "MAMBA_STATE": 8,
+    "SIZE": "smoke", "MODEL_DIM": 32, "NUM_LAYERS": 2, "BASELINE_LAYERS": 2, "NUM_HEADS": 2,
+    "FF_DIM": 48, "DRAFTER_DIM": 16, "DRAFTER_FF_DIM": 24, "JUDGE_HIDDEN": 24,
+    "VERIFIER_HIDDEN": 24, "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 128, "EVAL_STRIDE": 8,
+    "EVAL_BATCH_TOKENS": 1024, "HEAD_POSITIONS": 0, "MAMBA_HEAD_DIM": 16, "MAMBA_STATE": 8,
     "MAMBA_CHUNK_SIZE": 8, "DEVICE": "cpu", "DTYPE": "fp32", "COMPILE": 0,
 }
 HYBRID = {"ATTN_EVERY_N": 2, "NUM_LAYERS": 3, "BASELINE_LAYERS": 3}
@@ -52,26 +54,53 @@ def total(model, sums):
 
 # Sizes
 
-# Section 1.1 of the published configuration: D, layers, F, positions, b, drafter layers, e, its F, J, W, attention every, N;
-# section 1.2: parameters of backbone, drafter, judge and verifier, all, and of the baseline with so many layers.
+# Section 1.1 of the published configuration: D, layers, F,
+# positions, b, drafter layers, e, its F, J, W, attention every, N;
+# Section 1.2: parameters of backbone, drafter, judge and
+# verifier, all, and of the baseline with so many layers.
 PUBLISHED = {
-    "smoke": ((64, 2, 128, 64, 2, 1, 32, 64, 64, 64, 0, 64), (102_720, 22_688, 8_320, 8_321, 142_049), (3, 143_808)),
-    "25m": ((384, 10, 1536, 512, 4, 2, 192, 768, 512, 256, 0, 64),
-            (23_895_936, 1_377_984, 394_112, 197_121, 25_865_153), (11, 26_256_000)),
-    "100m": ((768, 9, 3072, 1024, 4, 2, 384, 1536, 1024, 512, 0, 64),
-             (85_932_288, 5_410_176, 1_574_656, 787_457, 93_704_577), (10, 95_371_008)),
-    "250m": ((1024, 14, 4096, 1024, 4, 2, 512, 2048, 2048, 1024, 0, 64),
-             (236_221_440, 9_572_864, 4_197_376, 2_099_201, 252_090_881), (18, 303_338_496)),
-    "1b": ((2048, 20, 8192, 4096, 2, 3, 768, 3072, 4096, 2048, 0, 64),
-           (1_351_174_144, 31_660_800, 16_783_360, 8_392_705, 1_408_011_009), (26, 1_753_851_904)),
-    "25m-hybrid": ((384, 10, 1536, 512, 4, 2, 192, 768, 512, 256, 8, 64),
-                   (11_140_164, 1_377_984, 394_112, 197_121, 13_109_381), (11, 12_082_920)),
-    "250m-hybrid": ((1024, 14, 4096, 1024, 4, 2, 512, 2048, 2048, 1024, 8, 128),
-                    (103_861_472, 9_572_864, 4_197_376, 2_099_201, 119_730_913), (18, 140_433_920)),
+    "smoke": (
+        (64, 2, 128, 64, 2, 1, 32, 64, 64, 64, 0, 64),
+        (102_720, 22_688, 8_320, 8_321, 142_049),
+        (3, 143_808),
+    ),
+    "25m": (
+        (384, 10, 1536, 512, 4, 2, 192, 768, 512, 256, 0, 64),
+        (23_895_936, 1_377_984, 394_112, 197_121, 25_865_153),
+        (11, 26_256_000),
+    ),
+    "100m": (
+        (768, 9, 3072, 1024, 4, 2, 384, 1536, 1024, 512, 0, 64),
+        (85_932_288, 5_410_176, 1_574_656, 787_457, 93_704_577),
+        (10, 95_371_008),
+    ),
+    "250m": (
+        (1024, 14, 4096, 1024, 4, 2, 512, 2048, 2048, 1024, 0, 64),
+        (236_221_440, 9_572_864, 4_197_376, 2_099_201, 252_090_881),
+        (18, 303_338_496),
+    ),
+    "1b": (
+        (2048, 20, 8192, 4096, 2, 3, 768, 3072, 4096, 2048, 0, 64),
+        (1_351_174_144, 31_660_800, 16_783_360, 8_392_705, 1_408_011_009),
+        (26, 1_753_851_904),
+    ),
+    "25m-hybrid": (
+        (384, 10, 1536, 512, 4, 2, 192, 768, 512, 256, 8, 64),
+        (11_140_164, 1_377_984, 394_112, 197_121, 13_109_381),
+        (11, 12_082_920),
+    ),
+    "250m-hybrid": (
+        (1024, 14, 4096, 1024, 4, 2, 512, 2048, 2048, 1024, 8, 128),
+        (103_861_472, 9_572_864, 4_197_376, 2_099_201, 119_730_913),
+        (18, 140_433_920),
+    ),
 }
 CHANGED = {  # tensor: why its shape is not the published one
     "attn.qkv": "queries, keys and values are three matrices of D rows each: Muon orthogonalises every one",
-    "aux.drafter.slot_emb": "one slot more, which has read the last drafted byte and gives the endpoint latent",
+    "aux.drafter.slot_emb": (
+        "one slot more, which has read the last drafted byte "
+        "and gives the endpoint latent"
+    ),
     "conv_weight": "B and C are convolved too, as in Mamba-2",
     "conv_bias": "the same",
 }
@@ -85,10 +114,16 @@ def published_tensors(fields, layers: int, heads: bool) -> dict[str, tuple]:
     inner, mambas = 2 * dim, 2 * dim // 64
 
     def block(d, f):
-        return {"attn_norm.weight": (d,), "attn.qkv.weight": (3 * d, d), "attn.proj.weight": (d, d), "mlp_norm.weight": (d,),
-                "mlp.gate.weight": (f, d), "mlp.up.weight": (f, d), "mlp.proj.weight": (d, f)}
-    mamba = {"norm.weight": (dim,), "in_proj.weight": (2 * inner + 2 * state + mambas, dim), "conv_weight": (inner, 4),
-             "conv_bias": (inner,), "dt_bias": (mambas,), "A_log": (mambas,), "D": (mambas,), "out_proj.weight": (dim, inner)}
+        return {
+            "attn_norm.weight": (d,), "attn.qkv.weight": (3 * d, d), "attn.proj.weight": (d, d),
+            "mlp_norm.weight": (d,), "mlp.gate.weight": (f, d), "mlp.up.weight": (f, d),
+            "mlp.proj.weight": (d, f),
+        }
+    mamba = {
+        "norm.weight": (dim,), "in_proj.weight": (2 * inner + 2 * state + mambas, dim),
+        "conv_weight": (inner, 4), "conv_bias": (inner,), "dt_bias": (mambas,), "A_log": (mambas,),
+        "D": (mambas,), "out_proj.weight": (dim, inner),
+    }
     found = {"tok_emb.weight": (256, dim), "pos_emb.weight": (rows, dim), "norm.weight": (dim,)}
     for i in range(layers):
         own = block(dim, hidden) if every == 0 or (i + 1) % every == 0 else mamba
@@ -130,7 +165,10 @@ def test_every_size_has_the_published_tensors(size, arch):
             shapes = [ours.pop(name.replace("c_q", part)) for part in ("c_q", "c_k", "c_v")]
             fused[name.replace("c_q", "qkv")] = (sum(shape[0] for shape in shapes), shapes[0][1])
     ours |= fused
-    reason = {name: next((part for part in (*CHANGED, *ADDED) if part in name), "") for name in {*ours, *published}}
+    reason = {
+        name: next((part for part in (*CHANGED, *ADDED) if part in name), "")
+        for name in {*ours, *published}
+    }
     assert {name for name in published if name not in ours} == set(ABSENT)
     assert all(reason[name] in ADDED for name in ours if name not in published)
     assert all(ours[name] == published[name] or reason[name] in CHANGED for name in published)
@@ -140,10 +178,14 @@ def test_every_size_has_the_published_tensors(size, arch):
 
 def test_sizes_are_defaults_field_by_field():
     args = section.Hyperparameters({"SIZE": "100m"})
-    assert (args.model_dim, args.num_heads, args.drafter_heads, args.train_seq_len, args.train_batch_tokens) == (768, 12, 6, 512, 2048)
+    assert (
+        args.model_dim, args.num_heads, args.drafter_heads, args.train_seq_len,
+        args.train_batch_tokens,
+    ) == (768, 12, 6, 512, 2048)
     args = settings(FF_DIM=0, NUM_LAYERS="", BLOCK_SIZE=4)
     assert (args.ff_dim, args.num_layers, args.block_size, args.shipped()["FF_DIM"]) == (128, 2, 4, 128)
-    assert section.Hyperparameters({"SIZE": "smoke", "TRAIN_SEQ_LEN": "48"}).train_batch_tokens == 96  # whole rows
+    # Whole rows
+    assert section.Hyperparameters({"SIZE": "smoke", "TRAIN_SEQ_LEN": "48"}).train_batch_tokens == 96
     assert section.Hyperparameters({}).eval_stride == 64
     shipped = settings(NUM_LAYERS=3).shipped()
     assert section.Hyperparameters({"NUM_LAYERS": "0", "EVAL_STRIDE": "4"}, shipped).num_layers == 3
@@ -152,10 +194,14 @@ def test_sizes_are_defaults_field_by_field():
 
 
 @pytest.mark.parametrize("overrides,message", [
-    ({"EVAL_SEQ_LEN": 48}, "EVAL_SEQ_LEN=48, TRAIN_SEQ_LEN=32: POSITIONS=learned"), ({"SIZE": "2m"}, "SIZE='2m' is not accepted"),
-    ({"TRAIN_SEQ_LEN": 96, "TRAIN_BATCH_TOKENS": 96}, "TRAIN_SEQ_LEN=96, MAX_SEQ_LEN=64"), ({"VOCAB_SIZE": 258}, "VOCAB_SIZE=258"),
-    ({"DRAFTER_HEADS": 3}, "DRAFTER_DIM=16, DRAFTER_HEADS=3"), ({"BLOCK_SIZE": 31}, "TRAIN_SEQ_LEN=32, BLOCK_SIZE=31"),
-    ({**HYBRID, "MAMBA_HEAD_DIM": 24}, "MODEL_DIM=32, MAMBA_HEAD_DIM=24"), ({"NGRAM_ORDERS": "2"}, "NGRAM_ORDERS='2' is retired"),
+    ({"EVAL_SEQ_LEN": 48}, "EVAL_SEQ_LEN=48, TRAIN_SEQ_LEN=32: POSITIONS=learned"),
+    ({"SIZE": "2m"}, "SIZE='2m' is not accepted"),
+    ({"TRAIN_SEQ_LEN": 96, "TRAIN_BATCH_TOKENS": 96}, "TRAIN_SEQ_LEN=96, MAX_SEQ_LEN=64"),
+    ({"VOCAB_SIZE": 258}, "VOCAB_SIZE=258"),
+    ({"DRAFTER_HEADS": 3}, "DRAFTER_DIM=16, DRAFTER_HEADS=3"),
+    ({"BLOCK_SIZE": 31}, "TRAIN_SEQ_LEN=32, BLOCK_SIZE=31"),
+    ({**HYBRID, "MAMBA_HEAD_DIM": 24}, "MODEL_DIM=32, MAMBA_HEAD_DIM=24"),
+    ({"NGRAM_ORDERS": "2"}, "NGRAM_ORDERS='2' is retired"),
 ], ids=str)
 def test_impossible_settings_are_refused(overrides, message):
     with pytest.raises(section.UserError, match=re.escape(message)):
@@ -240,13 +286,18 @@ def test_chunks_are_the_recurrence(length, size):
     torch.testing.assert_close(states[-1], last, atol=1e-5, rtol=1e-5)
     assert len(states) == length + 1
     for t in range(length):  # one at a time
-        part, (_, state) = section.ssd_steps(*(v[:, t : t + 1] for v in (x, dt)), rate, write[:, t : t + 1], read[:, t : t + 1], state)
+        part, (_, state) = section.ssd_steps(
+            *(v[:, t : t + 1] for v in (x, dt)), rate, write[:, t : t + 1], read[:, t : t + 1],
+            state,
+        )
         torch.testing.assert_close(part[:, 0], wanted[:, t], atol=1e-5, rtol=1e-5)
 
 
 def test_chunks_stay_finite_where_decay_is_strong():
     x, dt = torch.randn(1, 64, 2, 4, requires_grad=True), torch.full((1, 64, 2), 20.0, requires_grad=True)
-    y, _ = section.ssd(x, dt, -torch.tensor([16.0, 1.0]), *torch.randn(2, 1, 64, 3), torch.zeros(1, 2, 4, 3), 64)
+    y, _ = section.ssd(
+        x, dt, -torch.tensor([16.0, 1.0]), *torch.randn(2, 1, 64, 3), torch.zeros(1, 2, 4, 3), 64
+    )
     y.sum().backward()
     assert all(torch.isfinite(part).all() for part in (y, x.grad, dt.grad))
 
@@ -256,13 +307,22 @@ def test_mamba_blocks_begin_with_a_sane_memory():
     model.init_weights(0)
     block = model.blocks[0]
     dt, rate = F.softplus(block.dt_bias), block.A_log.exp()
-    assert 1e-3 <= dt.min() < 2e-3 and 0.05 < dt.max() <= 0.1 and 1 <= rate.min() < 3 and 14 < rate.max() <= 16
+    assert 1e-3 <= dt.min() < 2e-3
+    assert 0.05 < dt.max() <= 0.1
+    assert 1 <= rate.min() < 3
+    assert 14 < rate.max() <= 16
     assert torch.quantile(dt.log(), 0.5).item() == pytest.approx(math.log(1e-2), abs=0.4)  # log-uniform
     assert (torch.exp(-dt * rate) > 0.19).all()  # the published one: 2^-h for head h of 12
 
 
-@pytest.mark.parametrize("overrides", [{}, {**ROPE, "EVAL_SEQ_LEN": 48}, {**HYBRID, **ROPE}, HYBRID, {"EVAL_STRIDE": 32},
-                                       {"ARCH": "baseline", "VOCAB_SIZE": 256}], ids=str)
+@pytest.mark.parametrize("overrides", [
+    {},
+    {**ROPE, "EVAL_SEQ_LEN": 48},
+    {**HYBRID, **ROPE},
+    HYBRID,
+    {"EVAL_STRIDE": 32},
+    {"ARCH": "baseline", "VOCAB_SIZE": 256},
+], ids=str)
 def test_cached_decoding_equals_the_full_forward_everywhere(overrides):
     model, ids = alive(**overrides), batch(1, 90)[0].numpy() % 256
     nats, vectors = section.score(model, ids, range(89))
@@ -283,7 +343,8 @@ def test_cached_decoding_equals_the_full_forward_everywhere(overrides):
 @pytest.mark.parametrize("overrides", [{}, ROPE, HYBRID], ids=str)
 @torch.no_grad()
 def test_what_was_read_can_be_taken_back(overrides, monkeypatch):
-    """A prompt, a draft of 6, back to any place within, and on with other ids: the states are those of a fresh read."""
+    """A prompt, a draft of 6, back to any place within, and
+    on with other ids: the states are those of a fresh read."""
     model, ids, other = alive(**overrides), batch(1, 20), batch(1, 20, seed=1)
     for kept in range(14, 21):
         past = section.KVCache(model)
@@ -296,7 +357,12 @@ def test_what_was_read_can_be_taken_back(overrides, monkeypatch):
             found = model.hidden(text[:, kept + i : kept + i + 1], model.rotary_eval, past)
             torch.testing.assert_close(found[:, 0], wanted[:, i], atol=1e-5, rtol=1e-5)
         past.rewind(0)
-        torch.testing.assert_close(model.hidden(ids, model.rotary_eval, past), model.hidden(ids, model.rotary_eval), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model.hidden(ids, model.rotary_eval, past),
+            model.hidden(ids, model.rotary_eval),
+            atol=1e-5,
+            rtol=1e-5,
+        )
     monkeypatch.setattr(section.KVCache, "KEPT", 8)  # a longer read keeps its last state alone
     past = section.KVCache(model)
     model.hidden(ids, model.rotary_eval, past)
@@ -313,7 +379,9 @@ def test_what_was_read_can_be_taken_back(overrides, monkeypatch):
 # Training
 
 
-@pytest.mark.parametrize("overrides", [{}, HYBRID, {"HEADS_GRAD": 1, "BLOCK_SIZE": 4}, {"ARCH": "baseline"}], ids=str)
+@pytest.mark.parametrize(
+    "overrides", [{}, HYBRID, {"HEADS_GRAD": 1, "BLOCK_SIZE": 4}, {"ARCH": "baseline"}], ids=str
+)
 def test_every_tensor_learns(overrides):
     model = section.GPT(settings(**overrides))
     model.init_weights(0)
@@ -359,13 +427,25 @@ def test_gradients_of_one_step_are_those_of_the_language_model():
 def test_every_parameter_has_one_optimizer():
     trainer = trained(0)
     optimizers, names = trainer.optimizers, {id(p): name for name, p in trainer.model.named_parameters()}
-    held = [p for muon in optimizers.muons for stack in muon.stacks for p in stack] + sum(optimizers.replicated, [])
+    held = [p for muon in optimizers.muons for stack in muon.stacks for p in stack] + sum(
+        optimizers.replicated, []
+    )
     assert sorted(map(id, held)) == sorted(names)
     assert all(p.ndim == 2 for muon in optimizers.muons for stack in muon.stacks for p in stack)
     for part, muon in enumerate(optimizers.muons):  # no stack holds matrices of both
         assert {names[id(p)].startswith("aux.") for stack in muon.stacks for p in stack} == {bool(part)}
-    decayed = {names[id(p)] for group in optimizers.adam.param_groups if group["weight_decay"] for p in group["params"]}
-    assert decayed == {"tok_emb.weight", "pos_emb.weight", "aux.drafter.tok_emb.weight", "aux.drafter.slot_emb"}
+    decayed = {
+        names[id(p)]
+        for group in optimizers.adam.param_groups
+        if group["weight_decay"]
+        for p in group["params"]
+    }
+    assert decayed == {
+        "tok_emb.weight",
+        "pos_emb.weight",
+        "aux.drafter.tok_emb.weight",
+        "aux.drafter.slot_emb",
+    }
 
 
 @pytest.mark.parametrize("overrides", [{}, HYBRID], ids=str)
@@ -394,19 +474,28 @@ def test_negatives_are_never_the_parent_and_never_the_target(size, length):
     for step in range(40):
         at, other = aux.inputs(step, torch.device("cpu"))
         assert at.tolist() == list(range(length - size))
-        assert (other >= 0).all() and (other < length).all() and (other != at).all() and (other != at + size).all()
+        assert (other >= 0).all()
+        assert (other < length).all()
+        assert (other != at).all()
+        assert (other != at + size).all()
         seen |= set((other - at).tolist())
     assert len(seen) >= 3 and min(seen) < 0
     few = section.GPT(settings(BLOCK_SIZE=size, TRAIN_SEQ_LEN=length, HEAD_POSITIONS=3)).aux
     first, again, later = (few.inputs(step, torch.device("cpu")) for step in (5, 5, 6))
     assert first.shape == (2, 3) and torch.equal(first, again) and not torch.equal(first, later)
     assert (first[0].diff() > 0).all() and first[0].max() < length - size
-    assert section.GPT(settings(DRAFTER_WEIGHT=0, JEPA_WEIGHT=0, VERIFIER_WEIGHT=0)).aux.inputs(0, torch.device("cpu")) is None
+    assert (
+        section.GPT(settings(DRAFTER_WEIGHT=0, JEPA_WEIGHT=0, VERIFIER_WEIGHT=0)).aux.inputs(
+            0, torch.device("cpu")
+        )
+        is None
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_verifier_learns_from_one_row(size):
-    """Published, a batch of one made positives and negatives the same, and at b = 2 the negative was the parent."""
+    """Published, a batch of one made positives and negatives
+    the same, and at b = 2 the negative was the parent."""
     model, seen = alive(BLOCK_SIZE=size, TRAIN_BATCH_TOKENS=32), []
     assert model.args.row_group == 1
     verdict = model.aux.verdict
@@ -430,11 +519,16 @@ def test_other_rows_of_a_group_are_negatives():
 
 
 def slow_acceptance(model, ids, t: int, tokens) -> int:
-    """Bytes of a draft behind ids[: t + 1] that the backbone, run on what is accepted so far, would choose itself."""
+    """Bytes of a draft behind ids[: t + 1] that the backbone,
+    run on what is accepted so far, would choose itself."""
     context = ids[: t + 1].tolist()
     for i, token in enumerate(tokens.tolist()):
         with torch.no_grad():
-            choice = model.head(model.hidden(torch.tensor([context]), model.rotary_eval)[:, -1]).argmax().item()
+            choice = (
+                model.head(model.hidden(torch.tensor([context]), model.rotary_eval)[:, -1])
+                .argmax()
+                .item()
+            )
         if choice != token:
             return i
         context.append(token)
@@ -443,13 +537,18 @@ def slow_acceptance(model, ids, t: int, tokens) -> int:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_labels_are_what_the_backbone_does_with_the_drafted_bytes(size, monkeypatch):
-    """Against the backbone run on every draft: a known label is right, an unknown one has a lower bound that holds."""
+    """Against the backbone run on every draft: a known label
+    is right, an unknown one has a lower bound that holds."""
     model = alive(BLOCK_SIZE=size, NUM_LAYERS=1)
     ids = batch(2, 33)
     with torch.no_grad():  # text that the backbone itself writes, with a foreign byte now and then
         for t in range(32):
             choice = model.head(model.hidden(ids[:, : t + 1], model.rotary_eval)[:, -1]).argmax(-1)
-            ids[:, t + 1] = torch.where(torch.rand(2, generator=torch.Generator().manual_seed(t)) < 0.75, choice, ids[:, t + 1])
+            ids[:, t + 1] = torch.where(
+                torch.rand(2, generator=torch.Generator().manual_seed(t)) < 0.75,
+                choice,
+                ids[:, t + 1],
+            )
         best = model.head(model.hidden(ids[:, :-1], model.rotary_train)).argmax(-1)
     at = torch.arange(32 - size)
     near = at[:, None] + torch.arange(size)
@@ -468,11 +567,16 @@ def test_labels_are_what_the_backbone_does_with_the_drafted_bytes(size, monkeypa
     assert kinds == {(True, True), (True, False), (False, False)} - ({(False, False)} if size == 1 else set())
 
     latents = torch.randn(2 * len(at), 2, 32)
-    monkeypatch.setattr(model.aux.drafter, "draft", lambda parents, k: (tokens.flatten(0, 1), latents, latents))
+    monkeypatch.setattr(
+        model.aux.drafter, "draft", lambda parents, k: (tokens.flatten(0, 1), latents, latents)
+    )
     model.args.row_group = 1
     with torch.no_grad():
         sums = losses(model, ids)
-        score = model.aux.verdict(model.hidden(ids[:, :-1], model.rotary_train)[:, at][:, :, None], latents.unflatten(0, (2, -1)))
+        score = model.aux.verdict(
+            model.hidden(ids[:, :-1], model.rotary_train)[:, at][:, :, None],
+            latents.unflatten(0, (2, -1)),
+        )
     assert sums["known"].item() == pytest.approx(known.mean((1, 2)).sum().item(), rel=1e-5)
     assert sums["whole"].item() == pytest.approx(whole.mean((1, 2)).sum().item(), rel=1e-5)
     right = ((score > 0) == whole.bool()) & known.bool()
@@ -519,7 +623,9 @@ def test_one_forward_of_weighted_groups_equals_the_mean_over_the_batch():
         parts = [model.losses(ids[:4], torch.ones(4), inputs),
                  model.losses(torch.cat((ids[4:], ids[:2])), torch.tensor([1.0, 1, 0, 0]), inputs)]
     for name, value in whole.items():
-        assert sum(part[name] for part in parts).item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+        assert sum(part[name] for part in parts).item() == pytest.approx(
+            value.item(), rel=1e-4, abs=1e-6
+        ), name
 
 
 @torch.no_grad()
@@ -559,7 +665,12 @@ def test_drawn_branches_have_the_drafters_distribution():
     expected = 3000 * wanted[top]
     assert ((seen - expected).square() / expected).sum() < 50  # chi-square, 20 cells: p about 2e-4
     second = torch.bincount(tokens[:, 1, 0], minlength=260)[top]
-    share = torch.stack([wanted[top] * (wanted[first] / (1 - wanted[first])) * (top != first) for first in range(260)]).sum(0)
+    share = torch.stack(
+        [
+            wanted[top] * (wanted[first] / (1 - wanted[first])) * (top != first)
+            for first in range(260)
+        ]
+    ).sum(0)
     assert ((second - 3000 * share).square() / (3000 * share)).sum() < 50
     same = tokens[:, 0, 0] == top[0]  # second bytes, given the most likely first
     after = logprobs[:, 0, 1][same][0].exp()
@@ -575,8 +686,11 @@ def train_losses(output: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"train_loss:([\d.]+)", output)]
 
 
-RUN = {**SMALL, "TRAIN_SEQ_LEN": 64, "TRAIN_BATCH_TOKENS": 512, "MODEL_DIM": 64, "VAL_BYTES": 1200, "ROPE_DIMS": 0, "HEAD_POSITIONS": 8,
-       "JEPA_CHUNK_SIZE": "", "NGRAM_ORDERS": "", "BIGRAM_VOCAB_SIZE": ""}
+RUN = {
+    **SMALL, "TRAIN_SEQ_LEN": 64, "TRAIN_BATCH_TOKENS": 512, "MODEL_DIM": 64, "VAL_BYTES": 1200,
+    "ROPE_DIMS": 0, "HEAD_POSITIONS": 8, "JEPA_CHUNK_SIZE": "", "NGRAM_ORDERS": "",
+    "BIGRAM_VOCAB_SIZE": "",
+}
 
 
 def reloaded(path, ids):
@@ -588,7 +702,10 @@ def reloaded(path, ids):
 def test_a_run_trains_packs_and_scores_the_same_again(run, tmp_path):
     code, output, metrics = run(script=SCRIPT, VAL_LOSS_EVERY=3, **RUN)
     assert code == 0 and metrics["headline"] == "final_int7_sliding", output
-    for name in ("drafter_loss:", "judge_r2:", "latent_var:", "verifier_acc:", "verifier_base:", "draft_bytes:", "draft_unknown:"):
+    for name in (
+        "drafter_loss:", "judge_r2:", "latent_var:", "verifier_acc:", "verifier_base:",
+        "draft_bytes:", "draft_unknown:",
+    ):
         assert name in output
     assert train_losses(output)[-1] < train_losses(output)[0]
     folder = tmp_path / "runs" / "test"
@@ -601,14 +718,21 @@ def test_a_run_trains_packs_and_scores_the_same_again(run, tmp_path):
     model, nats = reloaded(folder / "artifact.bin", batch(1, 80)[0].numpy())
     assert model.aux is None and np.isfinite(nats).all()
     assert metrics["params_shipped"] == sum(p.numel() for p in model.parameters()) < metrics["params"]
-    again = run(script=SCRIPT, **{**RUN, "RUN_ID": "again", "EVAL_ONLY": 1, "ARTIFACT": folder / "artifact.bin"})
+    again = run(
+        script=SCRIPT,
+        **{**RUN, "RUN_ID": "again", "EVAL_ONLY": 1, "ARTIFACT": folder / "artifact.bin"},
+    )
     assert again[0] == 0, again[1]
     for name, found in again[2]["evals"].items():
         assert found["val_loss"] == pytest.approx(metrics["evals"][name]["val_loss"], abs=1e-6)
 
 
 def test_heads_may_stay_in_the_artifact(run, tmp_path):
-    code, output, metrics = run(script=SCRIPT, EXPORT_HEADS=1, **{**RUN, **HYBRID, "SIZE": "25m-hybrid", "MAMBA_HEAD_DIM": 64, "DRAFTER_HEADS": 2})
+    code, output, metrics = run(
+        script=SCRIPT,
+        EXPORT_HEADS=1,
+        **{**RUN, **HYBRID, "SIZE": "25m-hybrid", "MAMBA_HEAD_DIM": 64, "DRAFTER_HEADS": 2},
+    )
     assert code == 0 and metrics["params_shipped"] == metrics["params"], output
     path = tmp_path / "runs" / "test" / "artifact.bin"
     model, _ = reloaded(path, batch(1, 80)[0].numpy())
@@ -621,7 +745,11 @@ def test_heads_may_stay_in_the_artifact(run, tmp_path):
                             section.Hyperparameters(None, header["config"] | {"EXPORT_HEADS": False}))
     (tmp_path / "stripped.bin").write_bytes(stripped)
     assert section.load(tmp_path / "stripped.bin").aux is None and len(stripped) < path.stat().st_size
-    (tmp_path / "odd.bin").write_bytes(section.pack(tensors, section.Hyperparameters(None, header["config"] | {"EXPORT_HEADS": False})))
+    (tmp_path / "odd.bin").write_bytes(
+        section.pack(
+            tensors, section.Hyperparameters(None, header["config"] | {"EXPORT_HEADS": False})
+        )
+    )
     with pytest.raises(section.UserError, match="its tensors are not those of its config"):
         section.load(tmp_path / "odd.bin")
 
@@ -631,8 +759,13 @@ def test_ranks_do_not_change_the_losses(run, tmp_path):
     found = [run(script=SCRIPT, ranks=ranks, RUN_ID=f"r{ranks}", **wanted) for ranks in (1, 2)]
     assert found[0][0] == found[1][0] == 0, found[1][1]
     np.testing.assert_allclose(train_losses(found[0][1]), train_losses(found[1][1]), atol=2e-3)
-    lines = [[section.json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-             for name in ("r1", "r2")]
+    lines = [
+        [
+            section.json.loads(line)
+            for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("r1", "r2")
+    ]
     for key in ("drafter_loss", "judge_mse", "latent_var", "verifier_loss"):
         for a, b in zip(*lines):
             if key in a:

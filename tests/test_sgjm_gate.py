@@ -1,4 +1,5 @@
-"""The record SGJM: which file is which model, the gate's conditions, its figures against slow loops, whole runs of it."""
+"""The record SGJM: which file is which model, the gate's
+conditions, its figures against slow loops, whole runs of it."""
 
 import copy
 import json
@@ -49,7 +50,11 @@ def text(count: int = 90) -> np.ndarray:
     return torch.randint(4, 260, (count,), generator=torch.Generator().manual_seed(5)).numpy()
 
 
-@pytest.mark.parametrize("overrides", [{}, {"ATTN_EVERY_N": 2, "MAMBA_HEAD_DIM": 16, "MAMBA_STATE": 8}, BASELINE, {"EMA_ENABLED": 0}], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"ATTN_EVERY_N": 2, "MAMBA_HEAD_DIM": 16, "MAMBA_STATE": 8}, BASELINE, {"EMA_ENABLED": 0}],
+    ids=str,
+)
 def test_a_checkpoint_opens_as_its_average(tmp_path, overrides):
     args = settings(RUNS_PATH=tmp_path, RUN_ID="a", **overrides)
     trainer = section.Trainer(args, None, section.Runtime(args), section.Log(None))
@@ -62,12 +67,17 @@ def test_a_checkpoint_opens_as_its_average(tmp_path, overrides):
     if trainer.ema is not None:
         trainer.ema.apply()
     wanted = section.score(trainer.model, text())[0]
-    assert np.array_equal(section.score(model, text())[0], wanted) and (trainer.ema is None) == np.array_equal(raw, wanted)
+    assert np.array_equal(section.score(model, text())[0], wanted)
+    assert (trainer.ema is None) == np.array_equal(raw, wanted)
     # What an artifact holds is the same model, rounded.
     tensors = {name: p.detach().numpy() for name, p in model.named_parameters()}
     packed = settings(EXPORT_HEADS=int(model.aux is not None), **overrides)
     (tmp_path / "a.bin").write_bytes(section.pack(tensors, packed))
-    again = section.open_model(str(tmp_path / "a.bin"), "cpu", section.settings_of(tmp_path / "a.bin", {"EVAL_BATCH_TOKENS": "64"}))
+    again = section.open_model(
+        str(tmp_path / "a.bin"),
+        "cpu",
+        section.settings_of(tmp_path / "a.bin", {"EVAL_BATCH_TOKENS": "64"}),
+    )
     assert again.args.eval_batch_tokens == 64 and (again.aux is None) == (model.aux is None)
     np.testing.assert_allclose(section.score(again, text())[0], wanted, atol=0.05)
 
@@ -75,9 +85,15 @@ def test_a_checkpoint_opens_as_its_average(tmp_path, overrides):
 def test_files_that_are_no_models_are_refused_by_name(tmp_path):
     path = checkpoint(tmp_path, "a")
     meta, state = section.read_checkpoint(path, "RESUME")
-    for key, value, words in (("model.norm.weight", torch.ones(3), "its tensors are not those of its config"),
-                              ("ema.blocks.0.attn.c_q.weight", None, "its tensors are not those of its config")):
-        odd = {**state, key: value} if value is not None else {name: part for name, part in state.items() if name != key}
+    for key, value, words in (
+        ("model.norm.weight", torch.ones(3), "its tensors are not those of its config"),
+        ("ema.blocks.0.attn.c_q.weight", None, "its tensors are not those of its config"),
+    ):
+        odd = (
+            {**state, key: value}
+            if value is not None
+            else {name: part for name, part in state.items() if name != key}
+        )
         odd = {name: part for name, part in odd.items() if value is None or not name.startswith("ema.")}
         (tmp_path / "odd.safetensors").write_bytes(section.safetensors_bytes(odd, {"golf": json.dumps(meta)}))
         with pytest.raises(section.UserError, match=words):
@@ -85,8 +101,13 @@ def test_files_that_are_no_models_are_refused_by_name(tmp_path):
     (tmp_path / "bare.safetensors").write_bytes(section.safetensors_bytes({"x": torch.ones(1)}))
     (tmp_path / "torn.safetensors").write_bytes(b"123")
     (tmp_path / "a.bin").write_bytes(b"123")
-    for name, words in (("bare.safetensors", "SGJM=.*not a checkpoint of this script"), ("torn.safetensors", "not a checkpoint"),
-                        ("none.safetensors", "not a checkpoint"), ("a.bin", "not an artifact"), ("none.bin", "SGJM=.*No such file")):
+    for name, words in (
+        ("bare.safetensors", "SGJM=.*not a checkpoint of this script"),
+        ("torn.safetensors", "not a checkpoint"),
+        ("none.safetensors", "not a checkpoint"),
+        ("a.bin", "not an artifact"),
+        ("none.bin", "SGJM=.*No such file"),
+    ):
         with pytest.raises(section.UserError, match=words):
             section.settings_of(str(tmp_path / name), {}, "SGJM")
     with pytest.raises(section.UserError, match="SGJM is empty"):
@@ -96,10 +117,21 @@ def test_files_that_are_no_models_are_refused_by_name(tmp_path):
 # Conditions
 
 
-PUBLISHED = {"sgjm": {"branch_acceptance_rate": 0.9, "jepa_top1_acc": 0.5, "jepa_chance_top1": 1 / 9, "merge_precision_advantage": 2.0},
-             "nll_delta": 0.01, "compute_advantage": 2.0}
-HONEST = {"val_bpb_delta": 0.001, "bytes_per_pass": 2.0, "jepa_top1_hard": 0.5, "jepa_chance_hard": 1 / 9,
-          "merge": {"merged_pairs": 100, "interval": [2.0, 3.0]}, "control": {"interval": [0.9, 1.1]}, "speed_up": 1.2}
+PUBLISHED = {
+    "sgjm": {
+        "branch_acceptance_rate": 0.9,
+        "jepa_top1_acc": 0.5,
+        "jepa_chance_top1": 1 / 9,
+        "merge_precision_advantage": 2.0,
+    },
+    "nll_delta": 0.01,
+    "compute_advantage": 2.0,
+}
+HONEST = {
+    "val_bpb_delta": 0.001, "bytes_per_pass": 2.0, "jepa_top1_hard": 0.5, "jepa_chance_hard": 1 / 9,
+    "merge": {"merged_pairs": 100, "interval": [2.0, 3.0]}, "control": {"interval": [0.9, 1.1]},
+    "speed_up": 1.2,
+}
 
 
 OURS = {"params": 1000, "steps": 100, "best": False}
@@ -107,14 +139,22 @@ OURS = {"params": 1000, "steps": 100, "best": False}
 
 def judged(path: str = "", value=None) -> dict[str, dict[str, dict]]:
     """{kind: {name: condition}} with one figure changed: `honest.merge.interval.0`."""
-    found = {"published": copy.deepcopy(PUBLISHED), "honest": copy.deepcopy(HONEST), "ours": OURS, "theirs": {**OURS}}
+    found = {
+        "published": copy.deepcopy(PUBLISHED),
+        "honest": copy.deepcopy(HONEST),
+        "ours": OURS,
+        "theirs": {**OURS},
+    }
     *way, last = [int(part) if part.isdigit() else part for part in path.split(".")]
     place = found
     for part in way:
         place = place[part]
     if path:
         place[last] = value
-    return {kind: {each["name"]: each for each in asked} for kind, asked in section.conditions(**found).items()}
+    return {
+        kind: {each["name"]: each for each in asked}
+        for kind, asked in section.conditions(**found).items()
+    }
 
 
 @pytest.mark.parametrize("path,good,bad,name", [
@@ -124,8 +164,11 @@ def judged(path: str = "", value=None) -> dict[str, dict[str, dict]]:
     ("published.sgjm.merge_precision_advantage", 1.5, 1.4999, "merge_precision_advantage"),
     ("published.compute_advantage", 1.0, 0.9999, "compute_advantage"),
     ("honest.val_bpb_delta", 0.01, 0.0101, "val_bpb_delta"),
-    ("theirs.steps", 102, 103, "val_bpb_delta"), ("theirs.params", 981, 980, "val_bpb_delta"), ("theirs.params", 1020, 1030, "val_bpb_delta"),
-    ("theirs.steps", 99, None, "val_bpb_delta"), ("theirs.best", False, True, "val_bpb_delta"),
+    ("theirs.steps", 102, 103, "val_bpb_delta"),
+    ("theirs.params", 981, 980, "val_bpb_delta"),
+    ("theirs.params", 1020, 1030, "val_bpb_delta"),
+    ("theirs.steps", 99, None, "val_bpb_delta"),
+    ("theirs.best", False, True, "val_bpb_delta"),
     ("honest.bytes_per_pass", 1.5, 1.4999, "bytes_per_pass"),
     ("honest.jepa_top1_hard", 0.1612, 1 / 9 + 0.05, "jepa_top1_hard"),
     ("honest.merge.interval.0", 1.5, 1.4999, "merge_advantage_low"),
@@ -138,13 +181,25 @@ def test_each_condition_passes_and_fails_alone(path, good, bad, name):
     kind = path.partition(".")[0] if path.startswith(("published", "honest")) else "honest"
     assert all(each["passed"] is True for asked in judged().values() for each in asked.values())
     assert judged(path, good)[kind][name]["passed"] is True
-    for value in [bad] if path.startswith("theirs") or path.endswith(("merged_pairs", "control.interval.1")) else [bad, math.nan]:
+    for value in (
+        [bad]
+        if path.startswith("theirs") or path.endswith(("merged_pairs", "control.interval.1"))
+        else [bad, math.nan]
+    ):
         found = judged(path, value)
-        failed = [(part, each["name"]) for part, asked in found.items() for each in asked.values() if not each["passed"]]
+        failed = [
+            (part, each["name"])
+            for part, asked in found.items()
+            for each in asked.values()
+            if not each["passed"]
+        ]
         assert failed == [(kind, name)]
         assert ("not matched: " in found[kind][name]["why"]) == path.startswith("theirs")
     assert judged("honest.speed_up", None)["honest"]["speed_up"]["why"] == "not measured"
-    assert judged("theirs.steps", None)["honest"]["val_bpb_delta"]["why"] == "not matched: steps 100 against None"
+    assert (
+        judged("theirs.steps", None)["honest"]["val_bpb_delta"]["why"]
+        == "not matched: steps 100 against None"
+    )
 
 
 # Figures
@@ -157,7 +212,9 @@ def test_divergence_and_the_nearest_state_are_those_of_the_formulas():
     np.testing.assert_allclose(section.divergence(p, q), wanted, atol=1e-6)
     one, other = torch.eye(2)
     assert section.divergence(one, other).item() == pytest.approx(math.log(2))
-    guess, right, others = torch.zeros(3, 1), torch.tensor([[1.0], [1.0], [1.0]]), torch.tensor([[[2.0], [-3.0]], [[2.0], [-0.5]], [[1.0], [2.0]]])
+    guess = torch.zeros(3, 1)
+    right = torch.tensor([[1.0], [1.0], [1.0]])
+    others = torch.tensor([[[2.0], [-3.0]], [[2.0], [-0.5]], [[1.0], [2.0]]])
     assert section.closest(guess, right, others).tolist() == [True, False, False]  # a tie is no hit
 
 
@@ -210,7 +267,8 @@ def test_honest_figures_are_those_of_slow_loops(size, monkeypatch):
             order = sorted((abs(s - t - size), s) for s in range(length) if s not in (t, t + size))
             guess = model.aux.judge(states[t])
             errors = [(guess - states[s]).square().mean().item() for _, s in order]
-            ties = [error for (gap, _), error in zip(order, errors) if gap == order[7][0]]  # either of two may be the eighth
+            # Either of two may be the eighth
+            ties = [error for (gap, _), error in zip(order, errors) if gap == order[7][0]]
             near = errors[: 8 - sum(gap == order[7][0] for gap, _ in order[:8])]
             mine = (guess - states[t + size]).square().mean().item()
             if mine < min(near) and (mine < min(ties)) != (mine < max(ties)):
@@ -221,15 +279,21 @@ def test_honest_figures_are_those_of_slow_loops(size, monkeypatch):
     found = honest(model, ids, args)
     assert found["n_tokens"] == 6 * 32 and found["n_positions"] == places == 6 * (32 - size)
     assert found["bytes_per_pass"] == pytest.approx(1 + taken / places, rel=1e-5) and taken > places / 3
-    assert found["drafts_unknown"] == pytest.approx(1 - known / places, abs=1e-5) and (known < places) == (size > 1)
-    assert found["jepa_top1_hard"] == pytest.approx(right / places, abs=0.06) and found["jepa_chance_hard"] == pytest.approx(1 / 9)
+    assert found["drafts_unknown"] == pytest.approx(1 - known / places, abs=1e-5)
+    assert (known < places) == (size > 1)
+    assert found["jepa_top1_hard"] == pytest.approx(right / places, abs=0.06)
+    assert found["jepa_chance_hard"] == pytest.approx(1 / 9)
     assert found["merge"]["places"] == places  # fewer than POOL: all of them
 
 
 @torch.no_grad()
 def test_hard_negatives_are_near_in_time_and_neither_parent_nor_target(monkeypatch):
     model, seen = alive(), []
-    monkeypatch.setattr(section, "closest", lambda guess, right, others: seen.append((right, others)) or torch.ones(guess.shape[:-1]))
+    monkeypatch.setattr(
+        section,
+        "closest",
+        lambda guess, right, others: seen.append((right, others)) or torch.ones(guess.shape[:-1]),
+    )
     found = honest(model, text(200), settings(GATE_BATCHES=2))
     states = model.hidden(torch.from_numpy(text(200)[None, :32]), model.rotary_train)[0]
     right, others = (part[0] for part in seen[1])  # the published one was asked before
@@ -248,8 +312,11 @@ def test_merging_is_precise_where_signatures_tell_the_prediction():
     codes = (torch.rand(6, 64, generator=generator) < 0.5).float() * 2 - 1
     told = torch.randn(6, 20, generator=generator).mul(4).softmax(-1)[kinds]
     signs, window = codes[kinds].clone(), torch.arange(120) // 10
-    signs[torch.arange(120), torch.arange(120) % 64] *= -1  # one bit of noise: pairs of a kind differ by two at most
-    for radius, wanted in ((0, 0), (1, 0), (2, 6 * 20 * 19 // 2), (6, 6 * 20 * 19 // 2), (64, 120 * 119 // 2)):
+    # One bit of noise: pairs of a kind differ by two at most
+    signs[torch.arange(120), torch.arange(120) % 64] *= -1
+    for radius, wanted in (
+        (0, 0), (1, 0), (2, 6 * 20 * 19 // 2), (6, 6 * 20 * 19 // 2), (64, 120 * 119 // 2),
+    ):
         found = section.merge_figures(signs, told, window, radius)
         slow = sum((signs[i] != signs[j]).sum() <= radius for i in range(120) for j in range(i))
         assert found["merged_pairs"] == slow and (slow == wanted or radius < 2)
@@ -257,9 +324,14 @@ def test_merging_is_precise_where_signatures_tell_the_prediction():
     found = section.merge_figures(signs, told, window, 6)
     low, high = found["interval"]
     control = section.merge_figures(signs, told[torch.randperm(120, generator=generator)], window, 6)
-    assert found["same_choice"][0] == 1 > found["same_choice"][1] and found["advantage"] > 1e5 and low > 1e5 and low <= high
+    assert found["same_choice"][0] == 1 > found["same_choice"][1]
+    assert found["advantage"] > 1e5
+    assert low > 1e5
+    assert low <= high
     low, high = control["interval"]
-    assert low < 1 < high < 1.5 and control["advantage"] == pytest.approx(1, abs=0.3) and control["merged_pairs"] == found["merged_pairs"]
+    assert low < 1 < high < 1.5
+    assert control["advantage"] == pytest.approx(1, abs=0.3)
+    assert control["merged_pairs"] == found["merged_pairs"]
     none = section.merge_figures(signs, told, window, 0)["interval"]
     assert all(map(math.isnan, none)) or section.merge_figures(signs, told, window, 0)["merged_pairs"]
 
@@ -268,7 +340,8 @@ def test_merging_is_precise_where_signatures_tell_the_prediction():
 def test_published_figures_are_computed_as_published(monkeypatch):
     model, plain = alive(), alive(1, **BASELINE)
     ids, args = text(400), settings(GATE_BATCHES=3)
-    monkeypatch.setattr(model.aux, "verdict", lambda parent, latent: parent[..., 0])  # accepts where the state's first number is positive
+    # Accepts where the state's first number is positive
+    monkeypatch.setattr(model.aux, "verdict", lambda parent, latent: parent[..., 0])
     starts = np.random.default_rng(1234).integers(400 - 32, size=12)
     found, _ = section.figures(model, plain, ids, starts, args)
     nats, yes = np.zeros(2), 0
@@ -276,16 +349,22 @@ def test_published_figures_are_computed_as_published(monkeypatch):
         window = torch.from_numpy(ids[None, start : start + 33])
         for i, each in enumerate((model, plain)):
             states = each.hidden(window[:, :-1], each.rotary_train)
-            nats[i] += torch.nn.functional.cross_entropy(each.head(states)[0], window[0, 1:], reduction="sum").item()
+            nats[i] += torch.nn.functional.cross_entropy(
+                each.head(states)[0], window[0, 1:], reduction="sum"
+            ).item()
             yes += (states[0, :29, 0] > 0).sum().item() if each is model else 0
     sgjm, baseline = found["sgjm"], found["baseline"]
     assert (sgjm["n_tokens"], sgjm["n_positions"]) == (12 * 32, 12 * 29)
     np.testing.assert_allclose([sgjm["token_nll"], baseline["token_nll"]], nats / 384, rtol=1e-5)
     assert sgjm["branch_acceptance_rate"] == pytest.approx(yes / (12 * 29))
-    sizes = [sum(p.numel() for p in part.parameters()) for part in (model, model.aux, model.aux.drafter, model.aux.verifier, plain)]
+    sizes = [
+        sum(p.numel() for p in part.parameters())
+        for part in (model, model.aux, model.aux.drafter, model.aux.verifier, plain)
+    ]
     cost = (sizes[0] - sizes[1] + 4 * (sizes[2] + sizes[3])) / (sgjm["branch_acceptance_rate"] * 4 * 3)
     assert sgjm["compute_per_accepted_token"] == pytest.approx(cost)
-    assert found["compute_advantage"] == pytest.approx(sizes[4] / cost) and baseline["compute_per_token"] == sizes[4]
+    assert found["compute_advantage"] == pytest.approx(sizes[4] / cost)
+    assert baseline["compute_per_token"] == sizes[4]
     assert 0 < sgjm["jepa_top1_acc"] < 1 and sgjm["merge_precision_advantage"] > 0
     # The published 13.92: of its sizes and 99.993 % alone.
     cost = (23_994_240 + 4 * (1_377_984 + 197_121)) / (0.99993 * 4 * 4)
@@ -299,7 +378,9 @@ def test_a_judge_that_foresees_and_one_that_does_not():
     for start in range(0, 368, 32):
         row = model.hidden(torch.from_numpy(ids[None, start : start + 32]), model.rotary_train)[0].detach()
         states |= {tuple(row[t, :4].tolist()): row[t + 3] for t in range(29)}
-    model.aux.judge.forward = lambda parent: torch.stack([states[tuple(p[:4].tolist())] for p in parent.flatten(0, -2)]).view_as(parent)
+    model.aux.judge.forward = lambda parent: torch.stack(
+        [states[tuple(p[:4].tolist())] for p in parent.flatten(0, -2)]
+    ).view_as(parent)
     assert honest(model, ids, args)["jepa_top1_hard"] == 1
     model.aux.judge.forward = lambda parent: parent  # stays where it is
     assert honest(model, ids, args)["jepa_top1_hard"] < 0.6
@@ -312,8 +393,11 @@ def test_a_judge_that_foresees_and_one_that_does_not():
 def judge(corpus, tmp_path, monkeypatch, capsys):
     """judge(VAR=value, ...) -> (exit code, what was printed, gate.json or None) of the script's main."""
     def judge(**overrides):
-        wanted = {"EVAL_GATE": 1, "DATA_PATH": corpus, "RUNS_PATH": tmp_path / "runs", "RUN_ID": "gate", "VAL_BYTES": 2000, "GATE_BATCHES": 4,
-                  "DEVICE": "cpu", "DTYPE": "fp32", "COMPILE": 0, "EVAL_BATCH_TOKENS": 1024, "TRAIN_BATCH_TOKENS": 128, **overrides}
+        wanted = {
+            "EVAL_GATE": 1, "DATA_PATH": corpus, "RUNS_PATH": tmp_path / "runs", "RUN_ID": "gate",
+            "VAL_BYTES": 2000, "GATE_BATCHES": 4, "DEVICE": "cpu", "DTYPE": "fp32", "COMPILE": 0,
+            "EVAL_BATCH_TOKENS": 1024, "TRAIN_BATCH_TOKENS": 128, **overrides,
+        }
         monkeypatch.setattr(section.os, "environ", {key: str(value) for key, value in wanted.items()})
         monkeypatch.setattr(section.sys, "argv", ["train_gpt.py"])
         code, out = section.main(), capsys.readouterr()
@@ -329,24 +413,50 @@ def test_two_checkpoints_are_judged(judge, pair, monkeypatch):
     code, output, report = judge(SGJM=pair[0], BASELINE=pair[1])
     drawn, spread = seen
     assert drawn.min() >= 0 and drawn.max() < 2001 - 32 and len({*(drawn % 32)}) > 4  # as they come
-    assert spread[0] == 0 and (spread % 32 == 0).all() and (np.diff(spread) >= 32).all() and 2001 - 64 <= spread[-1] < 2001 - 32
-    assert code == 1 and "gate honest    failed: " in output and "speed_up" in output and "(not measured)" in output
-    for kind, names in (("published", ["nll_delta", "branch_acceptance_rate", "jepa_top1_acc", "merge_precision_advantage", "compute_advantage"]),
-                        ("honest", ["val_bpb_delta", "bytes_per_pass", "jepa_top1_hard", "merge_advantage_low", "speed_up"])):
+    assert spread[0] == 0
+    assert (spread % 32 == 0).all()
+    assert (np.diff(spread) >= 32).all()
+    assert 2001 - 64 <= spread[-1] < 2001 - 32
+    assert code == 1
+    assert "gate honest    failed: " in output
+    assert "speed_up" in output
+    assert "(not measured)" in output
+    for kind, names in (
+        (
+            "published",
+            [
+                "nll_delta", "branch_acceptance_rate", "jepa_top1_acc", "merge_precision_advantage",
+                "compute_advantage",
+            ],
+        ),
+        (
+            "honest",
+            [
+                "val_bpb_delta", "bytes_per_pass", "jepa_top1_hard", "merge_advantage_low",
+                "speed_up",
+            ],
+        ),
+    ):
         asked = report[kind]["conditions"]
-        assert [each["name"] for each in asked] == names and all(f"gate {kind:<9} {name}" in output for name in names)
+        assert [each["name"] for each in asked] == names
+        assert all(f"gate {kind:<9} {name}" in output for name in names)
         assert report[kind]["gate_reasons"] == [each["name"] for each in asked if not each["passed"]]
         assert report[kind]["gate_passed"] == (not report[kind]["gate_reasons"])
     honest = report["honest"]
     assert honest["conditions"][0]["why"] == "" and honest["speed_up"] is None
-    assert [report[name]["steps"] for name in ("sgjm", "baseline")] == [3, 3] and report["sgjm"]["file"] == pair[0]
-    assert report["dataset"]["sha256"] and report["evals"]["gate_sgjm"]["targets"] == report["evals"]["gate_sgjm"]["bytes"] == 2000
+    assert [report[name]["steps"] for name in ("sgjm", "baseline")] == [3, 3]
+    assert report["sgjm"]["file"] == pair[0]
+    assert report["dataset"]["sha256"]
+    assert report["evals"]["gate_sgjm"]["targets"] == report["evals"]["gate_sgjm"]["bytes"] == 2000
     assert report["settings"]["GATE_RADIUS"] == honest["merge"]["radius"] == 6
-    assert honest["n_tokens"] == report["published"]["sgjm"]["n_tokens"] == 4 * 128  # 16 windows of either kind
+    # 16 windows of either kind
+    assert honest["n_tokens"] == report["published"]["sgjm"]["n_tokens"] == 4 * 128
     assert honest["merge"]["places"] == 16 * 29
     model = section.open_model(pair[0])  # the headline's routine, the whole text
     val = section.Dataset(settings(DATA_PATH=report["settings"]["DATA_PATH"]), verify=False).val[:2001]
-    assert honest["val_bpb"][0] == pytest.approx(section.score(model, val)[0].sum() / math.log(2) / 2000, rel=1e-6)
+    assert honest["val_bpb"][0] == pytest.approx(
+        section.score(model, val)[0].sum() / math.log(2) / 2000, rel=1e-6
+    )
     assert judge(SGJM=pair[0], BASELINE=pair[1])[2]["honest"]["merge"] == honest["merge"]  # the same again
     table = reports.gate(section.Path(report["settings"]["RUNS_PATH"]) / "gate" / "gate.json")
     found = {row[0]: row[1:] for row in table["rows"]}
@@ -357,27 +467,44 @@ def test_two_checkpoints_are_judged(judge, pair, monkeypatch):
 def test_all_honest_conditions_make_exit_code_0(judge, pair, tmp_path, monkeypatch):
     bench = tmp_path / "bench.json"
     bench.write_text(json.dumps({"prompts": [], "summary": {"greedy": {"ratio": 1.7}}}))
-    good = {key: HONEST[key] for key in ("bytes_per_pass", "jepa_top1_hard", "jepa_chance_hard", "merge", "control")}
+    good = {
+        key: HONEST[key]
+        for key in ("bytes_per_pass", "jepa_top1_hard", "jepa_chance_hard", "merge", "control")
+    }
     monkeypatch.setattr(section, "figures", lambda *given, real=section.figures: (real(*given)[0], good))
     code, output, report = judge(SGJM=pair[0], BASELINE=pair[1], GATE_BENCH=bench)
     assert code == 0 and report["honest"]["gate_passed"] and report["honest"]["speed_up"] == 1.7, output
     assert "gate honest    passed" in output and not report["published"]["gate_passed"]
-    bench.write_text(json.dumps({"summary": {"greedy": {"ratio": 0.9}}, "artifact_sha256": section.sha256_file(section.Path(pair[0]))}))
-    assert judge(SGJM=pair[0], BASELINE=pair[1], GATE_BENCH=bench)[2]["honest"]["gate_reasons"] == ["speed_up"]
+    bench.write_text(
+        json.dumps(
+            {
+                "summary": {"greedy": {"ratio": 0.9}},
+                "artifact_sha256": section.sha256_file(section.Path(pair[0])),
+            }
+        )
+    )
+    assert judge(SGJM=pair[0], BASELINE=pair[1], GATE_BENCH=bench)[2]["honest"]["gate_reasons"] == [
+        "speed_up"
+    ]
 
 
 def test_what_cannot_be_measured_is_null(judge, pair, monkeypatch):
     """No pair merges: no mean, no interval; nothing of it passes, and the report stays JSON."""
     def far(self, parents, branches):
         shape = len(parents), branches
-        return torch.zeros(*shape, 3, dtype=torch.long), None, torch.randn(*shape, 32, generator=torch.Generator().manual_seed(0))
+        return (
+            torch.zeros(*shape, 3, dtype=torch.long),
+            None,
+            torch.randn(*shape, 32, generator=torch.Generator().manual_seed(0)),
+        )
     monkeypatch.setattr(section.Drafter, "draft", far)
     monkeypatch.setattr(section, "POOL", 12)
     monkeypatch.setattr(section, "ENOUGH", 0)
     code, _, report = judge(SGJM=pair[0], BASELINE=pair[1], GATE_RADIUS=0, VAL_BYTES=400)
     merge = report["honest"]["merge"]
     assert code == 1 and report["published"]["sgjm"]["merge_precision_js"] is None
-    assert report["published"]["sgjm"]["merge_precision_advantage"] == 1.0 and report["published"]["sgjm"]["merged_pairs"] == 0
+    assert report["published"]["sgjm"]["merge_precision_advantage"] == 1.0
+    assert report["published"]["sgjm"]["merged_pairs"] == 0
     assert merge["merged_pairs"] == 0 and merge["js"][0] is None and merge["interval"] == [None, None]
     assert "merge_advantage_low" in report["honest"]["gate_reasons"]
 
@@ -389,10 +516,15 @@ def test_artifacts_are_judged_by_the_run_they_lie_in(judge, pair, tmp_path):
         args = section.Hyperparameters(None, {**model.args.shipped(), "EXPORT_HEADS": i == 0})
         folder = tmp_path / f"run{i}"
         folder.mkdir()
-        (folder / "artifact.bin").write_bytes(section.pack({name: p.detach().numpy() for name, p in model.named_parameters()}, args))
+        (folder / "artifact.bin").write_bytes(
+            section.pack({name: p.detach().numpy() for name, p in model.named_parameters()}, args)
+        )
         paths.append(folder / "artifact.bin")
     code, output, report = judge(SGJM=paths[0], BASELINE=paths[1])
-    assert code == 1 and report["honest"]["conditions"][0]["why"] == "not matched: steps None against None", output
+    assert (
+        code == 1
+        and report["honest"]["conditions"][0]["why"] == "not matched: steps None against None"
+    ), output
     for path in paths:
         path.with_name("metrics.json").write_text('{"steps": 100}')
     code, _, report = judge(SGJM=paths[0], BASELINE=paths[1])
@@ -403,18 +535,30 @@ def test_artifacts_are_judged_by_the_run_they_lie_in(judge, pair, tmp_path):
 
 
 def test_misuse_is_one_line_and_exit_code_2(judge, pair, tmp_path):
-    bare, other = checkpoint(tmp_path, "bare", 0, ARCH="baseline"), checkpoint(tmp_path, "other", 0, **BASELINE, TRAIN_SEQ_LEN=16)
+    bare = checkpoint(tmp_path, "bare", 0, ARCH="baseline")
+    other = checkpoint(tmp_path, "other", 0, **BASELINE, TRAIN_SEQ_LEN=16)
     (tmp_path / "bench.json").write_text('{"summary": {"greedy": {}}}')
     (tmp_path / "other.json").write_text('{"summary": {"greedy": {"ratio": 2}}, "artifact_sha256": "ab"}')
     for overrides, words in (
-        ({"SGJM": ""}, "SGJM is empty"), ({"BASELINE": ""}, "BASELINE is empty"), ({"SGJM": tmp_path / "none.bin"}, "none.bin: No such file"),
-        ({"SGJM": bare}, "no heads in it"), ({"BASELINE": pair[0]}, "ARCH=sgjm, where baseline is needed"),
-        ({"BASELINE": other}, "TRAIN_SEQ_LEN=16, where 32 is needed"), ({"VAL_BYTES": 30}, "no such window in 31 validation ids"),
-        ({"GATE_BENCH": tmp_path / "bench.json"}, "no summary.greedy.ratio"), ({"GATE_BENCH": tmp_path / "none.json"}, "GATE_BENCH="),
+        ({"SGJM": ""}, "SGJM is empty"),
+        ({"BASELINE": ""}, "BASELINE is empty"),
+        ({"SGJM": tmp_path / "none.bin"}, "none.bin: No such file"),
+        ({"SGJM": bare}, "no heads in it"),
+        ({"BASELINE": pair[0]}, "ARCH=sgjm, where baseline is needed"),
+        ({"BASELINE": other}, "TRAIN_SEQ_LEN=16, where 32 is needed"),
+        ({"VAL_BYTES": 30}, "no such window in 31 validation ids"),
+        ({"GATE_BENCH": tmp_path / "bench.json"}, "no summary.greedy.ratio"),
+        ({"GATE_BENCH": tmp_path / "none.json"}, "GATE_BENCH="),
         ({"GATE_BENCH": tmp_path / "other.json"}, "measured with another file than"),
-        ({"GATE_RADIUS": 65}, "GATE_RADIUS='65' is not accepted"), ({"MODEL_DIM": 64}, "MODEL_DIM=64 contradicts"),
+        ({"GATE_RADIUS": 65}, "GATE_RADIUS='65' is not accepted"),
+        ({"MODEL_DIM": 64}, "MODEL_DIM=64 contradicts"),
         ({"WORLD_SIZE": 2}, "EVAL_GATE=True, WORLD_SIZE=2: one process judges"),
     ):
         code, output, report = judge(**{"SGJM": pair[0], "BASELINE": pair[1], **overrides})
-        assert code == 2 and report is None and words in output and "Traceback" not in output, (overrides, output)
-        assert [line for line in output.splitlines() if line.startswith("error: ")] == output.splitlines()[-1:]
+        assert code == 2 and report is None and words in output and "Traceback" not in output, (
+            overrides,
+            output,
+        )
+        assert [
+            line for line in output.splitlines() if line.startswith("error: ")
+        ] == output.splitlines()[-1:]

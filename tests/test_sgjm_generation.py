@@ -1,4 +1,5 @@
-"""The record SGJM writes: drafts change how fast a text grows, never the text, nor at a temperature its distribution."""
+"""The record SGJM writes: drafts change how fast a text
+grows, never the text, nor at a temperature its distribution."""
 
 import json
 import math
@@ -66,7 +67,9 @@ class Oracle:
 @pytest.mark.parametrize("overrides", [{}, ROPE, HYBRID], ids=str)
 def test_greedy_text_is_that_of_plain_decoding(overrides):
     """100 prompts, many longer than the window; a good drafter and a poor one; ties are none of these."""
-    model, passes, kinds = alive(**BLOCKS, **overrides), [0, 0], dict.fromkeys(section.SpeculationGraph.AFTER, 0)
+    model = alive(**BLOCKS, **overrides)
+    passes = [0, 0]
+    kinds = dict.fromkeys(section.SpeculationGraph.AFTER, 0)
     for i, ids in enumerate(prompts(100)):
         plain, slow = write(model, ids, 14, speculate=False)
         truth = "".join(map(chr, ids)) + plain
@@ -102,16 +105,27 @@ def test_a_full_window_is_read_again_from_its_middle(overrides):
             assert list(map(ord, found)) == wanted, (length, speculate)
 
 
-@pytest.mark.parametrize("overrides", [{"KEEP_TOP_K": 1}, {"DRAFT_BUDGET": 1}, {"DRAFT_BRANCHES": 1}, {"DRAFTER": "suffix"},
-                                       {"DRAFTER": "heads"}, {"JUDGE_WEIGHT": 0}, {"DRAFT_BYTE_COST": 0.9}, {"BLOCK_SIZE": 1},
-                                       {"MERGE_RADIUS": 0}, {"MERGE_RADIUS": 64}], ids=str)
+@pytest.mark.parametrize("overrides", [
+    {"KEEP_TOP_K": 1},
+    {"DRAFT_BUDGET": 1},
+    {"DRAFT_BRANCHES": 1},
+    {"DRAFTER": "suffix"},
+    {"DRAFTER": "heads"},
+    {"JUDGE_WEIGHT": 0},
+    {"DRAFT_BYTE_COST": 0.9},
+    {"BLOCK_SIZE": 1},
+    {"MERGE_RADIUS": 0},
+    {"MERGE_RADIUS": 64},
+], ids=str)
 def test_no_setting_of_the_drafts_changes_the_text(overrides):
     ids = prompts(1, seed=5)[0]
     wanted, _ = write(alive(**BLOCKS), ids, 50, speculate=False)
     found, writer = write(alive(**{**BLOCKS, **overrides}), ids, 50)
     assert found == wanted
     sources = {kind[0] for draft in writer.graph.alive for kind in draft.kinds}
-    assert sources <= {"heads": {"heads"}, "suffix": {"suffix"}}.get(overrides.get("DRAFTER"), {"heads", "suffix"})
+    assert sources <= {"heads": {"heads"}, "suffix": {"suffix"}}.get(
+        overrides.get("DRAFTER"), {"heads", "suffix"}
+    )
     assert (writer.graph.counts["merged"] > 0) or overrides.get("MERGE_RADIUS") != 64
 
 
@@ -140,7 +154,9 @@ def test_a_tree_in_one_pass_is_each_of_its_paths_alone(overrides):
             while path[0].above is not None:
                 path.insert(0, path[0].above)
             text = torch.tensor([ids[0, :known].tolist() + [place.id for place in path]])
-            torch.testing.assert_close(found[last.row], model.hidden(text, model.rotary_eval)[0, -1], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                found[last.row], model.hidden(text, model.rotary_eval)[0, -1], atol=1e-5, rtol=1e-5
+            )
         # the accepted path moves to the front, and decoding goes on as from a fresh read
         past.gather(known, [place.row for place in path])
         assert past.length == text.size(1)
@@ -158,11 +174,13 @@ def test_drafts_with_a_common_beginning_share_their_places():
     read = writer.plan(9)
     assert "".join(chr(place.id) for place in read[1:]) == "abcdxy"  # best first, six bytes
     assert [draft.state for draft in writer.graph.alive] == ["verified", "verified", "pruned", "pruned"]
-    assert [offer[0] for offer in read[2].offers] == [ord(c) for c in "cde"]  # what is not read is put to the test, too
+    # What is not read is put to the test, too
+    assert [offer[0] for offer in read[2].offers] == [ord(c) for c in "cde"]
     assert [place.chance for place in read] == [1, 0.5, 0.25, 0.125, 0.125, 0.5, 0.25]
     writer.text = writer.text + "ab"
     writer.graph.settle(writer.text)
-    assert [draft.ids for draft in writer.graph.alive] == ["abc", "abd", "abe"]  # still ahead, by their last bytes
+    # Still ahead, by their last bytes
+    assert [draft.ids for draft in writer.graph.alive] == ["abc", "abd", "abe"]
     assert [offer[0] for offer in writer.plan(9)[0].offers] == [ord(c) for c in "cde"]
 
 
@@ -176,12 +194,17 @@ def surprise(seen, expected, least: float = 5.0) -> float:
     seen, expected = (np.append(x[~small], x[small].sum()) for x in (seen, expected))
     used = expected > 0
     assert seen[~used].sum() == 0
-    return float(chi2.sf((np.square(seen - expected) / np.maximum(expected, 1e-9))[used].sum(), used.sum() - 1))
+    return float(
+        chi2.sf(
+            (np.square(seen - expected) / np.maximum(expected, 1e-9))[used].sum(), used.sum() - 1
+        )
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_choice_has_the_distribution_asked_for_whatever_was_drafted(seed):
-    """Siblings drawn without replacement from one law, a guess without chance, one more draw from another law."""
+    """Siblings drawn without replacement from one law, a
+    guess without chance, one more draw from another law."""
     rng = np.random.default_rng(seed)
     p, q, other = rng.dirichlet(np.full(LETTERS, 0.5), 3)
     seen, taken = np.zeros(LETTERS), 0
@@ -208,7 +231,9 @@ class Chain(nn.Module):
 
     def __init__(self, law: np.ndarray, **overrides):
         super().__init__()
-        self.args = section.Hyperparameters({name: str(value) for name, value in {**SMALL, **BLOCKS, **overrides}.items()})
+        self.args = section.Hyperparameters(
+            {name: str(value) for name, value in {**SMALL, **BLOCKS, **overrides}.items()}
+        )
         self.args.vocab_size, self.args.model_dim = len(law), 8
         self.tok_emb, self.blocks, self.rotary_eval, self.dtype = nn.Embedding(1, 1), [], None, torch.float32
         self.law, self.aux = torch.from_numpy(law).float().log(), section.SpeculativeHeads(self.args)
@@ -224,7 +249,8 @@ class Chain(nn.Module):
 
 
 class Picky:
-    """Heads that draw from a law of their own, and a verifier that wants to read one letter at one place alone."""
+    """Heads that draw from a law of their own, and a verifier
+    that wants to read one letter at one place alone."""
 
     law = np.array([0.5, 0.2, 0.15, 0.1, 0.05])
 
@@ -232,10 +258,21 @@ class Picky:
         self.rng, self.drafter = np.random.default_rng(seed), self
 
     def draft(self, state, branches, temperature, generator, given):
-        first = (np.log(self.law) + self.rng.gumbel(size=LETTERS)).argsort()[::-1][:branches]  # without replacement
-        ids = np.column_stack((np.full(branches, given.item()), first, self.rng.choice(LETTERS, (branches, 2), p=self.law)))
+        # Without replacement
+        first = (np.log(self.law) + self.rng.gumbel(size=LETTERS)).argsort()[::-1][:branches]
+        ids = np.column_stack(
+            (
+                np.full(branches, given.item()),
+                first,
+                self.rng.choice(LETTERS, (branches, 2), p=self.law),
+            )
+        )
         latents = torch.nn.functional.one_hot(torch.from_numpy(ids[:, 2]), 8).float()
-        return torch.from_numpy(ids)[None], torch.from_numpy(np.log(self.law)).expand(1, branches, 4, -1), latents[None]
+        return (
+            torch.from_numpy(ids)[None],
+            torch.from_numpy(np.log(self.law)).expand(1, branches, 4, -1),
+            latents[None],
+        )
 
     def judge(self, state):
         return state
@@ -251,16 +288,27 @@ def transitions(ids, law: np.ndarray, back: int) -> float:
     expected = seen.sum(-1, keepdims=True) * law
     few = expected < 5
     seen, expected = (np.append(x[~few], x[few].sum()) for x in (seen, expected))
-    return float(chi2.sf((np.square(seen - expected) / np.maximum(expected, 1e-9)).sum(), len(seen) - LETTERS**back))
+    return float(
+        chi2.sf(
+            (np.square(seen - expected) / np.maximum(expected, 1e-9)).sum(),
+            len(seen) - LETTERS**back,
+        )
+    )
 
 
-@pytest.mark.parametrize("overrides", [{"DRAFTER": "heads", "KEEP_TOP_K": 1, "DRAFT_BRANCHES": 2}, {"KEEP_TOP_K": 1, "DRAFT_BRANCHES": 2},
-                                       {"MERGE_RADIUS": 64}, {"DRAFTER": "suffix", "DRAFT_BUDGET": 4}], ids=str)
+@pytest.mark.parametrize("overrides", [
+    {"DRAFTER": "heads", "KEEP_TOP_K": 1, "DRAFT_BRANCHES": 2},
+    {"KEEP_TOP_K": 1, "DRAFT_BRANCHES": 2},
+    {"MERGE_RADIUS": 64},
+    {"DRAFTER": "suffix", "DRAFT_BUDGET": 4},
+], ids=str)
 def test_a_toy_text_has_the_distribution_of_its_chain(overrides):
-    """What the graph likes to read must not come more often: it does (p < 1e-6) where drafts that were not read are
-    forgotten, or put to the test after newer ones."""
+    """What the graph likes to read must not come more often: it does (p < 1e-6) where
+    drafts that were not read are forgotten, or put to the test after newer ones."""
     law = np.random.default_rng(1).dirichlet(np.full(LETTERS, 3), LETTERS)
-    text, writer = write(Chain(law, **overrides), [0], 10_000, temperature=1.0, seed=3, heads=lambda writer: Picky(0))
+    text, writer = write(
+        Chain(law, **overrides), [0], 10_000, temperature=1.0, seed=3, heads=lambda writer: Picky(0)
+    )
     ids, counts = np.array([0, *map(ord, text)]), writer.graph.counts
     assert min(transitions(ids, law, 1), transitions(ids, law, 2)) > 1e-3
     assert writer.read[0] < 10_000 / 1.2 and counts["pruned"] + counts["merged"] > 500
@@ -308,7 +356,10 @@ class Near:
             law = model.head(model.hidden(ids, model.rotary_eval)[:, -1]).div(2 * temperature).log_softmax(-1)
             keys = law - torch.empty_like(law).exponential_(generator=self.noise).log()
             chosen = keys.topk(branches if i == 0 else 1).indices.view(-1, 1)
-            ids, found = (x.repeat_interleave(branches, 0) if i == 0 else x for x in (ids, torch.stack([*found, law], 1)))
+            ids, found = (
+                x.repeat_interleave(branches, 0) if i == 0 else x
+                for x in (ids, torch.stack([*found, law], 1))
+            )
             ids, found = torch.cat((ids, chosen), 1), list(found.unbind(1))
         laws = torch.stack([found[0], *found], 1)
         return ids[None, :, -4:], laws[None], torch.randn(1, branches, state.size(1), generator=self.noise)
@@ -341,8 +392,13 @@ def test_blocks_of_a_real_model_come_as_often_as_they_should():
             texts = torch.tensor([list(map(ord, prompt + block)) for block in blocks])
             laws = (model.head(model.hidden(texts, model.rotary_eval)[:, -1]) / heat).double().softmax(-1)
         best = laws.topk(6)
-        blocks = {block + chr(i): p * chance for (block, p), row, chances in zip(blocks.items(), best.indices.tolist(), best.values.tolist())
-                  for i, chance in zip(row, chances)}
+        blocks = {
+            block + chr(i): p * chance
+            for (block, p), row, chances in zip(
+                blocks.items(), best.indices.tolist(), best.values.tolist()
+            )
+            for i, chance in zip(row, chances)
+        }
     counts = [seen.get(block, 0) for block in blocks]
     expected = [tries * p for p in blocks.values()]
     assert surprise([*counts, tries - sum(counts)], [*expected, tries - sum(expected)]) > 1e-3
@@ -351,7 +407,10 @@ def test_blocks_of_a_real_model_come_as_often_as_they_should():
 
 # The graph
 
-operations = st.lists(st.tuples(st.sampled_from(["add", "pass"]), st.integers(0, 2**31), st.integers(1, 3)), max_size=60)
+operations = st.lists(
+    st.tuples(st.sampled_from(["add", "pass"]), st.integers(0, 2**31), st.integers(1, 3)),
+    max_size=60,
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -367,15 +426,20 @@ def test_the_graph_has_no_cycle_and_loses_no_context(steps, radius, keep):
             ids = "".join(rng.choice(["a", "b"], size))
             bits = None if rng.random() < 0.2 else int(rng.choice([0, 3, 2**63, 2**64 - 1]))
             start = len(text) if parent is None else parent.end
-            draft = graph.add(parent, start, ids, [None] * size, rng.normal(size=size).tolist(), [("heads", 0)] * size, 0.0, bits)
+            draft = graph.add(
+                parent, start, ids, [None] * size, rng.normal(size=size).tolist(),
+                [("heads", 0)] * size, 0.0, bits,
+            )
             made.append((draft, (text if parent is None else parent.through(text)) + ids))
             continue
         kept = graph.choose(len(text))
-        assert sum(draft.start >= len(text) for draft in kept) <= keep and kept == sorted(kept, key=lambda draft: -draft.score)
+        assert sum(draft.start >= len(text) for draft in kept) <= keep
+        assert kept == sorted(kept, key=lambda draft: -draft.score)
         assert all(draft.state == "scored" for draft in kept)
         for draft in graph.alive:
             other = draft.alias
-            assert (draft.state == "merged") == (other is not None) and (draft in kept) == (draft.state == "scored")
+            assert (draft.state == "merged") == (other is not None)
+            assert (draft in kept) == (draft.state == "scored")
             if other is not None:  # a pointer: to one as long, kept, no worse, alike
                 assert other in kept and other.end == draft.end and other.score >= draft.score
                 assert (other.bits ^ draft.bits).bit_count() <= radius
@@ -393,7 +457,11 @@ def test_the_graph_has_no_cycle_and_loses_no_context(steps, radius, keep):
     for draft, whole in made:  # along edges prefixes grow, along pointers they stay: no way leads back
         assert draft.end == draft.start + len(draft.ids) == len(whole)
         assert draft.parent is None or draft.parent.end == draft.start < draft.end
-        assert draft not in alias or alias[draft].end == draft.end and alias[draft] not in (draft, alias.get(alias[draft]))
+        assert (
+            draft not in alias
+            or alias[draft].end == draft.end
+            and alias[draft] not in (draft, alias.get(alias[draft]))
+        )
     counts = graph.counts
     assert counts["created"] == len(made) == counts["committed"] + counts["expired"] + len(graph.alive)
     assert counts["scored"] == counts["verified"] + counts["pruned"] + counts["merged"]
@@ -416,7 +484,8 @@ def test_signatures_are_signs_of_products_with_gaussian_planes():
     near = graph.signatures(latents + 0.02 * torch.randn(50, 16, generator=torch.Generator().manual_seed(1)))
     apart = [(a ^ b).bit_count() for a, b in zip(found, near)]
     angles = torch.arccos(torch.cosine_similarity(latents[:1], latents[1:])).numpy() * 64 / math.pi
-    assert np.mean(apart) < 3 and np.corrcoef(angles, [(found[0] ^ b).bit_count() for b in found[1:]])[0, 1] > 0.7
+    assert np.mean(apart) < 3
+    assert np.corrcoef(angles, [(found[0] ^ b).bit_count() for b in found[1:]])[0, 1] > 0.7
 
 
 # Prompt lookup
@@ -440,7 +509,12 @@ def test_lookup_finds_the_longest_end_and_its_latest_place(text, limit):
 def test_lookup_writes_a_loop_in_few_passes():
     class Cycle(Chain):
         def __init__(self):
-            super().__init__(np.roll(np.eye(LETTERS) * 0.96 + 0.008, 1, 1), **ROPE, EVAL_SEQ_LEN=300, DRAFTER="suffix")
+            super().__init__(
+                np.roll(np.eye(LETTERS) * 0.96 + 0.008, 1, 1),
+                **ROPE,
+                EVAL_SEQ_LEN=300,
+                DRAFTER="suffix",
+            )
 
     text, writer = write(Cycle(), [0, 1, 2, 3, 4, 0, 1, 2], 170)
     assert text == ("\x03\x04\x00\x01\x02" * 34) and writer.read[0] <= 12
@@ -460,14 +534,18 @@ def test_heads_pause_when_nothing_of_theirs_is_taken():
     assert writer.read[0] > 280 and len(drafted) <= 7 + 300 / 64 + 1
     drafted.clear()
     oracle = Oracle("\x01" + "F" + text, 0)
-    oracle.rng = SimpleNamespace(random=np.ones, integers=lambda *_: [], normal=np.random.default_rng(0).normal)  # never wrong
+    # Never wrong
+    oracle.rng = SimpleNamespace(
+        random=np.ones, integers=lambda *_: [], normal=np.random.default_rng(0).normal
+    )
     _, writer = write(model, [1, 70], 120, heads=oracle)
     assert writer.worth > 2 and writer.read[0] < 50
 
 
 @pytest.mark.parametrize("share,rests", [(3.0, True), (0.5, False)])
 def test_the_cost_of_a_draft_is_measured_where_it_is_not_given(monkeypatch, share, rests):
-    """By a clock on which a draft takes as long as three passes: heads that win two bytes each rest; at half a pass they do not."""
+    """By a clock on which a draft takes as long as three passes:
+    heads that win two bytes each rest; at half a pass they do not."""
     model, now = alive(BLOCK_SIZE=4, DRAFT_BYTE_COST=0, DRAFTER="heads"), [0.0]
     truth, _ = write(model, [1, 70], 120, speculate=False)
     oracle = Oracle("\x01" + "F" + truth, 0)
@@ -490,8 +568,15 @@ def test_the_cost_of_a_draft_is_measured_where_it_is_not_given(monkeypatch, shar
 
 def saved(folder, name: str, heads: int = 1, **overrides):
     """An artifact (or a checkpoint) of a random model."""
-    args = section.Hyperparameters({key: str(value) for key, value in {**SMALL, **BLOCKS, "INIT_STD": 0.15, "EXPORT_HEADS": heads,
-                                                                       "RUNS_PATH": folder, "RUN_ID": "made", **overrides}.items()})
+    args = section.Hyperparameters(
+        {
+            key: str(value)
+            for key, value in {
+                **SMALL, **BLOCKS, "INIT_STD": 0.15, "EXPORT_HEADS": heads, "RUNS_PATH": folder,
+                "RUN_ID": "made", **overrides,
+            }.items()
+        }
+    )
     if name == "checkpoint":
         trainer = section.Trainer(args, None, section.Runtime(args), section.Log(None))
         trainer.save("final")
@@ -505,13 +590,19 @@ def saved(folder, name: str, heads: int = 1, **overrides):
 
 @pytest.fixture
 def command(monkeypatch, capfdbinary, tmp_path):
-    """command(VAR=value, ...) -> (exit code, what stdout got, what stderr got) of the script's main, in this process."""
+    """command(VAR=value, ...) -> (exit code, what stdout got,
+    what stderr got) of the script's main, in this process."""
 
     def command(**variables):
         for name in list(os.environ):
             if name in {var.name for var in section.Hyperparameters.vars().values()}:
                 monkeypatch.delenv(name)
-        for name, value in {"DEVICE": "cpu", "RUNS_PATH": tmp_path / "runs", "RUN_ID": "test", **variables}.items():
+        for name, value in {
+            "DEVICE": "cpu",
+            "RUNS_PATH": tmp_path / "runs",
+            "RUN_ID": "test",
+            **variables,
+        }.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr("sys.argv", ["train_gpt.py"])
         code = section.main()
@@ -527,16 +618,23 @@ def test_generate_writes_bytes_to_stdout_and_numbers_to_stderr(command, tmp_path
     path = saved(tmp_path, kind)
     (tmp_path / "prompt.txt").write_bytes(b"caf\xc3\xa9 \xff")
     found = {}
-    for name, overrides in {"plain": {"SPECULATE": 0}, "fast": {}, "file": {"GENERATE": tmp_path / "prompt.txt"},
-                            "hot": {"TEMPERATURE": 1, "DRAFT_COST": 0.3}, "hot again": {"TEMPERATURE": 1, "DRAFT_COST": 0.3},
-                            "other": {"TEMPERATURE": 1, "SEED": 1}}.items():
-        code, out, err = command(**{"GENERATE": "caf\u00e9 \udcff", "ARTIFACT": path, "MAX_NEW_TOKENS": 40, **overrides})
+    for name, overrides in {
+        "plain": {"SPECULATE": 0}, "fast": {}, "file": {"GENERATE": tmp_path / "prompt.txt"},
+        "hot": {"TEMPERATURE": 1, "DRAFT_COST": 0.3},
+        "hot again": {"TEMPERATURE": 1, "DRAFT_COST": 0.3}, "other": {"TEMPERATURE": 1, "SEED": 1},
+    }.items():
+        code, out, err = command(
+            **{"GENERATE": "caf\u00e9 \udcff", "ARTIFACT": path, "MAX_NEW_TOKENS": 40, **overrides}
+        )
         assert code == 0 and 30 < len(out) <= 40, err
         assert "bytes_per_pass:" in err and "bytes_per_second:" in err and "committed:" in err
         found[name] = out
-    assert found["plain"] == found["fast"] == found["file"] and found["hot"] == found["hot again"] != found["other"]
+    assert found["plain"] == found["fast"] == found["file"]
+    assert found["hot"] == found["hot again"] != found["other"]
     args = section.settings_of(path)
-    wanted, _ = write(section.open_model(path, args=args), [1, *(byte + 4 for byte in b"caf\xc3\xa9 \xff")], 40)
+    wanted, _ = write(
+        section.open_model(path, args=args), [1, *(byte + 4 for byte in b"caf\xc3\xa9 \xff")], 40
+    )
     assert found["plain"] == bytes(ord(c) - 4 for c in wanted if ord(c) >= 4)
     assert not (tmp_path / "runs").exists()
 
@@ -545,16 +643,22 @@ def test_without_heads_drafts_come_from_the_text(command, tmp_path):
     path = saved(tmp_path, "stripped", heads=0, VOCAB_SIZE=256)
     for drafter in ("both", "heads"):
         code, out, err = command(GENERATE="abcabcabc", ARTIFACT=path, DRAFTER=drafter, MAX_NEW_TOKENS=30)
-        assert code == 0 and len(out) == 30 and err.count("no heads in it, drafts by prompt lookup alone") == 1
+        assert code == 0
+        assert len(out) == 30
+        assert err.count("no heads in it, drafts by prompt lookup alone") == 1
         assert "created:0" not in err
     code, _, err = command(GENERATE="abcabcabc", ARTIFACT=path, SPECULATE=0, MAX_NEW_TOKENS=5)
     assert code == 0 and "no heads" not in err and "passes:5 " in err and "created:0" in err
 
 
 @pytest.mark.parametrize("variables,message", [
-    ({"GENERATE": "a"}, "ARTIFACT is empty"), ({"GENERATE_BENCH": 1}, "ARTIFACT is empty"),
+    ({"GENERATE": "a"}, "ARTIFACT is empty"),
+    ({"GENERATE_BENCH": 1}, "ARTIFACT is empty"),
     ({"GENERATE": "a", "ARTIFACT": "nothing.bin"}, "ARTIFACT=nothing.bin: No such file"),
-    ({"GENERATE": "a", "ARTIFACT": "x", "MAX_NEW_TOKENS": 0}, "MAX_NEW_TOKENS='0' is not accepted: an integer from 1"),
+    (
+        {"GENERATE": "a", "ARTIFACT": "x", "MAX_NEW_TOKENS": 0},
+        "MAX_NEW_TOKENS='0' is not accepted: an integer from 1",
+    ),
     ({"GENERATE": "a", "ARTIFACT": "x", "TEMPERATURE": -1}, "TEMPERATURE='-1' is not accepted"),
     ({"GENERATE": "a", "ARTIFACT": "x", "DRAFTER": "both2"}, "heads | suffix | both"),
     ({"GENERAT": "a"}, "did you mean GENERATE?"),
@@ -568,22 +672,37 @@ def test_odd_prompts_are_refused(command, tmp_path):
     path = saved(tmp_path, "plain", VOCAB_SIZE=256)
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "two.json").write_text('{"a": "1", "b": "2"}')
-    for prompt, message in (("empty.txt", "1 prompts, or an empty one"), ("two.json", "2 prompts"), ("", "prompts")):
+    for prompt, message in (
+        ("empty.txt", "1 prompts, or an empty one"),
+        ("two.json", "2 prompts"),
+        ("", "prompts"),
+    ):
         code, _, err = command(GENERATE=tmp_path / prompt, ARTIFACT=path)
         assert code == 2 and message in err
 
 
 def test_the_bench_measures_both_ways_in_turn(command, tmp_path, monkeypatch):
     path, order, write_ = saved(tmp_path, "artifact"), [], section.Generator.write
-    monkeypatch.setattr(section.Generator, "write", lambda self, n: order.append(bool(self.heads)) or write_(self, n))
+    monkeypatch.setattr(
+        section.Generator,
+        "write",
+        lambda self, n: order.append(bool(self.heads)) or write_(self, n),
+    )
     code, out, err = command(GENERATE_BENCH=1, ARTIFACT=path, MAX_NEW_TOKENS=12, BENCH_REPEATS=2)
-    assert code == 0 and order == [False, True] * (1 + 2 * 4 * 2) and "bench greedy prose ar:" in out.decode(), err
+    assert (
+        code == 0
+        and order == [False, True] * (1 + 2 * 4 * 2)
+        and "bench greedy prose ar:" in out.decode()
+    ), err
     folder = tmp_path / "runs" / "test"
     found = json.loads((folder / "bench.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert "bench sampled random ar:" in (folder / "log.txt").read_text()
     assert found["summary"].keys() == {"greedy", "sampled"}
     assert found["summary"]["greedy"]["mismatches"] == found["summary"]["greedy"]["near_ties"] == 0
-    assert found["heads"] and found["threads"] >= 1 and found["settings"]["DRAFT_BRANCHES"] == 4 and found["dtype"] == "torch.float32"
+    assert found["heads"]
+    assert found["threads"] >= 1
+    assert found["settings"]["DRAFT_BRANCHES"] == 4
+    assert found["dtype"] == "torch.float32"
     for kind in ("greedy", "sampled"):
         assert found[kind].keys() == {"prose", "code", "repetitive", "random"}
         ratios = [result["ratio"] for result in found[kind].values()]
@@ -591,15 +710,22 @@ def test_the_bench_measures_both_ways_in_turn(command, tmp_path, monkeypatch):
         for result in found[kind].values():
             plain, fast = result["ar"], result["speculation"]
             assert result["ratio"] == pytest.approx(fast["bytes_per_second"] / plain["bytes_per_second"])
-            assert plain["bytes_per_pass"] == 1 <= fast["bytes_per_pass"] and plain["drafts"]["created"] == 0 < fast["drafts"]["created"]
+            assert plain["bytes_per_pass"] == 1 <= fast["bytes_per_pass"]
+            assert plain["drafts"]["created"] == 0 < fast["drafts"]["created"]
             for part in (plain, fast):
                 assert 0 < part["drafting"] + part["verification"] <= 1 and 0 <= part["looping"] <= 1
-                assert all(0 <= share <= 1 for share in part["acceptance"]) and part["acceptance"] == sorted(part["acceptance"])[::-1] or part is fast
+                assert (
+                    all(0 <= share <= 1 for share in part["acceptance"])
+                    and part["acceptance"] == sorted(part["acceptance"])[::-1]
+                    or part is fast
+                )
     result = found["greedy"]["prose"]
     rows = {row[0]: row for row in reports.generation(folder / "bench.json")["rows"]}
     assert rows["prose, greedy"][3:5] == [f"**{result['ratio']:.2f}**", f"{result['speculation']['bytes_per_pass']:.2f}"]
     kinds = section.read_prompts(section.Hyperparameters({}))
-    assert all(len(text) == 256 for text in kinds.values()) and kinds["prose"].isascii() and b"assert " in kinds["code"]
+    assert all(len(text) == 256 for text in kinds.values())
+    assert kinds["prose"].isascii()
+    assert b"assert " in kinds["code"]
 
 
 def test_the_bench_takes_folders_and_json_and_tells_a_wrong_text(command, tmp_path, monkeypatch):
@@ -610,7 +736,12 @@ def test_the_bench_takes_folders_and_json_and_tells_a_wrong_text(command, tmp_pa
     (tmp_path / "prompts.json").write_text('{"three": "3 3 3 3"}')
     (tmp_path / "odd.json").write_text("[1, 2")
     settings = {"GENERATE_BENCH": 1, "ARTIFACT": path, "MAX_NEW_TOKENS": 6, "BENCH_REPEATS": 1}
-    for where, names in ((folder, {"one", "two"}), (tmp_path / "prompts.json", {"three"}), (tmp_path / "odd.json", {"odd"}), ("x", {"prompt"})):
+    for where, names in (
+        (folder, {"one", "two"}),
+        (tmp_path / "prompts.json", {"three"}),
+        (tmp_path / "odd.json", {"odd"}),
+        ("x", {"prompt"}),
+    ):
         assert command(GENERATE=where, **settings)[0] == 0
         report = json.loads((tmp_path / "runs" / "test" / "bench.json").read_text())
         assert report["greedy"].keys() == report["sampled"].keys() == names

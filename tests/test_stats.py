@@ -34,7 +34,9 @@ def test_the_t_distribution_is_scipys(df):
     for t in (0.0, 1e-9, 0.01, 0.5, 1.0, 1.7, 3.2, 12.0, 25.0, 1e4):
         for signed in (t, -t):
             assert stats.t_sf(signed, df) == pytest.approx(scipy_stats.t.sf(signed, df), rel=rel, abs=1e-290)
-            assert stats.t_cdf(signed, df) == pytest.approx(scipy_stats.t.cdf(signed, df), rel=rel, abs=1e-290)
+            assert stats.t_cdf(signed, df) == pytest.approx(
+                scipy_stats.t.cdf(signed, df), rel=rel, abs=1e-290
+            )
     for p in (1e-6, 0.005, 0.025, 0.3, 0.5, 0.6, 0.975, 0.995, 0.9999):
         assert stats.t_quantile(p, df) == pytest.approx(scipy_stats.t.ppf(p, df), rel=max(rel, 1e-9))
 
@@ -43,7 +45,11 @@ def test_the_ends_of_the_distribution():
     assert stats.t_sf(math.inf, 3) == 0 and stats.t_sf(-math.inf, 3) == 1
     assert stats.t_sf(1.96, math.inf) == pytest.approx(scipy_stats.norm.sf(1.96), rel=1e-12)
     assert stats.t_sf(1e200, 1) == pytest.approx(1e-200 / math.pi, rel=1e-9)  # no overflow of its square
-    for call, arguments in ((stats.t_sf, (math.nan, 3)), (stats.t_sf, (1.0, 0)), (stats.t_quantile, (1.0, 3))):
+    for call, arguments in (
+        (stats.t_sf, (math.nan, 3)),
+        (stats.t_sf, (1.0, 0)),
+        (stats.t_quantile, (1.0, 3)),
+    ):
         with pytest.raises(ValueError):
             call(*arguments)
 
@@ -107,7 +113,10 @@ def test_only_shared_seeds_are_paired():
 
 @pytest.mark.parametrize("found", [stats.paired({1: 0.5}, {1: 1.0}), stats.welch([0.5], [1.0, 1.1, 1.2])])
 def test_one_value_shows_nothing(found):
-    assert found.t() == 0 and found.p() == 0.5 and found.p(0.1) == 0.5 and found.interval == (-math.inf, math.inf)
+    assert found.t() == 0
+    assert found.p() == 0.5
+    assert found.p(0.1) == 0.5
+    assert found.interval == (-math.inf, math.inf)
     assert found.difference < -0.49 and found.word == "undecided"
 
 
@@ -285,7 +294,8 @@ def test_logs_of_the_field(tmp_path, capsys):
 def test_a_log_of_this_family_says_what_its_metrics_say():
     folder = sorted((ROOT / "records").glob("*_Baseline"))[0] / "seed42"
     log, run = stats.read_run(folder / "log.txt"), stats.read_run(folder / "metrics.json")
-    assert (log.seed, log.evaluation) == (run.seed, run.evaluation) and log.bpb == pytest.approx(run.bpb, abs=1e-8)
+    assert (log.seed, log.evaluation) == (run.seed, run.evaluation)
+    assert log.bpb == pytest.approx(run.bpb, abs=1e-8)
     assert log.identity() == run.identity()
 
 
@@ -339,12 +349,14 @@ def test_few_seeds_doubled_seeds_and_stale_records_are_said(arm, capsys):
     base = arm("base", {1: 1.9, 2: 1.91, 3: 1.92})
     code, found = tool(capsys, "--base", base, "few=1:1.9,2:1.8", "one=1:1.8")
     assert code == 0 and [finding["where"] for finding in found["findings"]] == ["few", "one"]
-    assert found["groups"][1]["house"]["low"] is None and found["groups"][1]["house"]["verdict"] == "undecided"
+    assert found["groups"][1]["house"]["low"] is None
+    assert found["groups"][1]["house"]["verdict"] == "undecided"
     code, found = tool(capsys, "--base", base, f"twice={base},{base / 'seed1'}")
     assert code == 1 and "seed 1 is there 2 times" in str(found["findings"])
     (base / "train_gpt.py").write_text("print()\n")
     code, found = tool(capsys, "--base", base)
-    assert code == 0 and found["findings"][0]["text"].startswith("stale: measured with script `abababab`, this one is")
+    assert code == 0
+    assert found["findings"][0]["text"].startswith("stale: measured with script `abababab`, this one is")
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -389,10 +401,16 @@ def test_the_command_line_and_its_exit_codes(arm):
         return subprocess.run(call, capture_output=True, text=True, timeout=60)
 
     done = run("--base", base, other)
-    assert done.returncode == 0 and done.stderr == "" and "| new |" in done.stdout and "| better |" in done.stdout
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "| new |" in done.stdout
+    assert "| better |" in done.stdout
     done = run("--base", "no/such")
     assert done.returncode == 2 and done.stderr.startswith("error: no/such") and done.stderr.count("\n") == 1
     assert "--tokens-per-byte" in run("--help").stdout
     probe = "import stats, sys; print({'torch', 'numpy', 'scipy'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT / "scripts", capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", probe], cwd=ROOT / "scripts", capture_output=True, text=True,
+        timeout=60,
+    )
     assert done.stdout.strip() == "set()"

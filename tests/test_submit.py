@@ -33,9 +33,11 @@ def written(text: str) -> str:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory, corpus) -> Path:
-    """A repository with one record, made with the tools alone: new, a changed default, three tiny runs, fill, words by hand.
+    """A repository with one record, made with the tools alone:
+    new, a changed default, three tiny runs, fill, words by hand.
 
-    Branch `main` has the trunk, branch `idea` the record. states.json keeps what the tools said on the way.
+    Branch `main` has the trunk, branch `idea` the record.
+    states.json keeps what the tools said on the way.
     """
     root = tmp_path_factory.mktemp("made") / "repository"
     root.mkdir()
@@ -85,7 +87,8 @@ def made(tmp_path_factory, corpus) -> Path:
 
 @pytest.fixture
 def copy(made, tmp_path, monkeypatch) -> Path:
-    """The folder of the record in a copy of its repository; lineage.py, tested elsewhere, has nothing to say."""
+    """The folder of the record in a copy of its repository;
+    lineage.py, tested elsewhere, has nothing to say."""
     monkeypatch.setattr(lineage, "check", lambda folder, root: [])
     return Path(shutil.copytree(made, tmp_path / "repository")) / "records" / NAME
 
@@ -112,8 +115,13 @@ def test_a_new_record_is_its_parents_script_and_a_draft(made):
     assert rules.is_valid(json.loads(files["submission.json"]))
     assert json.loads(files["submission.json"])["draft"] is True
     assert not [*(made / "records").glob(".*")]
-    failed = {rule: text for rule, level, text in json.loads((made / "states.json").read_text())["draft"] if level == "FAIL"}
-    assert "nothing is measured yet" in failed["submit/seeds"] and {"submit/schema", "submit/todo"} <= {*failed}
+    failed = {
+        rule: text
+        for rule, level, text in json.loads((made / "states.json").read_text())["draft"]
+        if level == "FAIL"
+    }
+    assert "nothing is measured yet" in failed["submit/seeds"]
+    assert {"submit/schema", "submit/todo"} <= {*failed}
     assert "Not measured yet." in files["README.md"]
 
 
@@ -212,9 +220,10 @@ def test_every_key_of_the_schema_is_described():
     jsonschema.Draft202012Validator.check_schema(rules)
     keys = dict(walk(rules))
     assert [name for name, each in keys.items() if not each.get("description")] == []
-    field = """author date github_id name val_bpb blurb val_loss bytes_total track bytes_code seeds seed_results
-        hardware val_bpb_std pytorch_version technique_summary compliance pre_quant_val_bpb pre_quant_val_loss
-        wallclock_seconds step_stop eval_time_seconds artifact_bytes_max artifact_bytes_mean"""
+    field = """author date github_id name val_bpb blurb val_loss bytes_total track bytes_code seeds
+        seed_results hardware val_bpb_std pytorch_version technique_summary compliance
+        pre_quant_val_bpb pre_quant_val_loss wallclock_seconds step_stop eval_time_seconds
+        artifact_bytes_max artifact_bytes_mean"""
     assert {*field.split()} <= rules["properties"].keys()
 
 
@@ -270,67 +279,155 @@ def copied(folder: Path) -> None:
 
 
 CHANGES = {  # what is done to the record, the rule that has to fail, words of its finding
-    "number": (replace("submission.json", r'^( "val_bpb": )', r"\g<1>9"), "numbers", "val_bpb is 9"),
-    "seed's number": (replace("submission.json", r'("train_seconds": )', r"\g<1>9", 1),
-        "numbers", "seed_results is"),
+    "number": (
+        replace("submission.json", r'^( "val_bpb": )', r"\g<1>9"),
+        "numbers",
+        "val_bpb is 9",
+    ),
+    "seed's number": (
+        replace("submission.json", r'("train_seconds": )', r"\g<1>9", 1),
+        "numbers",
+        "seed_results is",
+    ),
     "metrics alone": (metrics(2, val_bpb=1.5), "numbers", "val_bpb is not that of its headline"),
-    "bytes": (replace("submission.json", r'^( "bytes_total": )\d', r"\g<1>9"), "numbers", "bytes_total is 9"),
-    "log's result": (replace("seed2/log.txt", r"^(final_int6_sliding_exact .*)\d$", r"\g<1>"), "log",
-                     "final_int6_sliding_exact"),
-    "log's settings": (replace("seed2/log.txt", r'("MATRIX_LR": )0', r"\g<1>1"),
-        "log", "its settings are not those"),
-    "log's source": (replace("seed2/log.txt", r"^import ", "import  ", 1),
-        "log", "does not begin with the source"),
-    "log's artifact": (replace("seed2/log.txt", r"^(artifact:.* bytes:)", r"\g<1>1"),
-        "log", "its artifact has"),
+    "bytes": (
+        replace("submission.json", r'^( "bytes_total": )\d', r"\g<1>9"),
+        "numbers",
+        "bytes_total is 9",
+    ),
+    "log's result": (
+        replace("seed2/log.txt", r"^(final_int6_sliding_exact .*)\d$", r"\g<1>"),
+        "log",
+        "final_int6_sliding_exact",
+    ),
+    "log's settings": (
+        replace("seed2/log.txt", r'("MATRIX_LR": )0', r"\g<1>1"),
+        "log",
+        "its settings are not those",
+    ),
+    "log's source": (
+        replace("seed2/log.txt", r"^import ", "import  ", 1),
+        "log",
+        "does not begin with the source",
+    ),
+    "log's artifact": (
+        replace("seed2/log.txt", r"^(artifact:.* bytes:)", r"\g<1>1"),
+        "log",
+        "its artifact has",
+    ),
     "no log": (lambda folder: (folder / "seed2" / "log.txt").unlink(), "files", "is missing"),
-    "not a log": (lambda folder: (folder / "seed2" / "log.txt").write_text("Traceback"),
-        "log", "not a finished run's"),
-    "README's table": (replace("README.md", r"\*\*(\d\.\d{3})\d\*\*", r"**\g<1>x**"),
-        "readme", "a table is not what the files say"),
-    "README's section": (replace("README.md", r"^## Legality$", "## Rules"),
-        "readme", "no section `## Legality`"),
-    "README's headline": (replace("README.md", r"^<!-- table: headline.*$", "<!-- nothing -->"),
-        "readme", "has no table"),
-    "README's command": (replace("README.md", r"\bMUON_BACKEND_STEPS=\d|\bITERATIONS=6", "ITERATIONS=7"),
-        "command", "the runs had 6"),
-    "README left": (replace("README.md", r"^## Credits$", "## Credits\n\nTODO"),
-        "todo", "still to be written"),
+    "not a log": (
+        lambda folder: (folder / "seed2" / "log.txt").write_text("Traceback"),
+        "log",
+        "not a finished run's",
+    ),
+    "README's table": (
+        replace("README.md", r"\*\*(\d\.\d{3})\d\*\*", r"**\g<1>x**"),
+        "readme",
+        "a table is not what the files say",
+    ),
+    "README's section": (
+        replace("README.md", r"^## Legality$", "## Rules"),
+        "readme",
+        "no section `## Legality`",
+    ),
+    "README's headline": (
+        replace("README.md", r"^<!-- table: headline.*$", "<!-- nothing -->"),
+        "readme",
+        "has no table",
+    ),
+    "README's command": (
+        replace("README.md", r"\bMUON_BACKEND_STEPS=\d|\bITERATIONS=6", "ITERATIONS=7"),
+        "command",
+        "the runs had 6",
+    ),
+    "README left": (
+        replace("README.md", r"^## Credits$", "## Credits\n\nTODO"),
+        "todo",
+        "still to be written",
+    ),
     "script": (replace("train_gpt.py", r"Var\(201,", "Var(202,"), "stale", "re-run"),
     "script's size": (replace("train_gpt.py", r"\Z", "\n"), "size", "bytes of code"),
     "script's syntax": (replace("train_gpt.py", r"\Z", "\nif:"), "files", "does not compile"),
     "model's bytes": (metrics(2, bytes_model=1), "size", "are not"),
-    "requirements": (replace("requirements.txt", r"torch==.*", "torch"), "files", "pins no version"),
+    "requirements": (
+        replace("requirements.txt", r"torch==.*", "torch"),
+        "files",
+        "pins no version",
+    ),
     "two seeds": (two_seeds, "seeds", "2 of the 3"),
     "one seed twice": (twice_the_same, "seeds", "seed 2 is there 2 times"),
     "another setting": (both(2, "MATRIX_LR", 0.5), "seeds", "MATRIX_LR"),
     "another script": (metrics(2, script_sha256="0" * 64), "seeds", "script"),
-    "artifact's budget": (budget(ARTIFACT_BUDGET_BYTES=1000), "size", "ARTIFACT_BUDGET_BYTES allows 1,000"),
+    "artifact's budget": (
+        budget(ARTIFACT_BUDGET_BYTES=1000),
+        "size",
+        "ARTIFACT_BUDGET_BYTES allows 1,000",
+    ),
     "time": (budget(MAX_WALLCLOCK_SECONDS=0.001), "time", "MAX_WALLCLOCK_SECONDS allows 0.001"),
     "time of scoring": (budget(EVAL_BUDGET_SECONDS=0.001), "time", "EVAL_BUDGET_SECONDS allows"),
-    "broken budget": (metrics(2, broken_budgets=["EVAL_BUDGET_SECONDS=1 is broken: 2"]), "time", "is broken"),
-    "name": (replace("submission.json", r'"name": "Probe"', '"name": "Other"'), "schema", "the folder is"),
+    "broken budget": (
+        metrics(2, broken_budgets=["EVAL_BUDGET_SECONDS=1 is broken: 2"]),
+        "time",
+        "is broken",
+    ),
+    "name": (
+        replace("submission.json", r'"name": "Probe"', '"name": "Other"'),
+        "schema",
+        "the folder is",
+    ),
     "draft": (lambda folder: edit(folder / "submission.json", draft=True), "schema", "draft"),
     "no JSON": (lambda folder: (folder / "submission.json").write_text("{"), "schema", "not JSON"),
-    "log's ending": (replace("seed2/log.txt", r"^(train_seconds: )", r"\g<1>9"), "log", "train_seconds is 9"),
+    "log's ending": (
+        replace("seed2/log.txt", r"^(train_seconds: )", r"\g<1>9"),
+        "log",
+        "train_seconds is 9",
+    ),
     "a clock of metrics": (metrics(2, eval_seconds=0.5), "log", "metrics.json has 0.5"),
     "seed of the settings": (both(2, "SEED", 7), "seeds", "its settings have SEED=7"),
     "a seed copied": (copied, "seeds", "has the val_loss of seed 2"),
-    "command with --set": (replace("README.md", r"\bITERATIONS=6", "--set='ITERATIONS=7'"),
-        "command", "the runs had 6"),
-    "untold setting": (replace("README.md", r"\bBIGRAM_VOCAB_SIZE=\d+", ""),
-        "command", "has no BIGRAM_VOCAB_SIZE, the runs had 256"),
-    "unknown setting": (replace("README.md", r"\bITERATIONS=6", r"\g<0> ITERATION=6"),
-        "command", "the script has no such variable"),
-    "a folder of no seed": (lambda folder: (folder / "seed_4").mkdir(), "files", "seed<N> is needed"),
+    "command with --set": (
+        replace("README.md", r"\bITERATIONS=6", "--set='ITERATIONS=7'"),
+        "command",
+        "the runs had 6",
+    ),
+    "untold setting": (
+        replace("README.md", r"\bBIGRAM_VOCAB_SIZE=\d+", ""),
+        "command",
+        "has no BIGRAM_VOCAB_SIZE, the runs had 256",
+    ),
+    "unknown setting": (
+        replace("README.md", r"\bITERATIONS=6", r"\g<0> ITERATION=6"),
+        "command",
+        "the script has no such variable",
+    ),
+    "a folder of no seed": (
+        lambda folder: (folder / "seed_4").mkdir(),
+        "files",
+        "seed<N> is needed",
+    ),
     "the contest's bytes": (metrics(2, bytes_total=16_000_001), "size", "no record may have more"),
-    "metrics of a list": (lambda folder: (folder / "seed2" / "metrics.json").write_text("[]"),
-        "seeds", "not a run's metrics.json"),
-    "seed null": (replace("seed2/metrics.json", r'^ "seed": 2', ' "seed": null'), "seeds", "seed is None"),
-    "README's bytes": (lambda folder: (folder / "README.md").write_bytes(b"\xff"), "readme", "cannot be judged"),
+    "metrics of a list": (
+        lambda folder: (folder / "seed2" / "metrics.json").write_text("[]"),
+        "seeds",
+        "not a run's metrics.json",
+    ),
+    "seed null": (
+        replace("seed2/metrics.json", r'^ "seed": 2', ' "seed": null'),
+        "seeds",
+        "seed is None",
+    ),
+    "README's bytes": (
+        lambda folder: (folder / "README.md").write_bytes(b"\xff"),
+        "readme",
+        "cannot be judged",
+    ),
     "a budget of letters": (budget(ARTIFACT_BUDGET_BYTES="x"), "size", "cannot be judged"),
-    "no metrics": (lambda folder: edit(folder / "seed1" / "metrics.json", settings=None),
-        "seeds", "no settings"),
+    "no metrics": (
+        lambda folder: edit(folder / "seed1" / "metrics.json", settings=None),
+        "seeds",
+        "no settings",
+    ),
 }
 
 
@@ -401,7 +498,9 @@ def test_a_pull_request_may_bring_the_leaderboard_and_no_other_word(copy):
     git(root, "add", ".")
     git(root, "commit", "-m", "more")
     found = [str(each) for each in failures(copy, "main")]
-    assert ["README.md: is no part" in text or "notes.txt: is no part" in text for text in found] == [True, True]
+    assert [
+        "README.md: is no part" in text or "notes.txt: is no part" in text for text in found
+    ] == [True, True]
 
 
 def test_a_pull_request_moves_nothing_hides_nothing_and_starts_with_lineage_on(copy):
@@ -412,7 +511,11 @@ def test_a_pull_request_moves_nothing_hides_nothing_and_starts_with_lineage_on(c
     edit(copy / "submission.json", frozen=True)
     git(root, "commit", "-am", "more")
     found = [str(each) for each in failures(copy, "main") if each.rule == "submit/scope"]
-    for words in (" requirements.txt: is no part", "kept.tmp: is not committed", "frozen: a new record is not"):
+    for words in (
+        " requirements.txt: is no part",
+        "kept.tmp: is not committed",
+        "frozen: a new record is not",
+    ):
         assert any(words in text for text in found), found
     git(root, "stash", "--include-untracked")
     git(root, "checkout", "main")

@@ -18,7 +18,10 @@ from safetensors.numpy import load_file
 
 # A frozen record keeps the script that it was measured with.
 FROZEN = [json.loads((folder / "submission.json").read_text()).get("frozen") for folder in records()]
-SCRIPTS = [ROOT / "train_gpt.py", *(folder / "train_gpt.py" for folder, frozen in zip(records(), FROZEN) if not frozen)]
+SCRIPTS = [
+    ROOT / "train_gpt.py",
+    *(folder / "train_gpt.py" for folder, frozen in zip(records(), FROZEN) if not frozen),
+]
 CLOSING = (
     "val_bpb", "headline", "evals", "bytes_code", "bytes_model", "bytes_total", "train_seconds",
     "eval_seconds", "steps", "ms_per_step", "params", "peak_mem_mb", "seed", "script_sha256", "git_commit",
@@ -140,7 +143,8 @@ def test_resume_from_a_file_and_refusals(run, tmp_path):
 
 @pytest.mark.parametrize("chunk", [8, 0])
 def test_two_ranks_give_the_losses_of_one(run, chunk):
-    """The global batch, SIGReg's groups, Muon's shares and the scores do not depend on the number of ranks."""
+    """The global batch, SIGReg's groups, Muon's shares
+    and the scores do not depend on the number of ranks."""
     settings = {
         "JEPA_CHUNK_SIZE": chunk, "JEPA_PHASE1_FRAC": 0, "JEPA_LAMBDA_MAX": 0.1, "JEPA_BACKBONE_GRAD": 1,
         "ITERATIONS": 8, "TRAIN_LOG_EVERY": 1,
@@ -166,7 +170,8 @@ import torch
 script = load_script(sys.argv[2])
 script.dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=0, world_size=1)
 group = script.dist.group.WORLD
-torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # the first optimizer imports what may take hold of a group
+# The first optimizer imports what may take hold of a group.
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 script.dist.destroy_process_group()
 print(sys.getrefcount(group))
 """
@@ -174,7 +179,8 @@ print(sys.getrefcount(group))
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.parent.name)
 def test_a_process_group_goes_when_it_is_destroyed(script, tmp_path):
-    """One that stays keeps its threads; a thread that drops a tensor while Python ends aborts a run that was good."""
+    """One that stays keeps its threads; a thread that drops
+    a tensor while Python ends aborts a run that was good."""
     call = [sys.executable, "-c", LEAVING, str(ROOT / "scripts"), str(script), str(tmp_path / "store")]
     done = subprocess.run(call, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["2"], done.stdout + done.stderr  # `group` and the argument of getrefcount
@@ -271,6 +277,7 @@ def test_a_compiler_that_fails_falls_back_to_eager(run, tmp_path):
         (wrong / name).chmod(0o755)
     code, output, metrics = run(
         COMPILE=1,
+        NUM_LAYERS=2,
         ITERATIONS=3,
         PATH=f"{wrong}:{os.environ['PATH']}",
         TORCHINDUCTOR_CACHE_DIR=tmp_path / "cache",

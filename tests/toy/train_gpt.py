@@ -1,7 +1,8 @@
-"""A script of the family's form in a hundred lines: log-linear counts in place of a network, for tests of the tools.
+"""A script of the family's form in a hundred lines: log-linear
+counts in place of a network, for tests of the tools.
 
-The logits of the next id come from the last id and, within the document, the one before it, plus counts of the ids
-of all chunks that have been scored. Needs numpy, and sentencepiece for a token vocabulary.
+The logits of the next id come from the last id and, within the document, the one before it, plus counts
+of the ids of all chunks that have been scored. Needs numpy, and sentencepiece for a token vocabulary.
 """
 
 import json
@@ -17,8 +18,11 @@ BOS = 1
 
 
 class Hyperparameters:
-    TABLE = {"DATA_PATH": ".", "TOKENIZER_PATH": "", "VOCAB_SIZE": 260, "RUNS_PATH": "runs", "RUN_ID": "run", "SEED": 0,
-             "EVAL_ONLY": 0, "ARTIFACT": "", "TTT": "sgd", "TTT_CHUNK_TOKENS": 64, "DOC_MASK": 0}
+    TABLE = {
+        "DATA_PATH": ".", "TOKENIZER_PATH": "", "VOCAB_SIZE": 260, "RUNS_PATH": "runs",
+        "RUN_ID": "run", "SEED": 0, "EVAL_ONLY": 0, "ARTIFACT": "", "TTT": "sgd",
+        "TTT_CHUNK_TOKENS": 64, "DOC_MASK": 0,
+    }
 
     def __init__(self, environ):
         for name, default in self.TABLE.items():
@@ -92,15 +96,18 @@ def byte_sizes(args):
     from sentencepiece import SentencePieceProcessor
     sp = SentencePieceProcessor(model_file=args.tokenizer_path)
     pieces = [sp.id_to_piece(i).replace("\u2581", " ") for i in range(sp.vocab_size())]
-    return np.array([0 if sp.is_control(i) or sp.is_unknown(i) else 1 if sp.is_byte(i) else len(piece.encode())
-                     for i, piece in enumerate(pieces)])
+    return np.array([
+        0 if sp.is_control(i) or sp.is_unknown(i) else 1 if sp.is_byte(i) else len(piece.encode())
+        for i, piece in enumerate(pieces)
+    ])
 
 
 def evaluate(args, artifact):
     ids, sizes = shards(args, "val"), byte_sizes(args)
     nats = score(load(artifact), ids)[0]
     size = int(sizes[ids[1:]].sum())
-    return {"val_loss": nats.mean(), "val_bpb": nats.sum() / math.log(2) / size, "targets": len(nats), "bytes": size}
+    return {"val_loss": nats.mean(), "val_bpb": nats.sum() / math.log(2) / size,
+            "targets": len(nats), "bytes": size}
 
 
 def main():
@@ -119,8 +126,11 @@ def main():
     entry = evaluate(args, artifact)
     code, model = Path(__file__).read_bytes(), artifact.stat().st_size
     assert len(code) + model < 16_000_000
-    metrics = {"val_bpb": entry["val_bpb"], "headline": "final", "evals": {"final": entry}, "artifact": str(artifact), "seed": args.seed,
-               "bytes_code": len(code), "bytes_model": model, "bytes_total": len(code) + model, "script_sha256": sha256(code).hexdigest()}
+    metrics = {
+        "val_bpb": entry["val_bpb"], "headline": "final", "evals": {"final": entry},
+        "artifact": str(artifact), "seed": args.seed, "bytes_code": len(code), "bytes_model": model,
+        "bytes_total": len(code) + model, "script_sha256": sha256(code).hexdigest(),
+    }
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return 0
 
