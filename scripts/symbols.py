@@ -321,6 +321,10 @@ def dead(script: Script) -> dict[str, bool]:
     not a method that a foreign base class may call; fields, constants and imports are not.
     """
     names, attributes = {"main", "load", "score", "stream"}, {"logprobs", "push"}  # what tools call
+    functions = {node.name for node in script.tree.body if isinstance(node, FUNCTION)}
+    for node in script.tree.body:  # a decorator of the script's own may hand a function on, as a registry does
+        decorators = {ast.unparse(part) for part in getattr(node, "decorator_list", ())}
+        names |= {node.name} if decorators & functions else set()
     classes = [node for node in script.tree.body if isinstance(node, ast.ClassDef)]
     own = {*vars(builtins), *(node.name for node in classes), "namedtuple", "NamedTuple"}
     foreign = {node.name for node in classes

@@ -3,16 +3,18 @@
     python scripts/tables.py            rewrites what stands between the markers
     python scripts/tables.py --check    exits with 1 where a README and its files disagree
 
-A marker pair `<!-- table: KIND FOLDER [ARGUMENT] -->` ... `<!-- end -->` names what to build from the files below FOLDER:
-`headline` (a sentence), `seeds` (a row a seed), `ablation` (arms of a folder `ablations/<arm>/seed*.json` against the arm `base`, seeds paired),
-`bench` (what scripts/bench.py --json wrote, with --twin or without), `classes` (bits by byte class), `passes` (every scoring pass
-against the one before it that it adds to, seeds paired), `proofs` (what codec.py prove --json wrote), `audit` (what audit.py RECORD --json
-printed), and `rows`: any JSON file {"header": [...], "rows": [[...]], "note": "..."}. Tools write it for a table of their own:
-scripts/rate.py, scripts/sweep.py (a ranking), and the tools in the records' folders.
+A marker pair `<!-- table: KIND FOLDER [ARGUMENT] -->` ... `<!-- end -->` names what to build from the files
+below FOLDER: `headline` (a sentence), `seeds` (a row a seed), `ablation` (arms of a folder
+`ablations/<arm>/seed*.json` against the arm `base`, seeds paired), `bench` (what scripts/bench.py --json
+wrote, with --twin or without), `classes` (bits by byte class), `passes` (every scoring pass against the one
+before it that it adds to, seeds paired), `proofs` (what codec.py prove --json wrote), `audit` (what audit.py
+RECORD --json printed), and `rows`: any JSON file {"header": [...], "rows": [[...]], "note": "..."}. Tools
+write it for a table of their own: scripts/rate.py, scripts/sweep.py (a ranking), and the tools in the
+records' folders.
 
-`headline`, `seeds` and `passes` say in a line of their own where the seeds were measured with another script than the folder's: *stale*.
-Verdicts are those of scripts/stats.py. Exit code 2: a file or a number that a table needs is missing. The root README's table of records is
-written by scripts/leaderboard.py.
+`headline`, `seeds` and `passes` say in a line of their own where the seeds were measured with another script
+than the folder's: *stale*. Verdicts are those of scripts/stats.py. Exit code 2: a file or a number that a
+table needs is missing. The root README's table of records is written by scripts/leaderboard.py.
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ def seed_of(path: Path) -> int:
 def is_draft(folder: Path) -> bool:
     """Whether a record has been started and not measured: its tables say so."""
     path = folder / "submission.json"
-    return path.is_file() and bool(read_json(path).get("draft")) and not list(folder.glob("seed*/metrics.json"))
+    return (
+        path.is_file() and bool(read_json(path).get("draft")) and not list(folder.glob("seed*/metrics.json"))
+    )
 
 
 def marked(text: str, folder: Path, runs: list[dict]) -> str:
@@ -79,8 +83,11 @@ def sentence(folder: Path, _) -> str:
     return marked(
         f"**{statistics.mean(scores):.4f} BPB** (`{runs[0]['headline']}`, mean of seeds "
         f"{', '.join(str(run['seed']) for run in runs)}, {deviation}) in at most "
-        f"{max(run['bytes_total'] for run in runs):,} bytes, code included; {runs[0]['params']:,} parameters.",
-        folder, runs)
+        f"{max(run['bytes_total'] for run in runs):,} bytes, code included; {runs[0]['params']:,} "
+        "parameters.",
+        folder,
+        runs,
+    )
 
 
 def headline_entry(run: dict) -> dict:
@@ -118,7 +125,8 @@ def seeds(folder: Path, _) -> str:
     rows.append(["**mean**", *(f"**{mean:.4f}**" for mean in means), *([""] * 5)])
     first = runs[0]
     note = (
-        f"{first['params']:,} parameters, {first['steps']} steps, {first['device']}, torch {first['torch']}, data "
+        f"{first['params']:,} parameters, {first['steps']} steps, {first['device']}, torch "
+        f"{first['torch']}, data "
         f"`{first['dataset']['name']}`: {first['evals'][names[0]]['bytes']:,} validation bytes in "
         f"{first['evals'][names[0]]['targets']:,} targets."
     )
@@ -156,8 +164,10 @@ def passes(folder: Path, _) -> str:
     header = ["pass", *(f"seed {run['seed']}" for run in runs), "mean", "seconds", "against", "difference",
               "95 % interval", "verdict"]
     first = runs[0]
-    note = (f"BPB on {headline_entry(first)['bytes']:,} bytes; {first['steps']} steps, {first['device']}, torch "
-            f"{first['torch']}, data `{first['dataset']['name']}`.")
+    note = (
+        f"BPB on {headline_entry(first)['bytes']:,} bytes; {first['steps']} steps, {first['device']}, torch "
+        f"{first['torch']}, data `{first['dataset']['name']}`."
+    )
     return marked(f"{markdown_table(header, rows)}\n\n{note}", folder, runs)
 
 
@@ -166,13 +176,34 @@ def proofs(folder: Path, _) -> str:
     found = [read_json(path) for path in sorted(folder.glob("prove_*.json"))]
     if not found:
         raise Misuse(f"{folder}/prove_*.json: no such file")
-    header = ["settings", "ids", "coded bytes", "-log2 p of the stream", "of the batched scorer", "updates", "encode s",
-              "decode s", "score s", ""]
-    return markdown_table(header, [
-        [" ".join(f"`{name}={value}`" for name, value in run["set"].items()) or "the record's own",
-         f"{run['ids']:,}", f"{run['coded_bytes']:,}", f"{run['stream_bytes']:,.1f}", f"{run['score_bytes']:,.1f}",
-         run["updates"], *(f"{run[f'{part}_seconds']:.0f}" for part in ("encode", "decode", "score")),
-         "PASS" if run["pass"] else "FAIL"] for run in found])
+    header = [
+        "settings",
+        "ids",
+        "coded bytes",
+        "-log2 p of the stream",
+        "of the batched scorer",
+        "updates",
+        "encode s",
+        "decode s",
+        "score s",
+        "",
+    ]
+    return markdown_table(
+        header,
+        [
+            [
+                " ".join(f"`{name}={value}`" for name, value in run["set"].items()) or "the record's own",
+                f"{run['ids']:,}",
+                f"{run['coded_bytes']:,}",
+                f"{run['stream_bytes']:,.1f}",
+                f"{run['score_bytes']:,.1f}",
+                run["updates"],
+                *(f"{run[f'{part}_seconds']:.0f}" for part in ("encode", "decode", "score")),
+                "PASS" if run["pass"] else "FAIL",
+            ]
+            for run in found
+        ],
+    )
 
 
 def plain_rows(folder: Path, argument: str) -> str:
@@ -188,8 +219,10 @@ def ablation(folder: Path, _) -> str:
     }
     notes = read_json(folder / "ablations" / "arms.json")
     if set(arms) != set(notes) or "base" not in arms:
-        raise Misuse(f"{folder}/ablations: arms.json names {', '.join(notes)}, the folders are {', '.join(arms)}; "
-                     "base is one of both")
+        raise Misuse(
+            f"{folder}/ablations: arms.json names {', '.join(notes)}, the folders are {', '.join(arms)}; "
+            "base is one of both"
+        )
     groups = {name: stats.Group(name, [stats.read_run(folder / "ablations" / name / f"seed{seed}.json")
                                        for seed in sorted(runs)]) for name, runs in arms.items()}
     for name, group in groups.items():
@@ -230,7 +263,8 @@ def ablation(folder: Path, _) -> str:
     pooled = spread(map(headline, runs.values()) for runs in [base, *arms.values()])
     note = (
         f"`{first['headline']}` BPB, {first['steps']} steps, seeds {', '.join(map(str, sorted(base)))}, "
-        f"{first['device']}, {first['evals'][first['headline']]['bytes']:,} bytes of the last training documents; "
+        f"{first['device']}, {first['evals'][first['headline']]['bytes']:,} bytes of the last training "
+        "documents; "
         f"spread {pooled:.4f}."
     )
     return (
@@ -257,14 +291,22 @@ def classes(folder: Path, _) -> str:
 
 
 def audit(folder: Path, argument: str | None) -> str:
-    """What the auditor found: the counts of verdicts, then a row a finding; rules that found the same share one."""
+    """What the auditor found: the counts of verdicts, then a row a
+    finding; rules that found the same share one.
+    """
     found = read_json(folder / (argument or "audit.json"))
     counts = Counter(finding["level"] for finding in found)
     rules: dict[tuple[str, str], list[str]] = {}
     for finding in found:
         rules.setdefault((finding["level"], finding["text"]), []).append(finding["rule"])
-    return ", ".join(f"{counts[level]} {level}" for level in ("PASS", "WARN", "FAIL")) + ".\n\n" + markdown_table(
-        ["what was found", "rule", "verdict"], [[text.replace("|", "\\|"), ", ".join(named), level] for (level, text), named in rules.items()])
+    return (
+        ", ".join(f"{counts[level]} {level}" for level in ("PASS", "WARN", "FAIL"))
+        + ".\n\n"
+        + markdown_table(
+            ["what was found", "rule", "verdict"],
+            [[text.replace("|", "\\|"), ", ".join(named), level] for (level, text), named in rules.items()],
+        )
+    )
 
 
 KINDS = {
@@ -292,7 +334,9 @@ def rewrite(path: Path, root: Path = ROOT) -> str:
         except KeyError as error:
             raise Misuse(f"{path}: table {kind} of {folder}: its files have no {error}") from None
         except (TypeError, AttributeError, ValueError) as error:
-            raise Misuse(f"{path}: table {kind} of {folder}: its files are not what it is made of ({error})") from None
+            raise Misuse(
+                f"{path}: table {kind} of {folder}: its files are not what it is made of ({error})"
+            ) from None
 
     return MARK.sub(replace, path.read_text())
 
