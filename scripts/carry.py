@@ -16,6 +16,8 @@ Exit codes: 0 equal, 1 different (the first difference is named), 2 misuse.
 from __future__ import annotations
 
 import argparse
+import datetime
+import functools
 import hashlib
 import json
 import os
@@ -25,7 +27,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -60,6 +62,8 @@ VARIANTS = {
              "EMA_ENABLED": "0", "QUANT_ROUND": "nearest", "LOGIT_SOFTCAP": "0", "LEAKY_SLOPE": "0"},
     "untied": {"TIE_EMBEDDINGS": "0", "JEPA_BACKBONE_GRAD": "1", "JEPA_ADAPTER_GRAD": "0",
                "NGRAM_HASHES": "4", "GRAD_CLIP_NORM": "0", "TTT_ADAPT": "0", "ATTENTION": "math"},
+    "half": {"DTYPE": "bf16", "TRAIN_SEQ_LEN": "256", "TRAIN_BATCH_TOKENS": "1024", "EVAL_SEQ_LEN": "256",
+             "DEVICE_BATCH_TOKENS": "1024"},
     "adapter": {"JEPA_LOSS": "0", "TTT_MODULES": "tok_emb,blocks.1", "TTT_EPOCHS": "2",
                 "TTT_DECAY_CHUNKS": "2", "COMPRESSOR": "lzma", "MIN_LR": "0.1", "NGRAM_WORDS": "1"},
 }
@@ -284,7 +288,7 @@ class Comparison:
         """In a line, what differs after the first difference."""
         told = {stage: len(texts) for stage, texts in self.different.items()}
         told[next(iter(told))] -= 1
-        return ", ".join(f"{stage} ({count} of {self.counts[stage]})" for stage, count in told.items() if count)
+        return ", ".join(f"{stage} ({count})" for stage, count in told.items() if count)
 
 
 def values_apart(old, new, place: str = "") -> Iterator[str]:
@@ -425,12 +429,13 @@ def compare(old: Path, new: Path) -> Comparison:
     results = [read_json(folder / "done.json") for folder in folders]
     if results[0]["exit_code"]:
         raise Misuse(f"the old script does not run: {results[0]['error']} ({old / 'output.txt'})")
+    lines = [log_lines(folder) for folder in folders]
     if results[1]["exit_code"]:
-        # its steps still say where it parted from the old one, if it came so far
         text = f"ends with exit code {results[1]['exit_code']}: {results[1]['error']}"
+        both = {place: lines[0][place] for place in lines[0] if place in lines[1]}
+        found.stage("metrics.jsonl", len(both), values_apart(both, lines[1]))  # as far as it came
         found.stage("new script", 1, [text])
         return found
-    lines = [log_lines(folder) for folder in folders]
     found.stage("metrics.jsonl", len(lines[0]), values_apart(*lines))
     reports = [gradient_lines(folder) for folder in folders]
     found.stage("gradient reports", len(reports[0]), lists_apart(*reports, "line"))
@@ -482,7 +487,7 @@ def side_by_side(pairs: list[tuple[Side, Side]], jobs: int = 1, fresh: bool = Fa
     return found
 
 
-# Two scripts
+# What was measured
 
 
 @dataclass(frozen=True)
@@ -531,6 +536,183 @@ def made_pair(sources: tuple[bytes, bytes], like: Measured, length: Length, chan
     return tuple(Side(source, mine, folder, label) for source in sources)
 
 
+# A record's numbers
+
+
+@dataclass
+class Job:
+    """Results of a record that one script made at one setting, and one pair of runs that speaks for them all."""
+
+    folder: Path
+    results: list[str]  # "seed42", or paths below the record's folder
+    like: Measured
+    source: bytes = b""
+    pair: tuple[Side, Side] | None = None
+
+    def place(self) -> str:
+        return f"records/{self.folder.name}/{self.results[0]}"
+
+
+def jobs_of(folder: Path, arms: bool) -> list[Job]:
+    """What a record has measured with another text of its script, by that text and by setting."""
+    present = hashlib.sha256((folder / "train_gpt.py").read_bytes()).hexdigest()
+    paths = sorted(folder.glob("seed*/metrics.json"))
+    if arms:
+        paths += [path for part in ("ablations", "measured") for path in sorted((folder / part).rglob("*.json"))]
+    found: dict[tuple, Job] = {}
+    for path in paths:
+        about = read_json(path)
+        if not isinstance(about, dict) or "evals" not in about or "script_sha256" not in about:
+            continue  # no run: a list of rows, an audit
+        like = Measured.read(path)
+        if like.script == present:
+            continue
+        shared = {key: value for key, value in like.settings.items() if key not in family.OF_THE_RUN}
+        inside = path.relative_to(folder)
+        name = inside.parent.as_posix() if path.name == "metrics.json" else inside.as_posix()
+        job = found.setdefault((like.script, *sorted(shared.items())), Job(folder, [], like))
+        job.results.append(name)
+    for job in found.values():
+        job.results = by_folder(folder, job.results)
+    return list(found.values())
+
+
+def by_folder(folder: Path, results: list[str]) -> list[str]:
+    """The same results, an arm's folder in place of its files where all of them are there."""
+    kept = []
+    for name in results:
+        parent = Path(name).parent
+        files = {path.relative_to(folder).as_posix() for path in (folder / parent).glob("*.json")}
+        whole = name.endswith(".json") and files <= {*results}
+        kept.append(parent.as_posix() if whole else name)
+    return list(dict.fromkeys(kept))
+
+
+def measured_source(job: Job, root: Path) -> bytes:
+    """The script that made these numbers: from the log of a seed, else from git.
+
+    Raises:
+        Misuse: neither has it.
+    """
+    digest = job.like.script
+    if seeds := [name for name in job.results if re.fullmatch(r"seed\d+", name)]:
+        return [family.source_in_log(job.folder / name / "log.txt", digest) for name in seeds][0]
+    for path in sorted(job.folder.glob("seed*/log.txt")):
+        try:
+            return family.source_in_log(path, digest)
+        except Misuse:
+            continue
+    if (source := sources_in_git(root).get(digest)) is None:
+        raise Misuse(f"{job.folder / job.results[0]}: no log and no commit has its script, {digest[:8]}")
+    return source
+
+
+@functools.cache
+def sources_in_git(root: Path) -> dict[str, bytes]:
+    """{sha256: text} of all scripts that git knows, and of those at the head of logs."""
+    found = {}
+    for pattern in ("*train_gpt.py", "*log.txt"):
+        raw = git(root, "log", "--all", "--format=", "--raw", "--no-abbrev", "--", pattern).decode()
+        blobs = {line.split()[3] for line in raw.splitlines() if line.startswith(":")} - {"0" * 40}
+        rest = git(root, "cat-file", "--batch", text="\n".join(sorted(blobs)).encode())
+        while rest:
+            head, _, rest = rest.partition(b"\n")
+            size = int(head.split()[-1]) if not head.endswith(b"missing") else -1
+            source, rest = rest[: max(size, 0)], rest[size + 1 :]
+            source = source.partition(family.LOG_RULER)[0] if pattern == "*log.txt" else source
+            found[hashlib.sha256(source).hexdigest()] = source
+    return found
+
+
+def git(root: Path, *words: str, text: bytes = b"") -> bytes:
+    """What git says; nothing where there is no git or no repository."""
+    try:
+        return subprocess.run(["git", "-C", str(root), *words], input=text, capture_output=True).stdout
+    except OSError:
+        return b""
+
+
+def entry_of(job: Job, found: Comparison, data: Path) -> dict:
+    """The proof as it stands in `carried` of submission.json."""
+    old, new = job.pair
+    like = {key: value for key, value in job.like.settings.items() if key not in family.OF_THE_RUN}
+    probe_settings = {key: value for key, value in old.settings.items() if like.get(key) != value}
+    note = "; ".join(["equal bit for bit", *found.notes])
+    return {"from": old.sha256, "to": new.sha256, "for": job.results,
+            "date": datetime.date.today().isoformat(), "torch": version("torch"),
+            "probe": dict(sorted(probe_settings.items())), "data": data.name,
+            "compared": {stage: count for stage, count in found.counts.items() if count}, "note": note}
+
+
+def add_entries(folder: Path, entries: list[dict]) -> None:
+    """Writes proofs into submission.json; they take the place of those from the same script for the same."""
+    path = folder / "submission.json"
+    submission = read_json(path)
+    kept = submission.get("carried", [])
+    for entry in entries:
+        kept = [old for old in kept if old["from"] != entry["from"] or not {*old["for"]} <= {*entry["for"]}]
+        kept.append(entry)
+    submission["carried"] = kept
+    family.write_atomic(path, f"{json.dumps(submission, indent=1, ensure_ascii=False)}\n".encode())
+
+
+def carry_records(options: argparse.Namespace, root: Path = ROOT) -> list[family.Finding]:
+    """Carries the numbers of records to their present scripts, where both compute the same.
+
+    Returns a finding for each script and setting that made numbers: PASS where they hold for the present
+    script, FAIL where they do not, with the first difference.
+    """
+    folders = [find_script(name).parent for name in options.records] or family.records(root)
+    data = Path(options.data) if options.data else None
+    length, done, entries = QUICK if options.quick else FULL, [], {}
+    for folder in folders:
+        place = f"records/{folder.name}"
+        if not list(folder.glob("seed*/metrics.json")):
+            done.append(family.Finding("carry/runs", "FAIL", "no seed*/metrics.json: nothing is measured", place))
+            continue
+        todo = jobs_of(folder, options.arms)
+        if not todo:
+            done.append(family.Finding("carry/present", "PASS", "measured with the present script", place))
+        present = (folder / "train_gpt.py").read_bytes()
+        for job in todo:
+            try:
+                job.source = measured_source(job, root)
+                job.pair = made_pair((job.source, present), job.like, length, {}, data)
+                found, = side_by_side([job.pair], options.jobs, options.fresh)
+            except Misuse as error:
+                done.append(family.Finding("carry/run", "FAIL", str(error), job.place()))
+                continue
+            told = f"{job.pair[0].sha256[:8]} to {job.pair[1].sha256[:8]}"
+            if found.equal:
+                entry = entry_of(job, found, job.pair[0].data)
+                entries.setdefault(folder, []).append(entry)
+                text = f"{told}, {entry['note']} ({', '.join(job.results)})"
+                done.append(family.Finding("carry/equal", "PASS", text, job.place()))
+            else:
+                text = f"{told}, first in {found.first()}; nothing is written for {', '.join(job.results)}"
+                done.append(family.Finding("carry/different", "FAIL", text, job.place()))
+        if folder in entries and not options.dry_run:
+            add_entries(folder, entries[folder])
+    return done
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `lineage.py carry`."""
+    parser.add_argument("--arms", action="store_true", help="ablations/ and measured/ too, not only the seeds")
+    parser.add_argument("--dry-run", action="store_true", help="compare, write nothing")
+    add_shared_options(parser)
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="8 steps of 512 ids instead of 24 of 2,048")
+    parser.add_argument("--data", metavar="FOLDER", help="shards to use instead of the standard library's text")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time")
+    parser.add_argument("--fresh", action="store_true", help="run again what runs/carry already has")
+
+
+# Two scripts
+
+
 def show(found: Comparison, label: str = "") -> None:
     """One paragraph: what was compared, and the first difference."""
     head = f"{label}: " * bool(label)
@@ -569,11 +751,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--like", metavar="RESULT", help="a record or a result file whose settings are taken "
                         "(default: a small model with everything of the trunk on)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting to change")
-    parser.add_argument("--quick", action="store_true", help="8 steps of 512 ids instead of 24 of 2,048")
     parser.add_argument("--variants", action="store_true", help="the trunk at several settings in turn")
-    parser.add_argument("--data", metavar="FOLDER", help="shards to use instead of the standard library's text")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time")
-    parser.add_argument("--fresh", action="store_true", help="run again what runs/carry already has")
+    add_shared_options(parser)
     return two(parser.parse_args(argv))
 
 

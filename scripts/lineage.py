@@ -3,6 +3,7 @@
     python scripts/lineage.py diff . BytePPM     symbols, defaults, then the text of what changed
     python scripts/lineage.py check              the trunk and all records; `check .` is the trunk alone
     python scripts/lineage.py sync --dry-run     where the parents' fixes would go
+    python scripts/lineage.py carry              proves that present scripts give the numbers of measured ones
     python scripts/lineage.py tree               the family with its numbers
 
 Symbols and what makes one dead are those of scripts/symbols.py. Exit codes: 0 fine, 1 findings, 2 misuse.
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import family
+from carry import add_options, carry_records
 from family import ROOT, Finding, Misuse, find_script, read_json
 from symbols import FUNCTION, Script, Symbol, dead
 
@@ -307,9 +309,11 @@ def runs(folder: Path) -> dict[str, dict]:
 
 
 def stale(folder: Path) -> list[str]:
-    """Seed folders of a record whose numbers another text of its script has made."""
+    """Seed folders of a record whose numbers another text of its script has made, and nobody has carried over."""
     digest = hashlib.sha256((folder / "train_gpt.py").read_bytes()).hexdigest()
-    return [name for name, metrics in runs(folder).items() if metrics["script_sha256"] != digest]
+    submission = read_json(folder / "submission.json")
+    return [name for name, metrics in runs(folder).items()
+            if not family.carried(submission, metrics["script_sha256"], digest, name)]
 
 
 def check(folder: Path, root: Path = ROOT) -> list[Finding]:
@@ -613,6 +617,12 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     part.add_argument("symbols", nargs="*", metavar="SYMBOL", help="a class: its members too (default: all)")
     part.add_argument("--since", metavar="COMMIT", help="what is older does not count as the parent's text")
     part.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
+    part = commands.add_parser("carry", help="carry numbers over to the present script", description=(
+        "Runs the script that made a record's numbers and the present one side by side, shortened, and compares "
+        "them bit for bit. Equal: submission.json says so, and the numbers are no longer stale. Exit code 1 "
+        "where they differ, 2 for misuse."))
+    part.add_argument("records", nargs="*", metavar="RECORD", help="script, folder or name (default: all)")
+    add_options(part)
     commands.add_parser("tree", help="the family with its numbers", description=(
         "Records below their parents: mean of the seeds, marks, the idea. Exit code 0, 2 for misuse."))
     for part in commands.choices.values():
@@ -622,6 +632,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         return diff(find_script(options.a), find_script(options.b), options.stat, options.json)
     if options.command == "tree":
         return tree(root, options.json)
+    if options.command == "carry":
+        return family.report(carry_records(options, root), options.json)
     if options.command == "sync":
         return family.report(sync(options.symbols, options.since, options.dry_run, root), options.json)
     twins = sorted([*root.glob(TWIN), *root.glob(f"records/*/{TWIN}")])
