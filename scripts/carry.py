@@ -131,11 +131,11 @@ def variant_of(settings: dict[str, str], caseops: bool) -> str:
     return "byte260" if size == "260" else f"sp{size}" + "-caseops" * caseops
 
 
-def prepared(variant: str, root: Path = KEPT) -> Path:
+def prepared(variant: str) -> Path:
     """Shards of a package of the standard library; pieces bring their tokenizer along. Made once."""
     import sysconfig
 
-    folder = root / "data" / f"{variant}-python{platform.python_version()}"
+    folder = KEPT / "data" / f"{variant}-python{platform.python_version()}"
     if (folder / "manifest.json").exists():
         return folder
     source = Path(sysconfig.get_paths()["stdlib"]) / "email"
@@ -222,7 +222,7 @@ def execute(side: Side, folder: Path) -> None:
     (folder / "done.json").write_text(json.dumps(result, indent=1))
 
 
-def finished(side: Side, root: Path = KEPT, fresh: bool = False) -> Path:
+def finished(side: Side, root: Path, fresh: bool = False) -> Path:
     """The folder of a finished run of this side, made now where there is none."""
     folder = root / side.key()
     if fresh or not (folder / "done.json").exists():
@@ -235,7 +235,7 @@ def finished(side: Side, root: Path = KEPT, fresh: bool = False) -> Path:
     return folder
 
 
-def prune(root: Path = KEPT, most: int = KEPT_BYTES) -> None:
+def prune(root: Path, most: int = KEPT_BYTES) -> None:
     """Forgets the finished runs that were asked for longest ago, down to `most` bytes."""
     marks = sorted(root.glob("*/done.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     total = 0
@@ -476,9 +476,9 @@ def compare_artifacts(found: Comparison, folders: list[Path], scripts: tuple[Pat
     found.stage("artifact", len(parts_of(blobs[0])[1]), apart)
 
 
-def side_by_side(pairs: list[tuple[Side, Side]], jobs: int = 1, fresh: bool = False,
-                 root: Path = KEPT) -> list[Comparison]:
+def side_by_side(pairs: list[tuple[Side, Side]], jobs: int = 1, fresh: bool = False) -> list[Comparison]:
     """Runs both sides of each pair, `jobs` processes at a time, and compares them."""
+    root = KEPT
     sides = {side.key(): side for pair in pairs for side in pair}
     with ThreadPoolExecutor(jobs) as threads:
         folders = dict(zip(sides, threads.map(lambda side: finished(side, root, fresh), sides.values())))
