@@ -16,6 +16,7 @@ Exit codes: 0 equal, 1 different (the first difference is named), 2 misuse.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -27,7 +28,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -38,7 +39,7 @@ from family import ROOT, Misuse, find_script, read_json
 
 KEPT = ROOT / "runs" / "carry"
 KEPT_BYTES = 1_500_000_000  # of finished runs; the oldest go first
-FORMAT = 1  # of what a finished run leaves in its folder: another number forgets them all
+FORMAT = 2  # of what a finished run leaves in its folder: another number forgets them all
 
 # What is measured with a clock or by the machine, in the lines of metrics.jsonl and in metrics.json.
 TIMED = re.compile(r"(^|_)(seconds|time|ms)(_|$)|per_second|peak_mem")
@@ -179,39 +180,36 @@ class Side:
 
 
 def execute(side: Side, folder: Path) -> None:
-    """Trains and scores in `folder`, then writes a text with the artifact if the script can."""
+    """Trains and scores in `folder`; then decodes with the artifact, and writes a text if the script can."""
     folder.mkdir(parents=True)
-    script = folder / "train_gpt.py"
+    script, data = folder / "train_gpt.py", side.data.resolve()
     script.write_bytes(side.source)
     kept = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
             if key in os.environ}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
-    where = {"DATA_PATH": str(side.data.resolve()), "RUNS_PATH": str(folder), "RUN_ID": "run"}
-    if models := sorted(side.data.resolve().glob("*.model")):
+    where = {"DATA_PATH": str(data), "RUNS_PATH": str(folder), "RUN_ID": "run"}
+    if models := sorted(data.glob("*.model")):
         where["TOKENIZER_PATH"] = str(models[0])
 
-    def call(settings: dict[str, str]) -> subprocess.CompletedProcess:
+    def call(*words: str, **settings: str) -> subprocess.CompletedProcess:
         environment = {**kept, **threads, **settings}
-        return subprocess.run([sys.executable, script.name], env=environment, cwd=folder, capture_output=True)
+        return subprocess.run([sys.executable, *words], env=environment, cwd=folder, capture_output=True)
 
-    done = call(side.settings | where)
+    done = call(script.name, **side.settings | where)
     (folder / "output.txt").write_bytes(done.stdout + done.stderr)
     result = {"exit_code": done.returncode, "error": last_line(done.stderr.decode(errors="replace"))}
-    artifact = folder / "run" / "artifact.bin"
-    if not done.returncode and side.settings.get("VOCAB_SIZE", "260") == "260" and b"generate = Var(" in side.source:
-        # a prompt that is longer than a chunk, so that a model that learns from what it reads does so
-        shard = next(iter(sorted(side.data.glob("*_val_*.bin"))))
-        size = int(side.settings.get("TTT_CHUNK_TOKENS", "1000")) + 50
-        ids = shard.read_bytes()[1024 : 1024 + 2 * size : 2], shard.read_bytes()[1025 : 1025 + 2 * size : 2]
-        prompt = bytes(low + 256 * high - 4 for low, high in zip(*ids) if low + 256 * high >= 4)
-        (folder / "prompt.txt").write_bytes(prompt)
-        done = call({"GENERATE": "prompt.txt", "ARTIFACT": str(artifact), "MAX_NEW_TOKENS": "48", "SEED": "7",
-                     "TEMPERATURE": "0.8", "DEVICE": "cpu", "DTYPE": "fp32", "COMPILE": "0"})
-        told = done.stderr.decode(errors="replace")
-        passes = re.search(r"passes:(\d+)", told)
-        result["generated"] = {"exit_code": done.returncode, "text": done.stdout.decode("latin-1"),
-                               "passes": int(passes[1]) if passes else None,
-                               "error": last_line(told) if done.returncode else ""}
+    if not done.returncode:
+        # longer than a chunk, so that a model that learns from what it reads does so
+        count = int(side.settings.get("TTT_CHUNK_TOKENS", "400")) + 50
+        shard = next(iter(sorted(data.glob("*_val_*.bin"))))
+        decoded = call(str(ROOT / "scripts" / "carry_worker.py"), ".", str(shard), str(count))
+        result["decoded"] = {"exit_code": decoded.returncode}
+        if decoded.returncode:
+            result["decoded"]["error"] = last_line(decoded.stderr.decode(errors="replace"))
+        else:
+            result["decoded"] |= json.loads(decoded.stdout.splitlines()[-1])
+        if side.settings.get("VOCAB_SIZE", "260") == "260" and declares(side.source.decode(), "GENERATE"):
+            result["generated"] = generated(folder, shard, count, call)
     for name in ("best", "last"):  # of these it is enough to know whether they are the same
         path = folder / "run" / f"{name}.safetensors"
         if path.exists():
@@ -219,7 +217,21 @@ def execute(side: Side, folder: Path) -> None:
             digests = {key: hashlib.sha256(as_bytes(value)).hexdigest() for key, value in tensors.items()}
             path.with_suffix(".json").write_text(json.dumps({"meta": meta, "tensors": digests}))
             path.unlink()
-    (folder / "done.json").write_text(json.dumps(result, indent=1))
+    (folder / "done.json").write_text(json.dumps(result))
+
+
+def generated(folder: Path, shard: Path, count: int, call: Callable) -> dict:
+    """What GENERATE writes after the first ids of a shard."""
+    import numpy as np
+
+    ids = np.fromfile(shard, "<u2", offset=1024, count=count)
+    (folder / "prompt.txt").write_bytes((ids[ids >= 4] - 4).astype(np.uint8).tobytes())
+    done = call("train_gpt.py", GENERATE="prompt.txt", ARTIFACT="run/artifact.bin", MAX_NEW_TOKENS="48",
+                SEED="7", TEMPERATURE="0.8", DEVICE="cpu", DTYPE="fp32", COMPILE="0")
+    told = done.stderr.decode(errors="replace")
+    passes = re.search(r"passes:(\d+)", told)
+    return {"exit_code": done.returncode, "text": done.stdout.decode("latin-1"),
+            "passes": int(passes[1]) if passes else None, "error": last_line(told) if done.returncode else ""}
 
 
 def finished(side: Side, root: Path, fresh: bool = False) -> Path:
@@ -229,8 +241,10 @@ def finished(side: Side, root: Path, fresh: bool = False) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix="running-") as temporary:
             execute(side, Path(temporary) / "side")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(Path(temporary) / "side", folder)
+            if fresh:
+                shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process has put the same there meanwhile
+                os.replace(Path(temporary) / "side", folder)
     os.utime(folder / "done.json")
     return folder
 
@@ -302,6 +316,9 @@ def values_apart(old, new, place: str = "") -> Iterator[str]:
                 yield from values_apart(value, new[key], here)
             else:
                 yield f"{here} is missing, it was {value!r}"
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, pair in enumerate(zip(old, new), 1):
+            yield from values_apart(*pair, f"{place} {i}")
     elif old != new and not (old != old and new != new):  # NaN is like NaN
         yield f"{place} is {new!r}, it was {old!r}"
 
@@ -455,12 +472,14 @@ def compare(old: Path, new: Path) -> Comparison:
     summary = [{key: side.get(key) for key in ("headline", "val_bpb", "steps", "params", "params_shipped")}
                for side in metrics]
     found.stage("metrics.json", len(summary[0]), values_apart(*summary))
-    texts = [side.get("generated") for side in results]
-    if texts[0]:
-        apart = values_apart({key: value for key, value in texts[0].items() if key != "error"}, texts[1] or {})
-        found.stage("generated text", len(texts[0]["text"]), apart)
-        if texts[0]["exit_code"]:
-            found.notes.append(f"no text is generated: {texts[0]['error']}")
+    for kind, stage in (("decoded", "decoding"), ("generated", "generated text")):
+        told = [side.get(kind) for side in results]
+        if told[0] is None:
+            continue
+        if error := told[0].pop("error", ""):
+            found.notes.append(f"no {stage}: {error}")
+        count = sum(len(value) for value in told[0].values() if isinstance(value, (list, str)))
+        found.stage(stage, count, values_apart(told[0], told[1] or {}))
     return found
 
 

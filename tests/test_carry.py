@@ -4,6 +4,7 @@ import argparse
 import ast
 import hashlib
 import json
+import os
 import re
 import subprocess
 
@@ -56,9 +57,11 @@ def refactored(old) -> str:
     return ast.unparse(ast.parse(replaced(r"\btemporary\b", "unfinished", old))) + "\n"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def kept(tmp_path_factory):
-    return tmp_path_factory.mktemp("carry")
+    """One folder for all workers of a session."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "carry"
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +87,7 @@ def test_a_refactor_is_equal_in_every_phase(against, refactored):
     found = against(refactored)
     assert found.equal and not found.notes, found.different
     stages = ["metrics.jsonl", "gradient reports", "last.safetensors", "best.safetensors", "final.safetensors",
-              "scores of the weights", "artifact", "scores of the artifact", "metrics.json", "generated text"]
+              "scores of the weights", "artifact", "scores of the artifact", "metrics.json", "decoding", "generated text"]
     assert list(found.counts) == stages and all(found.counts.values())
     assert found.counts["metrics.jsonl"] == SHORT.steps + 2  # a line a step, and two validations
     assert found.counts["scores of the artifact"] == 3  # round trip, sliding, test-time training
@@ -109,7 +112,7 @@ def test_another_order_of_one_operation_is_refused(against, old):
 def test_a_change_of_the_last_pass_is_named_there(against, old):
     found = against(replaced(r"\.ttt_lr\b", ".ttt_lr * 1.01", old))
     assert found.first().startswith("scores of the artifact: final_int6_ttt val_loss is ")
-    assert {*found.different} <= {"scores of the artifact", "metrics.json", "generated text"}
+    assert {*found.different} <= {"scores of the artifact", "metrics.json", "decoding", "generated text"}
     assert all("final_int6_ttt " in text for text in found.different["scores of the artifact"])
 
 
