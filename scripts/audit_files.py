@@ -16,7 +16,8 @@ import re
 import zlib
 from pathlib import Path
 
-from family import OF_THE_RUN, Finding, read_json
+import stats
+from family import OF_THE_RUN, Finding, carried, read_json
 
 CAP = 16_000_000  # decimal bytes, code and model
 FIELD_BYTES = (
@@ -258,7 +259,7 @@ def forensics(folder: Path) -> list[Finding]:
     script = (folder / "train_gpt.py").read_bytes()
     sha, runs = hashlib.sha256(script).hexdigest(), {}
     for path in sorted(folder.glob("seed*/metrics.json")):
-        runs[path.parent.name] = read_json(path)
+        runs[path.parent.name] = stats.as_carried(folder, read_json(path))
     logs = {
         path.parent.name if path.parent != folder else path.name: path.read_text("utf-8", "replace")
         for path in [
@@ -373,7 +374,7 @@ def _seeds(submission: dict, runs: dict, logs: dict, sha: str, frozen: str, say)
     stale = [
         f"{name}: measured with script {run['script_sha256'][:8]}, this one is {sha[:8]}: run it again"
         for name, run in runs.items()
-        if run.get("script_sha256") != sha
+        if not carried(submission, run.get("script_sha256", ""), sha, name)
     ]
     for name, text in logs.items():
         if "=" * 100 in text:
@@ -382,7 +383,9 @@ def _seeds(submission: dict, runs: dict, logs: dict, sha: str, frozen: str, say)
                 stale.append(
                     f"{name}: the source at the head of its log is not the script that its metrics name"
                 )
-    say("S3", stale, f"every run is of this script, {sha[:8]}{frozen}")
+    moved = any(run.get("script_sha256") != sha for run in runs.values())
+    good = "the numbers of every run are those of this script" if moved else "every run is of this script"
+    say("S3", stale, f"{good}, {sha[:8]}{frozen}")
     seeds = sorted({run["seed"] for run in runs.values()}) or sorted(set(submission.get("seeds", [])))
     say(
         "S5",

@@ -4,6 +4,7 @@ and their files, findings, exit codes, tables.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -121,6 +122,42 @@ def load_script(path: Path | str = TRUNK):
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+LOG_RULER = b"=" * 100 + b"\n"  # after the script's own source at the head of a log
+
+
+def source_in_log(path: Path, sha256: str) -> bytes:
+    """The script that a run has written at the head of its log.
+
+    Raises:
+        Misuse: there is no log, or its source is not the one of this sha256.
+    """
+    if not path.is_file():
+        raise Misuse(f"{path}: missing, so the script that made these numbers is not known")
+    source, found, _ = path.read_bytes().partition(LOG_RULER)
+    if not found or hashlib.sha256(source).hexdigest() != sha256:
+        raise Misuse(f"{path}: does not begin with the script {sha256[:8]}, which its metrics.json names")
+    return source
+
+
+def carried(submission: dict, measured: str, present: str, result: str) -> bool:
+    """Whether a number still holds: was `result` measured with the present script, or proved to be the same there?
+
+    measured, present: sha256 of the two scripts. result: "seed42", or a path below the record's folder. The
+    proofs are the entries of `carried` in submission.json, which scripts/lineage.py carry writes; one for a
+    folder is for all that is in it, and several may follow each other.
+    """
+    steps: dict[str, set[str]] = {}
+    for entry in submission.get("carried", []):
+        if any(result == name or result.startswith(f"{name}/") for name in entry["for"]):
+            steps.setdefault(entry["from"], set()).add(entry["to"])
+    reached, waiting = {measured}, [measured]
+    while waiting:
+        new = steps.get(waiting.pop(), set()) - reached
+        reached |= new
+        waiting += new
+    return present in reached
 
 
 # What a run's settings say about its process alone.

@@ -194,8 +194,13 @@ class Record:
                        round(steps * self.bytes_a_step))
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """{run: bytes of code and model}, the code as it is now."""
+        return {run.where: stats.as_carried(self.folder, run.metrics)["bytes_total"] for run in self.group.runs}
+
+    @property
     def bytes_total(self) -> int:
-        return max(run.metrics["bytes_total"] for run in self.group.runs)
+        return max(self.sizes.values())
 
     @property
     def hardware(self) -> str:
@@ -233,8 +238,8 @@ def read_record(folder: Path, texts: dict) -> Record:
     except KeyError as error:
         raise Misuse(f"{folder}/seed*/metrics.json: no {error}") from None
     most = record.setting.budget
-    over = [f"{run.where}: {run.metrics['bytes_total']:,} bytes, the budget is {most:,}"
-            for run in runs if 0 < most < run.metrics["bytes_total"]]
+    over = [f"{where}: {size:,} bytes, the budget is {most:,}"
+            for where, size in record.sizes.items() if 0 < most < size]
     broken = [f"{run.where}: {line}" for run in runs for line in run.metrics.get("broken_budgets", [])]
     if over or broken:
         record.unranked = "a budget is broken"

@@ -5,6 +5,7 @@
     python scripts/lineage.py agree BytePPM      its declared symbols have taken their parent's fixes
     python scripts/lineage.py density            how densely every script is written, a table
     python scripts/lineage.py sync --dry-run     where the parents' fixes would go
+    python scripts/lineage.py carry              proves that present scripts give the numbers of measured ones
     python scripts/lineage.py tree               the family with its numbers
 
 Symbols and what makes one dead are those of scripts/symbols.py. Exit codes: 0 fine, 1 findings, 2 misuse.
@@ -34,6 +35,7 @@ from pathlib import Path
 
 import density
 import family
+from carry import add_options, carry_records
 from family import ROOT, Finding, Misuse, find_script, read_json
 from symbols import FUNCTION, Script, Symbol, dead, used_in_earlier_section, used_too_early
 
@@ -470,9 +472,11 @@ def runs(folder: Path) -> dict[str, dict]:
 
 
 def stale(folder: Path) -> list[str]:
-    """Seed folders of a record whose numbers another text of its script has made."""
+    """Seed folders of a record whose numbers another text of its script has made, and nobody has carried over."""
     digest = hashlib.sha256((folder / "train_gpt.py").read_bytes()).hexdigest()
-    return [name for name, metrics in runs(folder).items() if metrics["script_sha256"] != digest]
+    submission = read_json(folder / "submission.json")
+    return [name for name, metrics in runs(folder).items()
+            if not family.carried(submission, metrics["script_sha256"], digest, name)]
 
 
 def check(folder: Path, root: Path = ROOT) -> list[Finding]:
@@ -905,6 +909,12 @@ def arguments() -> argparse.ArgumentParser:
     part.add_argument("symbols", nargs="*", metavar="SYMBOL", help="a class: its members too (default: all)")
     part.add_argument("--since", metavar="COMMIT", help="what is older does not count as the parent's text")
     part.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
+    part = commands.add_parser("carry", help="carry numbers over to the present script", description=(
+        "Runs the script that made a record's numbers and the present one side by side, shortened, and compares "
+        "them bit for bit. Equal: submission.json says so, and the numbers are no longer stale. Exit code 1 "
+        "where they differ, 2 for misuse."))
+    part.add_argument("records", nargs="*", metavar="RECORD", help="script, folder or name (default: all)")
+    add_options(part)
 
     commands.add_parser("tree", help="the family with its numbers", description=(
         "Records below their parents: mean of the seeds, marks, the idea. Exit code 0, 2 for misuse."))
@@ -919,6 +929,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         return diff(find_script(options.a), find_script(options.b), options.text, options.json)
     if options.command == "tree":
         return tree(root, options.json)
+    if options.command == "carry":
+        return family.report(carry_records(options, root), options.json)
     if options.command == "sync":
         return family.report(sync(options.symbols, options.since, options.dry_run, root), options.json)
     if options.command == "agree":

@@ -42,6 +42,7 @@ from family import (
     OF_THE_RUN,
     Finding,
     Misuse,
+    carried,
     command,
     find_script,
     markdown_table,
@@ -544,15 +545,59 @@ def short(value: str | None) -> str:
     return value[:8] if re.fullmatch(r"[0-9a-f]{40,}", value) else value or "empty"
 
 
-def stale_mark(folder: Path, runs: Iterable[dict]) -> str:
-    """A line for a table of a record whose runs (metrics) were measured with another script than the one in `folder`, else nothing."""
+def present_script(folder: Path) -> str | None:
+    """sha256 of a record's script as it is now."""
     script = folder / "train_gpt.py"
-    now = hashlib.sha256(script.read_bytes()).hexdigest() if script.is_file() else None
-    others = sorted({run.get("script_sha256", "unknown") for run in runs} - {now})
-    if not now or not others:
+    return hashlib.sha256(script.read_bytes()).hexdigest() if script.is_file() else None
+
+
+def holds(folder: Path, sha256: str | None, result: str) -> bool:
+    """Whether a number that the script of this sha256 made is one of the record's script as it is now."""
+    path, now = folder / "submission.json", present_script(folder)
+    if now is None or sha256 is None:
+        return False
+    return sha256 == now or carried(read_json(path) if path.is_file() else {}, sha256, now, result)
+
+
+def script_line(folder: Path, results: dict[str, str | None]) -> str:
+    """A line for a table of a record: which script made its numbers, and whether they hold for the present one.
+
+    results: {path below the record's folder: sha256 of the script that made it, or None where none is named}.
+    """
+    now = present_script(folder)
+    named = {name: sha256 for name, sha256 in results.items() if sha256 is not None}
+    old = {sha256 for name, sha256 in named.items() if not holds(folder, sha256, name)}
+    unnamed = "no script named" if len(named) < len(results) else ""
+    if now is None or not results:
         return ""
-    names = ("script " if len(others) == 1 else "scripts ") + ", ".join(f"`{other[:8]}`" for other in others)
-    return f"*stale: measured with {names}, this one is `{now[:8]}`*"
+    if old:
+        mark = f"stale: measured with {counted(old)}, this one is `{now[:8]}`"
+        return f"*{mark}{f'; {unnamed}' if unnamed else ''}*"
+    if unnamed:
+        return f"*{unnamed}*"
+    line = counted({*named.values()}).capitalize()
+    return f"{line}, carried to `{now[:8]}`." if {*named.values()} - {now} else f"{line}."
+
+
+def counted(hashes: Iterable[str]) -> str:
+    shown = ", ".join(f"`{sha256[:8]}`" for sha256 in sorted(hashes))
+    return f"{'scripts' if ',' in shown else 'script'} {shown}"
+
+
+def stale_mark(folder: Path, runs: Iterable[dict]) -> str:
+    """A line where the seeds (metrics) of a record do not hold for the script in `folder`, else nothing."""
+    line = script_line(folder, {f"seed{run.get('seed')}": run.get("script_sha256", "unknown") for run in runs})
+    return line if line.startswith("*stale") else ""
+
+
+def as_carried(folder: Path, run: dict) -> dict:
+    """The metrics of a seed with the size of the script to which its numbers were carried."""
+    script = folder / "train_gpt.py"
+    other = script.is_file() and run.get("script_sha256") != present_script(folder)
+    if not other or not holds(folder, run.get("script_sha256"), f"seed{run.get('seed')}"):
+        return run
+    code = script.stat().st_size
+    return {**run, "bytes_code": code, "bytes_total": code + run["bytes_model"]}
 
 
 # --- Report ---

@@ -119,6 +119,11 @@ class Record:
         return [run.metrics for run in self.group.runs]
 
     @property
+    def present(self) -> list[dict]:
+        """The runs, with the size of the script to which their numbers were carried."""
+        return [stats.as_carried(self.folder, run) for run in self.runs]
+
+    @property
     def frozen(self) -> bool:
         with contextlib.suppress(Misuse):  # a file that cannot be read is a finding elsewhere
             return self.submission.get("frozen") is True
@@ -214,7 +219,7 @@ def fill(record: Record, force: bool = False) -> list[str]:
         raise Misuse(f"{record.folder}/seed*/metrics.json: no such file; scripts/run_seeds.py makes them")
     if mixed := [found for found in stats.check_group(record.group) if found.level == "FAIL"]:
         raise Misuse(f"{record.folder}: no seeds of one configuration: {mixed[0].rule}: {mixed[0].text}")
-    submission = {**record.submission, **measured(record.runs)}
+    submission = {**record.submission, **measured(record.present)}
     submission.pop("draft", None)
     changes = dict(ideas_of(record))
     waiting = changes.pop(TODO, {"reason": ""})
@@ -393,14 +398,14 @@ def numbers(record: Record) -> Iterable[Problem]:
     for run in record.group.runs:
         if run.metrics["val_bpb"] != headline(run.metrics)["val_bpb"]:
             yield run.where, "val_bpb is not that of its headline"
-    found = measured(record.runs)
+    found = measured(record.present)
     for key, value in found.items():
         if key in record.submission and record.submission[key] != value:
             yield "submission.json", f"{key} is {record.submission[key]}, the metrics give {value}"
 
 
 def size(record: Record) -> Iterable[Problem]:
-    for run in record.runs:
+    for run in record.present:
         where, budget = f"seed{run['seed']}", run["settings"]["ARTIFACT_BUDGET_BYTES"]
         code, model, total = (run[f"bytes_{part}"] for part in ("code", "model", "total"))
         if code != len(record.script):

@@ -12,9 +12,10 @@ RECORD --json printed), and `rows`: any JSON file {"header": [...], "rows": [[..
 write it for a table of their own: scripts/rate.py, scripts/sweep.py (a ranking), and the tools in the
 records' folders.
 
-`headline`, `seeds` and `passes` say in a line of their own where the seeds were measured with another script
-than the folder's: *stale*. Verdicts are those of scripts/stats.py. Exit code 2: a file or a number that a
-table needs is missing. The root README's table of records is written by scripts/leaderboard.py.
+A table of a record ends with the script that made its numbers; where these do not hold for the record's
+present script, *stale* says so. Numbers hold there if `scripts/lineage.py carry` has shown it. Verdicts are
+those of scripts/stats.py. Exit code 2: a file or a number that a table needs is missing. The root README's
+table of records is written by scripts/leaderboard.py.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pathlib import Path
 import stats
 from bench import report
 from family import FINDINGS, FINE, ROOT, Misuse, command, markdown_table, read_json, write_atomic
-from stats import spread, stale_mark, verdict
+from stats import spread, verdict
 
 MARK = re.compile(r"(<!-- table: (\w+) (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.S)
 
@@ -48,7 +49,8 @@ def seed_runs(folder: Path) -> list[dict]:
     paths = list(folder.glob("seed*/metrics.json"))
     if not paths:
         raise Misuse(f"{folder}/seed*/metrics.json: no such file")
-    return [read_json(path) for path in sorted(paths, key=lambda path: seed_of(path.parent))]
+    runs = [read_json(path) for path in sorted(paths, key=lambda path: seed_of(path.parent))]
+    return [stats.as_carried(folder, run) for run in runs]
 
 
 def seed_of(path: Path) -> int:
@@ -70,23 +72,47 @@ def is_draft(folder: Path) -> bool:
     )
 
 
-def marked(text: str, folder: Path, runs: list[dict]) -> str:
-    """A table, and below it the mark of a record whose runs are not those of its script."""
-    mark = stale_mark(folder, runs)
-    return f"{text}\n\n{mark}" if mark else text
+# The files that a kind of table reads below its folder; {} is the argument of its marker.
+SOURCES = {
+    "headline": "seed*/metrics.json", "seeds": "seed*/metrics.json", "passes": "seed*/metrics.json",
+    "classes": "seed*/metrics.json", "ablation": "ablations/*/seed*.json", "proofs": "prove_*.json",
+    "bench": "bench.json", "audit": "audit.json", "rows": "rows.json",
+}
+
+
+def script_named(path: Path) -> str | None:
+    """sha256 of the script that a result file names: at its top, or in each of its rows."""
+    found = read_json(path)
+    rows = found if isinstance(found, list) else [found]
+    named = {row.get("script_sha256") for row in rows if isinstance(row, dict)}
+    return named.pop() if len(named) == 1 else None
+
+
+def of_script(kind: str, folder: Path, argument: str | None, root: Path) -> str:
+    """The line below a table of a record: which script made its numbers. A sentence has it only where stale."""
+    record = next((place for place in (folder, *folder.parents) if (place / "train_gpt.py").is_file()), None)
+    if record is None or record == root or is_draft(record):
+        return ""
+    results = {}
+    for path in sorted(folder.glob(argument or SOURCES[kind])):
+        inside = path.relative_to(record)
+        name = inside.parent if inside.name == "metrics.json" else inside
+        results[name.as_posix()] = script_named(path)
+    line = stats.script_line(record, results)
+    if kind == "headline" and "stale" not in line:
+        return ""
+    return f"\n\n{line}" if line else ""
 
 
 def sentence(folder: Path, _) -> str:
     runs = seed_runs(folder)
     scores = [headline(run) for run in runs]
     deviation = f"standard deviation {statistics.stdev(scores):.4f}" if len(runs) > 1 else "one seed"
-    return marked(
+    return (
         f"**{statistics.mean(scores):.4f} BPB** (`{runs[0]['headline']}`, mean of seeds "
         f"{', '.join(str(run['seed']) for run in runs)}, {deviation}) in at most "
         f"{max(run['bytes_total'] for run in runs):,} bytes, code included; {runs[0]['params']:,} "
-        "parameters.",
-        folder,
-        runs,
+        "parameters."
     )
 
 
@@ -131,7 +157,7 @@ def seeds(folder: Path, _) -> str:
         f"{first['evals'][names[0]]['targets']:,} targets."
     )
     header = ["seed", *(f"`{name}`" for name in names), "model bytes", "code bytes", "total bytes"]
-    return marked(markdown_table([*header, "ms a step", "scoring s"], rows) + f"\n\n{note}", folder, runs)
+    return markdown_table([*header, "ms a step", "scoring s"], rows) + f"\n\n{note}"
 
 
 # Each scoring pass and the pass that it is to be compared with.
@@ -168,7 +194,7 @@ def passes(folder: Path, _) -> str:
         f"BPB on {headline_entry(first)['bytes']:,} bytes; {first['steps']} steps, {first['device']}, torch "
         f"{first['torch']}, data `{first['dataset']['name']}`."
     )
-    return marked(f"{markdown_table(header, rows)}\n\n{note}", folder, runs)
+    return f"{markdown_table(header, rows)}\n\n{note}"
 
 
 def proofs(folder: Path, _) -> str:
@@ -326,7 +352,8 @@ def rewrite(path: Path, root: Path = ROOT) -> str:
         if kind not in KINDS:
             raise Misuse(f"{path}: table kind {kind} is not one of {', '.join(KINDS)}")
         try:
-            return f"{start}{KINDS[kind](root / folder, argument)}\n{end}"
+            text = KINDS[kind](root / folder, argument)
+            return f"{start}{text}{of_script(kind, root / folder, argument, root)}\n{end}"
         except Misuse:
             if not any(map(is_draft, (root / folder, (root / folder).parent))):
                 raise
