@@ -27,7 +27,7 @@ from family import load_script  # noqa: E402 (the tools are no package: their fo
 TINY = {
     "NUM_LAYERS": "3", "MODEL_DIM": "32", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "ROPE_DIMS": "4",
     "XSA_LAST_N": "2", "NGRAM_ORDERS": "2,3,5", "NGRAM_BUCKETS": "512", "NGRAM_DIM": "8",
-    "BIGRAM_VOCAB_SIZE": "256", "BIGRAM_DIM": "8", "JEPA_CHUNK_SIZE": "8", "JEPA_LATENT_DIM": "16",
+    "JEPA_CHUNK_SIZE": "8", "JEPA_LATENT_DIM": "16",
     "JEPA_PROJ_HIDDEN": "16", "JEPA_SIGREG_PROJS": "16", "JEPA_SIGREG_GROUP": "2", "TRAIN_SEQ_LEN": "64",
     "TRAIN_BATCH_TOKENS": "512", "EVAL_STRIDE": "16", "EVAL_BATCH_TOKENS": "2048", "ITERATIONS": "6",
     "WARMDOWN_ITERS": "3", "WARMUP_STEPS": "1", "MAX_WALLCLOCK_SECONDS": "0", "EVAL_BUDGET_SECONDS": "0",

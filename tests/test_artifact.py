@@ -24,43 +24,34 @@ def dequantise(q: np.ndarray, step: np.ndarray) -> np.ndarray:
     st.integers(1, 40),
     st.integers(1, 200),
     st.integers(2, 8),
-    st.sampled_from(["std", "mse"]),
     st.floats(0.5, 30),
     st.sampled_from([1e-7, 1e-3, 1.0, 30.0]),
     st.integers(0, 1),
     st.integers(0, 2**32 - 1),
 )
 def test_quantiser_error_is_half_a_step_inside_its_range(
-    trunk, rows, columns, bits, clip, k, scale, axis, seed
+    trunk, rows, columns, bits, k, scale, axis, seed
 ):
     weight = (np.random.default_rng(seed).standard_normal((rows, columns)) * scale).astype(np.float32)
-    q, step = trunk.quantise(weight, bits, clip, k, axis)
+    q, step = trunk.quantise(weight, bits, k, axis)
     top = 2 ** (bits - 1) - 1
     assert q.dtype == np.int8 and np.abs(q).max(initial=0) <= top and step.dtype == np.float16
     assert step.shape == tuple(1 if i == axis else n for i, n in enumerate(weight.shape)) and (step > 0).all()
     error = np.abs(dequantise(q, step) - weight)
     inside = np.abs(weight) <= step.astype(np.float32) * top
     assert (error[inside] <= np.broadcast_to(step.astype(np.float32), weight.shape)[inside] * 0.5001).all()
-    again, _ = trunk.quantise(weight, bits, clip, k, axis)
+    again, _ = trunk.quantise(weight, bits, k, axis)
     assert (q == again).all()
 
 
 def test_quantiser_on_rows_that_break_naive_ones(trunk):
     zero = np.zeros((2, 8), np.float32)
-    q, step = trunk.quantise(zero, 6, "std", 12, 1)
+    q, step = trunk.quantise(zero, 6, 12, 1)
     assert (q == 0).all() and np.isfinite(dequantise(q, step)).all()
     # G2: no floor at 1/31
     small = np.random.default_rng(0).standard_normal((4, 4096)).astype(np.float32) * 0.01
-    error = dequantise(*trunk.quantise(small, 6, "std", 6, 1)) - small
+    error = dequantise(*trunk.quantise(small, 6, 6, 1)) - small
     assert np.sqrt((error**2).mean()) < 0.06 * 0.01
-
-
-def test_mse_clip_is_no_worse_than_the_largest_value(trunk):
-    weight = np.random.default_rng(0).standard_t(3, (16, 512)).astype(np.float32)
-    error = ((dequantise(*trunk.quantise(weight, 5, "mse", 0, 1)) - weight) ** 2).sum(1)
-    step = np.abs(weight).max(1, keepdims=True) / 15
-    plain = ((np.rint(weight / step) * step - weight) ** 2).sum(1)
-    assert (error <= plain * 1.001).all() and error.sum() < 0.9 * plain.sum()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +69,7 @@ def packed(trunk):
     return trunk.pack(tensors, args), tensors, args
 
 
-@pytest.mark.parametrize("compressor", ["rans", "zstd", "lzma", "zlib", "auto"])
+@pytest.mark.parametrize("compressor", ["rans", "lzma", "auto"])
 def test_unpack_gives_what_the_quantiser_gives(trunk, packed, tiny, compressor):
     _, tensors, _ = packed
     args = tiny(COMPRESSOR=compressor)
@@ -94,7 +85,7 @@ def test_unpack_gives_what_the_quantiser_gives(trunk, packed, tiny, compressor):
         if large:
             axis = weight.ndim - (2 if kind == "ngram" else 1)
             k, rate = args.k_by_class[kind], args.rate_by_class[kind]
-            weight = dequantise(*trunk.quantise(weight, bits[name], args.quant_clip, k, axis, rate))
+            weight = dequantise(*trunk.quantise(weight, bits[name], k, axis, rate))
         else:
             weight = weight.astype(np.float16).astype(np.float32)
         assert np.array_equal(found[name], weight)
@@ -132,7 +123,7 @@ def test_default_configuration_fits_its_budget(trunk):
             continue
         kind = trunk.tensor_class(name)
         sample = np.random.default_rng(0).standard_normal((64, 4096)).astype(np.float32)
-        q, _ = trunk.quantise(sample, args.bits_by_class[kind], args.quant_clip, args.k_by_class[kind], 1)
+        q, _ = trunk.quantise(sample, args.bits_by_class[kind], args.k_by_class[kind], 1)
         share = np.unique(q, return_counts=True)[1] / q.size
         entropy = -(share * np.log2(share)).sum()
         total += 1.02 * entropy / 8 * p.numel() + 2 * p.numel() / p.shape[-1] * (kind != "ngram")
@@ -148,7 +139,7 @@ def test_no_pickle_and_a_readable_header(packed):
 
 
 def test_training_only_modules_stay_out(trunk, tiny):
-    for overrides, kept in (({}, True), ({"JEPA_ADAPTER": 0}, False), ({"JEPA_CHUNK_SIZE": 0}, False)):
+    for overrides, kept in (({}, True), ({"JEPA_CHUNK_SIZE": 0}, False)):
         model = trunk.GPT(tiny(**overrides))
         assert any(name.startswith("aux.") for name in model.exported()) == kept
 
@@ -186,7 +177,7 @@ def test_well_formed_lies_are_refused(trunk, packed, tmp_path):
         "version": lambda header: 9,
         "compressor": lambda header: header.update(compressor="rar") or 2,
         "decoder": lambda header: (
-            header.update(compressor={"zlib": "lzma"}.get(header["compressor"], "zlib")) or 2
+            header.update(compressor={"rans": "lzma"}.get(header["compressor"], "rans")) or 2
         ),
         "config": lambda header: header["config"].update(MODEL_DIM=64) or 2,
         "names": lambda header: header["tensors"][0].__setitem__(0, "other") or 2,

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 SMALL = {"NUM_LAYERS": 1, "NGRAM_ORDERS": "2", "NGRAM_WORDS": 0, "JEPA_CHUNK_SIZE": 0, "XSA_LAST_N": 1}
-SMALL |= {"MODEL_DIM": 16, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "BIGRAM_VOCAB_SIZE": 0}
+SMALL |= {"MODEL_DIM": 16, "NUM_HEADS": 2, "NUM_KV_HEADS": 1}
 # Runs the tool's own `main` on several command lines, so that they share one import of torch.
 DRIVER = """
 import contextlib, io, json, sys

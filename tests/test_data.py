@@ -440,9 +440,8 @@ def rows_of(trunk, args, data, ranks: int, steps: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("order", ["sequential", "shuffled"])
-@pytest.mark.parametrize("align", ["stream", "document"])
-def test_global_batch_does_not_depend_on_ranks_or_memory(trunk, tiny, data, corpus, order, align):
-    overrides = {"DATA_PATH": corpus, "TRAIN_ORDER": order, "TRAIN_ALIGN": align}
+def test_global_batch_does_not_depend_on_ranks_or_memory(trunk, tiny, data, corpus, order):
+    overrides = {"DATA_PATH": corpus, "TRAIN_ORDER": order}
     shards = data()
     base = rows_of(trunk, tiny(**overrides), shards, 1, 3)
     for ranks, memory in ((2, 512), (3, 128), (5, 64), (4, 10**6)):
@@ -466,26 +465,6 @@ def test_an_epoch_covers_the_shards_once_and_shuffles_anew(trunk, tiny, data, co
     first, second = loader._next_rows(total), loader._next_rows(total)
     assert len(set(first)) == total and set(first) == set(second) and first != second
     assert loader.state == {"epoch": 2, "shard": 0, "row": 0}
-
-
-def test_document_alignment_starts_rows_at_documents(trunk, tiny, data, corpus):
-    args = tiny(
-        DATA_PATH=corpus,
-        TRAIN_ALIGN="document",
-        TRAIN_SEQ_LEN=8192,
-        TRAIN_BATCH_TOKENS=16384,
-        EVAL_SEQ_LEN=64,
-    )
-    shards = data()
-    loader = trunk.Loader(shards, args, trunk.BatchPlan.make(args, 1), 0)
-    stream = shards.train_shards[0]
-    starts = loader._row_starts(0, 0)
-    assert starts[0] == 0 and (np.diff(starts) > 0).all() and (np.diff(starts) <= 8192).all()
-    aligned = stream[starts] == 1
-    for before, start, hit in zip(starts, starts[1:], aligned[1:]):
-        assert (
-            hit or not (stream[before + 1 : start + 1] == 1).any()
-        )  # else the row continues a long document
 
 
 def test_loader_resumes_at_its_state_and_prefetch_changes_nothing(trunk, tiny, data, corpus):

@@ -42,7 +42,7 @@ def test_the_loss_is_that_of_guesses_on_true_ids(trunk, tiny):
     args = tiny(**DRAFT, JEPA_SIGREG_GROUP=2)
     model, weights = enlivened(trunk, args), torch.tensor([1.0, 0.0, 0.5, 1.0])
     rows = torch.randint(4, 260, (4, 21), generator=torch.Generator().manual_seed(1))
-    x, _ = model.hidden(rows[:, :-1], model.rotary_train)
+    x = model.hidden(rows[:, :-1], model.rotary_train)
     means = []
     for row, states in zip(rows, x):
         nats = [[] for _ in range(3)]

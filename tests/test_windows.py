@@ -80,7 +80,7 @@ def test_score_does_not_depend_on_the_batch(trunk, tiny, alive):
     whole, _ = trunk.score(model, ids)
     parts = np.zeros_like(whole)
     for rank in range(3):
-        for first, stop, _, nats in trunk.scored(model, ids, 64, 16, 2, share=(rank, 3)):
+        for first, stop, _, nats in trunk.scored(model, ids, trunk.WindowPlan(64, 16, 2, rank, 3)):
             parts[first:stop] += nats
     assert np.abs(whole - parts).max() < 1e-5
 

@@ -1,0 +1,2998 @@
+"""The trunk: a byte-level language model trained, compressed and scored under a hard budget.
+
+Parent: none; every record under `records/` descends from this file and is to be diffed against it.
+Idea:   a causal transformer with hashed n-gram embeddings and a corrected chunk JEPA (#832), Muon +
+        EMA, entropy-shaped int6 weights, and one windowing routine that scores each target once.
+
+Run:    python train_gpt.py --help                             every variable and its reason
+        python train_gpt.py                                    one process, any device
+        torchrun --standalone --nproc_per_node=8 train_gpt.py  the contest: 8xH100, 600 s, 16 MB
+        RESUME=auto RUN_ID=name torchrun ...                   go on from runs/name/last.safetensors
+        EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py          only score an artifact
+        GENERATE=TEXT ARTIFACT=FILE python train_gpt.py        go on from a text, or from a file's
+
+The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs
+torch, numpy and safetensors, and uses constriction, sentencepiece, tqdm and FlashAttention if
+they are installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import difflib
+import hashlib
+import importlib
+import json
+import lzma
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections import deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn  # imported later it would keep the group, whose threads then abort
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+constriction = None  # without it, LZMA takes the place of rANS
+with contextlib.suppress(ImportError):
+    import constriction
+
+# -----------------------------------------------------------------------------
+# HYPERPARAMETERS
+# -----------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A mistake in the environment or a file: `main` prints it as one line and exits with code 2.
+    """
+
+
+class Var:
+    """One environment variable, of its default's type; `why` is the unit and the reason.
+    `ship` marks what artifacts carry, to build the network ("model") or to score ("eval")."""
+
+    def __init__(self, default, why: str, low=None, high=None, *, choices=(), ship: str = ""):
+        self.default, self.why = default, why
+        self.low, self.high, self.choices = low, high, choices
+        self.ship = ship
+
+    def __set_name__(self, owner, name: str) -> None:
+        self.name = name.upper()
+
+    def accepted(self) -> str:
+        if self.choices:
+            return " | ".join(self.choices)
+        kinds = {bool: "0 | 1", int: "an integer", float: "a number", str: "a text"}
+        low = "" if self.low is None else f" from {self.low}"
+        high = "" if self.high is None else f" to {self.high}"
+        return kinds[type(self.default)] + low + high
+
+    def convert(self, text: str):
+        """The text as a value of the default's type; ValueError or KeyError where it is none."""
+        word = text.strip()
+        if isinstance(self.default, bool):
+            return {"0": False, "1": True, "false": False, "true": True}[word.lower()]
+        if isinstance(self.default, str):
+            return word if self.choices else text
+        return type(self.default)(word)
+
+    def parse(self, text: str):
+        with contextlib.suppress(ValueError, KeyError):
+            value = self.convert(text)
+            if isinstance(value, str):
+                accepted = value in (self.choices or [value])
+            else:
+                low = value if self.low is None else self.low
+                high = value if self.high is None else self.high
+                accepted = math.isfinite(value) and low <= value <= high
+            if accepted:
+                return value
+        raise UserError(f"{self.name}={text!r} is not accepted: {self.accepted()} ({self.why})")
+
+
+TENSOR_CLASSES = ("embed", "ngram", "attn", "mlp", "other")
+
+CHECKS: list = []  # each section adds those of its features: a record keeps both or neither
+
+
+def check(function):
+    """Registers a function of the settings that forbids what cannot work."""
+    CHECKS.append(function)
+    return function
+
+
+def forbid(broken, args: Hyperparameters, names: str, reason: str) -> None:
+    """Where `broken`, raises UserError with the names and values of the settings in `names`."""
+    if broken:
+        values = ", ".join(f"{name.upper()}={getattr(args, name)}" for name in names.split())
+        raise UserError(f"{values}: {reason}")
+
+
+class Hyperparameters:
+    """Every setting of a run, read from the environment once; nothing below reads it again."""
+
+    _data = "Data"
+    data_path = Var("./data/datasets/fineweb10B_byte260", "folder of shards")
+    tokenizer_path = Var("", "SentencePiece .model; byte260 has none")
+    vocab_size = Var(260, "ids; 260 = 4 special ones + 256 bytes", 5, 65536, ship="model")
+    train_seq_len = Var(4096, "tokens a training row", 2, ship="model")
+    train_batch_tokens = Var(393216, "tokens an optimizer step, over all ranks", 2)
+    device_batch_tokens = Var(49152, "tokens a forward: the out-of-memory knob", 1)
+    train_order = Var("sequential", "of rows in an epoch", choices=("sequential", "shuffled"))
+    verify_data = Var("auto", "by manifest.json; auto: up to 2 GB", choices=("auto", "0", "1"))
+
+    _model = "Model"
+    num_layers = Var(13, "transformer blocks", 1, ship="model")
+    model_dim = Var(512, "width of the residual stream", 8, ship="model")
+    num_heads = Var(8, "query heads", 1, ship="model")
+    num_kv_heads = Var(4, "key/value heads (GQA)", 1, ship="model")
+    mlp_mult = Var(2.0, "MLP hidden width / model width", 0, ship="model")
+    leaky_slope = Var(0.5, "slope of the squared LeakyReLU; 0 = ReLU^2", ship="model")
+    tied_embed_init_std = Var(0.005, "std of the token embedding, also the head", 0)
+    logit_softcap = Var(30.0, "cap * tanh(logits / cap); 0 = none", 0, ship="model")
+    qk_gain_init = Var(1.5, "initial gain a head on normalised queries", ship="model")
+    rope_base = Var(10000.0, "rotary base", 1, ship="model")
+    rope_dims = Var(16, "rotated dimensions a head; 0 = all (#315)", 0, ship="model")
+    ln_scale = Var(True, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
+    doc_mask = Var(False, "attention stays in a document", ship="model")
+    xsa_last_n = Var(4, "last layers that drop their own value (XSA, #265)", 0, ship="model")
+    unet_skips = Var(True, "later blocks add earlier outputs", ship="model")
+    resid_mix = Var(True, "blocks mix in the embedding", ship="model")
+    smear_gate = Var(True, "blend embeddings with the one before", ship="model")
+    ngram_orders = Var("2,3,4,5,6", "lengths of hashed contexts; 0 = none", ship="model")
+    ngram_words = Var(2, "1 = the word so far, 2 = and the one before", 0, 2, ship="model")
+    ngram_buckets = Var(65536, "rows of each table", 2, ship="model")
+    ngram_dim = Var(32, "width of a context's embedding", 1, ship="model")
+    ngram_hashes = Var(2, "tables, each a hash", 1, 4, ship="model")
+    draft = Var(0, "ids that draft heads guess; 0 = none", 0, 16, ship="model")
+
+    _jepa = "Chunk JEPA (#832, corrected)"
+    jepa_chunk_size = Var(8, "ids a latent covers; 0 = no JEPA at all", 0, ship="model")
+    jepa_latent_dim = Var(256, "width of a chunk latent", 1, ship="model")
+    jepa_proj_hidden = Var(256, "hidden width of the two MLPs", 1, ship="model")
+    jepa_sigreg_weight = Var(0.02, "SIGReg's weight in the JEPA loss", 0)
+    jepa_sigreg_projs = Var(256, "random directions, fresh each step", 1)
+    jepa_sigreg_knots = Var(17, "points of its characteristic function", 2)
+    jepa_sigreg_group = Var(4, "sequences pooled into one SIGReg statistic", 1)
+    jepa_lambda_max = Var(0.001, "peak weight of the JEPA loss beside CE", 0)
+    jepa_phase1_frac = Var(0.3, "progress up to which its weight is 0", 0, 1)
+    jepa_phase2_frac = Var(0.5, "share over which it ramps up, then 0", 0, 1)
+
+    _optimizers = "Optimizers and schedule"
+    iterations = Var(9000, "optimizer steps at most", 1)
+    max_wallclock_seconds = Var(600.0, "training time; 0 = no limit", 0)
+    warmdown_iters = Var(3000, "steps over which the rate falls", 0)
+    min_lr = Var(0.0, "rate at the end, as a share of the peak", 0, 1)
+    warmup_steps = Var(2, "steps that compile, off the clock", 0)
+    matrix_lr = Var(0.025, "Muon: block matrices", 0)
+    muon_momentum = Var(0.99, "final momentum", 0, 0.9999)
+    muon_momentum_warmup_start = Var(0.92, "momentum at step 0", 0, 0.9999)
+    muon_momentum_warmup_steps = Var(1500, "steps from start to final momentum", 0)
+    muon_backend_steps = Var(5, "Newton-Schulz steps", 1)
+    muon_wd = Var(0.04, "Muon: decoupled weight decay", 0)
+    tied_embed_lr = Var(0.035, "AdamW: tied token embedding", 0)
+    scalar_lr = Var(0.025, "AdamW: gains, mixes, gates", 0)
+    ngram_lr = Var(0.035, "RowAdagrad: n-gram tables", 0)
+    jepa_lr = Var(0.001, "AdamW: projector, predictor, adapter", 0)
+    draft_lr = Var(0.003, "AdamW: draft heads", 0)
+    adam_wd = Var(0.04, "weight decay of embeddings and scalars", 0)
+    beta1 = Var(0.9, "Adam", 0, 0.9999)
+    beta2 = Var(0.95, "Adam", 0, 0.99999)
+    adam_eps = Var(1e-8, "Adam", 0)
+    grad_clip_norm = Var(0.3, "global gradient norm; 0 = no clip", 0)
+    ema_decay = Var(0.997, "of the average that is scored", 0, 0.99999)
+    seed = Var(1337, "of weights, order and SIGReg", 0)
+
+    _artifact = "Artifact"
+    bits = Var("embed:8,ngram:6,attn:6,mlp:6,other:6", "bit width by tensor class")
+    quant_k = Var("embed:4,ngram:24,attn:12,mlp:12,other:6", "step = k * std / top: the size knob")
+    quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
+    gptq_batches = Var(4, "training batches for these", 1)
+    quant_rate = Var("embed:0,ngram:0.116,attn:0,mlp:0,other:0", "price of a bit in squared steps")
+    compressor = Var("auto", "auto keeps the smallest", choices=("auto", "rans", "lzma"))
+    artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit", 0)
+
+    _evaluation = "Evaluation"
+    eval_seq_len = Var(0, "window length; 0 = TRAIN_SEQ_LEN", 0, ship="eval")
+    eval_stride = Var(512, "targets a window of the sliding pass", 1, ship="eval")
+    eval_batch_tokens = Var(0, "tokens a forward; 0 = DEVICE_BATCH_TOKENS", 0)
+    val_bytes = Var(0, "validates only on this prefix; 0 = all", 0)
+    val_loss_every = Var(0, "steps between validations; 0 = only at the end", 0)
+    eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
+    ttt = Var("0", "test-time training on scored text", choices=("0", "sgd"), ship="eval")
+    ttt_adapt = Var(True, "0 = without learning: the control", ship="eval")
+    ttt_modules = Var("blocks", "paths of modules that learn, with commas", ship="eval")
+    ttt_chunk_tokens = Var(32768, "targets scored, then learned from", 1, ship="eval")
+    ttt_batch_rows = Var(16, "rows an update, over all ranks", 1, ship="eval")
+    ttt_epochs = Var(1, "passes over each chunk", 1, ship="eval")
+    ttt_lr = Var(0.002, "rate of SGD at the first chunk", 0, ship="eval")
+    ttt_decay_chunks = Var(0, "rate / sqrt(1 + chunks / this); 0 = constant", 0, ship="eval")
+    ttt_momentum = Var(0.9, "kept from chunk to chunk", 0, 0.9999, ship="eval")
+    ttt_grad_clip = Var(1.0, "gradient norm of an update; 0 = no clip", 0, ship="eval")
+    eval_only = Var(False, "score ARTIFACT and nothing else")
+    artifact = Var("", "path for EVAL_ONLY and GENERATE")
+    generate = Var("", "a text, or its file, that ARTIFACT goes on from")
+    max_new_tokens = Var(256, "ids to write", 1)
+    temperature = Var(0.0, "0 = greedy", 0)
+    speculate = Var(True, "the same text sooner, by drafts")
+
+    _run = "Run"
+    run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
+    runs_path = Var("./runs", "where runs are kept")
+    resume = Var("", "auto, or a checkpoint file")
+    checkpoint_every = Var(0, "steps between checkpoints; 0 = on a signal", 0)
+    train_log_every = Var(200, "steps between log lines, after the first ten", 1)
+    device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
+    dtype = Var("auto", "of activations; weights are fp32", choices=("auto", "fp32", "bf16"))
+    compile = Var("auto", "auto: on GPUs, and on CPUs when it pays", choices=("auto", "0", "1"))
+    attention = Var("auto", "first rung of the ladder",
+                    choices=("auto", "fa3", "fa2", "flex", "cpu", "sdpa", "math"))
+    strict_env = Var(True, "refuse misspelt variables; 0 = only warn")
+
+    _launcher = "Set by the launcher (torchrun)"
+    rank = Var(0, "rank of this process", 0)
+    local_rank = Var(0, "rank on this machine", 0)
+    world_size = Var(1, "processes", 1)
+    master_addr = Var("", "rendezvous host")
+    master_port = Var("", "rendezvous port")
+
+    # Variables of ideas that are gone: {name: (values that mean off, reason)}.
+    RETIRED = {
+        "SWA_ENABLED": ("0", "EMA took its place"),
+        "EMA_ENABLED": ("1", "EMA_DECAY=0 scores the last weights"),
+        "TIE_EMBEDDINGS": ("1", "an untied head costs bytes"),
+        "MTP_NUM_HEADS": ("0", "it costs +0.028 BPB in ten minutes; see DRAFT"),
+        "BIGRAM_VOCAB_SIZE": ("0", "NGRAM_ORDERS=2 hashes bigrams; see ByteJEPA"),
+        "QUANT_CLIP": ("std", "QUANT_K sets every step; a search lost at equal size"),
+        "QAT_START": ("1 1.0", "GPTQ took its place; see BytePatchJEPA"),
+        "QAT_ENABLED": ("0", "see QAT_START"),
+        "LATE_QAT": ("0", "see QAT_START"),
+        "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
+        "GRAD_REPORT_EVERY": ("0", "no result used it"),
+        "JEPA_BACKBONE_GRAD": ("0", "ByteJEPA switches parts of the objective"),
+        "JEPA_ADAPTER": ("1", "see JEPA_BACKBONE_GRAD"),
+        "JEPA_ADAPTER_GRAD": ("1", "see JEPA_BACKBONE_GRAD"),
+        "JEPA_LOSS": ("1", "see JEPA_BACKBONE_GRAD"),
+    }
+    IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
+               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE")
+
+    def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
+        """Reads `environ`; `shipped`, settings in an artifact, replaces the defaults it names."""
+        environ = environ or {}
+        self.warnings: list[str] = []
+        self._refuse_retired_and_misspelt(environ)
+        # environment, else artifact, else default
+        for name, var in self.vars().items():
+            value = (shipped or {}).get(var.name, var.default)
+            if environ.get(var.name, "") != "":
+                value = var.parse(environ[var.name])
+                if shipped and var.ship == "model" and value != shipped[var.name]:
+                    raise UserError(f"{var.name}={value}: the artifact was made with "
+                                    f"{shipped[var.name]}; leave it unset")
+            setattr(self, name, value)
+        # what several settings together mean
+        self.trains = not shipped
+        self.ngram_order_list = self._parse_orders()
+        self.bits_by_class = self._parse_classes("bits", int, 2, 8)
+        self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
+        self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
+        self.eval_seq_len = self.eval_seq_len or self.train_seq_len
+        self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
+
+        if shipped or not (self.eval_only or self.generate):  # they need an artifact's
+            for function in CHECKS:
+                function(self)
+
+    @classmethod
+    def vars(cls) -> dict[str, Var]:
+        return {name: var for name, var in vars(cls).items() if isinstance(var, Var)}
+
+    @classmethod
+    def help(cls) -> str:
+        lines = [__doc__.strip()]
+        for name, item in vars(cls).items():
+            if isinstance(item, Var):
+                default = item.default
+                default = int(default) if isinstance(default, bool) else default
+                told = f"{item.why} [{item.accepted()}]"
+                lines.append(f"  {item.name:<28} {default!s:<14} {told}")
+            elif isinstance(item, str) and not name.startswith("__"):
+                lines.append(f"\n{item}")
+        lines.append("\nAccepted from older command lines, without effect")
+        for name, (off, why) in cls.RETIRED.items():
+            lines.append(f"  {name}={off.split()[0]:<24} {why}")
+        lines.append("  " + " ".join(cls.IGNORED))
+        return "\n".join(lines)
+
+    def settings(self) -> dict:
+        return {var.name: getattr(self, name) for name, var in self.vars().items()}
+
+    def shipped(self) -> dict:
+        """What an artifact must carry to be rebuilt and scored."""
+        settings = self.settings()
+        return {var.name: settings[var.name] for var in self.vars().values() if var.ship}
+
+    def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
+        known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED}
+        for name, value in environ.items():
+            if name in self.RETIRED:
+                off, why = self.RETIRED[name]
+                if value not in ("", *off.split()):
+                    raise UserError(f"{name}={value!r} is retired: {why}; unset it")
+                continue
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.87)
+            if near and name not in known:
+                message = f"{name} is not a variable of this script; did you mean {near[0]}?"
+                if environ.get("STRICT_ENV", "1") != "0":
+                    raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
+                self.warnings.append(message)
+
+    def _parse_orders(self) -> tuple[int, ...]:
+        parts = [part.strip() for part in self.ngram_orders.split(",")]
+        orders = [int(part) if part.isdecimal() else -1 for part in parts if part]
+        if orders == [0]:
+            return ()
+        if any(not 2 <= n <= 16 for n in orders) or len(set(orders)) != len(orders):
+            raise UserError(f"NGRAM_ORDERS={self.ngram_orders!r} is not accepted: different "
+                            "integers from 2 to 16, with commas, or 0 for none")
+        return tuple(sorted(orders))
+
+    def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
+        """`embed:8,mlp:6` -> {"embed": 8, ...}; classes that are not named keep the default."""
+        var = self.vars()[name]
+        values = {}
+        for part in f"{var.default},{getattr(self, name)}".split(","):
+            key, _, number = part.strip().partition(":")
+            values[key] = low - 1
+            with contextlib.suppress(ValueError):
+                values[key] = kind(number)
+            if key not in TENSOR_CLASSES or not low <= values[key] <= high:
+                classes = "|".join(TENSOR_CLASSES)
+                raise UserError(f"{var.name}: {part.strip()!r} is not accepted: CLASS:NUMBER, "
+                                f"CLASS in {classes}, NUMBER from {low} to {high}")
+        return values
+
+
+# -----------------------------------------------------------------------------
+# RUNTIME
+# -----------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes to a temporary name and renames: a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def tune_allocator() -> None:
+    """Keeps freed pages inside the process: fresh ones can dominate eager CPU runs (up to 7x).
+    On glibc: no mmap for large blocks, no trimming, one arena for all threads. Elsewhere: nothing.
+    """
+    mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # of malloc.h
+    values = {mmap_max: 0, trim_threshold: -1, top_pad: 1 << 28, arena_max: 1}
+    with contextlib.suppress(OSError, AttributeError):
+        if platform.libc_ver()[0] == "glibc":
+            for parameter, value in values.items():
+                ctypes.CDLL("libc.so.6").mallopt(parameter, value)
+
+
+@check
+def check_ranks(args: Hyperparameters) -> None:
+    forbid(args.rank >= args.world_size, args, "rank world_size", "torchrun sets both")
+
+
+class Runtime:
+    """Device, dtype, ranks and clocks: what the machine offers, decided once."""
+
+    def __init__(self, args: Hyperparameters):
+        self.rank = args.rank
+        self.world_size = args.world_size
+        self.main = args.rank == 0
+        self.clocks: dict[str, float] = {}  # seconds by phase
+        self.notes: list[str] = []
+        self.device = self._pick_device(args)
+        self.dtype = self._pick_dtype(args)
+        self.compile = self._pick_compile(args)
+        self.attention = "sdpa"  # runs everywhere; `main` asks for the best rung
+        if not constriction and args.compressor in ("auto", "rans"):
+            self.notes.append("compressor: constriction is missing, LZMA instead of rANS")
+
+        if self.device.type == "cpu":
+            tune_allocator()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1:
+            if not args.master_addr:
+                raise UserError(f"WORLD_SIZE={args.world_size} but no MASTER_ADDR: use torchrun")
+            self.gloo = not (self.device.type == "cuda" and dist.is_nccl_available())
+            dist.init_process_group("gloo" if self.gloo else "cpu:gloo,cuda:nccl")
+
+    def _pick_device(self, args: Hyperparameters) -> torch.device:
+        seen = ["cuda"] if torch.cuda.is_available() else []
+        seen += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+        name = seen[0] if args.device == "auto" else args.device
+        if name not in seen:
+            raise UserError(f"DEVICE={name}: torch {torch.__version__} sees only {', '.join(seen)}")
+        if name == "cuda" and args.local_rank >= (count := torch.cuda.device_count()):
+            raise UserError(f"LOCAL_RANK={args.local_rank}, but torch sees {count} GPUs")
+        return torch.device(name, args.local_rank if name == "cuda" else None)
+
+    def _pick_dtype(self, args: Hyperparameters) -> torch.dtype:
+        if args.dtype != "auto":
+            return {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+        if self.device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        with contextlib.suppress(OSError):  # CPUs that multiply bf16
+            words = set(Path("/proc/cpuinfo").read_text().split())
+            native = self.device.type == "cpu" and words & {"amx_bf16", "avx512_bf16", "bf16"}
+            return torch.bfloat16 if native else torch.float32
+        return torch.float32
+
+    def _pick_compile(self, args: Hyperparameters) -> bool:
+        if args.compile != "auto":
+            return args.compile == "1"
+        if self.device.type == "cuda":
+            with contextlib.suppress(ImportError):
+                import triton  # noqa: F401
+                return True
+            self.notes.append("compile: no triton, running eager")
+        # on CPUs 20-80 s of compilation against about 0.3 s a step saved on a small model
+        pays = self.device.type == "cpu" and args.iterations >= 275 and not args.eval_only
+        return pays and any(map(shutil.which, ("g++", "clang++")))
+
+    @contextlib.contextmanager
+    def clock(self, phase: str):
+        """Adds what the block takes to a phase; phases do not overlap."""
+        start = time.perf_counter()
+        yield
+        self.clocks[phase] = self.clocks.get(phase, 0.0) + time.perf_counter() - start
+
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+    def describe(self) -> str:
+        return (f"attention:{self.attention} compile:{int(self.compile)} "
+                f"dtype:{str(self.dtype).removeprefix('torch.')} device:{self.device_name()}")
+
+    def all_reduce(self, tensor: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
+        """In place, over ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op)
+        return tensor
+
+    def from_main(self, values: list[float]) -> list[float]:
+        """Rank 0's numbers on every rank, through CPU memory: no decision waits for a GPU queue."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor.tolist()
+
+    def peak_memory_mb(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        unit = 2**20 if platform.system() == "Darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+class Log:
+    """Console on rank 0, `log.txt` and `metrics.jsonl` in the run's folder."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, text: str, console: bool = True, name: str = "log.txt") -> None:
+        if self.folder is None:
+            return
+        if console:
+            print(text, flush=True)
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def metrics(self, **values) -> None:
+        self(json.dumps(values), False, "metrics.jsonl")
+
+
+def progress_bar(items, total: int, name: str, show: bool):
+    """tqdm on a terminal, plain iteration elsewhere."""
+    if show:
+        with contextlib.suppress(ImportError):  # a bar is a comfort, not a need
+            from tqdm import tqdm
+            return tqdm(items, total=total, desc=name, disable=None, leave=False)
+    return items
+
+
+# -----------------------------------------------------------------------------
+# ATTENTION
+# -----------------------------------------------------------------------------
+# The rungs of a ladder, fastest first: q (B, T, H, d) and k, v (B, T, K, d) -> (B, T, H, d).
+# `mask` is None for plain causal attention, else what `document_mask` made for that rung.
+
+
+def causal_mask(docs: Tensor, queries: int) -> Tensor:
+    """docs (B, T), the document of each position -> (B, 1, queries, T) for the last `queries`."""
+    positions = torch.arange(docs.size(1), device=docs.device)
+    same_document = docs[:, None, -queries:, None] == docs[:, None, None]
+    return same_document & (positions[-queries:, None] >= positions)
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Causal attention spelt out, the reference that every other rung must agree with."""
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
+    if mask is None:
+        mask = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1))
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Torch's fused kernels. With a mask, q may be only the last positions of k and v."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+    return y.transpose(1, 2)
+
+
+QUERY_BLOCK = 128  # queries that the CPU's attention takes at a time
+KEPT_LENGTH = 1024  # longest row whose weights are kept: they grow with its square
+
+
+def query_blocks(x: Tensor, groups: int) -> list[Tensor]:
+    """x (B, H, T, n) -> for each block of queries (B * groups, H / groups * queries, n)."""
+    return [part.reshape(len(x) * groups, -1, x.size(3)) for part in x.split(QUERY_BLOCK, 2)]
+
+
+class BlockedAttention(torch.autograd.Function):
+    """Causal attention for CPUs: blocks of queries meet the keys up to their own end.
+
+    Weights are kept, so that the backward computes no score and no exponential again: for rows of
+    some hundred ids both ways are faster than torch's flash kernel, which recomputes."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, H, T, d), k and v (B, K, T, d) -> (B, H, T, d)"""
+        batch, heads, length, dim = q.shape
+        kv_heads = k.size(1)
+        keys, values = k.flatten(0, 1), v.flatten(0, 1)
+        positions = torch.arange(length, device=q.device)
+        out, kept = [], []
+
+        for i, query in enumerate(query_blocks(q * dim**-0.5, kv_heads)):
+            stop = min((i + 1) * QUERY_BLOCK, length)
+            ahead = positions[:stop] > positions[i * QUERY_BLOCK : stop, None]
+            ahead = ahead.repeat(heads // kv_heads, 1)
+            scores = torch.bmm(query, keys[:, :stop].mT).float().masked_fill(ahead, -torch.inf)
+            kept.append(scores.softmax(-1).to(q.dtype))
+            out.append(torch.bmm(kept[i], values[:, :stop]).view(batch, heads, -1, dim))
+
+        out = torch.cat(out, 2)
+        ctx.save_for_backward(q, k, v, out, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, *kept = ctx.saved_tensors
+        batch, heads, _, dim = q.shape
+        kv_heads, scale = k.size(1), q.size(3) ** -0.5
+        keys, values = k.flatten(0, 1), v.flatten(0, 1)
+        grad_q = []
+        grad_k = torch.zeros_like(keys).float()
+        grad_v = torch.zeros_like(values).float()
+
+        # a softmax's gradient is its weights times (the gradient of them - this sum over keys)
+        shift = (grad.float() * out.float()).sum(-1, keepdim=True)
+        blocks = (query_blocks(x, kv_heads) for x in (q * scale, grad, shift))
+        for query, grad_out, query_shift, weights in zip(*blocks, kept):
+            stop = weights.size(2)
+            grad_scores = torch.bmm(grad_out, values[:, :stop].mT).float() - query_shift
+            grad_scores = (weights.float() * grad_scores).to(q.dtype)
+            part = torch.bmm(grad_scores, keys[:, :stop])
+            grad_q.append(part.view(batch, heads, -1, dim) * scale)
+            grad_k[:, :stop] += torch.bmm(grad_scores.mT, query)
+            grad_v[:, :stop] += torch.bmm(weights.mT, grad_out)
+        grad_k, grad_v = (x.to(q.dtype).view(k.shape) for x in (grad_k, grad_v))
+        return torch.cat(grad_q, 2), grad_k, grad_v
+
+
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The CPU's rung: blocks of queries, weights kept; torch's kernel for long rows and masks."""
+    if mask is not None or q.size(1) > KEPT_LENGTH:
+        return sdpa_attention(q, k, v, mask)
+    return BlockedAttention.apply(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def flash_attention(package: str):
+    """FlashAttention 2 or 3; documents go through its kernel for rows of varying length."""
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        flash = importlib.import_module(package)
+        if cu_seqlens is None:
+            out = flash.flash_attn_func(q, k, v, causal=True)
+        else:
+            flat = [x.flatten(0, 1) for x in (q, k, v)]
+            lengths = cu_seqlens, cu_seqlens, q.size(1), q.size(1)
+            out = flash.flash_attn_varlen_func(*flat, *lengths, causal=True)
+        out = out[0] if isinstance(out, tuple) else out  # some builds return more
+        return out.view(q.shape)
+    return attend
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, block_mask=None) -> Tensor:
+    from torch.nn.attention import flex_attention as flex
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return flex.flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True).transpose(1, 2)
+
+
+ATTENTION = {
+    "fa3": flash_attention("flash_attn_interface"), "fa2": flash_attention("flash_attn"),
+    "flex": flex_attention, "cpu": cpu_attention,
+    "sdpa": sdpa_attention, "math": math_attention,
+}
+
+
+@torch.compiler.disable
+def document_mask(rung: str, docs: Tensor):
+    """What a rung needs to keep the documents apart; docs (B, T), the document of each position.
+    For flash where each document begins (cu_seqlens), padded to a power of two so that shapes
+    repeat; for flex its block mask; else a mask (B, 1, T, T)."""
+    if rung in ("fa3", "fa2"):
+        begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)
+        first = begins.flatten().nonzero().flatten().int()
+        room = max(64, 1 << len(first).bit_length())
+        return F.pad(first, (0, room - len(first)), value=docs.numel())
+    if rung == "flex":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def visible(row, _, query, key):
+            return (query >= key) & (docs[row, query] == docs[row, key])
+        rows, length = docs.shape
+        return create_block_mask(visible, rows, None, length, length, device=str(docs.device))
+    return causal_mask(docs, docs.size(1))
+
+
+def agrees_with_math(rung: str, device: torch.device, dtype, dim: int, doc_mask: bool) -> bool:
+    """Whether a rung runs both ways here, with heads `dim` wide, and computes what `math` does."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 128, n, dim, generator=generator).to(device, dtype) for n in (2, 1))
+    q.requires_grad_(True)
+    docs = (torch.arange(128, device=device)[None] - 1) // 50  # borders at 1, 51 and 101
+    mask, reference = (document_mask(name, docs) if doc_mask else None for name in (rung, "math"))
+    out = ATTENTION[rung](q, k, k, mask)
+    out.sum().backward()
+    return torch.allclose(out.float(), math_attention(q, k, k, reference).float(), atol=3e-2)
+
+
+def pick_attention(args: Hyperparameters, device: torch.device, dtype: torch.dtype) -> str:
+    """The first rung, from ATTENTION down, that works here."""
+    rungs = list(ATTENTION)
+    first = 0 if args.attention == "auto" else rungs.index(args.attention)
+    gpu, bf16 = device.type == "cuda", dtype == torch.bfloat16
+    fits = {"fa3": gpu and bf16, "fa2": gpu and bf16, "flex": gpu and args.doc_mask,
+            "cpu": device.type == "cpu" and bf16 and not args.doc_mask,
+            "sdpa": True, "math": True}
+    dim = args.model_dim // args.num_heads
+    for rung in filter(fits.get, rungs[first:]):
+        with contextlib.suppress(Exception):  # no such package, a card that it refuses
+            if agrees_with_math(rung, device, dtype, dim, args.doc_mask):
+                return rung
+    rungs = ", ".join(rungs[first:])
+    raise UserError(f"ATTENTION={args.attention}: none of {rungs} runs on {device} in {dtype}")
+
+
+# -----------------------------------------------------------------------------
+# DATA
+# -----------------------------------------------------------------------------
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_BYTES = 1024
+PAD_ID, BOS_ID, BYTE_OFFSET = 0, 1, 4
+BYTE_CLASSES = ("lower", "upper", "digit", "space", "newline", "punctuation", "non-ascii",
+                "special", "token")
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
+    if ids.size and (top := int(ids.max())) >= vocab_size:
+        raise UserError(f"{path}: id {top} is outside VOCAB_SIZE={vocab_size}: another tokenizer?")
+
+
+def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.ndarray:
+    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then `count`
+    uint16 ids.
+
+    The first `checked` ids (None: all) are held against the vocabulary at once."""
+    size = path.stat().st_size
+    if size < HEADER_BYTES:
+        raise UserError(f"{path}: {size} bytes is too short for a shard header of {HEADER_BYTES}")
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        wanted = f"{SHARD_MAGIC} {SHARD_VERSION}"
+        raise UserError(f"{path}: header {header[:2]} is not a shard's, {wanted}")
+    room = (size - HEADER_BYTES) / 2
+    if header[2] != room:
+        raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room:g}")
+
+    ids = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
+    check_ids(ids[:checked], vocab_size, path)
+    return ids
+
+
+def sha256_file(path: Path) -> str:
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()  # mapped: it may be large
+
+
+class Dataset:
+    """The shards under DATA_PATH and what is known about them."""
+
+    def __init__(self, args: Hyperparameters, verify: bool):
+        self.path = Path(args.data_path)
+        if not self.path.is_dir():
+            raise UserError(f"DATA_PATH={self.path} is no folder: data/prepare.py makes one")
+        self.train_files = sorted(self.path.glob("*_train_*.bin"))
+        self.val_files = sorted(self.path.glob("*_val_*.bin"))
+        if not self.val_files or not (self.train_files or args.eval_only):
+            missing = "_train_" if self.val_files else "_val_"
+            raise UserError(f"DATA_PATH={self.path} has no *{missing}*.bin: see data/prepare.py")
+        # training shards stay on disk, the validation text is read whole
+        self.vocab_size = args.vocab_size
+        self.manifest = self._read_manifest()
+        if "caseops" in self.manifest:
+            raise UserError(f"DATA_PATH={self.path}: CaseOps ids, this script reads no sidecars")
+        size = self.vocab_size
+        self.train_shards = [open_shard(path, size, 1 << 20) for path in self.train_files]
+        self.val = np.concatenate([open_shard(path, size) for path in self.val_files])
+        if verify:
+            self._verify(args.verify_data)
+        if len(self.val) < 2:
+            raise UserError(f"{self.val_files[0]}: {len(self.val)} ids leave no validation target")
+
+    def _read_manifest(self) -> dict:
+        path = self.path / "manifest.json"
+        if not path.exists():
+            return {}
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            shards = {str(entry["file"]): str(entry["sha256"]) for entry in manifest["shards"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a manifest of data/prepare.py ({error!r})") from None
+        if (size := manifest.get("vocab_size", self.vocab_size)) != self.vocab_size:
+            raise UserError(f"{path}: made for VOCAB_SIZE={size}, not {self.vocab_size}")
+        return {**manifest, "sha256": shards}
+
+    def _verify(self, mode: str) -> None:
+        files = self.train_files + self.val_files
+        size = sum(path.stat().st_size for path in files)
+        if not self.manifest or mode == "0" or (mode == "auto" and size > 2_000_000_000):
+            return
+        for path in files:
+            wanted = self.manifest["sha256"].get(path.name, "nothing")
+            found = sha256_file(path)
+            if wanted != found:
+                raise UserError(f"{path}: sha256 {found[:16]}, the manifest has {wanted[:16]}")
+
+    def fingerprint(self) -> dict:
+        """What a reader needs to know that two runs saw the same text."""
+        digest = hashlib.sha256(self.val.tobytes())
+        for path, shard in zip(self.train_files, self.train_shards):  # all of it takes long
+            digest.update(f"{path.name} {len(shard)}".encode())
+            digest.update(shard[:4096].tobytes() + shard[-4096:].tobytes())
+        told = ("source", "variant", "documents", "bytes", "val_text_sha256")
+        known = {key: self.manifest.get(key) for key in told}
+        return {"name": self.path.name, **known, "train_shards": len(self.train_files),
+                "val_shards": len(self.val_files), "train_tokens": sum(map(len, self.train_shards)),
+                "val_tokens": len(self.val), "val_documents": int((self.val == BOS_ID).sum()),
+                "sha256": digest.hexdigest()}
+
+
+def open_tokenizer(args: Hyperparameters):
+    """The SentencePiece model of TOKENIZER_PATH, held against VOCAB_SIZE."""
+    path = args.tokenizer_path
+    try:
+        from sentencepiece import SentencePieceProcessor
+        tokenizer = SentencePieceProcessor(model_file=path)
+    except ImportError:
+        raise UserError("TOKENIZER_PATH is set, but sentencepiece is not installed") from None
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"TOKENIZER_PATH={path}: no SentencePiece model ({error})") from None
+    if (size := tokenizer.vocab_size()) != args.vocab_size:
+        raise UserError(f"TOKENIZER_PATH={path} has {size} ids, VOCAB_SIZE={args.vocab_size}")
+    return tokenizer
+
+
+def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary).
+
+    A target counts base[id] + (space[id] and not edge[previous id]). byte260: a byte for ids from 4
+    up. SentencePiece: 1 for byte pieces, 0 for control, unknown and unused ones, else the UTF-8
+    length with U+2581 as a space; a leading one counts only after ids that are no boundary: there
+    stands the dummy prefix, which models trained by data/prepare.py do not add."""
+    base = np.zeros(args.vocab_size, dtype=np.int64)
+    space = np.zeros(args.vocab_size, dtype=bool)
+    edge = np.zeros(args.vocab_size, dtype=bool)
+    if not args.tokenizer_path:
+        if args.vocab_size != 260:
+            raise UserError(f"VOCAB_SIZE={args.vocab_size} needs TOKENIZER_PATH; byte260 has none")
+        base[BYTE_OFFSET:] = 1
+        edge[:BYTE_OFFSET] = True
+        return base, space, edge
+    # SentencePiece
+    tokenizer = open_tokenizer(args)
+    dummy_prefix = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
+    for i in range(args.vocab_size):
+        piece = tokenizer.id_to_piece(i)
+        edge[i] = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
+        if tokenizer.is_byte(i):
+            base[i] = 1
+        elif not edge[i]:
+            space[i] = dummy_prefix and piece.startswith("\u2581")
+            base[i] = len(piece.replace("\u2581", " ").encode()) - space[i]
+    return base, space, edge
+
+
+def target_bytes(ids: np.ndarray, tables: tuple) -> np.ndarray:
+    """Bytes of each target ids[1:], int64, by `byte_tables`."""
+    base, space, edge = tables
+    return base[ids[1:]] + (space[ids[1:]] & ~edge[ids[:-1]])
+
+
+def class_table(vocab_size: int) -> np.ndarray:
+    """Class of each id, an index into BYTE_CLASSES, for the bits-by-class report."""
+    names = ["special"] * BYTE_OFFSET + ["token"] * (vocab_size - BYTE_OFFSET)
+    for byte in range(256) if vocab_size == 260 else ():
+        text = chr(byte)
+        tests = {"non-ascii": byte > 127, "newline": text in "\r\n", "space": text.isspace(),
+                 "digit": text.isdigit(), "lower": text.islower(), "upper": text.isupper()}
+        found = [name for name in tests if tests[name]]
+        names[BYTE_OFFSET + byte] = found[0] if found else "punctuation"
+    return np.array([BYTE_CLASSES.index(name) for name in names])
+
+
+@check
+def check_batch(args: Hyperparameters) -> None:
+    spare = args.trains and args.train_batch_tokens % args.train_seq_len
+    forbid(spare, args, "train_batch_tokens train_seq_len", "a batch is whole rows")
+
+
+class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
+    """How a global batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group`
+    rows.
+
+    Ranks run the same shapes: slots beyond the batch repeat its first group with weight 0."""
+
+    @classmethod
+    def make(cls, args: Hyperparameters, world_size: int) -> BatchPlan:
+        group = args.jepa_sigreg_group if args.jepa_chunk_size else 1
+        rows = args.train_batch_tokens // args.train_seq_len
+        total = rows // group
+        at_most = max(1, args.device_batch_tokens // (args.train_seq_len * group))
+        micro_steps = -(-total // (world_size * at_most))
+        groups = -(-total // (world_size * micro_steps))
+        return cls(rows, group, groups, micro_steps, world_size)
+
+    def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers inside the global batch for one forward, and a weight for each."""
+        first = (micro_step * self.world_size + rank) * self.groups * self.group
+        numbers = np.arange(first, first + self.groups * self.group)
+        real = numbers < self.rows  # which is a whole number of groups
+        return np.where(real, numbers, numbers % self.group), real.astype(np.float32)
+
+
+class Loader:
+    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in an order that ranks do not change.
+    `state`, of the checkpoint, is the position of the next row: {"epoch", "shard", "row"}."""
+
+    def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int,
+                 state: dict | None = None):
+        self.data, self.args, self.plan, self.rank = data, args, plan, rank
+        self.length = args.train_seq_len
+        self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
+        self._starts: tuple[tuple, np.ndarray] = ((), np.zeros(0, np.int64))
+        if (most := max(map(len, data.train_shards))) <= self.length:
+            raise UserError(f"TRAIN_SEQ_LEN={self.length}: no training shard has over {most} ids")
+
+    def _ordered(self, items: np.ndarray, *key: int) -> np.ndarray:
+        if self.args.train_order == "sequential":
+            return items
+        return np.random.default_rng([self.args.seed, *key]).permutation(items)
+
+    def _row_starts(self, epoch: int, index: int) -> np.ndarray:
+        """Where the rows of a shard begin: one after the other."""
+        key, starts = self._starts
+        if key == (epoch, index):
+            return starts
+        shard = self.data.train_shards[index]  # a row needs one id more for its targets
+        starts = np.arange(0, len(shard) - self.length, self.length)
+        self._starts = ((epoch, index), self._ordered(starts, epoch, index))
+        return self._starts[1]
+
+    def _next_rows(self, count: int) -> list[tuple[int, int]]:
+        """(shard, start) of the next `count` rows; moves the state."""
+        rows, state = [], self.state
+        while len(rows) < count:
+            order = self._ordered(np.arange(len(self.data.train_shards)), state["epoch"])
+            index = int(order[state["shard"]])
+            starts = self._row_starts(state["epoch"], index)
+            taken = starts[state["row"] : state["row"] + count - len(rows)]
+            rows += [(index, int(start)) for start in taken]
+            state["row"] += len(taken)
+            if state["row"] >= len(starts):
+                state["row"] = 0
+                state["shard"] += 1
+            if state["shard"] == len(order):
+                state["shard"] = 0
+                state["epoch"] += 1
+        return rows
+
+    def next(self) -> tuple[Tensor, Tensor, dict]:
+        """This rank's ids (micro_steps, rows, T + 1), weights (micro_steps, rows), next state.
+        """
+        plan = self.plan
+        rows = self._next_rows(plan.rows)
+        shape = plan.micro_steps, plan.groups * plan.group
+        batch = np.empty((*shape, self.length + 1), np.int64)
+        weights = np.empty(shape, np.float32)
+        for micro in range(plan.micro_steps):
+            numbers, weights[micro] = plan.slots(micro, self.rank)
+            for slot, number in enumerate(numbers):
+                index, start = rows[number]
+                shard = self.data.train_shards[index]
+                batch[micro, slot] = shard[start : start + self.length + 1]
+        check_ids(batch, self.data.vocab_size, self.data.path)
+        return torch.from_numpy(batch), torch.from_numpy(weights), dict(self.state)
+
+    def prefetch(self, device: torch.device):
+        """Iterates over `next()` from a thread, two batches ahead, in pinned memory on GPUs."""
+        def work() -> tuple[Tensor, Tensor, dict]:
+            ids, weights, state = self.next()
+            if device.type == "cuda":
+                ids, weights = ids.pin_memory(), weights.pin_memory()
+            return ids, weights, state
+
+        with ThreadPoolExecutor(1) as thread:
+            ahead = deque(thread.submit(work) for _ in range(2))
+            while True:
+                ids, weights, state = ahead.popleft().result()
+                ahead.append(thread.submit(work))
+                ids, weights = (x.to(device, non_blocking=True) for x in (ids, weights))
+                yield ids, weights, state
+
+
+# -----------------------------------------------------------------------------
+# QUANTISER
+# -----------------------------------------------------------------------------
+
+SMALL_TENSOR = 4096  # elements; below it a tensor stays fp16
+SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
+
+
+def tensor_class(name: str) -> str:
+    if name.startswith("tok_emb"):
+        return "embed"
+    if name.startswith("ngram.table"):
+        return "ngram"
+    if ".attn." in name:
+        return "attn"
+    return "mlp" if ".mlp." in name else "other"
+
+
+def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
+    """(bits, axis of a step's slice): the last, but a hash table's buckets; (0, 0): stays fp16."""
+    if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR:
+        return 0, 0
+    kind = tensor_class(name)
+    return args.bits_by_class[kind], len(shape) - (2 if kind == "ngram" else 1)
+
+
+def nearest(x: np.ndarray, top: int) -> np.ndarray:
+    return np.clip(np.rint(x), -top, top)
+
+
+def cheapest(x: np.ndarray, top: int, rate: float) -> np.ndarray:
+    """Entropy-constrained rounding: the least (x - q)^2 + rate * bits(q) among the nearest integer,
+    its neighbour towards zero and zero. The bits, of an ideal code, settle in two rounds."""
+    near = nearest(x, top)
+    options = (near, near - np.sign(near), np.zeros_like(near))
+    best = near
+    for _ in range(2):
+        counts = np.bincount(best.ravel().astype(np.int64) + top, minlength=2 * top + 1) + 0.5
+        prices = rate * np.log2(counts.sum() / counts).astype(np.float32)
+        costs = [np.square(x - q) + prices[q.astype(np.int64) + top] for q in options]
+        best = np.choose(np.argmin(costs, axis=0), options)
+    return best
+
+
+def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
+    """Full-Hessian GPTQ (Frantar et al. 2022) of x (R, C), its rows in units of their steps.
+
+    Columns go in the order of falling input power; the error of each is spread over those to come
+    by the inverse of the damped hessian = X^T X (C, C)."""
+    power = np.diag(hessian)
+    order = np.argsort(-power, kind="stable")
+    damped = hessian[np.ix_(order, order)].astype(np.float64)
+    damped[np.diag_indices(len(order))] += 0.01 * power.mean() + 1e-12
+    factor = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    # blocks of columns: errors reach later blocks once
+    left = x[:, order].copy()
+    q = np.empty_like(x)
+    for start in range(0, x.shape[1], 128):
+        stop = min(start + 128, x.shape[1])
+        errors = np.empty((len(x), stop - start), np.float32)
+        for j in range(start, stop):
+            chosen = nearest(left[:, j], top)
+            error = (left[:, j] - chosen) / factor[j, j]
+            left[:, j:stop] -= error[:, None] * factor[j, j:stop]
+            q[:, order[j]] = chosen
+            errors[:, j - start] = error
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    return q
+
+
+def quantise(weight: np.ndarray, bits: int, k: float, axis: int, rate: float = 0.0,
+             hessian: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds to integers q of `bits` bits, an fp16 step a slice along `axis`: q * step ~ weight.
+
+    step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394). A Gaussian then costs about
+    log2(top / k) + 2.05 bits a weight, so k sets the size. Steps have an epsilon floor, not 1 / top
+    (defect G2 of #832). Rounding: by `gptq` with a hessian (C, C); else by `cheapest` where `rate`,
+    the price of a bit in squared steps, is not 0 (at ln(2) / 6 = 0.116 a bit costs what a coarser
+    step would save); else to the nearest. Returns q, int8 of weight's shape, and step, fp16 with
+    size 1 on `axis`. NumPy: backends pack alike."""
+    top = 2 ** (bits - 1) - 1
+    weight = np.asarray(weight, dtype=np.float32)
+    step = k / top * weight.std(axis=axis, keepdims=True, dtype=np.float64)
+    step = np.maximum(step, SCALE_FLOOR).astype(np.float16).astype(np.float32)
+    x = weight / step
+    # the best rounding that is at hand
+    if hessian is not None:
+        q = gptq(x, hessian, top)
+    elif rate:
+        q = cheapest(x, top, rate)
+    else:
+        q = nearest(x, top)
+    return q.astype(np.int8), step.astype(np.float16)
+
+
+# -----------------------------------------------------------------------------
+# AUXILIARY OBJECTIVES
+# -----------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+class CastedLinear(nn.Linear):
+    """fp32 weight, multiplied in the dtype of the input; no bias."""
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__(dim_in, dim_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class LatentMLP(nn.Module):
+    """W2 silu(RMSNorm(W1 x)), no biases; the projector and the predictor of #832."""
+
+    def __init__(self, dim_in: int, hidden: int, dim_out: int):
+        super().__init__()
+        self.fc1 = CastedLinear(dim_in, hidden)
+        self.fc2 = CastedLinear(hidden, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(rms_norm(self.fc1(x))))
+
+
+def sigreg(latents: Tensor, directions: Tensor, knots: int) -> Tensor:
+    """Sketched test that latents are N(0, I): distance of characteristic functions along random
+    directions.
+
+    latents (G, N, d): G samples of N latents; directions (d, P), unit columns. Returns (G,) in
+    fp32: the mean over P of sum_k w_k [(mean cos t_k p - phi_k)^2 + (mean sin t_k p)^2], phi_k =
+    exp(-t_k^2 / 2), t on [0.2, 3], w_k = phi_k / sum(phi). Nothing is standardised, so a wrong
+    scale costs (defect A5 of #832). After LeJEPA's SIGReg (Balestriero & LeCun 2025) and #696."""
+    t = torch.linspace(0.2, 3.0, knots, device=latents.device)
+    phi = torch.exp(-0.5 * t * t)
+    angles = (latents.float() @ directions.float())[..., None] * t  # (G, N, P, K)
+    gap = (angles.cos().mean(1) - phi).square() + angles.sin().mean(1).square()
+    return (gap @ (phi / phi.sum())).mean(-1)
+
+
+def sigreg_floor(samples: int, knots: int) -> float:
+    """Expected `sigreg` of `samples` true N(0, I) latents: sum_k w_k (1 - phi_k^2) / samples."""
+    t = np.linspace(0.2, 3.0, knots)
+    phi = np.exp(-0.5 * t * t)
+    return float((phi / phi.sum() * (1 - phi**2)).sum() / samples)
+
+
+@check
+def check_jepa(args: Hyperparameters) -> None:
+    chunk = args.jepa_chunk_size
+    for name in ("train_seq_len", "eval_seq_len", "eval_stride"):
+        spare = chunk and getattr(args, name) % chunk
+        forbid(spare, args, f"{name} jepa_chunk_size", "whole chunks")
+    rows = args.train_batch_tokens // args.train_seq_len
+    spare = chunk and args.trains and rows % args.jepa_sigreg_group
+    forbid(spare, args, "train_batch_tokens jepa_sigreg_group", "a batch is whole groups of rows")
+    total = args.jepa_phase1_frac + args.jepa_phase2_frac
+    forbid(total > 1, args, "jepa_phase1_frac jepa_phase2_frac", "together at most 1")
+
+
+class ChunkJEPA(nn.Module):
+    """Predicts each chunk's latent from the chunk before it, and feeds the guess to the stream.
+
+    The interface that a record replaces, and nothing else of the script:
+      inputs(step, device)    what losses need from outside the graph, equal on all ranks
+      forward(hidden, inputs) (hidden with the injection, {name: (groups,) loss}), {} without inputs
+      weights(progress)       {name: weight of that term beside CE}
+      report(means)           what the step line says about the mean terms
+      first_read(position)    first position whose state a decoder needs to feed `position`
+
+    With h_c the mean hidden state of chunk c: z_c = projector(h_c), zhat_c = predictor(z_{c-1}) (a
+    start vector for c = 0); losses |zhat_c - sg(z_c)|^2 and SIGReg on z; injection W zhat_c at all
+    positions of c: chunk c reads only chunks before it. SIGReg pools fixed groups of rows."""
+
+    def __init__(self, args: Hyperparameters):
+        super().__init__()
+        self.args = args
+        self.chunk = args.jepa_chunk_size
+        latent, hidden = args.jepa_latent_dim, args.jepa_proj_hidden
+        self.projector = LatentMLP(args.model_dim, hidden, latent)
+        self.predictor = LatentMLP(latent, hidden, latent)
+        self.start = nn.Parameter(torch.empty(latent))
+        self.injection = CastedLinear(latent, args.model_dim)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        self.start.normal_(0, 0.02, generator=generator)
+        for layer in (*self.projector.children(), *self.predictor.children()):
+            bound = layer.weight.size(1) ** -0.5
+            layer.weight.uniform_(-bound, bound, generator=generator)
+        self.injection.weight.zero_()
+
+    def inputs(self, step: int, device: torch.device) -> Tensor:
+        """Fresh unit directions (latent, projs) for SIGReg, from only the seed and the step."""
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
+        size = self.args.jepa_latent_dim, self.args.jepa_sigreg_projs
+        directions = torch.randn(size, generator=generator)
+        return F.normalize(directions, dim=0).to(device)
+
+    def forward(self, hidden: Tensor, inputs: Tensor | None = None) -> tuple[Tensor, dict]:
+        """hidden (B, T, D). A tail shorter than a chunk is fed like any chunk: a decoder that stops
+        inside one agrees with the scorer (#832 feeds it nothing). Terms are per group of rows."""
+        args, size = self.args, self.chunk
+        batch, length, _ = hidden.shape
+        full = length // size  # whole chunks, C below
+        source = hidden.detach()[:, : full * size]  # the loss trains no layer before it
+        z = self.projector(source.unflatten(1, (full, size)).mean(2))  # (B, C, latent)
+        start = self.start.to(z.dtype).expand(batch, 1, -1)
+        guess = self.predictor(torch.cat((start, z), 1)[:, : -(-length // size)])
+        hidden = hidden + self.injection(guess).repeat_interleave(size, dim=1)[:, :length]
+        if inputs is None:
+            return hidden, {}
+        # losses pool groups of rows, whatever the ranks
+        z, guess = (x[:, :full].float().unflatten(0, (-1, args.jepa_sigreg_group)).flatten(1, 2)
+                    for x in (z, guess))  # (G, group * C, latent)
+        error = (guess - z.detach()).square().mean((1, 2))
+        return hidden, {"jepa_pred": error, "latent_var": z.detach().var(1).mean(-1),
+                        "sigreg": sigreg(z, inputs, args.jepa_sigreg_knots)}
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """0 in phase 1, a linear ramp to JEPA_LAMBDA_MAX in phase 2, 0 afterwards."""
+        args = self.args
+        into = (progress - args.jepa_phase1_frac) / max(args.jepa_phase2_frac, 1e-9)
+        peak = args.jepa_lambda_max * into if 0 <= into < 1 else 0.0
+        sigreg_weight = peak * args.jepa_sigreg_weight
+        return {"jepa_pred": peak, "sigreg": sigreg_weight, "latent_var": 0.0}
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        """R^2 of the predictor, and SIGReg beside its value for perfectly normal latents."""
+        samples = self.args.jepa_sigreg_group * (self.args.train_seq_len // self.chunk)
+        r2 = 1 - means["jepa_pred"] / max(means["latent_var"], 1e-12)
+        return {"jepa_pred": means["jepa_pred"], "jepa_r2": r2, "sigreg": means["sigreg"],
+                "sigreg_floor": sigreg_floor(samples, self.args.jepa_sigreg_knots)}
+
+    def first_read(self, position: int) -> int:
+        return max(0, position // self.chunk - 1) * self.chunk
+
+
+@check
+def check_draft(args: Hyperparameters) -> None:
+    too_long = args.draft + 1 >= args.train_seq_len
+    forbid(too_long, args, "draft train_seq_len", "a row must hold the drafted ids")
+
+
+class DraftHeads(nn.Module):
+    """A chain of guesses at the ids beyond the next (after Hydra, Ankner et al. 2024).
+
+    A link takes in the id that follows and guesses the one after it, from what the link before
+    left of a position's state. Links share weights; the model learns nothing from them."""
+
+    def __init__(self, args: Hyperparameters):
+        super().__init__()
+        self.links = args.draft
+        self.link = LatentMLP(2 * args.model_dim, args.model_dim, args.model_dim)
+
+    def forward(self, state: Tensor, token: Tensor) -> Tensor:
+        """state (..., D) of a position or of the link before, token (..., D) embedded -> (..., D).
+        """
+        return rms_norm(state + self.link(torch.cat((state, rms_norm(token)), -1)))
+
+    def loss(self, model: GPT, x: Tensor, ids: Tensor) -> Tensor:
+        """x (B, T, D) of ids (B, T + 1) -> nats of a guess on true ids, a mean a row (B,)."""
+        x, tokens, nats = x.detach(), model.embed(ids).detach(), 0.0
+        for i in range(1, self.links + 1):
+            x = self(x[:, :-1], tokens[:, i:-1])
+            logits = model.head(x, frozen=True).mT
+            part = F.cross_entropy(logits, ids[:, i + 1 :], reduction="none").mean(1)
+            nats = nats + part / self.links
+        return nats
+
+
+# -----------------------------------------------------------------------------
+# MODEL
+# -----------------------------------------------------------------------------
+
+
+def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
+    """cos and sin of positions below `length`: (2, T, 1, r / 2), r the rotated dimensions.
+
+    fp32, never cast: bf16 positions are wrong beyond 256 (defect G1 of #832). Windows longer than
+    TRAIN_SEQ_LEN grow the base by (length / train_seq_len)^(r / (r - 2)) (NTK scaling)."""
+    dims = args.rope_dims or args.model_dim // args.num_heads
+    base = args.rope_base
+    if length > args.train_seq_len and dims > 2:
+        base *= (length / args.train_seq_len) ** (dims / (dims - 2))
+    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angles = torch.arange(length, dtype=torch.float64)[:, None, None] * frequency
+    return torch.stack((angles.cos(), angles.sin())).float()
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Half-split rotary on the first dimensions of x (B, T, H, d); rotary as of `rotary_tables`."""
+    cos, sin = rotary
+    half = rotary.size(-1)
+    a = x[..., :half].float()
+    b = x[..., half : 2 * half].float()
+    rest = x[..., 2 * half :]
+    turned = torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
+    return torch.cat((turned.to(x.dtype), rest), -1)
+
+
+class KVCache:
+    """Keys, values and last states of a window's positions read so far: decoding goes on from them.
+    """
+
+    def __init__(self, model: GPT):
+        args = model.args
+        like = {"dtype": model.dtype, "device": model.tok_emb.weight.device}
+        head_dim = args.model_dim // args.num_heads
+        shape = (args.num_layers, 2, 1, args.eval_seq_len, args.num_kv_heads, head_dim)
+        self.layers = torch.zeros(shape, **like)
+        self.states = torch.zeros(1, 0, args.model_dim, **like)
+        self.length = 0
+
+    def cut(self, length: int) -> None:
+        """Forgets all after the first `length` positions."""
+        self.states = self.states[:, :length]
+        self.length = min(self.length, length)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes keys and values of new positions (1, n, K, d); returns those of all."""
+        stop = self.length + k.size(1)
+        self.layers[layer, :, :, self.length : stop] = torch.stack((k, v))
+        return self.layers[layer, :, :, :stop].unbind()
+
+
+@check
+def check_heads(args: Hyperparameters) -> None:
+    head_dim, spare = divmod(args.model_dim, args.num_heads)
+    forbid(spare, args, "model_dim num_heads", "heads of whole width")
+    spare = args.num_heads % args.num_kv_heads
+    forbid(spare, args, "num_heads num_kv_heads", "groups of equal size")
+    forbid(head_dim % 2, args, "model_dim num_heads", f"a head of {head_dim}: rotary needs pairs")
+    unfit = args.rope_dims % 2 or args.rope_dims > head_dim
+    forbid(unfit, args, "rope_dims num_heads", f"an even number, at most a head's {head_dim}")
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, args: Hyperparameters, layer: int, attention: str):
+        super().__init__()
+        self.layer = layer
+        self.num_kv_heads = args.num_kv_heads
+        self.head_dim = args.model_dim // args.num_heads
+        kv_dim = self.num_kv_heads * self.head_dim
+        self.c_q = CastedLinear(args.model_dim, args.model_dim)
+        self.c_k = CastedLinear(args.model_dim, kv_dim)
+        self.c_v = CastedLinear(args.model_dim, kv_dim)
+        self.proj = CastedLinear(args.model_dim, args.model_dim)
+        self.q_gain = nn.Parameter(torch.full((args.num_heads,), args.qk_gain_init))
+        self.exclude_self = layer >= args.num_layers - args.xsa_last_n
+        self.attend = ATTENTION[attention]
+
+    def forward(self, x: Tensor, rotary: Tensor, mask=None, past: KVCache | None = None) -> Tensor:
+        weight = torch.cat([layer.weight for layer in (self.c_q, self.c_k, self.c_v)])
+        qkv = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
+        heads = len(self.q_gain), self.num_kv_heads, self.num_kv_heads
+        q, k, v = qkv.split(heads, 2)  # (B, T, H or K, d)
+        q, k = (rotate(rms_norm(part), rotary) for part in (q, k))
+        q = q * self.q_gain.to(q.dtype)[:, None]
+        if past is None:
+            y = self.attend(q, k, v, mask)
+        else:
+            y = sdpa_attention(q, *past.extend(self.layer, k, v), mask)
+        if self.exclude_self:  # XSA: drop the component along this position's own value
+            own = F.normalize(v.float(), dim=-1).to(y.dtype).unsqueeze(3)  # (B, T, K, 1, d)
+            y = y.unflatten(2, (self.num_kv_heads, -1))
+            y = (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+        return self.proj(y.flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, args: Hyperparameters):
+        super().__init__()
+        hidden = max(1, round(args.model_dim * args.mlp_mult))
+        self.fc = CastedLinear(args.model_dim, hidden)
+        self.proj = CastedLinear(hidden, args.model_dim)
+        self.slope = args.leaky_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
+
+
+class Block(nn.Module):
+    def __init__(self, args: Hyperparameters, layer: int, attention: str):
+        super().__init__()
+        self.attn = CausalSelfAttention(args, layer, attention)
+        self.mlp = MLP(args)
+        self.attn_scale = nn.Parameter(torch.ones(args.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(args.model_dim))
+        mix = torch.tensor([[1.0], [0.0]]).repeat(1, args.model_dim)
+        self.resid_mix = nn.Parameter(mix) if args.resid_mix else None
+        self.ln_scale = (layer + 1) ** -0.5 if args.ln_scale else 1.0
+
+    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor, mask, past: KVCache | None) -> Tensor:
+        if self.resid_mix is not None:
+            mix = self.resid_mix.to(x.dtype)
+            x = mix[0] * x + mix[1] * x0
+        out = self.attn(rms_norm(x) * self.ln_scale, rotary, mask, past)
+        x = x + self.attn_scale.to(x.dtype) * out
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.ln_scale)
+
+
+class SmearGate(nn.Module):
+    """x_t <- (1 - g) x_t + g x_{t-1}, a learned gate a channel; a BOS takes nothing from before."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.gate).to(x.dtype) * (ids != BOS_ID).unsqueeze(-1)
+        return x + gate * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
+
+
+def in_word(ids: Tensor) -> Tensor:
+    """byte260 ids that letters, digits and the bytes of non-ASCII characters have."""
+    byte = ids - BYTE_OFFSET
+    letter = byte | 32
+    is_letter = (letter >= 97) & (letter <= 122)
+    is_digit = (byte >= 48) & (byte <= 57)
+    return is_letter | is_digit | (byte >= 128)
+
+
+def hash_mix(state: Tensor, symbol: Tensor) -> Tensor:
+    """One step of a rolling 32-bit hash, in int64."""
+    return ((state ^ (state >> 15)) * 0x2C1B3C6D + symbol) & 0xFFFFFFFF
+
+
+@check
+def check_ngrams(args: Hyperparameters) -> None:
+    spare = args.ngram_dim % args.ngram_hashes
+    forbid(spare, args, "ngram_dim ngram_hashes", "the tables share the width equally")
+
+
+class HashEmbedding(nn.Module):
+    """Learned embeddings of several contexts of each id, side by side in front of one projection.
+
+    The contexts: the last n ids for each n in `orders`; with `words` 1 the word so far, with 2 also
+    that and the word before it (after PAQ). Each owns a row in each of `hashes` tables of width
+    dim / hashes: two rarely share all of their rows. Nothing before the last BOS counts. Only the
+    tables start at zero: with the projection at zero too both stayed dead in #832 (A1)."""
+
+    SALTS = (0x297A2D39, 0x1B873593, 0x6C078965, 0x5D588B65)  # 31 bits: products fit an int64
+    WORD_REACH = 20  # ids that a word context looks back
+
+    def __init__(self, orders: tuple, words: int, buckets: int, dim: int, hashes: int, width: int):
+        super().__init__()
+        self.orders, self.words, self.buckets = orders, words, buckets
+        self.salts = self.SALTS[:hashes]
+        contexts = len(orders) + words
+        self.table = nn.Parameter(torch.zeros(contexts * hashes, buckets, dim // hashes))
+        self.proj = CastedLinear(contexts * dim, width)
+
+    def context_hashes(self, ids: Tensor) -> list[Tensor]:
+        """A 32-bit hash (B, T) of each context; that at t depends on ids up to t."""
+        mask = 0xFFFFFFFF
+        gram = word = pair = (ids * 0x2545F491) & mask
+        inside = ids > BOS_ID  # of the document, going back
+        part = (~in_word(ids)).long()  # 0: word so far, 1: gap, 2: word before, 3: the rest
+        grams = {1: gram}
+        for n in range(2, max(*self.orders, self.WORD_REACH if self.words else 0) + 1):
+            earlier = F.pad(ids, (n - 1, 0), value=PAD_ID)[:, : ids.size(1)]
+            gram = hash_mix(gram, torch.where(inside, earlier, PAD_ID) + n)
+            grams[n] = gram
+            inside = inside & (earlier > BOS_ID)
+            part = torch.where(inside, part + (in_word(earlier) ^ (part % 2 == 0)), 3)
+            word = torch.where(part == 0, hash_mix(word, earlier), word)
+            pair = torch.where(part <= 2, hash_mix(pair, earlier), pair)
+        return [grams[n] for n in self.orders] + [word, (pair + 1) & mask][: self.words]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the flattened table: (B, T, contexts * hashes) int64."""
+        rows = []
+        for state in self.context_hashes(ids):
+            state = state ^ (state >> 13)
+            for salt in self.salts:
+                bucket = (((state * salt) & 0xFFFFFFFF) >> 7) % self.buckets
+                rows.append(bucket + len(rows) * self.buckets)
+        return torch.stack(rows, -1)
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        rows = self.table.flatten(0, 1)
+        found = F.embedding(self.rows(ids), rows)  # (B, T, contexts * hashes, dim / hashes)
+        return self.proj(found.flatten(-2).to(dtype))
+
+
+class GPT(nn.Module):
+    """The network: `losses` gives all loss terms of a batch in one forward, `logits` scores.
+    """
+
+    def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype=torch.float32):
+        super().__init__()
+        self.args, self.attention, self.dtype = args, attention, dtype
+        dim, layers = args.model_dim, args.num_layers
+        self.tok_emb = nn.Embedding(args.vocab_size, dim)
+        self.ngram = None
+        if args.ngram_order_list:
+            words = args.ngram_words if args.vocab_size == 260 else 0
+            size = args.ngram_buckets, args.ngram_dim, args.ngram_hashes, dim
+            self.ngram = HashEmbedding(args.ngram_order_list, words, *size)
+        self.reach = max((*args.ngram_order_list, HashEmbedding.WORD_REACH))  # back
+        self.smear = SmearGate(dim) if args.smear_gate else None
+        self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(layers))
+        skips = nn.Parameter(torch.ones(layers // 2, dim))
+        self.skip_weights = skips if args.unet_skips else None
+        self.aux = ChunkJEPA(args) if args.jepa_chunk_size else None
+        self.draft = DraftHeads(args) if args.draft else None
+        self.set_rotary()
+
+    def set_rotary(self) -> None:
+        """Tables for training and scoring windows, which may have different lengths."""
+        for use in ("train", "eval"):
+            tables = rotary_tables(getattr(self.args, f"{use}_seq_len"), self.args)
+            self.register_buffer(f"rotary_{use}", tables, persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Small embeddings, orthogonal matrices, zero output projections: blocks are identity."""
+        generator = torch.Generator().manual_seed(seed)
+        self.tok_emb.weight.normal_(0, self.args.tied_embed_init_std, generator=generator)
+        for block in self.blocks:
+            for layer in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.fc):
+                nn.init.orthogonal_(layer.weight, generator=generator)
+            block.attn.proj.weight.zero_()
+            block.mlp.proj.weight.zero_()
+        if self.ngram is not None:
+            nn.init.orthogonal_(self.ngram.proj.weight, generator=generator)
+        if self.aux is not None:
+            self.aux.init_weights(generator)
+        if self.draft is not None:
+            for layer in self.draft.link.children():
+                nn.init.orthogonal_(layer.weight, generator=generator)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.tok_emb.weight).to(self.dtype)
+
+    def embed_contexts(self, ids: Tensor, known: int) -> Tensor:
+        """ids (B, T) -> normalised embeddings (B, T - known, D), from position `known` on."""
+        tail = ids[:, max(0, known - self.reach) :]  # embeddings depend on earlier ids
+        x = self.embed(tail)
+        if self.ngram is not None:
+            x = x + self.ngram(tail, self.dtype)
+        x = rms_norm(x)
+        if self.smear is not None:
+            x = self.smear(x, tail)
+        return x[:, known - ids.size(1) :]
+
+    def attention_mask(self, ids: Tensor, past: KVCache | None):
+        """The `mask` of the attention rungs: None where plain causal attention is wanted."""
+        if past is None and not self.args.doc_mask:
+            return None
+        docs = ((ids == BOS_ID) & self.args.doc_mask).cumsum(1)
+        if past is None:
+            return document_mask(self.attention, docs)
+        return causal_mask(docs, ids.size(1) - past.length)
+
+    def run_blocks(self, x: Tensor, rotary: Tensor, mask, past: KVCache | None) -> Tensor:
+        """x (B, T, D) -> the same. U-Net: late blocks take early ones' outputs, last first."""
+        x0, skips = x, []
+        first_half = len(self.blocks) // 2
+        for i, block in enumerate(self.blocks):
+            if i >= first_half and skips:
+                x = x + self.skip_weights[i - first_half].to(x.dtype) * skips.pop()
+            x = block(x, x0, rotary, mask, past)
+            if i < first_half and self.skip_weights is not None:
+                skips.append(x)
+        return x
+
+    def states(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
+        """ids (B, T) -> the stream (B, T, D) after the last block.
+
+        With `past`, ids (1, T) are a window's so far, the states those that it lacks."""
+        known = 0 if past is None else past.length
+        x = self.embed_contexts(ids, known)
+        mask = self.attention_mask(ids, past)
+        x = self.run_blocks(x, rotary[:, known : ids.size(1)], mask, past)
+        if past is not None:
+            past.length = ids.size(1)
+        return x
+
+    def injected(self, x: Tensor, past: KVCache | None) -> Tensor:
+        """New states x (B, T, D) with the auxiliary's injection, which reads earlier ones too."""
+        if past is None:
+            return self.aux(x)[0]
+        known = past.states.size(1)
+        past.states = torch.cat((past.states, x), 1)
+        return self.aux(past.states[:, self.aux.first_read(known) :])[0][:, -x.size(1) :]
+
+    def hidden(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
+        """`states`, as the head reads them: (B, T, D), normalised."""
+        x = self.states(ids, rotary, past)
+        if self.aux is not None:
+            x = self.injected(x, past)
+        return rms_norm(x)
+
+    def exported(self) -> dict[str, nn.Parameter]:
+        """Parameters that scoring needs, by name; those of training only stay out of artifacts."""
+        return dict(self.named_parameters())
+
+    def head(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """States -> capped logits in fp32; `frozen`: no gradient for the head's own weight."""
+        weight = self.tok_emb.weight
+        logits = F.linear(x, (weight.detach() if frozen else weight).to(x.dtype)).float()
+        cap = self.args.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def losses(self, ids: Tensor, weights: Tensor, aux_inputs=None) -> dict[str, Tensor]:
+        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats of all targets, other terms."""
+        x, terms = self.states(ids[:, :-1], self.rotary_train), {}
+        if self.aux is not None:
+            x, terms = self.aux(x, aux_inputs)
+        x = rms_norm(x)
+        logits, targets = self.head(x).flatten(0, 1), ids[:, 1:].flatten()
+        nats = F.cross_entropy(logits, targets, reduction="none")
+        sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
+        if self.draft is not None:
+            groups = len(next(iter(terms.values()), ids))
+            total = (self.draft.loss(self, x, ids) * weights).sum()
+            sums["draft"] = total * groups / len(ids)
+        for name, value in terms.items():  # one value a group, whose weights are equal
+            sums[name] = (value * weights.view(len(value), -1).mean(1)).sum()
+        return sums
+
+    def logits(self, ids: Tensor, first: Tensor, span: int) -> Tensor:
+        """fp32 (B, span, V) of positions first[b] ... first[b] + span - 1 in row b of ids (B, T).
+        """
+        x = self.hidden(ids, self.rotary_eval)
+        positions = first[:, None] + torch.arange(span, device=ids.device)
+        return self.head(x.gather(1, positions[..., None].expand(-1, -1, x.size(-1))).float())
+
+
+# Functions of the class: every model (trained, averaged, reloaded) shares one compiled graph.
+training_losses, scoring_logits = GPT.losses, GPT.logits
+
+
+# -----------------------------------------------------------------------------
+# OPTIMIZERS
+# -----------------------------------------------------------------------------
+
+
+def rate_at(progress: float, args: Hyperparameters) -> float:
+    """Share of the peak rate at `progress` in [0, 1]: flat, then linear down to MIN_LR, reached at
+    1.
+
+    Progress is max(step share, time share), so the rate is at its floor at the end whichever limit
+    ends the run (#832 stopped at 17 % of its peak, defect A4)."""
+    fall = args.warmdown_iters / args.iterations
+    left = min(1.0, (1.0 - progress) / fall) if fall else 1.0
+    return args.min_lr + (1.0 - args.min_lr) * max(0.0, left)
+
+
+def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Each of (n, r, c) becomes about U V^T of its SVD: the quintic iteration of Muon (K. Jordan).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.size(1) > matrices.size(2)
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return (x.mT if tall else x).float()
+
+
+def gradients(params: list[nn.Parameter]) -> list[Tensor]:
+    """Gradients, zeros where no loss reached a parameter: ranks always exchange the same shapes."""
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+
+
+class Muon:
+    """Momentum, then orthogonalisation: singular values of an update are near 1, times its rate.
+
+    Matrices of equal shape form one stack; each rank owns a share of it, receives the share's
+    summed gradient (reduce-scatter), orthogonalises it and sends it round (all-gather) while it
+    works on the next. update = NS(g + mu m), m <- mu m + g;
+    p <- (1 - rate wd) p - rate sqrt(max(1, r / c)) update."""
+
+    def __init__(self, params: list[nn.Parameter], args: Hyperparameters, runtime: Runtime):
+        self.args, self.runtime = args, runtime
+        self.dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
+        shapes = dict.fromkeys(p.shape for p in params)
+        stacks = [[p for p in params if p.shape == shape] for shape in shapes]
+        self.stacks = sorted(stacks, key=lambda members: -len(members) * members[0].numel())
+        self.momenta = []
+        for members in self.stacks:
+            share = -(-len(members) // runtime.world_size)
+            self.momenta.append(torch.zeros(share, *members[0].shape, device=runtime.device))
+
+    def start_reduction(self) -> None:
+        """Begins to sum the gradients over ranks."""
+        self.shares, self.pending = [], []
+        for members, momentum in zip(self.stacks, self.momenta):
+            spare = len(momentum) * self.runtime.world_size - len(members)
+            full = torch.stack(gradients(members) + [torch.zeros_like(members[0])] * spare)
+            share = full.split(len(momentum))[self.runtime.rank]
+            if self.runtime.world_size > 1 and self.runtime.gloo:  # no reduce-scatter
+                self.pending.append(dist.all_reduce(full, async_op=True))
+            elif self.runtime.world_size > 1:
+                share = torch.empty_like(momentum)
+                self.pending.append(dist.reduce_scatter_tensor(share, full, async_op=True))
+            self.shares.append(share)
+
+    def square_norm(self) -> Tensor:
+        """Waits for the reduction; the squared norm of all gradients of this group."""
+        for work in self.pending:
+            work.wait()
+        total = torch.stack([share.square().sum() for share in self.shares]).sum()
+        return self.runtime.all_reduce(total)
+
+    def step(self, rate: float, momentum: float, clip: Tensor) -> None:
+        flying = []
+        for members, buffer, share in zip(self.stacks, self.momenta, self.shares):
+            share.mul_(clip)
+            buffer.mul_(momentum).add_(share)
+            share.add_(buffer, alpha=momentum)
+            mine = newton_schulz(share, self.args.muon_backend_steps, self.dtype)
+            flying.append((members, self._gather(mine)))
+        for members, update in flying:
+            factor = max(1.0, members[0].size(0) / members[0].size(1)) ** 0.5
+            torch._foreach_mul_(members, 1 - rate * self.args.muon_wd)
+            torch._foreach_add_(members, update()[: len(members)].unbind(), alpha=-rate * factor)
+
+    def _gather(self, share: Tensor):
+        """Starts to collect every rank's share of a stack -> a function that waits for it."""
+        if self.runtime.world_size == 1:
+            return lambda: share
+        full = share.new_empty(len(share) * self.runtime.world_size, *share.shape[1:])
+        work = dist.all_gather_into_tensor(full, share.contiguous(), async_op=True)
+
+        def whole() -> Tensor:
+            work.wait()
+            return full
+        return whole
+
+    def state(self) -> dict[str, Tensor]:
+        """Momenta of all ranks, for a checkpoint that any number of ranks can read."""
+        return {f"muon.{i}": self._gather(momentum)()[: len(members)]
+                for i, (members, momentum) in enumerate(zip(self.stacks, self.momenta))}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for i, momentum in enumerate(self.momenta):
+            mine = state[f"muon.{i}"][self.runtime.rank * len(momentum) :][: len(momentum)]
+            momentum.zero_()[: len(mine)].copy_(mine)
+
+
+class RowAdagrad:
+    """Adagrad with one accumulator a row: p <- p - rate * g / sqrt(sum over steps of mean(g^2)).
+
+    A row of a hash table is met a few times in a run: its rate falls with its own count, and rows
+    that a step does not touch stay."""
+
+    def __init__(self, params: list[nn.Parameter], args: Hyperparameters):
+        self.params = params
+        self.eps = args.adam_eps
+        self.sums = [torch.zeros_like(p[..., :1]) for p in params]
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        for p, total in zip(self.params, self.sums):
+            total += p.grad.square().mean(-1, keepdim=True)
+            p.addcdiv_(p.grad, total.sqrt() + self.eps, value=-rate)
+
+
+class Optimizers:
+    """Every optimizer: one step for all of them, and what a checkpoint needs.
+
+    group    parameters                              optimizer   rate
+    matrix   2-D weights of blocks, hash projection  Muon        MATRIX_LR
+    table    n-gram tables                           RowAdagrad  NGRAM_LR
+    embed    token embedding                         AdamW       TIED_EMBED_LR
+    aux      JEPA                                    AdamW       JEPA_LR, no decay
+    draft    draft heads                             AdamW       DRAFT_LR, no decay
+    scalar   gains, mixes, gates: all else           AdamW       SCALAR_LR
+
+    Draft heads stay out of the norm that clips: the model is to move as it would without them."""
+
+    GROUPS = ("matrix", "embed", "table", "aux", "scalar", "draft")
+
+    def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
+        self.args, self.runtime, self.model = args, runtime, model
+        groups = {group: [] for group in self.GROUPS}
+        for name, p in model.named_parameters():
+            groups[self.group_of(name, p)].append(p)
+        self.muon = Muon(groups["matrix"], args, runtime)
+        self.tables = RowAdagrad(groups["table"], args)
+        rates = {"embed": (args.tied_embed_lr, args.adam_wd), "aux": (args.jepa_lr, 0.0),
+                 "scalar": (args.scalar_lr, args.adam_wd), "draft": (args.draft_lr, 0.0)}
+        adam = [{"params": groups[group], "lr": rate, "peak": rate, "weight_decay": decay}
+                for group, (rate, decay) in rates.items() if groups[group]]
+        betas = args.beta1, args.beta2
+        self.adam = torch.optim.AdamW(adam, betas=betas, eps=args.adam_eps, fused=True)
+        self.replicated = [p for group in self.GROUPS[1:] for p in groups[group]]
+        self.counted = len(self.replicated) - len(groups["draft"])
+
+    @staticmethod
+    def group_of(name: str, p: nn.Parameter) -> str:
+        prefixes = {"aux.": "aux", "draft.": "draft", "ngram.table": "table", "tok_emb.": "embed"}
+        for prefix, group in prefixes.items():
+            if name.startswith(prefix):
+                return group
+        return "matrix" if p.ndim == 2 and name.endswith(".weight") else "scalar"
+
+    @torch.no_grad()
+    def reduce(self) -> Tensor:
+        """Sums all gradients over ranks; returns the global norm (before clipping)."""
+        self.muon.start_reduction()
+        grads = gradients(self.replicated)
+        for p, grad in zip(self.replicated, grads):
+            p.grad = grad
+        if self.runtime.world_size > 1:
+            flat = torch._utils._flatten_dense_tensors(grads)
+            dist.all_reduce(flat)
+            torch._foreach_copy_(grads, list(torch._utils._unflatten_dense_tensors(flat, grads)))
+        rest = torch.stack(torch._foreach_norm(grads[: self.counted])).square().sum()
+        return (self.muon.square_norm() + rest).sqrt()
+
+    @torch.no_grad()
+    def step(self, step: int, progress: float, norm: Tensor) -> None:
+        args = self.args
+        rate = rate_at(progress, args)
+        clip = ((args.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
+        warm = min(1.0, step / max(args.muon_momentum_warmup_steps, 1e-9))
+        momentum = (1 - warm) * args.muon_momentum_warmup_start + warm * args.muon_momentum
+        torch._foreach_mul_([p.grad for p in self.replicated], clip)
+        self.muon.step(args.matrix_lr * rate, momentum, clip)
+        for group in self.adam.param_groups:
+            group["lr"] = group["peak"] * rate
+        self.adam.step()
+        self.tables.step(args.ngram_lr * rate)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of every optimizer, by name."""
+        found = self.muon.state()
+        found |= {f"table.{i}": total for i, total in enumerate(self.tables.sums)}
+        for i, entry in self.adam.state_dict()["state"].items():
+            found |= {f"adam.{i}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+        return found
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.muon.load_state(state)
+        for i, total in enumerate(self.tables.sums):
+            total.copy_(state[f"table.{i}"])
+        adam = self.adam.state_dict() | {"state": {}}
+        for name, value in state.items():
+            if name.startswith("adam."):
+                _, i, key = name.split(".")
+                adam["state"].setdefault(int(i), {})[key] = value
+        self.adam.load_state_dict(adam)
+
+
+class EMA:
+    """fp32 average of the weights; decay min(EMA_DECAY, (1 + t) / (10 + t)): it forgets the init.
+    """
+
+    def __init__(self, model: GPT, decay: float):
+        self.decay = decay
+        self.live = list(model.parameters())
+        self.average = [p.detach().clone() for p in self.live]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, self.live, 1.0 - decay)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """From here on the model holds the average."""
+        torch._foreach_copy_(self.live, self.average)
+
+
+# -----------------------------------------------------------------------------
+# ARTIFACT
+# -----------------------------------------------------------------------------
+
+# magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of JSON, payload
+ARTIFACT_MAGIC = b"GOLFLM\r\n"
+ARTIFACT_VERSION = 2
+
+CHUNK = 1024  # symbols coded under one state of the models
+CONTEXT_EDGES = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64,
+                          91, 128, 181, 256, 362, 512])  # of 16 * |q|
+CONTEXT_LEVELS = len(CONTEXT_EDGES) + 1
+
+# Integers in [-top, top] as they lie in the raw payload, a byte each: slices x places. Planes of
+# one `model` share statistics; every `period` slices the history of a place begins anew.
+Plane = namedtuple("Plane", "model top slices places period")
+
+
+def planes(entries: list) -> list[Plane]:
+    """Layout of the raw payload: quantised tensors, then low and high bytes of all fp16 numbers."""
+    found, halves = [], 0
+    for name, shape, bits, axis in entries:
+        slices = math.prod(shape) // (shape[axis] if bits else 1)
+        halves += slices
+        if bits:
+            top = 2 ** (bits - 1) - 1
+            period = slices if len(shape) < 3 else shape[-1]
+            found.append(Plane(f"{tensor_class(name)}{bits}", top, slices, shape[axis], period))
+    return found + [Plane(f"half{i}", 128, 1, halves, 1) for i in range(2)]
+
+
+def fresh_counts(top: int) -> np.ndarray:
+    """What a model has counted before its first symbol: (4 ages x CONTEXT_LEVELS, 2 top + 1).
+    A row is a two-sided geometric distribution with the mean |q| of its context."""
+    mean = np.tile(np.append(CONTEXT_EDGES, 724), 4)[:, None] / 16
+    mean[:CONTEXT_LEVELS] = 4  # age 0: no slice before
+    fall = np.repeat(mean / (mean + 1), top, 1)
+    fall = np.multiply.accumulate(fall, axis=1)  # not `**`: its last bit differs by machine
+    shares = np.hstack((fall[:, ::-1], np.ones_like(mean), fall)) / (2 * mean + 1)
+    return 24 * shares + 0.02
+
+
+def code_slices(block: np.ndarray, contexts: np.ndarray, counts: np.ndarray, top, code) -> None:
+    """Codes slices (slices, places) of a plane, CHUNK places at a time, each context as one run."""
+    for left in range(0, block.shape[1], CHUNK):
+        here = contexts[left : left + CHUNK]
+        for context in np.unique(here):
+            columns = left + np.flatnonzero(here == context)
+            part = block[:, columns]
+            table = counts[context]
+            model = constriction.stream.model.Categorical(table, perfect=False)
+            symbols = code(part.ravel(), model, top)
+            block[:, columns] = symbols.reshape(part.shape)
+            table += np.bincount(symbols.astype(np.int64) + top, minlength=len(table))
+
+
+def code_plane(block: np.ndarray, plane: Plane, counts: np.ndarray, code) -> None:
+    """Codes block (slices, places), as many slices at a time as fill a CHUNK."""
+    group = max(1, min(plane.period, CHUNK // plane.places))
+    for begin in range(0, plane.slices, plane.period):
+        end = min(begin + plane.period, plane.slices)
+        total = np.zeros(plane.places, np.int64)
+        counts /= 16
+        for first in range(begin, end, group):
+            part, seen = block[first : min(first + group, end)], first - begin
+            level = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
+            age = min(seen.bit_length(), 3)  # 0, 1, 2 to 3, more slices
+            code_slices(part, level + age * CONTEXT_LEVELS, counts, plane.top, code)
+            total += np.abs(part.astype(np.int64)).sum(0)
+
+
+def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
+    """Walks over `raw` (int8) in coding order; code(symbols, model, top) replaces the symbols.
+
+    A symbol's context is the mean |q| of its place (column or bucket) in the slices before, and how
+    many these are. Each (model, context) counts what it has seen, so no table is sent; with every
+    tensor old counts shrink. Integers and correctly rounded operations: any machine agrees."""
+    models: dict[str, np.ndarray] = {}
+    ends = np.cumsum([plane.slices * plane.places for plane in layout])
+    for plane, block in zip(layout, np.split(raw, ends)):
+        if plane.model not in models:
+            models[plane.model] = fresh_counts(plane.top)
+        code_plane(block.reshape(plane.slices, plane.places), plane, models[plane.model], code)
+
+
+def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:
+    jobs, coder = [], constriction.stream.stack.AnsCoder()
+
+    def code(symbols: np.ndarray, model, top: int) -> np.ndarray:
+        jobs.append((symbols.astype(np.int32) + top, model))
+        return symbols
+
+    code_planes(np.frombuffer(bytearray(raw), np.int8), layout, code)
+    for symbols, model in reversed(jobs):  # a stack: what goes in last comes out first
+        coder.encode_reverse(symbols, model)
+    return coder.get_compressed().astype("<u4").tobytes()
+
+
+def rans_decode(blob: bytes, layout: list[Plane]) -> bytes:
+    coder = constriction.stream.stack.AnsCoder(np.frombuffer(blob, "<u4").astype(np.uint32))
+    raw = np.empty(sum(plane.slices * plane.places for plane in layout), np.int8)
+
+    def code(symbols: np.ndarray, model, top: int) -> np.ndarray:
+        return (coder.decode(model, len(symbols)) - top).astype(np.int8)
+
+    code_planes(raw, layout, code)
+    if not coder.is_empty():
+        raise ValueError("the payload is longer than its layout")
+    return raw.tobytes()
+
+
+def compressors() -> dict[str, tuple]:
+    """{name: (compress, decompress)}, installed ones; both take bytes and the payload's layout."""
+    found = {"lzma": (lambda raw, _: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+                      lambda blob, _: lzma.decompress(blob))}
+    if constriction:
+        found["rans"] = rans_encode, rans_decode
+    return found
+
+
+def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
+    """Bytes of the artifact by tensor class, before training.
+    Matrices are normal enough for the entropy of a rounded normal; hash tables are heavy-tailed and
+    took 0.83 of it in measured runs (README, Size plan)."""
+    plan = dict.fromkeys(TENSOR_CLASSES, 0)
+    for name, p in model.exported().items():
+        kind = tensor_class(name)
+        bits, axis = quant_plan(name, p.shape, args)
+        weight_bits = 16.0
+        if bits:
+            top = 2 ** (bits - 1) - 1
+            k = args.k_by_class[kind]
+            edges = [(i + 0.5) * k / top / math.sqrt(2) for i in range(-top, top)]
+            shares = np.diff([0, *(0.5 + 0.5 * math.erf(edge) for edge in edges), 1]) + 1e-30
+            entropy = -(shares * np.log2(shares)).sum() * (0.83 if kind == "ngram" else 1)
+            weight_bits = entropy + 16 / p.shape[axis]
+        plan[kind] += int(p.numel() * weight_bits / 8)
+    return plan
+
+
+def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> bytes:
+    """Quantises by `quant_plan` and compresses in the order of `planes`: one self-describing file,
+    no pickle.
+
+    `hessians` {name: (C, C)} of the matrices that GPTQ is to round."""
+    entries, codes, halves = [], [], []
+    for name, weight in tensors.items():
+        kind = tensor_class(name)
+        bits, axis = quant_plan(name, weight.shape, args)
+        entries.append([name, list(weight.shape), bits, axis])
+        if bits:
+            rate, hessian = args.rate_by_class[kind], (hessians or {}).get(name)
+            q, weight = quantise(weight, bits, args.k_by_class[kind], axis, rate, hessian)
+            codes.append(np.moveaxis(q, axis, -1).tobytes())
+        halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
+    raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
+    # the smallest of the coders that are allowed
+    there = compressors()
+    wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
+    names = [name for name in sorted(there) if wanted in ("auto", name)]
+    if not names:
+        raise UserError(f"COMPRESSOR={wanted} is not installed; use {' or '.join(sorted(there))}")
+    blobs = {name: there[name][0](raw, planes(entries)) for name in names}
+    name = min(names, key=lambda name: len(blobs[name]))
+    header = {"config": args.shipped(), "tensors": entries, "compressor": name}
+    header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little")
+    body += header + blobs[name]
+    return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body
+
+
+def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
+    sizes = [plane.slices * plane.places for plane in planes(entries)]
+    *ends, length = np.cumsum(sizes, dtype=np.int64)
+    if len(raw) != length:
+        raise ValueError(f"{len(raw) - length} bytes left over")
+    *codes, low, high = np.split(np.frombuffer(raw, np.int8), ends)
+    halves = np.stack((low, high), 1).view("<f2").reshape(-1)
+    counts = [math.prod(shape) // (shape[axis] if bits else 1) for _, shape, bits, axis in entries]
+    tensors = {}
+    for (name, shape, bits, axis), numbers in zip(entries, np.split(halves, np.cumsum(counts))):
+        numbers = numbers.astype(np.float32)
+        if bits:
+            q = codes.pop(0).reshape([*shape[:axis], *shape[axis + 1 :], shape[axis]])
+            numbers = np.moveaxis(q * numbers.reshape([*q.shape[:-1], 1]), -1, axis)
+        tensors[name] = np.ascontiguousarray(numbers.reshape(shape))
+    return tensors
+
+
+def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """The inverse of `pack`: (header, {name: fp32 array}); UserError names the file, `path`."""
+    start = len(ARTIFACT_MAGIC)
+    if blob[:start] != ARTIFACT_MAGIC:
+        raise UserError(f"{path}: not an artifact of this family (it begins with {blob[:8]!r})")
+    digest, body = blob[start : start + 32], blob[start + 32 :]
+    if hashlib.sha256(body).digest() != digest:
+        raise UserError(f"{path}: its sha256 does not match: truncated or altered")
+    version = int.from_bytes(body[:2], "little")
+    length = int.from_bytes(body[2:6], "little")
+    if version != ARTIFACT_VERSION:
+        raise UserError(f"{path}: format version {version}, this script reads {ARTIFACT_VERSION}")
+    # all that a damaged file can break
+    try:
+        header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
+        if header["compressor"] not in compressors():
+            raise UserError(f"{path}: packed with {header['compressor']}, which is not installed")
+        _, decompress = compressors()[header["compressor"]]
+        raw = decompress(body[6 + length :], planes(header["tensors"]))
+        return header, unpack_tensors(header["tensors"], raw)
+    except UserError:
+        raise
+    except Exception as error:  # each decoder has its own kinds
+        raise UserError(f"{path}: its header contradicts its payload ({error!r})") from None
+
+
+def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hyperparameters:
+    """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's)."""
+    wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
+    if missing := [name for name in wanted if name not in header["config"]]:
+        raise UserError(f"{path}: its config lacks {missing[0]}")
+    return Hyperparameters(environ, header["config"])
+
+
+def read_file(path: str | Path, variable: str) -> bytes:
+    if not path:
+        raise UserError(f"{variable}=FILE is not set")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{variable}={path}: {error.strerror}") from None
+
+
+def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None = None,
+         dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> GPT:
+    """The scoring model, only from an artifact; `args` of the same model may change how it scores.
+    """
+    header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
+    args = args or shipped_settings(header, str(artifact_path))
+    with torch.device("meta"):
+        model = GPT(args, attention, dtype)
+    wanted = {(name, tuple(p.shape)) for name, p in model.exported().items()}
+    if odd := wanted ^ {(name, array.shape) for name, array in tensors.items()}:
+        raise UserError(f"{artifact_path}: its tensors do not fit its config, first {min(odd)}")
+    # the arrays become the weights, without a copy
+    found = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    model.load_state_dict(found, strict=False, assign=True)
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_meta:  # still without data: only training uses it
+                module._parameters[name] = None
+    model.set_rotary()
+    return model.to(device).eval()
+
+
+# -----------------------------------------------------------------------------
+# EVALUATION
+# -----------------------------------------------------------------------------
+
+
+@check
+def check_windows(args: Hyperparameters) -> None:
+    skips = args.eval_stride > args.eval_seq_len
+    forbid(skips, args, "eval_stride eval_seq_len", "the stride skips targets")
+
+
+def windows(targets: int, length: int, stride: int) -> np.ndarray:
+    """Rows (start, first, stop): ids[start : start + length] score targets first ... stop - 1.
+
+    Target t is the id t + 1 of the stream. The stream is cut into blocks of `stride` targets; each
+    is scored by the window that ends with it (the first windows start at 0), so every target, the
+    tail included, counts once, after at least length - stride ids where there are so many."""
+    first = np.arange(0, targets, stride)
+    stop = np.minimum(first + stride, targets)
+    start = np.maximum(first + stride - length, 0)
+    assert (stop - first).sum() == targets
+    assert (first >= start).all() and (stop - start <= length).all()
+    return np.stack((start, first, stop), axis=1)
+
+
+class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defaults=(0, 1))):
+    """How a text is read: windows of `length` ids for `stride` targets each, `batch` a forward, and
+    of these a rank's share."""
+
+    def tensors(self, ids: np.ndarray, rows: np.ndarray, device: torch.device) -> list[Tensor]:
+        """Inputs (batch, length), first scored positions (batch,) and targets (batch, stride) of a
+        batch.
+
+        One shape, whatever the text: compiled once."""
+        inputs = np.full((self.batch, self.length), PAD_ID, np.int64)
+        position = np.zeros(self.batch, np.int64)
+        targets = np.zeros((self.batch, min(self.stride, self.length)), np.int64)
+        for i, (start, first, stop) in enumerate(rows):
+            text = ids[start : min(start + self.length, len(ids) - 1)]
+            inputs[i, : len(text)] = text
+            position[i] = first - start
+            targets[i, : stop - first] = ids[first + 1 : stop + 1]
+        return [torch.from_numpy(x).to(device) for x in (inputs, position, targets)]
+
+
+@torch.no_grad()
+def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
+           learner: TestTimeTraining | None = None):
+    """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) of each block of n targets.
+
+    This is the only path from weights to a score. A learner is shown every chunk but the last,
+    once it is scored."""
+    device = next(model.parameters()).device
+    rows = windows(len(ids) - 1, plan.length, plan.stride)
+    chunk = max(1, len(rows))  # windows before a learner learns
+    if learner is not None:
+        chunk = model.args.ttt_chunk_tokens // plan.stride
+    seen = np.zeros(len(ids) - 1, dtype=bool)
+    # score-first: a chunk is learned from once it is scored
+    for start in range(0, len(rows), chunk):
+        if start and learner is not None:
+            learner.catch_up(ids, seen)
+        part = rows[start : start + chunk]
+        for number in range(plan.rank, -(-len(part) // plan.batch), plan.ranks):
+            batch = part[number * plan.batch : (number + 1) * plan.batch]
+            inputs, position, targets = plan.tensors(ids, batch, device)
+            logprobs = logits(model, inputs, position, targets.size(1)).log_softmax(-1)
+            nats = -logprobs.gather(-1, targets[..., None]).squeeze(-1)
+            nats = nats.cpu().numpy().astype(np.float64)
+            for i, (_, first, stop) in enumerate(batch):
+                yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
+        seen[part[0, 1] : part[-1, 2]] = True
+
+
+@check
+def check_ttt(args: Hyperparameters) -> None:
+    spare = args.ttt != "0" and args.ttt_chunk_tokens % args.eval_stride
+    forbid(spare, args, "ttt_chunk_tokens eval_stride", "a chunk is whole windows")
+
+
+class TestTimeTraining:
+    """Score-first test-time training (#461, #549): SGD with momentum on each chunk once scored.
+
+    After a chunk, rows of TRAIN_SEQ_LEN that end with it are trained on, TTT_BATCH_ROWS an update,
+    as many updates on every rank. The rate depends only on the number of chunks already scored: a
+    decoder, which does not know how much text will come, makes the same updates."""
+
+    def __init__(self, model: GPT, losses=training_losses, runtime=None, report=None):
+        self.model, self.args, self.losses = model, model.args, losses
+        self.runtime, self.report = runtime, report
+        modules = tuple(part.strip() + "." for part in self.args.ttt_modules.split(","))
+        named = {f"{name}.": p for name, p in model.named_parameters()}
+        for module in modules:
+            if not any(name.startswith(module) for name in named):
+                raise UserError(f"TTT_MODULES={self.args.ttt_modules!r}: no module {module[:-1]!r}")
+        self.params = [p for name, p in named.items() if name.startswith(modules)]
+        self.kept = [p.detach().clone() for p in self.params]
+        self.momenta = [torch.zeros_like(p) for p in self.params]
+        self.chunks, self.updates, self.seconds = 0, 0, 0.0
+
+    def rows(self, stop: int) -> np.ndarray:
+        """Starts of the rows that cover the chunk before target `stop`, counted from its end."""
+        count = -(-self.args.ttt_chunk_tokens // self.args.train_seq_len)
+        starts = stop - self.args.train_seq_len * np.arange(count, 0, -1)
+        return starts[starts >= 0]
+
+    def catch_up(self, ids: np.ndarray, seen: np.ndarray) -> None:
+        """Learns, in order, from all complete chunks; `seen` (targets,): those scored."""
+        began = time.perf_counter()
+        args, size = self.args, self.args.ttt_chunk_tokens
+        while seen[self.chunks * size : (self.chunks + 1) * size].sum() == size:
+            self.chunks += 1
+            starts = self.rows(self.chunks * size)
+            for start in starts:
+                assert seen[start : start + args.train_seq_len].all(), "not scored yet"
+            for _ in range(args.ttt_epochs if args.ttt_adapt else 0):
+                for first in range(0, len(starts), args.ttt_batch_rows):
+                    self.update(ids, starts[first : first + args.ttt_batch_rows])
+        self.seconds += time.perf_counter() - began
+        if self.report is not None:
+            self.report(self)
+
+    def batch(self, ids: np.ndarray, starts: np.ndarray) -> list[Tensor]:
+        """This rank's rows of an update, and a weight for each; one shape on every rank."""
+        length = self.args.train_seq_len
+        rank, ranks = (self.runtime.rank, self.runtime.world_size) if self.runtime else (0, 1)
+        rows = np.zeros((-(-self.args.ttt_batch_rows // ranks), length + 1), np.int64)
+        weights = np.zeros(len(rows), np.float32)
+        for i, start in enumerate(starts[rank::ranks]):
+            rows[i] = ids[start : start + length + 1]
+            weights[i] = 1
+        return [torch.from_numpy(x).to(self.params[0].device) for x in (rows, weights)]
+
+    def update(self, ids: np.ndarray, starts: np.ndarray) -> None:
+        args = self.args
+        rows, weights = self.batch(ids, starts)
+        with torch.enable_grad():
+            sums = self.losses(self.model, rows, weights)
+            loss = sums["ce"] / (len(starts) * args.train_seq_len)
+            grads = torch.autograd.grad(
+                loss, self.params, allow_unused=True, materialize_grads=True)
+        # one clipped step of SGD, the same on every rank
+        flat = torch.cat([grad.flatten() for grad in grads])
+        flat = self.runtime.all_reduce(flat) if self.runtime else flat
+        flat *= ((args.ttt_grad_clip or math.inf) / (flat.norm() + 1e-6)).clamp(max=1.0)
+        age = (self.chunks - 1) / (args.ttt_decay_chunks or math.inf)
+        rate = args.ttt_lr * (1 + age) ** -0.5
+        parts = flat.split([p.numel() for p in self.params])
+        torch._foreach_mul_(self.momenta, args.ttt_momentum)
+        torch._foreach_add_(self.momenta, [part.view_as(p) for part, p in zip(parts, self.params)])
+        with torch.no_grad():
+            torch._foreach_add_(self.params, self.momenta, alpha=-rate)
+        self.updates += 1
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        torch._foreach_copy_(self.params, self.kept)
+
+
+def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """(nats of each target ids[1:], {t: log-probabilities (V,) at target t, for t in positions}).
+    """
+    args, ids, wanted = model.args, np.asarray(ids), set(positions)
+    blocks = -(-len(ids) // args.eval_stride)  # a short text needs no full batch
+    batch = max(1, min(args.eval_batch_tokens // args.eval_seq_len, blocks))
+    plan = WindowPlan(args.eval_seq_len, args.eval_stride, batch)
+    learner = TestTimeTraining(model) if args.ttt != "0" else None
+    nats, vectors = np.zeros(max(len(ids) - 1, 0)), {}
+    for first, stop, logprobs, part in scored(model, ids, plan, learner=learner):
+        nats[first:stop] = part
+        vectors |= {t: logprobs[t - first].cpu().numpy() for t in wanted if first <= t < stop}
+    if learner is not None:
+        learner.restore()
+    return nats, vectors
+
+
+class Evaluator:
+    """Scores models on the validation stream: a line in the log, an entry in `metrics.json` a pass.
+    """
+
+    def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
+        self.args, self.runtime = args, runtime
+        self.log = log
+        self.logits = scoring_logits
+        self.losses = training_losses
+        self.tables = byte_tables(args)
+        self.classes = class_table(args.vocab_size)
+        self.results: dict[str, dict] = {}
+        # VAL_BYTES cuts the text after the target that reaches it
+        ids = data.val
+        sizes = target_bytes(ids, self.tables)
+        self.prefix = args.val_bytes if args.val_bytes < sizes.sum() else 0
+        if self.prefix:
+            targets = int(np.searchsorted(np.cumsum(sizes), args.val_bytes)) + 1
+            ids, sizes = ids[: targets + 1], sizes[:targets]
+        self.ids = ids
+        self.bytes = int(sizes.sum())
+        if not self.bytes:
+            raise UserError(f"{data.val_files[0]}: its targets stand for no byte at all")
+
+    def describe(self, manifest: dict) -> str:
+        original = manifest.get("val_bytes") or self.bytes
+        note = ""
+        if self.prefix:
+            note = f" prefix:{self.prefix}"
+        elif original != self.bytes:
+            note = f" (original text {original}: normalised, the targets' own bytes divide)"
+        return f"val: targets:{len(self.ids) - 1} bytes:{self.bytes}{note}"
+
+    def chunk_line(self, sums: Tensor, learner: TestTimeTraining, seconds: float) -> None:
+        """Reports test-time training after its first chunks and every 50."""
+        if learner.chunks % 50 and learner.chunks > 2:
+            return
+        nats = self.runtime.all_reduce(sums.clone())[:-1].sum() / math.log(2)
+        scored_ids = self.ids[: learner.chunks * self.args.ttt_chunk_tokens + 1]
+        bpb = nats / max(target_bytes(scored_ids, self.tables).sum(), 1)
+        self.log(f"  ttt_chunk {learner.chunks} bpb:{bpb:.6f} updates:{learner.updates} "
+                 f"infer:{seconds - learner.seconds:.1f}s adapt:{learner.seconds:.1f}s")
+
+    def run(self, name: str, model: GPT, length: int, stride: int, learn: bool = False) -> dict:
+        """val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte."""
+        args, runtime, began = self.args, self.runtime, time.perf_counter()
+        classes = len(BYTE_CLASSES)
+        sums = torch.zeros(classes + 1, dtype=torch.float64)  # nats by class, and targets
+
+        def report(learner: TestTimeTraining) -> None:
+            self.chunk_line(sums, learner, time.perf_counter() - began)
+
+        learner = TestTimeTraining(model, self.losses, runtime, report) if learn else None
+        batch = max(1, args.eval_batch_tokens // length)
+        plan = WindowPlan(length, stride, batch, runtime.rank, runtime.world_size)
+        blocks = scored(model, self.ids, plan, self.logits, learner)
+        count = len(self.ids) // (stride * runtime.world_size)
+        for first, stop, _, nats in progress_bar(blocks, count, name, runtime.main):
+            found = self.classes[self.ids[first + 1 : stop + 1]]
+            sums[:-1] += torch.from_numpy(np.bincount(found, nats, minlength=classes))
+            sums[-1] += stop - first
+        targets, sums = len(self.ids) - 1, runtime.all_reduce(sums)
+        assert int(sums[-1]) == targets, f"{name}: scored {int(sums[-1])} targets of {targets}"
+        nats = float(sums[:-1].sum())
+        by_class = zip(BYTE_CLASSES, sums.tolist())
+        bits = {label: total / math.log(2) for label, total in by_class if total}
+        result = {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / self.bytes,
+                  "targets": targets, "bytes": self.bytes, "seconds": time.perf_counter() - began,
+                  "seq_len": length, "stride": stride, "bits_by_class": bits}
+        result |= {"prefix_bytes": self.prefix} if self.prefix else {}
+        if learner is not None:
+            learner.restore()
+            result |= {"updates": learner.updates, "adapt_seconds": learner.seconds}
+        self.results[name] = result
+        return result
+
+    def report(self, name: str, model: GPT, stride: int | None = None, learn: bool = False) -> dict:
+        """Runs a pass and prints its line: non-overlapping windows or, with a stride, sliding."""
+        length = self.args.eval_seq_len
+        result = self.run(name, model, length, stride or length, learn)
+        extra = f" stride:{stride}" if stride else ""
+        extra += f" prefix:{self.prefix}" if self.prefix else ""
+        loss, bpb = result["val_loss"], result["val_bpb"]
+        self.log(f"{name} val_loss:{loss:.4f} val_bpb:{bpb:.4f}{extra} "
+                 f"targets:{result['targets']} bytes:{result['bytes']} "
+                 f"eval_time:{1e3 * result['seconds']:.0f}ms")
+        self.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
+        return result
+
+
+# -----------------------------------------------------------------------------
+# GENERATION
+# -----------------------------------------------------------------------------
+
+
+class Stream:
+    """The scorer, one id at a time, for a decoder to follow: it reads the same windows as `score`,
+    learns after the same chunks, and keeps keys and values of the window at hand."""
+
+    def __init__(self, model: GPT):
+        self.model = model
+        self.ids = []
+        self.learner = TestTimeTraining(model) if model.args.ttt != "0" else None
+        self.block, self.start = -1, 0  # the window at hand: its number, where it begins
+        self.past = None
+        self.known = None  # log-probabilities of the next id
+        self.read = []  # by the last pass: the ids of its window, drafts among them
+        self.states = {}  # of the last pass, by position
+
+    @property
+    def updates(self) -> int:
+        return self.learner.updates if self.learner else 0
+
+    def logprobs(self) -> np.ndarray:
+        """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it."""
+        if self.known is None:
+            self.known = self.ahead([])[0]
+        return self.known
+
+    @torch.no_grad()
+    def ahead(self, drafts: list[int]) -> np.ndarray:
+        """The same if `drafts` were to follow, in one pass: (n + 1, V) of the next id and of those
+        after each of the first n drafts, as many as the window takes. Pushed as drafted, an id is
+        not read again."""
+        if not self.ids:
+            raise ValueError("push the first id (BOS) before asking for the second")
+        args, position = self.model.args, len(self.ids) - 1
+        block, place = divmod(position, args.eval_stride)
+        if block != self.block:
+            if self.learner:
+                self.learner.catch_up(np.array(self.ids), np.ones(position, dtype=bool))
+            self.block, self.past = block, KVCache(self.model)
+            self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
+        # read all that the cache does not hold in one pass
+        self.read = [*self.ids[self.start :], *drafts[: args.eval_stride - 1 - place]]
+        self.past.cut(position - self.start)
+        ids = torch.tensor([self.read], device=self.model.tok_emb.weight.device)
+        x = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
+        states = x[0, position - self.start - len(self.read) :]
+        self.states = dict(enumerate(states, position))
+        return self.model.head(states.float()).log_softmax(-1).cpu().numpy()
+
+    def push(self, token: int) -> None:
+        place = len(self.ids) - self.start
+        if self.past is not None and self.read[place : place + 1] != [token]:
+            self.past.cut(place)
+        self.ids.append(int(token))
+        self.known = None
+
+
+stream = Stream  # the name that every script of the family gives it
+
+
+@check
+def check_generate(args: Hyperparameters) -> None:
+    tokens = args.generate and args.vocab_size != 260
+    forbid(tokens, args, "generate vocab_size", "only byte260 ids (VOCAB_SIZE=260) are text")
+
+
+def picked(logits: np.ndarray, place: int, args: Hyperparameters) -> int:
+    """The id at a place of the text: the best or, at a TEMPERATURE, a draw (Gumbel).
+    The noise is that of the place, whoever draws: what a drafter thinks likely comes true, and a
+    text does not depend on drafts (drafter-invariant speculation: Daliri et al. 2025)."""
+    if args.temperature:
+        noise = np.random.default_rng([args.seed, place]).gumbel(size=len(logits))
+        logits = logits / args.temperature + noise
+    return int(logits.argmax())
+
+
+def drafted(reader: Stream, args: Hyperparameters) -> list[int]:
+    """The heads' guesses after the newest id, which no pass has read: from the position before."""
+    model, drafts = reader.model, [reader.ids[-1]]
+    state = reader.states.get(len(reader.ids) - 2)
+    while state is not None and len(drafts) <= model.args.draft:
+        token = torch.tensor(drafts[-1], device=state.device)
+        state = model.draft(state, model.embed(token))
+        place = len(reader.ids) + len(drafts) - 1
+        drafts.append(picked(model.head(state).cpu().numpy(), place, args))
+    return drafts[1:]
+
+
+@torch.no_grad()
+def write(model: GPT, prompt: list[int], args: Hyperparameters) -> tuple[list[int], int]:
+    """(MAX_NEW_TOKENS ids that go on from a prompt, passes).
+    A pass reads the newest id and drafts after it; those that the model picks too join the text,
+    and after them the id that it picks instead."""
+    reader, passes = Stream(model), 0
+    for token in prompt:
+        reader.push(token)
+    while (made := len(reader.ids) - len(prompt)) < args.max_new_tokens:
+        left = args.max_new_tokens - made - 1
+        drafts = drafted(reader, args)[:left] if args.speculate else []
+        for draft, logprobs in zip([*drafts, None], reader.ahead(drafts)):
+            reader.push(picked(logprobs, len(reader.ids), args))
+            if reader.ids[-1] != draft:
+                break
+        passes += 1
+    return reader.ids[len(prompt) :], passes
+
+
+def generate(args: Hyperparameters, runtime: Runtime) -> int:
+    """Writes what follows GENERATE to stdout, and numbers to stderr; one rank of several does."""
+    if not runtime.main:
+        return 0
+    model = load(args.artifact, runtime.device, args, runtime.dtype)
+    text = os.fsencode(args.generate)
+    with contextlib.suppress(OSError, ValueError):  # a text is no path
+        text = Path(args.generate).read_bytes()
+
+    began = time.perf_counter()
+    made, passes = write(model, [BOS_ID, *(byte + BYTE_OFFSET for byte in text)], args)
+    seconds = time.perf_counter() - began
+    text = bytes(i - BYTE_OFFSET for i in made if i >= BYTE_OFFSET)
+    shown = text.decode(errors="replace").encode() if sys.stdout.isatty() else text
+    sys.stdout.buffer.write(shown)
+    print(f"\nids:{len(made)} bytes:{len(text)} passes:{passes} "
+          f"ids_per_pass:{len(made) / passes:.2f} bytes_per_second:{len(text) / seconds:.1f} "
+          "(the prompt's time in it)", file=sys.stderr)
+    return 0
+
+
+# -----------------------------------------------------------------------------
+# TRAINING
+# -----------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C: the checkpoint is written, the message says how to go on."""
+
+
+def run_folder(args: Hyperparameters) -> Path:
+    return Path(args.runs_path) / args.run_id
+
+
+@check
+def check_calibration(args: Hyperparameters) -> None:
+    limited = args.quant_round == "gptq" and args.max_wallclock_seconds and not args.eval_only
+    untimed = limited and not args.warmup_steps
+    forbid(untimed, args, "quant_round max_wallclock_seconds warmup_steps",
+           "gptq with a time limit needs WARMUP_STEPS >= 1: warm-up times the calibration")
+
+
+class Trainer:
+    """All that a checkpoint holds, and one step of training."""
+
+    CHECKPOINTED = ("step", "seconds", "best", "loader_state")
+
+    def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
+        self.args, self.data, self.runtime, self.log = args, data, runtime, log
+        self.plan = BatchPlan.make(args, runtime.world_size)
+        torch.manual_seed(args.seed)
+        self.model = GPT(args, runtime.attention, runtime.dtype)
+        self.model.init_weights(args.seed)
+        self.model.to(runtime.device)
+
+        self.losses, self.logits = training_losses, scoring_logits
+        if runtime.compile:
+            self.losses = torch.compile(self.losses, dynamic=False)
+            self.logits = torch.compile(self.logits, dynamic=False)
+        self.loader_state = None
+        self.signal = 0
+        self.step, self.seconds, self.best = 0, 0.0, math.inf  # resumed runs included
+        self.slowest = 0.0  # seconds of the slowest step, slowly forgotten
+        self.reserve = 0.0  # seconds that calibration will take of the training clock
+        self.unwritten: list[tuple] = []  # steps whose losses are still on the device
+        self.fresh_optimizers()
+
+    def fresh_optimizers(self) -> None:
+        self.optimizers = Optimizers(self.model, self.args, self.runtime)
+        self.ema = EMA(self.model, self.args.ema_decay)
+
+    def micro_step(self, ids: Tensor, weights: Tensor, term_weights: dict, aux_inputs) -> dict:
+        """Forward and backward; gradients add up to those of the global batch's mean."""
+        sums = self.losses(self.model, ids, weights, aux_inputs)
+        loss = sums["ce"] / (self.plan.rows * self.args.train_seq_len)
+        for name, weight in term_weights.items():
+            if weight and name in sums:
+                loss = loss + weight / (self.plan.rows // self.plan.group) * sums[name]
+        loss.backward()
+        return {name: value.detach() for name, value in sums.items()}
+
+    def train_step(self, ids: Tensor, weights: Tensor, progress: float) -> dict[str, Tensor]:
+        """One optimizer step on a global batch; returns this rank's share of each summed term."""
+        term_weights, aux_inputs = {}, None
+        if self.model.aux is not None:
+            term_weights |= self.model.aux.weights(progress)
+            aux_inputs = self.model.aux.inputs(self.step, self.runtime.device)
+        term_weights["draft"] = 1.0
+        parts = [self.micro_step(*batch, term_weights, aux_inputs) for batch in zip(ids, weights)]
+        norm = self.optimizers.reduce()
+        self.optimizers.step(self.step, progress, norm)
+        self.ema.update(self.step)
+        self.model.zero_grad()
+        return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+    def warm_up(self) -> None:
+        """Compiles every shape on made-up ids, then puts everything back bit for bit."""
+        if not self.args.warmup_steps:
+            return
+        kept = [p.detach().clone() for p in self.model.parameters()]
+        try:
+            self.try_shapes()
+        except Exception as error:  # whatever the compiler refused runs without it
+            if not self.runtime.compile:
+                raise
+            self.log(f"compile: failed ({type(error).__name__}), running eager")
+            self.losses, self.logits = training_losses, scoring_logits
+            self.try_shapes()
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), kept)
+        self.model.zero_grad()
+        self.fresh_optimizers()
+
+    def try_shapes(self) -> None:
+        args, device = self.args, self.runtime.device
+        generator = torch.Generator().manual_seed(0)
+        rows = self.plan.groups * self.plan.group
+        shape = (self.plan.micro_steps, rows, args.train_seq_len + 1)
+        for _ in range(args.warmup_steps):
+            ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator)
+            ids = ids.to(device)
+            self.train_step(ids, torch.ones(shape[:2], device=device), 0.0)
+        # scoring shapes: one window, and the sliding ones
+        length = args.eval_seq_len
+        for stride in sorted({length, args.eval_stride}):
+            plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
+            list(scored(self.model, np.full(2, BOS_ID), plan, self.logits))
+        if args.quant_round == "gptq":
+            for _ in range(2):  # the second time is the one to go by
+                start = time.perf_counter()
+                moments = self.input_moments(ids, {})
+                moments["tok_emb.weight"].sum().item()  # waits for the device
+                seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
+                self.reserve, = self.runtime.from_main([seconds])
+
+    @torch.no_grad()
+    def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds this rank's X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
+        def add(names: list[str], x: Tensor) -> None:
+            x = x.flatten(0, -2).float()
+            product = x.T @ x
+            for name in names:
+                sums[name] = sums.get(name, 0) + product
+
+        readers = {CastedLinear: ("",), CausalSelfAttention: ("c_q.", "c_k.", "c_v.")}
+        hooks = []
+        for path, module in self.model.named_modules():
+            if names := [f"{path}.{part}weight" for part in readers.get(type(module), ())]:
+                hook = lambda _, inputs, names=names: add(names, inputs[0])  # noqa: E731
+                hooks.append(module.register_forward_pre_hook(hook))
+        for ids in batch:
+            add(["tok_emb.weight"], self.model.hidden(ids[:, :-1], self.model.rotary_train))
+        for hook in hooks:
+            hook.remove()
+        return sums
+
+    def calibrate(self) -> dict[str, np.ndarray]:
+        """Hessians for GPTQ from the next GPTQ_BATCHES training batches, on the training clock."""
+        start, sums = time.perf_counter(), {}
+        batches = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
+        for _ in range(self.args.gptq_batches):
+            ids, _, _ = batches.next()
+            self.input_moments(ids.to(self.runtime.device), sums)
+        sums = {name: self.runtime.all_reduce(total) for name, total in sums.items()}
+        self.seconds, = self.runtime.from_main([self.seconds + time.perf_counter() - start])
+        return {name: total.cpu().numpy() for name, total in sums.items()}
+
+    def progress(self) -> float:
+        """Share of the run that is done, of the steps or of the seconds. Twice the slowest of late
+        steps, and the time for calibration, stay unused: nothing may end after the limit."""
+        by_steps, by_time = self.step / self.args.iterations, 0.0
+        if self.args.max_wallclock_seconds:
+            usable = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
+            by_time = self.seconds / max(usable, 1e-9)
+        return min(1.0, max(by_steps, by_time))
+
+    def agree_on_time(self, now: float) -> None:
+        """Takes rank 0's clock and signal; raises Stopped on every rank at the same step."""
+        slowest = max(now - self.seconds, 0.99 * self.slowest)
+        agreed = self.runtime.from_main([now, slowest, float(self.signal)])
+        self.seconds, self.slowest, stop = agreed
+        if stop:
+            self.write_steps()
+            raise Stopped(int(stop))
+
+    def run(self, evaluator: Evaluator) -> None:
+        """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
+        args, runtime = self.args, self.runtime
+        loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
+        first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of a non-finite loss
+        fences: deque = deque()
+        started = time.perf_counter() - self.seconds
+
+        def due(every: int) -> bool:
+            return every > 0 and self.step % every == 0
+
+        with contextlib.closing(loader.prefetch(runtime.device)) as batches:
+            while True:
+                self.agree_on_time(time.perf_counter() - started)
+                if (progress := self.progress()) >= 1.0:
+                    break
+                ids, weights, state = next(batches)
+                terms = self.train_step(ids, weights, progress)
+                self.step, self.loader_state = self.step + 1, state
+                bad = first_bad.clamp(max=self.step)
+                first_bad = torch.where(terms["ce"].isfinite(), first_bad, bad)
+                if runtime.device.type == "cuda":  # at most two steps ahead: an honest clock
+                    fences.append(torch.cuda.current_stream().record_event())
+                    if len(fences) > 2:
+                        fences.popleft().synchronize()
+                # losses leave the device only when a line is shown
+                edge = self.step <= 10 or self.step == args.iterations
+                shown = edge or due(args.train_log_every)
+                if shown or due(max(1, args.iterations // 400)):  # a smooth curve
+                    now = time.perf_counter() - started
+                    self.unwritten.append((self.step, now, progress, terms))
+                if shown or due(args.checkpoint_every):
+                    self.refuse_non_finite(first_bad)
+                if shown:
+                    self.log_step(self.write_steps())
+                if due(args.checkpoint_every):
+                    self.seconds = time.perf_counter() - started
+                    self.save("last")
+                if due(args.val_loss_every) and self.step < args.iterations:
+                    self.seconds = time.perf_counter() - started
+                    self.validate(evaluator)
+                    started = time.perf_counter() - self.seconds
+        self.refuse_non_finite(first_bad)  # waits for the device
+        self.seconds, = runtime.from_main([time.perf_counter() - started])
+        runtime.clocks["training"] = self.seconds
+        self.write_steps()
+
+    def refuse_non_finite(self, first_bad: Tensor) -> None:
+        step = int(self.runtime.all_reduce(first_bad.clone(), dist.ReduceOp.MIN))
+        if step <= self.step:
+            raise self.not_finite(step, "the loss")
+
+    def not_finite(self, step: int, what: str) -> UserError:
+        last = run_folder(self.args) / "last.safetensors"
+        good = last if last.exists() else "none"
+        return UserError(f"step {step}: {what} is not finite; the last good checkpoint: {good}")
+
+    def timing(self, seconds: float) -> str:
+        average = 1e3 * seconds / max(self.step, 1)
+        return f"train_time:{1e3 * seconds:.0f}ms step_avg:{average:.2f}ms"
+
+    def write_steps(self) -> dict:
+        """Writes the waiting steps to `metrics.jsonl`, one sum over ranks -> the newest."""
+        if not self.unwritten:
+            return {}
+        parts = [terms[name].float() for *_, terms in self.unwritten for name in sorted(terms)]
+        values = deque(self.runtime.all_reduce(torch.stack(parts)).tolist())
+        for step, seconds, progress, terms in self.unwritten:
+            sums = {name: values.popleft() for name in sorted(terms)}
+            line = {"step": step, **self.means(sums)}
+            line |= {"train_seconds": seconds, "progress": progress}
+            line["rate"] = rate_at(progress, self.args)
+            self.log.metrics(**line)
+        self.unwritten.clear()
+        return line
+
+    def means(self, sums: dict[str, float]) -> dict[str, float]:
+        """Terms of a step, summed over ranks -> what its line says."""
+        groups = self.plan.rows // self.plan.group
+        means = {name: total / groups for name, total in sums.items()}
+        line = {"train_loss": means.pop("ce") / (self.plan.group * self.args.train_seq_len)}
+        if self.model.draft is not None:
+            line["draft"] = means.pop("draft")
+        if self.model.aux is not None:
+            line |= self.model.aux.report(means)
+        return line
+
+    def log_step(self, line: dict) -> None:
+        """Shows a line of `metrics.jsonl`."""
+        told = ("step", "train_loss", "train_seconds", "progress", "rate")
+        extra = [f" {name}:{value:.5f}" for name, value in line.items() if name not in told]
+        self.log(f"step:{self.step}/{self.args.iterations} train_loss:{line['train_loss']:.4f} "
+                 + self.timing(line["train_seconds"]) + "".join(extra))
+
+    def validate(self, evaluator: Evaluator) -> None:
+        """Scores the raw weights; the best so far are kept in `best.safetensors`."""
+        with self.runtime.clock("validation"):
+            length = self.args.eval_seq_len
+            result = evaluator.run("raw", self.model, length, length)
+        self.log_validation(result)
+        if result["val_bpb"] < self.best:
+            self.best = result["val_bpb"]
+            self.save("best")
+
+    def log_validation(self, result: dict) -> None:
+        self.log(f"step:{self.step}/{self.args.iterations} val_loss:{result['val_loss']:.4f} "
+                 f"val_bpb:{result['val_bpb']:.4f} {self.timing(self.seconds)}")
+        self.log.metrics(step=self.step, val_loss=result["val_loss"], val_bpb=result["val_bpb"])
+
+    def save(self, name: str) -> None:
+        """All that a run needs to go on from here: one safetensors file, atomically."""
+        tensors = {f"model.{key}": p for key, p in self.model.named_parameters()}
+        names = [key.replace("model", "ema", 1) for key in tensors]
+        tensors |= dict(zip(names, self.ema.average))
+        tensors |= {**self.optimizers.state(), "rng.cpu": torch.get_rng_state()}
+        if self.runtime.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.runtime.device)
+
+        for key, value in tensors.items():  # a loss tells only of the weights before its step
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise self.not_finite(self.step, key)
+        if self.runtime.main:
+            meta = {key: getattr(self, key) for key in self.CHECKPOINTED}
+            meta["config"] = self.args.shipped()
+            tensors = {key: value.detach().cpu().contiguous().clone()
+                       for key, value in tensors.items()}
+            blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
+            write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
+
+    def restore(self, path: Path) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                meta = json.loads((file.metadata() or {})["golf"])
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"RESUME={path}: not a checkpoint of this script ({error})") from None
+        for key, value in self.args.shipped().items():
+            if (other := meta["config"].get(key)) != value:
+                raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+        # weights and average
+        with torch.no_grad():
+            for (key, p), average in zip(self.model.named_parameters(), self.ema.average):
+                p.copy_(state[f"model.{key}"])
+                average.copy_(state[f"ema.{key}"])
+        self.optimizers.load_state(state)
+        torch.set_rng_state(state["rng.cpu"])
+        if "rng.cuda" in state and self.runtime.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng.cuda"], self.runtime.device)
+        for key in self.CHECKPOINTED:
+            setattr(self, key, meta[key])
+        self.log(f"resume:{path} step:{self.step} train_time:{1e3 * self.seconds:.0f}ms")
+
+
+def git_commit() -> str:
+    folder = Path(__file__).resolve().parent
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, timeout=10,
+                              capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    return "unknown"
+
+
+def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
+    """Source, versions, settings and data: nothing but the log is needed to know what ran."""
+    log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
+    for warning in args.warnings:
+        log(f"warning: {warning}")
+    log(f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} "
+        f"commit:{git_commit()}")
+    for line in [*runtime.notes, runtime.describe()]:
+        log(line)
+    log("settings " + json.dumps(args.settings()), console=False)
+    log("data " + json.dumps(fingerprint))
+
+
+def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
+    """Trains from the start or a checkpoint; a signal leaves one behind and raises Stopped."""
+    args = trainer.args
+    last = run_folder(args) / "last.safetensors"
+    if args.resume and (args.resume != "auto" or last.exists()):
+        trainer.restore(last if args.resume == "auto" else Path(args.resume))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: setattr(trainer, "signal", received))
+    try:
+        trainer.run(evaluator)
+    except Stopped as stopped:
+        trainer.save("last")
+        name = signal.Signals(stopped.args[0]).name
+        trainer.log(f"stopped by {name} at step {trainer.step}; {last} is written, "
+                    f"RUN_ID={args.run_id} RESUME=auto goes on from there")
+        raise
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def write_artifact(trainer: Trainer) -> tuple[Path, int]:
+    """(artifact.bin of the weights that the model holds, how many numbers are in it)."""
+    args, runtime = trainer.args, trainer.runtime
+    with runtime.clock("calibration"):
+        hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
+    with runtime.clock("compression"):
+        exported = trainer.model.exported().items()
+        tensors = {name: p.detach().cpu().numpy() for name, p in exported}
+        artifact = run_folder(args) / "artifact.bin"
+        if runtime.main:
+            write_atomic(artifact, pack(tensors, args, hessians))
+        runtime.all_reduce(torch.zeros(1))  # the others wait for the file
+    shipped = sum(map(np.size, tensors.values()))
+    trainer.log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
+    return artifact, shipped
+
+
+def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
+          evaluator: Evaluator) -> dict:
+    """Training, scores of raw and averaged weights, the artifact -> entries of `metrics.json`."""
+    trainer = Trainer(args, data, runtime, log)
+    plan, params = trainer.plan, sum(p.numel() for p in trainer.model.parameters())
+    log(f"model_params:{params} world_size:{runtime.world_size} micro_steps:{plan.micro_steps} "
+        f"micro_batch_rows:{plan.groups * plan.group} seed:{args.seed}")
+    sizes, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
+    log(f"size_plan:{sum(sizes.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
+        + " ".join(f"{kind}:{size}" for kind, size in sizes.items()))
+    # compile off the clock, then train
+    with runtime.clock("warm-up"):
+        trainer.warm_up()
+    evaluator.logits, evaluator.losses = trainer.logits, trainer.losses
+    run_until_done(trainer, evaluator)
+    # score the weights as they are, then their average
+    with runtime.clock("validation"):
+        trainer.log_validation(evaluator.report("final_raw", trainer.model))
+        trainer.save("final")
+    trainer.ema.apply()
+    with runtime.clock("validation"):
+        evaluator.report("final_ema", trainer.model)
+    artifact, shipped = write_artifact(trainer)
+    return {"artifact": str(artifact), "params": params, "params_shipped": shipped,
+            "steps": trainer.step, "train_seconds": trainer.seconds,
+            "ms_per_step": 1e3 * trainer.seconds / max(trainer.step, 1)}
+
+
+def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
+                   evaluator: Evaluator) -> None:
+    """Reloads the artifact into a new model and prints the final lines."""
+    model = load(path, runtime.device, args, runtime.dtype, runtime.attention)
+    label = f"final_int{args.bits_by_class['mlp']}"
+    evaluator.report(f"{label}_roundtrip", model)
+    evaluator.report(f"{label}_sliding", model, args.eval_stride)
+    if args.ttt != "0":
+        name = f"{label}_ttt" if args.ttt_adapt else f"{label}_ttt_off"
+        evaluator.report(name, model, args.eval_stride, learn=True)
+
+
+def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluator,
+           summary: dict) -> int:
+    """Checks the budgets, writes `metrics.json`, prints the closing block -> the exit code."""
+    headline = list(evaluator.results)[-1]
+    code = len(Path(__file__).read_bytes())
+    total = code + os.path.getsize(summary["artifact"])
+    seconds = {"train_seconds": 0.0, "eval_seconds": runtime.clocks["evaluation"]} | summary
+    spent = {"artifact_budget_bytes": total, "max_wallclock_seconds": seconds["train_seconds"],
+             "eval_budget_seconds": seconds["eval_seconds"]}
+    broken = [f"{name.upper()}={getattr(args, name)} is broken: {value:.3f}"
+              for name, value in spent.items() if 0 < getattr(args, name) < value]
+    # what the tables of READMEs are made of
+    metrics = {
+        "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline,
+        "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **seconds,
+        "peak_mem_mb": runtime.peak_memory_mb(), "seed": args.seed,
+        "script_sha256": sha256_file(Path(__file__)), "git_commit": git_commit(),
+        "device": runtime.device_name(), "world_size": runtime.world_size,
+        "torch": torch.__version__, "clocks": runtime.clocks, "broken_budgets": broken,
+        "evals": evaluator.results, "settings": args.settings(),
+    }
+    write_atomic(log.folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+
+    for key, value in metrics.items():
+        if not isinstance(value, (dict, list)):
+            log(f"{key}: {value}")
+    for line in broken:
+        log(f"budget: {line}")
+    return 3 if broken else 0
+
+
+def main() -> int:
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(Hyperparameters.help())
+        return 0
+    runtime = None
+    try:
+        if sys.argv[1:]:
+            raise UserError(f"{sys.argv[1]!r}: settings are environment variables, see --help")
+        args = Hyperparameters(os.environ)
+        if args.eval_only or args.generate:
+            header, _ = unpack(read_file(args.artifact, "ARTIFACT"), args.artifact)
+            args = shipped_settings(header, args.artifact, os.environ)
+        runtime = Runtime(args)
+        if args.generate:
+            return generate(args, runtime)
+        # from here on all ranks write to one folder
+        runtime.attention = pick_attention(args, runtime.device, runtime.dtype)
+        started, = runtime.from_main([time.time()])
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
+        args.run_id = args.run_id or f"{stamp}-seed{args.seed}"
+        data = Dataset(args, verify=runtime.main)
+        log = Log(run_folder(args) if runtime.main else None)
+        fingerprint = data.fingerprint()
+        log_header(log, args, runtime, fingerprint)
+        evaluator = Evaluator(args, data, runtime, log)
+        log(evaluator.describe(data.manifest))
+
+        summary = {"artifact": args.artifact, "dataset": fingerprint}
+        if not args.eval_only:
+            summary |= train(args, data, runtime, log, evaluator)
+        with runtime.clock("evaluation"):
+            score_artifact(summary["artifact"], args, runtime, evaluator)
+        return finish(args, runtime, log, evaluator, summary) if runtime.main else 0
+    except UserError as error:
+        if runtime is None or runtime.main:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        return 128 + stopped.args[0]
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
