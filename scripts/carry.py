@@ -30,7 +30,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -119,8 +119,8 @@ def probe(settings: dict[str, str], length: Length, source: str) -> dict[str, st
         "CHECKPOINT_EVERY": length.steps // 2 - 1, "GRAD_REPORT_EVERY": length.steps // 2,
         "TRAIN_LOG_EVERY": 1, "TTT_CHUNK_TOKENS": 4 * length.row, "TTT_BATCH_ROWS": 2,
         "DEVICE": "cpu", "DTYPE": "fp32", "COMPILE": "0", "VERIFY_DATA": "0"}
-    for name, most in (("NGRAM_BUCKETS", 2048), ("JEPA_SPAN", length.row // 2), ("VOCAB_SIZE", 1024),
-                       ("HEAD_POSITIONS", length.row // 4)):
+    for name, most in (("NGRAM_BUCKETS", 2048), ("VOCAB_SIZE", 1024), ("HEAD_POSITIONS", length.row // 4),
+                       ("JEPA_SPAN", max(1, number("JEPA_SPAN", row) * length.row // row))):
         if name in found:
             short[name] = min(most, number(name, most))
     return found | {name: str(value) for name, value in short.items() if declares(source, name)}
@@ -462,6 +462,10 @@ def compare(old: Path, new: Path) -> Comparison:
         found.notes += [note for note in notes if note not in found.notes]
     metrics = [read_json(folder / "run" / "metrics.json") for folder in folders]
     passes = [side["evals"] for side in metrics]
+    for name, entry in passes[0].items():  # a pass that hardly learns would prove little
+        if 0 < entry.get("updates", 0) < 3:
+            raise Misuse(f"{name}: {entry['updates']} updates of test-time training, at least 3 are needed: "
+                         "--set a smaller TTT_CHUNK_TOKENS or a larger VAL_BYTES")
     weights = ("raw", "final_raw", "final_ema")
     for stage, here in (("scores of the weights", True), ("scores of the artifact", False)):
         if not here:
@@ -581,9 +585,13 @@ def jobs_of(folder: Path, arms: bool) -> list[Job]:
     found: dict[tuple, Job] = {}
     for path in paths:
         about = read_json(path)
-        if not isinstance(about, dict) or "evals" not in about or "script_sha256" not in about:
-            continue  # no run: a list of rows, an audit
-        like = Measured.read(path)
+        if not isinstance(about, dict) or not {"evals", "coded_bytes"} & {*about} or "script_sha256" not in about:
+            continue  # no run and no proof, but speeds, an audit, a tool's table: these are made again
+        if "evals" in about:
+            like = Measured.read(path)
+        else:  # what codec.py prove made with the artifact of a seed
+            of_seed = Measured.read(paths[0])
+            like = replace(of_seed, settings=of_seed.settings | about["set"], script=about["script_sha256"])
         if like.script == present:
             continue
         shared = {key: value for key, value in like.settings.items() if key not in family.OF_THE_RUN}

@@ -213,7 +213,7 @@ def test_proofs_follow_each_other_and_are_for_what_they_name():
 # Ablations
 
 
-def test_arms_are_grouped_by_script_and_setting_and_their_script_is_found_in_git(record, tmp_path):
+def test_arms_are_grouped_by_script_and_setting_and_their_script_is_found_in_git(record, old, tmp_path):
     def git(*words):
         identity = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]
         subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
@@ -230,9 +230,15 @@ def test_arms_are_grouped_by_script_and_setting_and_their_script_is_found_in_git
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"settings": settings, "evals": {}, "script_sha256": digest(past)}))
     (record / "ablations" / "arms.json").write_text(json.dumps({"base": "what it is"}))
+    (record / "measured").mkdir()
+    for name, proof in (("prove", {"set": {"TTT": "0"}, "coded_bytes": 9}), ("speeds", {"seconds": 1})):
+        about = {**proof, "script_sha256": digest(old)}
+        (record / "measured" / f"{name}.json").write_text(json.dumps(about))
 
     found = carry.jobs_of(record, arms=True)
-    assert [job.results for job in found] == [["seed42"], ["ablations/base"], ["ablations/doc"]]
+    assert [job.results for job in found] == [
+        ["seed42"], ["ablations/base"], ["ablations/doc"], ["measured/prove.json"]]
+    assert found[3].like.settings == {**SMALL, "TTT": "0"}
     assert carry.measured_source(found[1], tmp_path) == past.encode()
     found[1].like = carry.Measured({}, script="0" * 64)
     with pytest.raises(family.Misuse, match="ablations/base: no log and no commit has its script, 00000000"):
