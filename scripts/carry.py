@@ -6,9 +6,10 @@
     python scripts/carry.py OLD.py NEW.py --set DOC_MASK=1 --set DRAFT=0
     python scripts/lineage.py carry BytePPM                  a record's numbers to its present script
 
-A run trains some steps, validates, saves checkpoints, calibrates, packs the artifact, makes every scoring pass
-and writes a text with the artifact: fp32 on the CPU, one thread, not compiled. What a run leaves is kept under
-runs/carry and taken from there when the same script is asked for again at the same settings.
+A run trains some steps, validates, saves checkpoints, calibrates, packs the artifact and makes every scoring
+pass; the artifact is then decoded id by id, and writes a text. All in fp32 on the CPU, one thread, not
+compiled: kernels of GPUs, bf16 and torch.compile are not compared. What a run leaves is kept under runs/carry
+and taken from there when the same script is asked for again at the same settings.
 
 Exit codes: 0 equal, 1 different (the first difference is named), 2 misuse.
 """
@@ -88,7 +89,7 @@ FULL, QUICK = Length(24, 2048, 256, 4600), Length(8, 512, 64, 1200)
 
 def declares(source: str, name: str) -> bool:
     """Whether a script has this setting."""
-    return re.search(rf"^\s+{name.lower()} = Var\(", source, re.M) is not None
+    return re.search(rf"^\s+{name.lower()}(: \w+)? = Var\(", source, re.M) is not None
 
 
 def probe(settings: dict[str, str], length: Length, source: str) -> dict[str, str]:
@@ -184,8 +185,8 @@ def execute(side: Side, folder: Path) -> None:
     folder.mkdir(parents=True)
     script, data = folder / "train_gpt.py", side.data.resolve()
     script.write_bytes(side.source)
-    kept = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
-            if key in os.environ}
+    names = ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+    kept = {key: os.environ[key] for key in names if key in os.environ}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
     where = {"DATA_PATH": str(data), "RUNS_PATH": str(folder), "RUN_ID": "run"}
     if models := sorted(data.glob("*.model")):
@@ -532,7 +533,7 @@ class Measured:
 
 
 def result_file(name: str) -> Path:
-    """A metrics.json, an ablation's file, the metrics.json of a run's folder, or that of a record's first seed."""
+    """A result by its path, by its run's folder, or of a record's first seed by the record's name."""
     path = Path(name)
     if not path.exists():
         path = find_script(name).parent
@@ -564,7 +565,7 @@ def made_pair(sources: tuple[bytes, bytes], like: Measured, length: Length, chan
 
 @dataclass
 class Job:
-    """Results of a record that one script made at one setting, and one pair of runs that speaks for them all."""
+    """Results of a record that one script made at one setting: one pair of runs speaks for them all."""
 
     folder: Path
     results: list[str]  # "seed42", or paths below the record's folder
@@ -581,12 +582,15 @@ def jobs_of(folder: Path, arms: bool) -> list[Job]:
     present = hashlib.sha256((folder / "train_gpt.py").read_bytes()).hexdigest()
     paths = sorted(folder.glob("seed*/metrics.json"))
     if arms:
-        paths += [path for part in ("ablations", "measured") for path in sorted((folder / part).rglob("*.json"))]
+        for part in ("ablations", "measured"):
+            paths += sorted((folder / part).rglob("*.json"))
     found: dict[tuple, Job] = {}
     for path in paths:
         about = read_json(path)
-        if not isinstance(about, dict) or not {"evals", "coded_bytes"} & {*about} or "script_sha256" not in about:
-            continue  # no run and no proof, but speeds, an audit, a tool's table: these are made again
+        if not isinstance(about, dict) or "script_sha256" not in about:
+            continue
+        if not {"evals", "coded_bytes"} & {*about}:
+            continue  # neither a run nor a proof, but speeds or a tool's table: these are made again
         if "evals" in about:
             like = Measured.read(path)
         else:  # what codec.py prove made with the artifact of a seed
@@ -695,7 +699,8 @@ def carry_records(options: argparse.Namespace, root: Path = ROOT) -> list[family
     for folder in folders:
         place = f"records/{folder.name}"
         if not list(folder.glob("seed*/metrics.json")):
-            done.append(family.Finding("carry/runs", "FAIL", "no seed*/metrics.json: nothing is measured", place))
+            text = "no seed*/metrics.json: nothing is measured"
+            done.append(family.Finding("carry/runs", "FAIL", text, place))
             continue
         todo = jobs_of(folder, options.arms)
         if not todo:
@@ -725,14 +730,14 @@ def carry_records(options: argparse.Namespace, root: Path = ROOT) -> list[family
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `lineage.py carry`."""
-    parser.add_argument("--arms", action="store_true", help="ablations/ and measured/ too, not only the seeds")
+    parser.add_argument("--arms", action="store_true", help="ablations/ and measured/ too")
     parser.add_argument("--dry-run", action="store_true", help="compare, write nothing")
     add_shared_options(parser)
 
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="8 steps of 512 ids instead of 24 of 2,048")
-    parser.add_argument("--data", metavar="FOLDER", help="shards to use instead of the standard library's text")
+    parser.add_argument("--data", metavar="FOLDER", help="shards (default: made of the standard library)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time")
     parser.add_argument("--fresh", action="store_true", help="run again what runs/carry already has")
 
@@ -763,7 +768,8 @@ def two(options: argparse.Namespace) -> int:
     variants = VARIANTS if options.variants else {"": {}}
     length = QUICK if options.quick else FULL
     data = Path(options.data) if options.data else None
-    pairs = [made_pair(sources, like, length, more | changes, data, label) for label, more in variants.items()]
+    pairs = [made_pair(sources, like, length, more | changes, data, label)
+             for label, more in variants.items()]
     all_found = side_by_side(pairs, options.jobs, options.fresh)
     for (_, new), found in zip(pairs, all_found):
         show(found, new.label)
@@ -777,7 +783,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("new", help="the same")
     parser.add_argument("--like", metavar="RESULT", help="a record or a result file whose settings are taken "
                         "(default: a small model with everything of the trunk on)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting to change")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting")
     parser.add_argument("--variants", action="store_true", help="the trunk at several settings in turn")
     add_shared_options(parser)
     return two(parser.parse_args(argv))

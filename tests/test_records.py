@@ -52,7 +52,8 @@ def test_a_commit_that_a_text_names_is_in_the_repository():
     if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
         pytest.skip("no repository here, or one without its history")
     texts = [ROOT / "README.md", *ROOT.glob("records/*/README.md"), *ROOT.glob("docs/*.md")]
-    named = [(path, name) for path in texts for name in re.findall(r"commit `([0-9a-f]{7,40})`", path.read_text())]
+    pattern = r"commit `([0-9a-f]{7,40})`"
+    named = [(path, name) for path in texts for name in re.findall(pattern, path.read_text())]
     missing = [f"{path.relative_to(ROOT)}: {name}" for path, name in named
                if git("cat-file", "-e", f"{name}^{{commit}}").returncode]
     assert not missing, "a reader cannot find these commits"
