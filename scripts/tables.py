@@ -11,8 +11,8 @@ A marker pair `<!-- table: KIND FOLDER [ARGUMENT] -->` ... `<!-- end -->` names 
 "rows": [[...]], "note": "..."} that a tool wrote), `generation` (bench.json of GENERATE_BENCH), `gate` (gate.json of EVAL_GATE), `ranking` (what
 sweep.py --collect wrote of a named set), `history` (validation during a run, from its metrics.jsonl) and `audit` (what audit.py RECORD --json printed).
 
-A table of a record ends with the script that made its numbers. *Stale* says that this is not the record's
-present script, and that `scripts/lineage.py carry` has not shown that both compute the same.
+A table of a record ends with the script that made its numbers; where these do not hold for the record's present script, *stale* says so.
+Numbers hold there if `scripts/lineage.py carry` has shown it.
 Verdicts are those of scripts/stats.py. Exit code 2: a file or a number that a table needs is missing. The root README's table of records is
 written by scripts/leaderboard.py.
 """
@@ -88,7 +88,7 @@ def script_named(path: Path) -> str | None:
 
 
 def of_script(kind: str, folder: Path, argument: str | None, root: Path) -> str:
-    """The line below a table: which script made its numbers. A sentence has it only where stale."""
+    """The line below a table of a record: which script made its numbers. A sentence has it only where stale."""
     record = next((place for place in (folder, *folder.parents) if (place / "train_gpt.py").is_file()), None)
     if record is None or record == root or is_draft(record):
         return ""
