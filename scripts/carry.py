@@ -55,7 +55,8 @@ EVERYTHING = {
     "TRAIN_SEQ_LEN": "512", "EVAL_STRIDE": "64", "TTT": "sgd", "QUANT_ROUND": "gptq", "SEED": "42",
 }
 
-# Further settings of the trunk that a rewrite of it has to leave alone: `--variants` runs them all.
+# Further settings of the trunk that a rewrite of it has to leave alone: `--variants` runs them all, without
+# what one of the two scripts does not have.
 VARIANTS = {
     "everything": {},
     "documents": {"DOC_MASK": "1", "TRAIN_ALIGN": "document", "TRAIN_ORDER": "shuffled", "TTT": "0"},
@@ -92,10 +93,11 @@ def declares(source: str, name: str) -> bool:
     return re.search(rf"^\s+{name.lower()}(: \w+)? = Var\(", source, re.M) is not None
 
 
-def probe(settings: dict[str, str], length: Length, source: str) -> dict[str, str]:
+def probe(settings: dict[str, str], length: Length, sources: tuple[str, str]) -> dict[str, str]:
     """A record's settings, shortened so that everything that they switch on happens in `length`.
 
-    `source`: the old script. What only the probe would set, and that script does not have, is left out.
+    `sources`: the old script and the new one. What the old one does not have is left out; what only says how
+    much a run tells of itself has to be in both.
     """
     found = {key: value for key, value in settings.items() if key not in family.OF_THE_RUN}
     found["SEED"] = settings.get("SEED", "1337")
@@ -124,7 +126,11 @@ def probe(settings: dict[str, str], length: Length, source: str) -> dict[str, st
                        ("JEPA_SPAN", max(1, number("JEPA_SPAN", row) * length.row // row))):
         if name in found:
             short[name] = min(most, number(name, most))
-    return found | {name: str(value) for name, value in short.items() if declares(source, name)}
+
+    def known(name: str) -> bool:
+        return all(declares(source, name) for source in (sources if name.endswith("_EVERY") else sources[:1]))
+
+    return found | {name: str(value) for name, value in short.items() if known(name)}
 
 
 def variant_of(settings: dict[str, str], caseops: bool) -> str:
@@ -358,10 +364,12 @@ def settings_apart(old: dict, new: dict, scripts: tuple[Path, Path]) -> tuple[li
         before, now = (family.load_script(path).Hyperparameters for path in scripts)
         known = {var.name for var in before.vars().values()}
         defaults = {var.name: var.default for var in now.vars().values()}
-        accepted = {key: off for key, (off, _) in now.RETIRED.items()}
+        accepted = dict.fromkeys(getattr(now, "IGNORED", ()), ())  # without effect at any value
+        for key, (off, _) in now.RETIRED.items():
+            accepted[key] = off.split() if isinstance(off, str) else off
         for key in list(gone):
             value = old[key]
-            text = str(int(value) if isinstance(value, bool) else value)
+            text = as_text(value)
             if key not in accepted or accepted[key] and text not in accepted[key]:
                 apart.append(f"{key} is missing and not retired at {text!r}")
                 gone.remove(key)
@@ -410,8 +418,12 @@ def checkpoints_apart(folders: list[Path], name: str, scripts) -> tuple[int, lis
     else:
         return 0, [], []
     config = [dict(part.pop("config", {})) for part in meta]
-    apart, notes = settings_apart(*config, scripts)
-    return len(tensors[0]), [*found, *values_apart(*meta), *apart], notes
+    apart, _ = settings_apart(*config, scripts)  # the artifact's header has the same
+    notes = []
+    if gone := [key for key in meta[0] if key not in meta[1] and tensors[1]]:  # bookkeeping, not a number
+        notes.append(f"checkpoints say no more of {', '.join(gone)}")
+    kept = {key: value for key, value in meta[0].items() if key in meta[1]}
+    return len(tensors[0]), [*found, *values_apart(kept, meta[1]), *apart], notes
 
 
 def parts_of(blob: bytes) -> tuple[dict, bytes]:
@@ -550,7 +562,7 @@ def as_text(value) -> str:
 def made_pair(sources: tuple[bytes, bytes], like: Measured, length: Length, changes: dict[str, str],
               data: Path | None, label: str = "") -> tuple[Side, Side]:
     """Both sides at one setting, shortened, with `changes` on top."""
-    mine = probe(like.settings, length, sources[0].decode())
+    mine = probe(like.settings, length, tuple(source.decode() for source in sources))
     if data is not None:
         if not (data / "manifest.json").exists():
             raise Misuse(f"{data}: no manifest.json, so no folder of data/prepare.py")
@@ -745,15 +757,17 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
 # Two scripts
 
 
-def show(found: Comparison, label: str = "") -> None:
-    """One paragraph: what was compared, and the first difference."""
+def show(found: Comparison, label: str = "", every: bool = False) -> None:
+    """One paragraph: what was compared, and the first difference, or every one."""
     head = f"{label}: " * bool(label)
     counts = ", ".join(f"{stage} {count}" for stage, count in found.counts.items() if count)
     if found.equal:
         print(f"{head}equal: {counts}")
     else:
         print(f"{head}DIFFERENT, first in {found.first()}")
-        if rest := found.others():
+        if every:
+            print("\n".join(f"  {stage}: {text}" for stage in found.different for text in found.different[stage]))
+        elif rest := found.others():
             print(f"  and further: {rest}")
     for note in found.notes:
         print(f"  note: {note}")
@@ -765,14 +779,18 @@ def two(options: argparse.Namespace) -> int:
         raise Misuse(f"--set {bad[0]}: NAME=VALUE")
     changes = dict(text.split("=", 1) for text in options.set)
     like = Measured.read(result_file(options.like)) if options.like else Measured(EVERYTHING)
-    variants = VARIANTS if options.variants else {"": {}}
+    texts = [source.decode() for source in sources]
+    variants = {}
+    for label, more in VARIANTS.items() if options.variants else [("", {})]:
+        both = [name for name in more if all(declares(text, name) for text in texts)]
+        variants[label] = {name: more[name] for name in both}
     length = QUICK if options.quick else FULL
     data = Path(options.data) if options.data else None
     pairs = [made_pair(sources, like, length, more | changes, data, label)
              for label, more in variants.items()]
     all_found = side_by_side(pairs, options.jobs, options.fresh)
     for (_, new), found in zip(pairs, all_found):
-        show(found, new.label)
+        show(found, new.label, options.all)
     return family.FINE if all(found.equal for found in all_found) else family.FINDINGS
 
 
@@ -784,6 +802,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--like", metavar="RESULT", help="a record or a result file whose settings are taken "
                         "(default: a small model with everything of the trunk on)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting")
+    parser.add_argument("--all", action="store_true", help="show every difference, not only the first")
     parser.add_argument("--variants", action="store_true", help="the trunk at several settings in turn")
     add_shared_options(parser)
     return two(parser.parse_args(argv))
