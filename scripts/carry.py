@@ -6,9 +6,10 @@
     python scripts/carry.py OLD.py NEW.py --set DOC_MASK=1 --set DRAFT=0
     python scripts/lineage.py carry BytePPM                  a record's numbers to its present script
 
-A run trains some steps, validates, saves checkpoints, calibrates, packs the artifact, makes every scoring pass
-and writes a text with the artifact: fp32 on the CPU, one thread, not compiled. What a run leaves is kept under
-runs/carry and taken from there when the same script is asked for again at the same settings.
+A run trains some steps, validates, saves checkpoints, calibrates, packs the artifact and makes every scoring
+pass; the artifact is then decoded id by id, and writes a text. All in fp32 on the CPU, one thread, not
+compiled: kernels of GPUs, bf16 and torch.compile are not compared. What a run leaves is kept under runs/carry
+and taken from there when the same script is asked for again at the same settings.
 
 Exit codes: 0 equal, 1 different (the first difference is named), 2 misuse.
 """
@@ -30,7 +31,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -54,7 +55,8 @@ EVERYTHING = {
     "TRAIN_SEQ_LEN": "512", "EVAL_STRIDE": "64", "TTT": "sgd", "QUANT_ROUND": "gptq", "SEED": "42",
 }
 
-# Further settings of the trunk that a rewrite of it has to leave alone: `--variants` runs them all.
+# Further settings of the trunk that a rewrite of it has to leave alone: `--variants` runs them all, without
+# what one of the two scripts does not have.
 VARIANTS = {
     "everything": {},
     "documents": {"DOC_MASK": "1", "TRAIN_ALIGN": "document", "TRAIN_ORDER": "shuffled", "TTT": "0"},
@@ -88,13 +90,14 @@ FULL, QUICK = Length(24, 2048, 256, 4600), Length(8, 512, 64, 1200)
 
 def declares(source: str, name: str) -> bool:
     """Whether a script has this setting."""
-    return re.search(rf"^\s+{name.lower()} = Var\(", source, re.M) is not None
+    return re.search(rf"^\s+{name.lower()}(: \w+)? = Var\(", source, re.M) is not None
 
 
-def probe(settings: dict[str, str], length: Length, source: str) -> dict[str, str]:
+def probe(settings: dict[str, str], length: Length, sources: tuple[str, str]) -> dict[str, str]:
     """A record's settings, shortened so that everything that they switch on happens in `length`.
 
-    `source`: the old script. What only the probe would set, and that script does not have, is left out.
+    `sources`: the old script and the new one. What the old one does not have is left out; what only says how
+    much a run tells of itself has to be in both.
     """
     found = {key: value for key, value in settings.items() if key not in family.OF_THE_RUN}
     found["SEED"] = settings.get("SEED", "1337")
@@ -119,11 +122,15 @@ def probe(settings: dict[str, str], length: Length, source: str) -> dict[str, st
         "CHECKPOINT_EVERY": length.steps // 2 - 1, "GRAD_REPORT_EVERY": length.steps // 2,
         "TRAIN_LOG_EVERY": 1, "TTT_CHUNK_TOKENS": 4 * length.row, "TTT_BATCH_ROWS": 2,
         "DEVICE": "cpu", "DTYPE": "fp32", "COMPILE": "0", "VERIFY_DATA": "0"}
-    for name, most in (("NGRAM_BUCKETS", 2048), ("JEPA_SPAN", length.row // 2), ("VOCAB_SIZE", 1024),
-                       ("HEAD_POSITIONS", length.row // 4)):
+    for name, most in (("NGRAM_BUCKETS", 2048), ("VOCAB_SIZE", 1024), ("HEAD_POSITIONS", length.row // 4),
+                       ("JEPA_SPAN", max(1, number("JEPA_SPAN", row) * length.row // row))):
         if name in found:
             short[name] = min(most, number(name, most))
-    return found | {name: str(value) for name, value in short.items() if declares(source, name)}
+
+    def known(name: str) -> bool:
+        return all(declares(source, name) for source in (sources if name.endswith("_EVERY") else sources[:1]))
+
+    return found | {name: str(value) for name, value in short.items() if known(name)}
 
 
 def variant_of(settings: dict[str, str], caseops: bool) -> str:
@@ -184,8 +191,8 @@ def execute(side: Side, folder: Path) -> None:
     folder.mkdir(parents=True)
     script, data = folder / "train_gpt.py", side.data.resolve()
     script.write_bytes(side.source)
-    kept = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
-            if key in os.environ}
+    names = ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+    kept = {key: os.environ[key] for key in names if key in os.environ}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
     where = {"DATA_PATH": str(data), "RUNS_PATH": str(folder), "RUN_ID": "run"}
     if models := sorted(data.glob("*.model")):
@@ -357,10 +364,12 @@ def settings_apart(old: dict, new: dict, scripts: tuple[Path, Path]) -> tuple[li
         before, now = (family.load_script(path).Hyperparameters for path in scripts)
         known = {var.name for var in before.vars().values()}
         defaults = {var.name: var.default for var in now.vars().values()}
-        accepted = {key: off for key, (off, _) in now.RETIRED.items()}
+        accepted = dict.fromkeys(getattr(now, "IGNORED", ()), ())  # without effect at any value
+        for key, (off, _) in now.RETIRED.items():
+            accepted[key] = off.split() if isinstance(off, str) else off
         for key in list(gone):
             value = old[key]
-            text = str(int(value) if isinstance(value, bool) else value)
+            text = as_text(value)
             if key not in accepted or accepted[key] and text not in accepted[key]:
                 apart.append(f"{key} is missing and not retired at {text!r}")
                 gone.remove(key)
@@ -409,8 +418,12 @@ def checkpoints_apart(folders: list[Path], name: str, scripts) -> tuple[int, lis
     else:
         return 0, [], []
     config = [dict(part.pop("config", {})) for part in meta]
-    apart, notes = settings_apart(*config, scripts)
-    return len(tensors[0]), [*found, *values_apart(*meta), *apart], notes
+    apart, _ = settings_apart(*config, scripts)  # the artifact's header has the same
+    notes = []
+    if gone := [key for key in meta[0] if key not in meta[1] and tensors[1]]:  # bookkeeping, not a number
+        notes.append(f"checkpoints say no more of {', '.join(gone)}")
+    kept = {key: value for key, value in meta[0].items() if key in meta[1]}
+    return len(tensors[0]), [*found, *values_apart(kept, meta[1]), *apart], notes
 
 
 def parts_of(blob: bytes) -> tuple[dict, bytes]:
@@ -462,6 +475,10 @@ def compare(old: Path, new: Path) -> Comparison:
         found.notes += [note for note in notes if note not in found.notes]
     metrics = [read_json(folder / "run" / "metrics.json") for folder in folders]
     passes = [side["evals"] for side in metrics]
+    for name, entry in passes[0].items():  # a pass that hardly learns would prove little
+        if 0 < entry.get("updates", 0) < 3:
+            raise Misuse(f"{name}: {entry['updates']} updates of test-time training, at least 3 are needed: "
+                         "--set a smaller TTT_CHUNK_TOKENS or a larger VAL_BYTES")
     weights = ("raw", "final_raw", "final_ema")
     for stage, here in (("scores of the weights", True), ("scores of the artifact", False)):
         if not here:
@@ -528,7 +545,7 @@ class Measured:
 
 
 def result_file(name: str) -> Path:
-    """A metrics.json, an ablation's file, the metrics.json of a run's folder, or that of a record's first seed."""
+    """A result by its path, by its run's folder, or of a record's first seed by the record's name."""
     path = Path(name)
     if not path.exists():
         path = find_script(name).parent
@@ -545,7 +562,7 @@ def as_text(value) -> str:
 def made_pair(sources: tuple[bytes, bytes], like: Measured, length: Length, changes: dict[str, str],
               data: Path | None, label: str = "") -> tuple[Side, Side]:
     """Both sides at one setting, shortened, with `changes` on top."""
-    mine = probe(like.settings, length, sources[0].decode())
+    mine = probe(like.settings, length, tuple(source.decode() for source in sources))
     if data is not None:
         if not (data / "manifest.json").exists():
             raise Misuse(f"{data}: no manifest.json, so no folder of data/prepare.py")
@@ -560,7 +577,7 @@ def made_pair(sources: tuple[bytes, bytes], like: Measured, length: Length, chan
 
 @dataclass
 class Job:
-    """Results of a record that one script made at one setting, and one pair of runs that speaks for them all."""
+    """Results of a record that one script made at one setting: one pair of runs speaks for them all."""
 
     folder: Path
     results: list[str]  # "seed42", or paths below the record's folder
@@ -577,13 +594,20 @@ def jobs_of(folder: Path, arms: bool) -> list[Job]:
     present = hashlib.sha256((folder / "train_gpt.py").read_bytes()).hexdigest()
     paths = sorted(folder.glob("seed*/metrics.json"))
     if arms:
-        paths += [path for part in ("ablations", "measured") for path in sorted((folder / part).rglob("*.json"))]
+        for part in ("ablations", "measured"):
+            paths += sorted((folder / part).rglob("*.json"))
     found: dict[tuple, Job] = {}
     for path in paths:
         about = read_json(path)
-        if not isinstance(about, dict) or "evals" not in about or "script_sha256" not in about:
-            continue  # no run: a list of rows, an audit
-        like = Measured.read(path)
+        if not isinstance(about, dict) or "script_sha256" not in about:
+            continue
+        if not {"evals", "coded_bytes"} & {*about}:
+            continue  # neither a run nor a proof, but speeds or a tool's table: these are made again
+        if "evals" in about:
+            like = Measured.read(path)
+        else:  # what codec.py prove made with the artifact of a seed
+            of_seed = Measured.read(paths[0])
+            like = replace(of_seed, settings=of_seed.settings | about["set"], script=about["script_sha256"])
         if like.script == present:
             continue
         shared = {key: value for key, value in like.settings.items() if key not in family.OF_THE_RUN}
@@ -687,7 +711,8 @@ def carry_records(options: argparse.Namespace, root: Path = ROOT) -> list[family
     for folder in folders:
         place = f"records/{folder.name}"
         if not list(folder.glob("seed*/metrics.json")):
-            done.append(family.Finding("carry/runs", "FAIL", "no seed*/metrics.json: nothing is measured", place))
+            text = "no seed*/metrics.json: nothing is measured"
+            done.append(family.Finding("carry/runs", "FAIL", text, place))
             continue
         todo = jobs_of(folder, options.arms)
         if not todo:
@@ -717,14 +742,14 @@ def carry_records(options: argparse.Namespace, root: Path = ROOT) -> list[family
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `lineage.py carry`."""
-    parser.add_argument("--arms", action="store_true", help="ablations/ and measured/ too, not only the seeds")
+    parser.add_argument("--arms", action="store_true", help="ablations/ and measured/ too")
     parser.add_argument("--dry-run", action="store_true", help="compare, write nothing")
     add_shared_options(parser)
 
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="8 steps of 512 ids instead of 24 of 2,048")
-    parser.add_argument("--data", metavar="FOLDER", help="shards to use instead of the standard library's text")
+    parser.add_argument("--data", metavar="FOLDER", help="shards (default: made of the standard library)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time")
     parser.add_argument("--fresh", action="store_true", help="run again what runs/carry already has")
 
@@ -732,15 +757,17 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
 # Two scripts
 
 
-def show(found: Comparison, label: str = "") -> None:
-    """One paragraph: what was compared, and the first difference."""
+def show(found: Comparison, label: str = "", every: bool = False) -> None:
+    """One paragraph: what was compared, and the first difference, or every one."""
     head = f"{label}: " * bool(label)
     counts = ", ".join(f"{stage} {count}" for stage, count in found.counts.items() if count)
     if found.equal:
         print(f"{head}equal: {counts}")
     else:
         print(f"{head}DIFFERENT, first in {found.first()}")
-        if rest := found.others():
+        if every:
+            print("\n".join(f"  {stage}: {text}" for stage in found.different for text in found.different[stage]))
+        elif rest := found.others():
             print(f"  and further: {rest}")
     for note in found.notes:
         print(f"  note: {note}")
@@ -752,13 +779,18 @@ def two(options: argparse.Namespace) -> int:
         raise Misuse(f"--set {bad[0]}: NAME=VALUE")
     changes = dict(text.split("=", 1) for text in options.set)
     like = Measured.read(result_file(options.like)) if options.like else Measured(EVERYTHING)
-    variants = VARIANTS if options.variants else {"": {}}
+    texts = [source.decode() for source in sources]
+    variants = {}
+    for label, more in VARIANTS.items() if options.variants else [("", {})]:
+        both = [name for name in more if all(declares(text, name) for text in texts)]
+        variants[label] = {name: more[name] for name in both}
     length = QUICK if options.quick else FULL
     data = Path(options.data) if options.data else None
-    pairs = [made_pair(sources, like, length, more | changes, data, label) for label, more in variants.items()]
+    pairs = [made_pair(sources, like, length, more | changes, data, label)
+             for label, more in variants.items()]
     all_found = side_by_side(pairs, options.jobs, options.fresh)
     for (_, new), found in zip(pairs, all_found):
-        show(found, new.label)
+        show(found, new.label, options.all)
     return family.FINE if all(found.equal for found in all_found) else family.FINDINGS
 
 
@@ -769,7 +801,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("new", help="the same")
     parser.add_argument("--like", metavar="RESULT", help="a record or a result file whose settings are taken "
                         "(default: a small model with everything of the trunk on)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting to change")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting")
+    parser.add_argument("--all", action="store_true", help="show every difference, not only the first")
     parser.add_argument("--variants", action="store_true", help="the trunk at several settings in turn")
     add_shared_options(parser)
     return two(parser.parse_args(argv))

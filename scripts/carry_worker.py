@@ -1,8 +1,9 @@
-"""The other half of carry.py: scores a text twice with a run's artifact, at once and id by id, through the script's own interface.
+"""The other half of carry.py: scores a text with a run's artifact twice, at once and id by id.
 
     python scripts/carry_worker.py FOLDER SHARD COUNT     prints {"score": [nats, ...], "stream": [nats, ...]}
 
-FOLDER holds train_gpt.py and run/artifact.bin. It runs in a process of its own, since a script changes torch's settings.
+FOLDER holds train_gpt.py and run/artifact.bin. Of the script it uses `load`, `score` and `stream`, which
+every script of the family has. It is a process of its own, since importing a script may change torch's settings.
 """
 
 from __future__ import annotations

@@ -610,7 +610,8 @@ def prove(options: argparse.Namespace) -> int:
     sizes = record.target_bytes(text.ids) if sizes is None or len(sizes) != len(text.ids) else sizes[1:]
     text, size = prefix_of(text, sizes, options.bytes)
     result = {"file": options.file, "kind": text.kind, "bytes": size, "ids": len(text.ids)}
-    result |= {"set": record.settings, "failures": []}
+    named = hashlib.sha256(record.script.read_bytes()).hexdigest()
+    result |= {"set": record.settings, "script_sha256": named, "failures": []}
     try:
         measure(options, record, text, result)
     except BadStream as error:

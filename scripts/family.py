@@ -142,7 +142,7 @@ def source_in_log(path: Path, sha256: str) -> bytes:
 
 
 def carried(submission: dict, measured: str, present: str, result: str) -> bool:
-    """Whether a number still holds: was `result` measured with the present script, or proved to be the same there?
+    """Whether a number holds for the present script: it was measured with it, or proved to be the same.
 
     measured, present: sha256 of the two scripts. result: "seed42", or a path below the record's folder. The
     proofs are the entries of `carried` in submission.json, which scripts/lineage.py carry writes; one for a

@@ -196,7 +196,8 @@ class Record:
     @property
     def sizes(self) -> dict[str, int]:
         """{run: bytes of code and model}, the code as it is now."""
-        return {run.where: stats.as_carried(self.folder, run.metrics)["bytes_total"] for run in self.group.runs}
+        runs = {run.where: stats.as_carried(self.folder, run.metrics) for run in self.group.runs}
+        return {where: metrics["bytes_total"] for where, metrics in runs.items()}
 
     @property
     def bytes_total(self) -> int:

@@ -472,7 +472,7 @@ def runs(folder: Path) -> dict[str, dict]:
 
 
 def stale(folder: Path) -> list[str]:
-    """Seed folders of a record whose numbers another text of its script has made, and nobody has carried over."""
+    """Seed folders of a record whose numbers are another script's, and are not carried over to this one."""
     digest = hashlib.sha256((folder / "train_gpt.py").read_bytes()).hexdigest()
     submission = read_json(folder / "submission.json")
     return [name for name, metrics in runs(folder).items()
@@ -910,9 +910,9 @@ def arguments() -> argparse.ArgumentParser:
     part.add_argument("--since", metavar="COMMIT", help="what is older does not count as the parent's text")
     part.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
     part = commands.add_parser("carry", help="carry numbers over to the present script", description=(
-        "Runs the script that made a record's numbers and the present one side by side, shortened, and compares "
-        "them bit for bit. Equal: submission.json says so, and the numbers are no longer stale. Exit code 1 "
-        "where they differ, 2 for misuse."))
+        "Runs the script that made a record's numbers and the present one side by side, shortened, and "
+        "compares them bit for bit. Equal: submission.json says so, and the numbers are no longer stale. "
+        "Exit code 1 where they differ, 2 for misuse."))
     part.add_argument("records", nargs="*", metavar="RECORD", help="script, folder or name (default: all)")
     add_options(part)
 

@@ -560,7 +560,7 @@ def holds(folder: Path, sha256: str | None, result: str) -> bool:
 
 
 def script_line(folder: Path, results: dict[str, str | None]) -> str:
-    """A line for a table of a record: which script made its numbers, and whether they hold for the present one.
+    """A line for a table of a record: which script made its numbers, and do they hold for the present one.
 
     results: {path below the record's folder: sha256 of the script that made it, or None where none is named}.
     """
@@ -586,7 +586,8 @@ def counted(hashes: Iterable[str]) -> str:
 
 def stale_mark(folder: Path, runs: Iterable[dict]) -> str:
     """A line where the seeds (metrics) of a record do not hold for the script in `folder`, else nothing."""
-    line = script_line(folder, {f"seed{run.get('seed')}": run.get("script_sha256", "unknown") for run in runs})
+    named = {f"seed{run.get('seed')}": run.get("script_sha256", "unknown") for run in runs}
+    line = script_line(folder, named)
     return line if line.startswith("*stale") else ""
 
 
