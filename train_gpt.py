@@ -333,7 +333,7 @@ class Hyperparameters:
         for name, value in environ.items():
             if name in self.RETIRED:
                 off, why = self.RETIRED[name]
-                if value.strip() not in ("", *off.split()):
+                if value not in ("", *off.split()):
                     raise UserError(f"{name}={value!r} is retired: {why}; unset it")
                 continue
             near = difflib.get_close_matches(name, known, 1, cutoff=0.87)

@@ -78,9 +78,9 @@ def test_drafts_that_came_true_are_not_read_again(trunk, tiny, ids):
     model = enlivened(trunk, tiny(EVAL_STRIDE=64)).eval()
     stream, lengths, hidden = trunk.stream(model), [], model.hidden
 
-    def counted(ids, rotary, aux_inputs=None, past=None):
+    def counted(ids, rotary, past=None):
         lengths.append(ids.size(1) - past.length)
-        return hidden(ids, rotary, aux_inputs, past)
+        return hidden(ids, rotary, past)
     model.hidden = counted
     stream.push(ids[0])
     stream.ahead(list(ids[1:6]))

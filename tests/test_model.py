@@ -166,15 +166,15 @@ def test_attention_rungs_agree_with_the_formula(trunk, name, length, heads, kv):
         assert (ours - wanted).abs().max() < 1e-4
 
 
-def test_attention_ladder_falls_to_a_rung_that_runs(trunk, monkeypatch):
+def test_attention_ladder_falls_to_a_rung_that_runs(trunk, tiny, monkeypatch):
     def broken(q, k, v):
         raise TypeError("scaled_dot_product_attention() got an unexpected keyword argument 'enable_gqa'")
 
     monkeypatch.setitem(trunk.ATTENTION, "sdpa", broken)
-    assert trunk.pick_attention("auto", torch.device("cpu"), torch.float32, 16) == "math"
+    assert trunk.pick_attention(tiny(), torch.device("cpu"), torch.float32) == "math"
     monkeypatch.setitem(trunk.ATTENTION, "math", broken)
-    with pytest.raises(trunk.UserError, match="no rung"):
-        trunk.pick_attention("sdpa", torch.device("cpu"), torch.float32, 16)
+    with pytest.raises(trunk.UserError, match="ATTENTION=sdpa: none of sdpa, math runs on cpu"):
+        trunk.pick_attention(tiny(ATTENTION="sdpa"), torch.device("cpu"), torch.float32)
 
 
 def test_rotary_is_exact_at_every_position_and_invertible(trunk, tiny):

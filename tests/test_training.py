@@ -34,7 +34,7 @@ def losses(output: str) -> list[float]:
 
 
 def test_a_run_leaves_what_the_house_promises(run, tmp_path):
-    code, output, metrics = run(VAL_LOSS_EVERY=3, GRAD_REPORT_EVERY=3, JEPA_PHASE1_FRAC=0)
+    code, output, metrics = run(VAL_LOSS_EVERY=3, JEPA_PHASE1_FRAC=0)
     assert code == 0, output
     folder = tmp_path / "runs" / "test"
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -66,13 +66,6 @@ def test_a_run_leaves_what_the_house_promises(run, tmp_path):
     assert re.search(r"^final_int6_sliding_exact val_loss:\d\.\d{8} val_bpb:\d\.\d{8}$", output, re.M)
     assert re.search(r"^step:6/6 val_loss:\S+ val_bpb:\S+ train_time:\d+ms step_avg:\S+ms$", output, re.M)
     assert re.search(r"^step:2/6 .* jepa_pred:\S+ jepa_r2:\S+ sigreg:\S+ sigreg_floor:0.0\d+$", output, re.M)
-    reports = re.findall(r"^grad_report step:3 (\w+) .*blocks.attn:(\S+) .*aux.projector:(\S+)", output, re.M)
-    assert {name: float(attn) > 0 for name, attn, _ in reports} == {
-        "ce": True,
-        "jepa_pred": False,
-        "sigreg": False,
-    }
-    assert all(float(projector) > 0 for _, _, projector in reports)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 1 and lines[0]["train_loss"] == pytest.approx(losses(output)[0], abs=1e-4)
     found = losses(output)
@@ -146,7 +139,7 @@ def test_two_ranks_give_the_losses_of_one(run, chunk):
     """The global batch, SIGReg's groups, Muon's shares
     and the scores do not depend on the number of ranks."""
     settings = {
-        "JEPA_CHUNK_SIZE": chunk, "JEPA_PHASE1_FRAC": 0, "JEPA_LAMBDA_MAX": 0.1, "JEPA_BACKBONE_GRAD": 1,
+        "JEPA_CHUNK_SIZE": chunk, "JEPA_PHASE1_FRAC": 0, "JEPA_LAMBDA_MAX": 0.1,
         "ITERATIONS": 8, "TRAIN_LOG_EVERY": 1,
     }
     outcomes = []
@@ -242,16 +235,27 @@ def test_a_run_that_explodes_names_step_and_checkpoint(run, tmp_path, rate):
         MATRIX_LR=rate, SCALAR_LR=rate, ITERATIONS=12, CHECKPOINT_EVERY=1, TRAIN_LOG_EVERY=100
     )
     message = (
-        r"^error: step \d+: (the loss|[\w.]+) is not finite; the last good checkpoint is \S+last.safetensors$"
+        r"^error: step \d+: (the loss|[\w.]+) is not finite; the last good checkpoint: \S+last.safetensors$"
     )
     assert code == 2 and re.search(message, output, re.M) and "Traceback" not in output, output
     kept = weights(tmp_path / "runs/test/last.safetensors")
     assert all(np.isfinite(value).all() for value in kept.values() if value.dtype.kind == "f")
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_trains_and_keeps_fp32_masters(run, tmp_path, dtype):
-    code, output, metrics = run(DTYPE=dtype, ITERATIONS=8)
+def test_every_step_has_its_line_in_the_metrics_whatever_the_log_shows(run, tmp_path):
+    """A curve of hundreds of points needs no line on the console and no wait for the device a step."""
+    code, output, _ = run(ITERATIONS=30, TRAIN_LOG_EVERY=1000)
+    assert code == 0, output
+    lines = [json.loads(line) for line in (tmp_path / "runs/test/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train_loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 31))
+    assert len(losses(output)) == 11  # the first ten and the last
+    assert [round(line["train_loss"], 4) for line in (*steps[:10], steps[-1])] == losses(output)
+    assert all(a["train_seconds"] < b["train_seconds"] for a, b in zip(steps, steps[1:]))
+
+
+def test_bf16_trains_and_keeps_fp32_masters(run, tmp_path):
+    code, output, metrics = run(DTYPE="bf16", ITERATIONS=8)
     assert code == 0 and losses(output)[-1] < losses(output)[0] - 0.3, output
     assert ("attention:cpu" in output) and metrics["val_bpb"] < 9
     final = weights(tmp_path / "runs/test/final.safetensors")
@@ -262,8 +266,8 @@ def test_half_precision_trains_and_keeps_fp32_masters(run, tmp_path, dtype):
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_compiled_equals_eager(run):
-    eager = run(RUN_ID="a", NUM_LAYERS=2, ITERATIONS=4)
-    compiled = run(RUN_ID="b", NUM_LAYERS=2, ITERATIONS=4, COMPILE=1, timeout=400)
+    eager = run(RUN_ID="a", NUM_LAYERS=1, ITERATIONS=4)
+    compiled = run(RUN_ID="b", NUM_LAYERS=1, ITERATIONS=4, COMPILE=1, timeout=400)
     code, output, _ = compiled
     assert code == 0 and "compile:1" in output and "compile: failed" not in output, output
     assert np.abs(np.array(losses(eager[1])) - np.array(losses(output))).max() < 2e-3
