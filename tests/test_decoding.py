@@ -51,12 +51,13 @@ def test_rungs_agree_on_documents(trunk):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 40, (3, 96), generator=generator)
     q, k, v = (torch.randn(3, 96, heads, 8, generator=generator) for heads in (4, 2, 2))
-    plain = trunk.math_attention(q, k, v, trunk.document_mask("math", ids))
+    docs = (ids == trunk.BOS_ID).cumsum(1)
+    plain = trunk.math_attention(q, k, v, trunk.document_mask("math", docs))
     assert not torch.allclose(plain, trunk.math_attention(q, k, v), atol=1e-2)
-    sdpa = trunk.sdpa_attention(q, k, v, trunk.document_mask("sdpa", ids))
+    sdpa = trunk.sdpa_attention(q, k, v, trunk.document_mask("sdpa", docs))
     assert torch.allclose(plain, sdpa, atol=1e-4)
     with torch.no_grad():
-        flex = trunk.flex_attention(q, k, v, trunk.document_mask("flex", ids))
+        flex = trunk.flex_attention(q, k, v, trunk.document_mask("flex", docs))
     assert torch.allclose(plain, flex, atol=1e-4)
 
 
