@@ -5,7 +5,7 @@ plan is, and the cost of quantisers and coders.
     python scripts/rate.py fit --layers 9-13 --width 384-640 --mlp 2,3,4 --set QUANT_K=mlp:18
     python scripts/rate.py fit --like runs/NAME/artifact.bin  tables counted as they were in that artifact
     python scripts/rate.py plan runs/*/artifact.bin                plan against file, exit code 1 beyond 2 %
-    python scripts/rate.py coders runs/A runs/B --out coders.json  raw, zstd, LZMA, rANS, the entropy, seconds
+    python scripts/rate.py coders runs/A runs/B --out coders.json  raw, LZMA, rANS, the entropy, seconds
     python scripts/rate.py curve runs/A --data data/datasets/mine --out curve.json --plot curve.png
 
 `fit` and `plan` make no weight: a candidate is a script's model on the meta device. Matrices count as the
@@ -36,7 +36,7 @@ from family import FINDINGS, FINE, TRUNK, Misuse, command, load_script, markdown
 from safetensors import safe_open
 
 TOLERANCE = 0.02
-CODERS = ("zstd", "lzma", "rans")
+CODERS = {"lzma": "LZMA-9", "rans": "rANS"}
 
 
 # -----------------------------------------------------------------------------
@@ -184,12 +184,11 @@ def checkpoint(script, run: str, **changes):
     path = Path(run) / "final.safetensors"
     if not path.exists():
         raise Misuse(f"{path}: no such checkpoint")
-    args = script.Hyperparameters(run_settings(run) | {"QAT_START": "1"} | changes)
+    args = script.Hyperparameters(run_settings(run) | changes)
     with torch.device("meta"):
         names = list(script.GPT(args).exported())
     with safe_open(path, "np") as file:
-        prefix = "ema." if args.ema_enabled else "model."
-        return args, {name: file.get_tensor(prefix + name) for name in names}
+        return args, {name: file.get_tensor("ema." + name) for name in names}
 
 
 def order0(q: np.ndarray) -> float:
@@ -209,7 +208,7 @@ def coders(script, runs: list[str]) -> list[dict]:
             bits, axis = script.quant_plan(name, weight.shape, args)
             if bits:
                 q, step = script.quantise(
-                    weight, bits, args.quant_clip, args.k_by_class[kind], axis, args.rate_by_class[kind]
+                    weight, bits, args.k_by_class[kind], axis, args.rate_by_class[kind]
                 )
                 entropy += order0(q)
                 values += q.size
@@ -242,7 +241,7 @@ def coders(script, runs: list[str]) -> list[dict]:
 
 def coders_table(numbers: list[dict]) -> dict:
     header = [
-        "model", "parameters", "raw int8 + fp16", "entropy + fp16", "zstd-22", "LZMA-9", "rANS",
+        "model", "parameters", "raw int8 + fp16", "entropy + fp16", *CODERS.values(),
         "rANS / entropy", "bits a weight", "rANS pack s", "unpack s",
     ]
     rows = [
@@ -268,17 +267,13 @@ def coders_table(numbers: list[dict]) -> dict:
 
 
 def arms(classes: list[str]):
-    """(label, clip, k, bits, rate, gptq) of every point."""
+    """(label, k, bits, rate, gptq) of every point."""
     tables = classes == ["ngram"]
     for k in (12, 16, 20, 24, 28) if tables else (6, 9, 12, 15, 18, 24):
-        yield "std, nearest", "std", k, 6, 0.0, False
-        yield "std, entropy-constrained 0.116", "std", k, 6, 0.116, False
+        yield "std, nearest", k, 6, 0.0, False
+        yield "std, entropy-constrained 0.116", k, 6, 0.116, False
         if not tables:
-            yield "std, GPTQ", "std", k, 6, 0.0, True
-    for bits in (4, 5, 6):
-        yield "mse, nearest", "mse", 0, bits, 0.0, False
-        if not tables:
-            yield "mse, GPTQ", "mse", 0, bits, 0.0, True
+            yield "std, GPTQ", k, 6, 0.0, True
 
 
 def moments(trainer, dataset, runtime, batches: int) -> dict[str, np.ndarray]:
@@ -312,13 +307,13 @@ def curve(script, run: str, data: str, classes: list[str], val_bytes: int, batch
     hessians = moments(trainer, dataset, runtime, batches)
 
     points = []
-    for label, clip, k, bits, rate, full in arms(classes):
+    for label, k, bits, rate, full in arms(classes):
         changed, blocks, entries = dict(tensors), [], []
         for name, weight in tensors.items():
             quantised, axis = script.quant_plan(name, weight.shape, args)
             if quantised and script.tensor_class(name) in classes:
                 hessian = hessians.get(name) if full else None
-                q, step = script.quantise(weight, bits, clip, k, axis, rate, hessian)
+                q, step = script.quantise(weight, bits, k, axis, rate, hessian)
                 changed[name] = q * step.astype(np.float32)
                 entries.append([name, list(weight.shape), bits, axis])
                 blocks.append(np.moveaxis(q, axis, -1))

@@ -111,7 +111,7 @@ def test_plan_coders_and_curve_of_a_run(run, tmp_path, corpus):
     found = json.loads((tmp_path / "curve.json").read_text())
     points = found["numbers"]
     assert len(found["rows"]) == len(points) and found["script_sha256"] == metrics["script_sha256"]
-    assert {"std, GPTQ", "mse, nearest"} <= {point["quantiser"] for point in points}
+    assert {"std, GPTQ", "std, nearest"} <= {point["quantiser"] for point in points}
     for label in {point["quantiser"] for point in points if point["quantiser"].startswith("std")}:
         mine = sorted((p["k"], p["bits_a_weight"]) for p in points if p["quantiser"] == label)
         assert all(a[1] > b[1] for a, b in zip(mine, mine[1:]))  # a wider step takes fewer bits
