@@ -29,7 +29,7 @@ ARMS = {
     "default": {},
     "published": {"JEPA_NORM": 0, "JEPA_TARGET": "alone", "JEPA_CONTEXT_FRAC": 0.75},
     "last layer": {"JEPA_LAYERS": 1},
-    "predictor alone": {"JEPA_BACKBONE_GRAD": 0},
+    "only the predictor": {"JEPA_BACKBONE_GRAD": 0},
     "off": {"JEPA_ENABLED": 0},
 }
 
@@ -55,7 +55,7 @@ def test_published_settings_are_the_defaults():
     published = {
         "num_layers": 9, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 2.0,
         "vocab_size": 1024, "train_seq_len": 1024, "train_batch_tokens": 524288,
-        "tie_embeddings": True, "logit_softcap": 30.0, "jepa_lambda": 0.1, "jepa_warmup_steps": 100,
+        "logit_softcap": 30.0, "jepa_lambda": 0.1, "jepa_warmup_steps": 100,
         "jepa_enabled": True, "qk_gain_init": 1.5, "rope_base": 10000.0,
     }
     assert {name: getattr(args, name) for name in published} == published
@@ -144,7 +144,7 @@ def test_what_the_error_reaches(name, overrides):
     wanted = {
         "default": set(names),
         "published": set(names),
-        "predictor alone": {n for n in names if n.startswith("aux.")},
+        "only the predictor": {n for n in names if n.startswith("aux.")},
         "last layer": {n for n in names if n.startswith(("aux.", "blocks.2."))},
     }[name]
     assert reached == wanted
@@ -157,7 +157,7 @@ def test_a_gradient_that_ends_early_changes_no_state():
     assert torch.equal(x, model.states(ids, model.rotary_train)[0])
 
 
-def test_a_predictor_alone_leaves_the_model_as_it_is():
+def test_an_error_that_reaches_only_the_predictor_leaves_the_model_as_it_is():
     """C1: what is identical to four decimals is an objective that does not reach the model, at any weight."""
     found = []
     for overrides in (
@@ -292,7 +292,7 @@ def test_two_ranks_give_the_losses_of_one(run):
 @pytest.mark.parametrize("settings,words", [
     ({"JEPA_GROUP": 3}, "TRAIN_BATCH_TOKENS=512, JEPA_GROUP=3"),
     ({"JEPA_SPAN": 64}, "JEPA_SPAN=64, TRAIN_SEQ_LEN=64"),
-    ({"JEPA_CONTEXT_FRAC": 0.9}, "JEPA_CONTEXT_FRAC=0.9, JEPA_SPAN=16: the span ends behind"),
+    ({"JEPA_CONTEXT_FRAC": 0.9}, "JEPA_CONTEXT_FRAC=0.9, JEPA_SPAN=16: the span ends after"),
     ({"JEPA_LAYERS": 4}, "JEPA_LAYERS=4, NUM_LAYERS=3"),
 ], ids=str)
 def test_settings_that_cannot_work_are_refused(settings, words):

@@ -1,19 +1,21 @@
-"""LLM-JEPA: a language model over SentencePiece ids that is also asked for the latent of a span to come.
+"""LLM-JEPA: a language model over SentencePiece ids that also predicts the latent of a later span.
 
 Parent: the trunk (`train_gpt.py` of the repository).
-Idea:   beside the next id, the state before a span predicts the mean of the states inside it. Both are of
-        the main forward, so that the objective costs next to nothing; the predictor is not exported, the
-        model is scored without it. The system of #1196 with its defects mended, to find out what it does.
+Idea:   besides the next id, the state before a span predicts the mean of the states inside it. Both
+        come from the main forward, so the objective costs next to nothing. The predictor is not
+        exported and the model is scored without it. This is the system of #1196 with its defects
+        mended, to find out what the objective does.
 
-Run:    python train_gpt.py --help                               every variable, its default and its reason
-        python train_gpt.py                                      one process, any device
-        torchrun --standalone --nproc_per_node=8 train_gpt.py    the contest: 8xH100, 600 s, 16,000,000 bytes
-        RESUME=auto RUN_ID=name torchrun ...                     go on from runs/name/last.safetensors
-        EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py            score an artifact and nothing else
-        GENERATE=TEXT ARTIFACT=FILE python train_gpt.py          go on from a text, or from that in a file
+Run:    python train_gpt.py --help                             every variable and its reason
+        python train_gpt.py                                    one process, any device
+        torchrun --standalone --nproc_per_node=8 train_gpt.py  the contest: 8xH100, 600 s, 16 MB
+        RESUME=auto RUN_ID=name torchrun ...                   go on from runs/name/last.safetensors
+        EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py          only score an artifact
+        GENERATE=TEXT ARTIFACT=FILE python train_gpt.py        go on from a text, or from a file's
 
-The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs torch,
-numpy and safetensors; constriction, zstandard, sentencepiece, tqdm and FlashAttention are used if installed.
+The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs
+torch, numpy and safetensors, and uses constriction, sentencepiece, tqdm and FlashAttention if
+they are installed.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # later, its defaults would keep the group: threads that outlive Python abort
+import torch.distributed.nn  # imported later it would keep the group, whose threads then abort
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -128,17 +130,18 @@ class Hyperparameters:
     """Every setting of a run, read from the environment once; nothing below reads it again."""
 
     _data = "Data"
-    data_path = Var("./data/datasets/fineweb10B_sp1024", "folder of *_train_*.bin and *_val_*.bin shards")
-    tokenizer_path = Var("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece .model behind the shards")
-    vocab_size = Var(1024, "ids; 260 = PAD BOS EOS UNK + 256 bytes", low=5, high=65536, ship="model")
-    train_seq_len = Var(1024, "tokens a training row", low=2, ship="model")
-    train_batch_tokens = Var(524288, "tokens an optimizer step, over all ranks and micro-steps", low=2)
+    data_path = Var("./data/datasets/fineweb10B_sp1024", "folder of shards")
+    tokenizer_path = Var("./data/tokenizers/fineweb_1024_bpe.model",
+                         "SentencePiece .model; byte260 has none")
+    vocab_size = Var(1024, "ids; 260 = 4 special ones + 256 bytes", 5, 65536, ship="model")
+    train_seq_len = Var(1024, "tokens a training row", 2, ship="model")
+    train_batch_tokens = Var(524288, "tokens an optimizer step, over all ranks", 2)
     device_batch_tokens = Var(49152, "tokens a forward: the out-of-memory knob", 1)
     train_order = Var("sequential", "of rows in an epoch", choices=("sequential", "shuffled"))
     verify_data = Var("auto", "by manifest.json; auto: up to 2 GB", choices=("auto", "0", "1"))
 
     _model = "Model"
-    num_layers = Var(9, "transformer blocks", low=1, ship="model")
+    num_layers = Var(9, "transformer blocks", 1, ship="model")
     model_dim = Var(512, "width of the residual stream", 8, ship="model")
     num_heads = Var(8, "query heads", 1, ship="model")
     num_kv_heads = Var(4, "key/value heads (GQA)", 1, ship="model")
@@ -154,28 +157,29 @@ class Hyperparameters:
     xsa_last_n = Var(4, "last layers that drop their own value (XSA, #265)", 0, ship="model")
     unet_skips = Var(True, "later blocks add earlier outputs", ship="model")
     resid_mix = Var(True, "blocks mix in the embedding", ship="model")
-    smear_gate = Var(False, "blend each embedding with the previous one, never across BOS", ship="model")
-    ngram_orders = Var("0", "context lengths hashed into embeddings, as 2,3,4; 0 = none", ship="model")
+    smear_gate = Var(False, "blend embeddings with the one before", ship="model")
+    ngram_orders = Var("0", "lengths of hashed contexts; 0 = none", ship="model")
     ngram_words = Var(2, "1 = the word so far, 2 = and the one before", 0, 2, ship="model")
     ngram_buckets = Var(65536, "rows of each table", 2, ship="model")
     ngram_dim = Var(32, "width of a context's embedding", 1, ship="model")
     ngram_hashes = Var(2, "tables, each a hash", 1, 4, ship="model")
     draft = Var(0, "ids that draft heads guess; 0 = none", 0, 16, ship="model")
+
     _jepa = "Span JEPA (LLM-JEPA, #1196, corrected)"
-    jepa_enabled = Var(True, "predict the latents of spans; 0 = no predictor at all")
-    jepa_lambda = Var(0.1, "weight of the latent error beside CE", low=0.0)
-    jepa_context_frac = Var(0.0, "share of a row before its span; 0 = drawn anew each step, row by row",
-                            low=0.0, high=1.0)
-    jepa_span = Var(0, "ids of a span; 0 = a quarter of a row", low=0)
-    jepa_hidden = Var(1024, "hidden width of the predictor", low=1)
-    jepa_warmup_steps = Var(100, "steps (as a share of ITERATIONS) before the error counts", low=0)
-    jepa_norm = Var(True, "error of normalised states: 2 - 2 cos; 0 = raw, as published")
-    jepa_target = Var("context", "states of the span in its text, or of the span alone, as published",
+    jepa_enabled = Var(True, "predict the latents of spans; 0 = no predictor")
+    jepa_lambda = Var(0.1, "weight of the latent error beside CE", 0)
+    jepa_context_frac = Var(0.0, "share of a row before its span; 0 = drawn anew", 0, 1)
+    jepa_span = Var(0, "ids of a span; 0 = a quarter of a row", 0)
+    jepa_hidden = Var(1024, "hidden width of the predictor", 1)
+    jepa_warmup_steps = Var(100, "of ITERATIONS, before the error counts", 0)
+    jepa_norm = Var(True, "normalise states: 2 - 2 cos; 0 = raw, as published")
+    jepa_target = Var("context", "the span in its text, or read alone as published",
                       choices=("context", "alone"))
-    jepa_layers = Var(0, "last layers that the error reaches; 0 = all", low=0)
-    jepa_backbone_grad = Var(True, "the error reaches the model; 0 = the predictor alone")
-    jepa_group = Var(4, "rows that have a variance (latent_var), on any number of ranks", low=2)
-    jepa_first_frac = Var(0.0, "progress up to which the error is all there is, no CE", low=0.0, high=1.0)
+    jepa_layers = Var(0, "last layers that the error reaches; 0 = all", 0)
+    jepa_backbone_grad = Var(True, "the error reaches the model; 0 = only the predictor")
+    jepa_group = Var(4, "rows pooled into one variance, latent_var", 2)
+    jepa_first_frac = Var(0.0, "progress up to which there is no CE", 0, 1)
+
     _optimizers = "Optimizers and schedule"
     iterations = Var(9000, "optimizer steps at most", 1)
     max_wallclock_seconds = Var(600.0, "training time; 0 = no limit", 0)
@@ -191,7 +195,7 @@ class Hyperparameters:
     tied_embed_lr = Var(0.035, "AdamW: tied token embedding", 0)
     scalar_lr = Var(0.025, "AdamW: gains, mixes, gates", 0)
     ngram_lr = Var(0.035, "RowAdagrad: n-gram tables", 0)
-    jepa_lr = Var(0.001, "AdamW: predictor (published 0.04)", low=0.0)
+    jepa_lr = Var(0.001, "AdamW: predictor (published 0.04)", 0)
     draft_lr = Var(0.003, "AdamW: draft heads", 0)
     adam_wd = Var(0.04, "weight decay of embeddings and scalars", 0)
     beta1 = Var(0.9, "Adam", 0, 0.9999)
@@ -199,14 +203,15 @@ class Hyperparameters:
     adam_eps = Var(1e-8, "Adam", 0)
     grad_clip_norm = Var(0.3, "global gradient norm; 0 = no clip", 0)
     ema_decay = Var(0.997, "of the average that is scored", 0, 0.99999)
-    seed = Var(1337, "weights, shuffling and places of spans", low=0)
+    seed = Var(1337, "of weights, order and spans", 0)
+
     _artifact = "Artifact"
     bits = Var("embed:8,ngram:6,attn:6,mlp:6,other:6", "bit width by tensor class")
     quant_k = Var("embed:4,ngram:24,attn:12,mlp:12,other:6", "step = k * std / top: the size knob")
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
     gptq_batches = Var(4, "training batches for these", 1)
     quant_rate = Var("embed:0,ngram:0.116,attn:0,mlp:0,other:0", "price of a bit in squared steps")
-    int8_score = Var(False, "pack and score int8, as published, too; the artifact is that of BITS")
+    int8_score = Var(False, "also pack and score int8, as published")
     compressor = Var("auto", "auto keeps the smallest", choices=("auto", "rans", "lzma"))
     artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit", 0)
 
@@ -267,36 +272,36 @@ class Hyperparameters:
         "LATE_QAT": ("0", "see QAT_START"),
         "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
         "GRAD_REPORT_EVERY": ("0", "no result used it"),
-        "JEPA_BACKBONE_GRAD": ("0", "ByteJEPA switches parts of the objective"),
-        "JEPA_ADAPTER": ("1", "see JEPA_BACKBONE_GRAD"),
-        "JEPA_ADAPTER_GRAD": ("1", "see JEPA_BACKBONE_GRAD"),
-        "JEPA_LOSS": ("1", "see JEPA_BACKBONE_GRAD"),
     }
     IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
                "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
-        """Reads `environ`. `shipped`, the settings in an artifact, replaces the defaults of what it names."""
+        """Reads `environ`; `shipped`, settings in an artifact, replaces the defaults it names."""
         environ = environ or {}
         self.warnings: list[str] = []
         self._refuse_retired_and_misspelt(environ)
+        # environment, else artifact, else default
         for name, var in self.vars().items():
             value = (shipped or {}).get(var.name, var.default)
             if environ.get(var.name, "") != "":
                 value = var.parse(environ[var.name])
                 if shipped and var.ship == "model" and value != shipped[var.name]:
-                    raise UserError(f"{var.name}={value} contradicts the artifact, which was made with "
-                                    f"{shipped[var.name]}: leave it unset")
+                    raise UserError(f"{var.name}={value}: the artifact was made with "
+                                    f"{shipped[var.name]}; leave it unset")
             setattr(self, name, value)
+        # what several settings together mean
+        self.trains = not shipped
         self.ngram_order_list = self._parse_orders()
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
         self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
-        self.jepa_span = self.jepa_span or -(-self.train_seq_len // 4)
         self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
-        if shipped or not (self.eval_only or self.generate):  # else the artifact's settings are still to come
-            self._check(trains=not shipped)
+
+        if shipped or not (self.eval_only or self.generate):  # they need an artifact's
+            for function in CHECKS:
+                function(self)
 
     @classmethod
     def vars(cls) -> dict[str, Var]:
@@ -366,38 +371,6 @@ class Hyperparameters:
                 raise UserError(f"{var.name}: {part.strip()!r} is not accepted: CLASS:NUMBER, "
                                 f"CLASS in {classes}, NUMBER from {low} to {high}")
         return values
-
-    def _check(self, trains: bool) -> None:
-        """Refuses combinations that cannot work, with both values in the message."""
-        head_dim, rope = self.model_dim // self.num_heads, self.rope_dims
-        rows, spare = divmod(self.train_batch_tokens, self.train_seq_len) if trains else (0, 0)
-        group, length, learns = self.jepa_group, self.train_seq_len, trains and self.jepa_enabled
-        calibrates = self.quant_round == "gptq" and self.max_wallclock_seconds and not self.eval_only
-        problems = [
-            (self.model_dim % self.num_heads, "model_dim", "num_heads", "no whole width for a head"),
-            (self.num_heads % self.num_kv_heads, "num_heads", "num_kv_heads", "no equal groups of heads"),
-            (head_dim % 2, "model_dim", "num_heads", f"head width {head_dim} is odd, rotary needs pairs"),
-            (rope % 2 or rope > head_dim, "rope_dims", "num_heads", f"odd or wider than a head, {head_dim}"),
-            (self.ngram_dim % self.ngram_hashes, "ngram_dim", "ngram_hashes", "tables of unequal width"),
-            (spare, "train_batch_tokens", "train_seq_len", "the batch is not a whole number of rows"),
-            (self.eval_stride > self.eval_seq_len, "eval_stride", "eval_seq_len", "the stride skips targets"),
-            (self.ttt != "0" and self.ttt_chunk_tokens % self.eval_stride, "ttt_chunk_tokens", "eval_stride",
-             "a chunk is not a whole number of windows"),
-            (learns and rows % group, "train_batch_tokens", "jepa_group", "no equal groups"),
-            (learns and self.jepa_span >= length, "jepa_span", "train_seq_len", "no id before a span"),
-            (learns and int(length * self.jepa_context_frac) + self.jepa_span > length,
-             "jepa_context_frac", "jepa_span", f"the span ends behind a row of {length} ids"),
-            (self.jepa_layers > self.num_layers, "jepa_layers", "num_layers", "there are fewer layers"),
-            (self.rank >= self.world_size, "rank", "world_size", "a rank is below the number of processes"),
-            (self.qat_start < 1 and self.quant_clip != "std", "qat_start", "quant_clip", "trains with std"),
-            (calibrates and not self.warmup_steps, "warmup_steps", "quant_round", "calibration is untimed"),
-            (self.generate and self.vocab_size != 260, "generate", "vocab_size", "other ids are no bytes"),
-            (self.draft + 1 >= self.train_seq_len, "draft", "train_seq_len", "no row holds such a draft"),
-        ]
-        for bad, *names, why in problems:
-            if bad:
-                pair = ", ".join(f"{name.upper()}={getattr(self, name)}" for name in names)
-                raise UserError(f"{pair}: {why}")
 
 
 # -----------------------------------------------------------------------------
@@ -787,7 +760,7 @@ class Dataset:
         if not self.val_files or not (self.train_files or args.eval_only):
             missing = "_train_" if self.val_files else "_val_"
             raise UserError(f"DATA_PATH={self.path} has no *{missing}*.bin: see data/prepare.py")
-
+        # training shards stay on disk, the validation text is read whole
         self.vocab_size = args.vocab_size
         self.manifest = self._read_manifest()
         if "caseops" in self.manifest:
@@ -854,27 +827,23 @@ def open_tokenizer(args: Hyperparameters):
 
 
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary before one).
-    A target counts base[id] + (space[id] and not edge[previous id]). byte260: ids from 4 up are a byte each.
-    SentencePiece: byte pieces 1, control, unknown and unused 0, others their UTF-8 length with U+2581 as one
-    space; a leading one counts only where the previous id is no boundary: the dummy prefix stands there.
-    Models trained by data/prepare.py add no prefix: there every U+2581 is a real space and counts."""
-    base, space, edge = (np.zeros(args.vocab_size, dtype=kind) for kind in (np.int64, bool, bool))
+    """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary).
+
+    A target counts base[id] + (space[id] and not edge[previous id]). byte260: a byte for ids from 4
+    up. SentencePiece: 1 for byte pieces, 0 for control, unknown and unused ones, else the UTF-8
+    length with U+2581 as a space; a leading one counts only after ids that are no boundary: there
+    stands the dummy prefix, which models trained by data/prepare.py do not add."""
+    base = np.zeros(args.vocab_size, dtype=np.int64)
+    space = np.zeros(args.vocab_size, dtype=bool)
+    edge = np.zeros(args.vocab_size, dtype=bool)
     if args.vocab_size == 260 or not args.tokenizer_path:
         if args.vocab_size != 260:
-            raise UserError(f"VOCAB_SIZE={args.vocab_size} needs TOKENIZER_PATH; only byte260 has none")
+            raise UserError(f"VOCAB_SIZE={args.vocab_size} needs TOKENIZER_PATH; byte260 has none")
         base[BYTE_OFFSET:] = 1
         edge[:BYTE_OFFSET] = True
         return base, space, edge
-    try:
-        from sentencepiece import SentencePieceProcessor
-        tokenizer = SentencePieceProcessor(model_file=args.tokenizer_path)
-    except ImportError:
-        raise UserError("TOKENIZER_PATH is set, but sentencepiece is not installed") from None
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path}: no SentencePiece model ({error})") from None
-    if (size := tokenizer.vocab_size()) != args.vocab_size:
-        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} has {size} ids, VOCAB_SIZE={args.vocab_size}")
+    # SentencePiece
+    tokenizer = open_tokenizer(args)
     dummy_prefix = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
     for i in range(args.vocab_size):
         piece = tokenizer.id_to_piece(i)
@@ -924,7 +893,8 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
         total = rows // group
         at_most = max(1, args.device_batch_tokens // (args.train_seq_len * group))
         micro_steps = -(-total // (world_size * at_most))
-        return cls(rows, group, -(-total // (world_size * micro_steps)), micro_steps, world_size)
+        groups = -(-total // (world_size * micro_steps))
+        return cls(rows, group, groups, micro_steps, world_size)
 
     def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers inside the global batch for one forward, and a weight for each."""
@@ -1068,7 +1038,7 @@ def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
     damped = hessian[np.ix_(order, order)].astype(np.float64)
     damped[np.diag_indices(len(order))] += 0.01 * power.mean() + 1e-12
     factor = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
-
+    # blocks of columns: errors reach later blocks once
     left = x[:, order].copy()
     q = np.empty_like(x)
     for start in range(0, x.shape[1], 128):
@@ -1099,7 +1069,7 @@ def quantise(weight: np.ndarray, bits: int, k: float, axis: int, rate: float = 0
     step = k / top * weight.std(axis=axis, keepdims=True, dtype=np.float64)
     step = np.maximum(step, SCALE_FLOOR).astype(np.float16).astype(np.float32)
     x = weight / step
-
+    # the best rounding that is at hand
     if hessian is not None:
         q = gptq(x, hessian, top)
     elif rate:
@@ -1140,24 +1110,46 @@ class LatentMLP(nn.Module):
         return self.fc2(F.silu(rms_norm(self.fc1(x))))
 
 
+def span_length(args: Hyperparameters) -> int:
+    return args.jepa_span or -(-args.train_seq_len // 4)
+
+
+@check
+def check_jepa(args: Hyperparameters) -> None:
+    too_many = args.jepa_layers > args.num_layers
+    forbid(too_many, args, "jepa_layers num_layers", "at most all layers")
+    if not (args.trains and args.jepa_enabled):
+        return
+    length, span = args.train_seq_len, span_length(args)
+    rows = args.train_batch_tokens // length
+    forbid(rows % args.jepa_group, args, "train_batch_tokens jepa_group", "a batch is whole groups of rows")
+    forbid(span >= length, args, "jepa_span train_seq_len", "a row needs an id before its span")
+    too_late = int(length * args.jepa_context_frac) + span > length
+    forbid(too_late, args, "jepa_context_frac jepa_span", f"the span ends after a row of {length}")
+
+
 class SpanJEPA(nn.Module):
-    """Asks the state before a span for the span's latent (after LLM-JEPA for pre-training, #1196).
+    """Predicts a span's latent from the state before it (after LLM-JEPA for pre-training, #1196).
 
-      inputs(step, device)   where the spans of a group of rows begin, equal on all ranks
-      forward(model, ...)    {name: (groups,) loss} of a batch's states
-      weights(progress)      {name: weight of that term}; "ce" too
-      report(means)          what the step line says about the mean terms
+      inputs(step, device)    where the spans of a group of rows begin, equal on all ranks
+      forward(model, ...)     {name: (groups,) loss} of a batch's states
+      weights(progress)       {name: weight of that term}, that of "ce" among them
+      report(means)           what the step line says about the mean terms
 
-    With s the first position of a span, the guess is W2 gelu(W1 h[s - 1] + b1) + b2, the target z = the mean
-    of h over the span, without gradient; the error is their mean squared difference. h, z and guess have an
-    RMS of 1, so that it is 2 - 2 cos(guess, z); published are raw states, whose scale runs away with it."""
+    With s the first position of a span, the guess is W2 gelu(W1 h[s - 1] + b1) + b2, the target z
+    the mean of h over the span, without gradient; the error is their mean squared difference. h, z
+    and the guess have an RMS of 1, so the error is 2 - 2 cos(guess, z). #1196 takes raw states,
+    whose scale drifts and takes the error with it."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
         self.args = args
+        self.span = span_length(args)
         dim, hidden = args.model_dim, args.jepa_hidden
-        self.fc1, self.bias1 = CastedLinear(dim, hidden), nn.Parameter(torch.zeros(hidden))
-        self.fc2, self.bias2 = CastedLinear(hidden, dim), nn.Parameter(torch.zeros(dim))
+        self.fc1 = CastedLinear(dim, hidden)
+        self.bias1 = nn.Parameter(torch.zeros(hidden))
+        self.fc2 = CastedLinear(hidden, dim)
+        self.bias2 = nn.Parameter(torch.zeros(dim))
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -1166,57 +1158,63 @@ class SpanJEPA(nn.Module):
             layer.weight.uniform_(-bound, bound, generator=generator)
 
     def inputs(self, step: int, device: torch.device) -> Tensor:
-        """(group,) first positions of spans, from seed and step alone: drawn, or all at the same place."""
-        args = self.args
+        """First positions of spans (group,): all at one place or drawn, from the seed and the step.
+        """
+        args, size = self.args, (self.args.jepa_group,)
         if args.jepa_context_frac:
-            at = torch.full((args.jepa_group,), int(args.train_seq_len * args.jepa_context_frac))
+            starts = torch.full(size, int(args.train_seq_len * args.jepa_context_frac))
         else:
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-            last = args.train_seq_len - args.jepa_span
-            at = torch.randint(1, last + 1, (args.jepa_group,), generator=generator)
-        return at.to(device)
+            last = args.train_seq_len - self.span
+            starts = torch.randint(1, last + 1, size, generator=generator)
+        return starts.to(device)
+
+    def guess(self, context: Tensor) -> Tensor:
+        """The state before a span (B, D) -> the span's latent (B, D)."""
+        hidden = F.gelu(self.fc1(context) + self.bias1.to(context.dtype))
+        return self.fc2(hidden) + self.bias2.to(context.dtype)
+
+    @torch.no_grad()
+    def target(self, model: GPT, x: Tensor, ids: Tensor, starts: Tensor) -> Tensor:
+        """The mean state of each span, fp32 (B, D)."""
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        positions = starts[:, None] + torch.arange(self.span, device=x.device)  # (B, span)
+        if self.args.jepa_target == "context":
+            inside = x[rows, positions]  # (B, span, D)
+        else:
+            inside, _ = model.states(ids[rows, positions], model.rotary_train)
+        if self.args.jepa_norm:
+            inside = rms_norm(inside)
+        return inside.float().mean(1)
 
     def forward(self, model: GPT, x: Tensor, late: Tensor, ids: Tensor, starts: Tensor) -> dict:
-        """States x (B, T, D) of ids (B, T + 1), and the same with the gradient that the error is to have."""
-        args, rows = self.args, torch.arange(len(x), device=x.device)
-        starts = starts.repeat(len(x) // len(starts))
-        spans = starts[:, None] + torch.arange(args.jepa_span, device=x.device)  # (B, span)
+        """x (B, T, D), the states of ids (B, T + 1); `late`, the same for the error's gradient."""
+        args = self.args
+        starts = starts.repeat(len(x) // len(starts))  # (B,)
         source = late if args.jepa_backbone_grad else late.detach()
-        context = source[rows, starts - 1]
-        with torch.no_grad():
-            inside = (x[rows[:, None], spans] if args.jepa_target == "context"
-                      else model.states(ids[rows[:, None], spans], model.rotary_train)[0])
-            target = (rms_norm(inside) if args.jepa_norm else inside).float().mean(1)
-        context = rms_norm(context) if args.jepa_norm else context
-        guess = self.fc2(F.gelu(self.fc1(context) + self.bias1.to(x.dtype))) + self.bias2.to(x.dtype)
-        target, guess = (part.float().unflatten(0, (-1, args.jepa_group)) for part in (target, guess))
+        context = source[torch.arange(len(x), device=x.device), starts - 1]  # (B, D)
+        target = self.target(model, x, ids, starts)
+        guess = self.guess(rms_norm(context) if args.jepa_norm else context)
+
+        target, guess = (part.float().unflatten(0, (-1, args.jepa_group))
+                         for part in (target, guess))  # (G, group, D)
         if args.jepa_norm:
             target, guess = rms_norm(target), rms_norm(guess)
-        return {"jepa": (guess - target).square().mean((1, 2)), "latent_var": target.var(1).mean(-1)}
+        error = (guess - target).square().mean((1, 2))
+        return {"jepa": error, "latent_var": target.var(1).mean(-1)}
 
     def weights(self, progress: float) -> dict[str, float]:
+        """Only the error in the first JEPA_FIRST_FRAC; later CE, and the error after warm-up."""
         args = self.args
-        on = progress * args.iterations >= args.jepa_warmup_steps or progress < args.jepa_first_frac
-        return {"ce": float(progress >= args.jepa_first_frac), "jepa": args.jepa_lambda * on,
-                "latent_var": 0.0}
+        first = progress < args.jepa_first_frac
+        warm = progress * args.iterations >= args.jepa_warmup_steps
+        return {"ce": 0.0 if first else 1.0,
+                "jepa": args.jepa_lambda if first or warm else 0.0, "latent_var": 0.0}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
-        """R^2 against the mean of a group: 0 for who says that mean."""
+        """R^2 against the mean of a group, which itself would have 0."""
         r2 = 1 - means["jepa"] / max(means["latent_var"], 1e-12)
         return {"jepa_loss": means["jepa"], "jepa_r2": r2, "latent_var": means["latent_var"]}
-
-
-@check
-def check_jepa(args: Hyperparameters) -> None:
-    chunk = args.jepa_chunk_size
-    for name in ("train_seq_len", "eval_seq_len", "eval_stride"):
-        spare = chunk and getattr(args, name) % chunk
-        forbid(spare, args, f"{name} jepa_chunk_size", "whole chunks")
-    rows = args.train_batch_tokens // args.train_seq_len
-    spare = chunk and args.trains and rows % args.jepa_sigreg_group
-    forbid(spare, args, "train_batch_tokens jepa_sigreg_group", "a batch is whole groups of rows")
-    total = args.jepa_phase1_frac + args.jepa_phase2_frac
-    forbid(total > 1, args, "jepa_phase1_frac jepa_phase2_frac", "together at most 1")
 
 
 @check
@@ -1280,6 +1278,28 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     rest = x[..., 2 * half :]
     turned = torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
     return torch.cat((turned.to(x.dtype), rest), -1)
+
+
+class KVCache:
+    """Keys and values of a window's positions read so far: decoding goes on from them."""
+
+    def __init__(self, model: GPT):
+        args = model.args
+        like = {"dtype": model.dtype, "device": model.tok_emb.weight.device}
+        head_dim = args.model_dim // args.num_heads
+        shape = (args.num_layers, 2, 1, args.eval_seq_len, args.num_kv_heads, head_dim)
+        self.layers = torch.zeros(shape, **like)
+        self.length = 0
+
+    def cut(self, length: int) -> None:
+        """Forgets all after the first `length` positions."""
+        self.length = min(self.length, length)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes keys and values of new positions (1, n, K, d); returns those of all."""
+        stop = self.length + k.size(1)
+        self.layers[layer, :, :, self.length : stop] = torch.stack((k, v))
+        return self.layers[layer, :, :, :stop].unbind()
 
 
 @check
@@ -1442,48 +1462,28 @@ class HashEmbedding(nn.Module):
         return self.proj(found.flatten(-2).to(dtype))
 
 
-class KVCache:
-    """What decoding goes on from: keys and values of the positions of a window, read so far."""
-
-    def __init__(self, model: GPT):
-        args, like = model.args, {"dtype": model.dtype, "device": model.tok_emb.weight.device}
-        window = args.eval_seq_len, args.num_kv_heads, args.model_dim // args.num_heads
-        self.layers = torch.zeros(args.num_layers, 2, 1, *window, **like)
-        self.length = 0
-
-    def cut(self, length: int) -> None:
-        """Forgets what lies behind the first `length` positions."""
-        self.length = min(self.length, length)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes keys and values of new positions (1, n, K, d); returns those of all."""
-        stop = self.length + k.size(1)
-        self.layers[layer, :, :, self.length : stop] = torch.stack((k, v))
-        return self.layers[layer, :, :, :stop].unbind()
-
-
 class GPT(nn.Module):
     """The network: `losses` gives all loss terms of a batch in one forward, `logits` scores.
     """
 
-    def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype: torch.dtype = torch.float32):
+    def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype=torch.float32):
         super().__init__()
         self.args, self.attention, self.dtype = args, attention, dtype
-        self.reach = max((*args.ngram_order_list, HashEmbedding.WORD_REACH))  # ids that one looks back
         dim, layers = args.model_dim, args.num_layers
         self.tok_emb = nn.Embedding(args.vocab_size, dim)
-        size = args.bigram_vocab_size, args.bigram_dim, 1, dim
-        self.bigram = HashEmbedding((2,), 0, *size) if args.bigram_vocab_size else None
-        orders, words = args.ngram_order_list, args.ngram_words if args.vocab_size == 260 else 0
-        size = args.ngram_buckets, args.ngram_dim, args.ngram_hashes, dim
-        self.ngram = HashEmbedding(orders, words, *size) if orders else None
+        self.ngram = None
+        if args.ngram_order_list:
+            words = args.ngram_words if args.vocab_size == 260 else 0
+            size = args.ngram_buckets, args.ngram_dim, args.ngram_hashes, dim
+            self.ngram = HashEmbedding(args.ngram_order_list, words, *size)
+        self.reach = max((*args.ngram_order_list, HashEmbedding.WORD_REACH))  # back
         self.smear = SmearGate(dim) if args.smear_gate else None
         self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(layers))
-        self.skip_weights = nn.Parameter(torch.ones(layers // 2, dim)) if args.unet_skips else None
+        skips = nn.Parameter(torch.ones(layers // 2, dim))
+        self.skip_weights = skips if args.unet_skips else None
         self.aux = SpanJEPA(args) if args.jepa_enabled else None
         self.draft = DraftHeads(args) if args.draft else None
         self.set_rotary()
-        self.lm_head = None if args.tie_embeddings else CastedLinear(dim, args.vocab_size)
 
     def set_rotary(self) -> None:
         """Tables for training and scoring windows, which may have different lengths."""
@@ -1532,77 +1532,48 @@ class GPT(nn.Module):
             return document_mask(self.attention, docs)
         return causal_mask(docs, ids.size(1) - past.length)
 
-    def run_blocks(self, x: Tensor, rotary: Tensor, mask, past: KVCache | None) -> Tensor:
+    def run_blocks(self, layers: range, x: Tensor, x0: Tensor, skips: list, rotary: Tensor, mask,
+                   past: KVCache | None) -> Tensor:
         """x (B, T, D) -> the same. U-Net: late blocks take early ones' outputs, last first."""
-        x0, skips = x, []
         first_half = len(self.blocks) // 2
-        for i, block in enumerate(self.blocks):
+        for i in layers:
             if i >= first_half and skips:
                 x = x + self.skip_weights[i - first_half].to(x.dtype) * skips.pop()
-            x = block(x, x0, rotary, mask, past)
+            x = self.blocks[i](x, x0, rotary, mask, past)
             if i < first_half and self.skip_weights is not None:
                 skips.append(x)
         return x
 
     def states(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None,
                last: int = 0) -> tuple[Tensor, Tensor]:
-        """ids (B, T) -> states (B, T, D) behind the last block, and the same with a gradient that ends in the
-        `last` layers; 0: in the embeddings, as that of the first.
-        With `past`, ids (1, T) are those of a window so far, the states those of what is not in it yet."""
+        """ids (B, T) -> the stream (B, T, D) after the last block, twice: the second's gradient
+        reaches only the `last` blocks, or all of the model if that is 0.
+
+        With `past`, ids (1, T) are a window's so far, the states those that it lacks."""
         known = 0 if past is None else past.length
-        fresh = ids.size(1) - known
-        tail = ids[:, max(0, known - self.reach) :]  # an embedding depends on some ids before its own
-        x = self.embed(tail)
-        for table in (self.bigram, self.ngram):
-            if table is not None:
-                x = x + table(tail, self.dtype)
-        x = rms_norm(x)
-        x = x if self.smear is None else self.smear(x, tail)
-        x, rotary, where = x[:, -fresh:], rotary[:, known : known + fresh], None
-        if past is not None:
-            where = causal_mask(((ids == BOS_ID) & self.args.doc_mask).cumsum(1), fresh)
-        elif self.args.doc_mask:
-            where = document_mask(self.attention, ids)
-        given, x0, skips, split = None, x, [], len(self.blocks) - last
-        for i in range(split):
-            x = self.layer(i, x, x0, skips, rotary, where, past)
-        if last:
-            given = x.detach(), x0.detach(), [skip.detach() for skip in skips]
-        for i in range(split, len(self.blocks)):
-            x = self.layer(i, x, x0, skips, rotary, where, past)
+        x = self.embed_contexts(ids, known)
+        mask = self.attention_mask(ids, past)
+        rotary = rotary[:, known : ids.size(1)]
+        x0, skips = x, []
+        early = range(len(self.blocks) - last)
+        late = range(len(early), len(self.blocks))
+        # `cut` is the same stream where no gradient goes further back
+        x = self.run_blocks(early, x, x0, skips, rotary, mask, past)
+        cut = x.detach(), x0.detach(), [skip.detach() for skip in skips]
+        x = self.run_blocks(late, x, x0, skips, rotary, mask, past)
         if past is not None:
             past.length = ids.size(1)
-        if given is None:
+        if not last:
             return x, x
-        late, x0, skips = given
-        for i in range(split, len(self.blocks)):
-            late = self.layer(i, late, x0, skips, rotary, where, None)
-        return x, late
-
-    def layer(self, i: int, x: Tensor, x0: Tensor, skips: list, rotary: Tensor, where, past) -> Tensor:
-        """Block i. U-Net: the second half takes the first half's outputs, `skips`, last first."""
-        first_half = len(self.blocks) // 2
-        if i >= first_half and skips:
-            x = x + self.skip_weights[i - first_half].to(x.dtype) * skips.pop()
-        x = self.blocks[i](x, x0, rotary, where, past)
-        if i < first_half and self.skip_weights is not None:
-            skips.append(x)
-        return x
-
-    def injected(self, x: Tensor, past: KVCache | None) -> Tensor:
-        """New states x (B, T, D) with the auxiliary's injection, which reads earlier ones too."""
-        if past is None:
-            return self.aux(x)[0]
-        known = past.states.size(1)
-        past.states = torch.cat((past.states, x), 1)
-        return self.aux(past.states[:, self.aux.first_read(known) :])[0][:, -x.size(1) :]
+        return x, self.run_blocks(late, *cut, rotary, mask, None)
 
     def hidden(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
-        """`states`, normalised."""
-        return rms_norm(self.states(ids, rotary, past)[0])
+        """`states`, as the head reads them: (B, T, D), normalised."""
+        x, _ = self.states(ids, rotary, past)
+        return rms_norm(x)
 
     def exported(self) -> dict[str, nn.Parameter]:
-        """Parameters that scoring needs, by name; what only training uses never reaches an artifact."""
+        """Parameters that scoring needs, by name; those of training only stay out of artifacts."""
         return {n: p for n, p in self.named_parameters() if not n.startswith("aux.")}
 
     def head(self, x: Tensor, frozen: bool = False) -> Tensor:
@@ -1612,25 +1583,31 @@ class GPT(nn.Module):
         cap = self.args.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def losses(self, ids: Tensor, weights: Tensor, aux_inputs: Tensor | None) -> dict[str, Tensor]:
-        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats over all targets, and auxiliary terms."""
-        x, late = self.states(ids[:, :-1], self.rotary_train, last=self.args.jepa_layers if self.aux else 0)
-        terms = {} if aux_inputs is None else self.aux(self, x, late, ids, aux_inputs)
+    def losses(self, ids: Tensor, weights: Tensor, aux_inputs=None) -> dict[str, Tensor]:
+        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats of all targets, other terms."""
+        last = 0 if aux_inputs is None else self.args.jepa_layers
+        x, late = self.states(ids[:, :-1], self.rotary_train, last=last)
+        terms = {}
+        if aux_inputs is not None:
+            terms = self.aux(self, x, late, ids, aux_inputs)
         x = rms_norm(x)
-        nats = F.cross_entropy(self.head(x).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        logits, targets = self.head(x).flatten(0, 1), ids[:, 1:].flatten()
+        nats = F.cross_entropy(logits, targets, reduction="none")
         sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
         if self.draft is not None:
             groups = len(next(iter(terms.values()), ids))
-            sums["draft"] = (self.draft.loss(self, x, ids) * weights).sum() * groups / len(ids)
-        for name, value in terms.items():  # one value a group; the weights inside a group are equal
+            total = (self.draft.loss(self, x, ids) * weights).sum()
+            sums["draft"] = total * groups / len(ids)
+        for name, value in terms.items():  # one value a group, whose weights are equal
             sums[name] = (value * weights.view(len(value), -1).mean(1)).sum()
         return sums
 
-    def logits(self, ids: Tensor, take: Tensor, span: int) -> Tensor:
-        """fp32 logits (B, span, V) of positions take[b] ... take[b] + span - 1 in row b of ids (B, T)."""
+    def logits(self, ids: Tensor, first: Tensor, span: int) -> Tensor:
+        """fp32 (B, span, V) of positions first[b] ... first[b] + span - 1 in row b of ids (B, T).
+        """
         x = self.hidden(ids, self.rotary_eval)
-        where = take[:, None] + torch.arange(span, device=ids.device)
-        return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
+        positions = first[:, None] + torch.arange(span, device=ids.device)
+        return self.head(x.gather(1, positions[..., None].expand(-1, -1, x.size(-1))).float())
 
 
 # Functions of the class: every model (trained, averaged, reloaded) shares one compiled graph.
@@ -1767,26 +1744,35 @@ class RowAdagrad:
 
 
 class Optimizers:
-    """Which parameter goes where (`group_of`), at which rate, one step for all of them, and what a checkpoint
-    needs. Muon moves the 2-D weights of blocks and hash projections, RowAdagrad n-gram tables, AdamW the
-    rest. Predictor and draft heads stay out of the norm that clips: the model is to move as without them."""
+    """Every optimizer: one step for all of them, and what a checkpoint needs.
 
-    GROUPS = ("matrix", "embed", "table", "aux", "scalar", "draft")
+    group    parameters                              optimizer   rate
+    matrix   2-D weights of blocks, hash projection  Muon        MATRIX_LR
+    table    n-gram tables                           RowAdagrad  NGRAM_LR
+    embed    token embedding                         AdamW       TIED_EMBED_LR
+    aux      predictor                               AdamW       JEPA_LR, no decay
+    draft    draft heads                             AdamW       DRAFT_LR, no decay
+    scalar   gains, mixes, gates: all else           AdamW       SCALAR_LR
+
+    Predictor and draft heads stay out of the norm that clips: the model is to move as it would
+    without them."""
+
+    GROUPS = ("matrix", "embed", "table", "scalar", "aux", "draft")
 
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
-        keys = ("matrix", "embed", "head", "table", "scalar", "aux", "draft")
-        named = [(self.group_of(name, p), p) for name, p in model.named_parameters()]
-        groups = {key: [p for group, p in named if group == key] for key in keys}
+        groups = {group: [] for group in self.GROUPS}
+        for name, p in model.named_parameters():
+            groups[self.group_of(name, p)].append(p)
         self.muon = Muon(groups["matrix"], args, runtime)
         self.tables = RowAdagrad(groups["table"], args)
-        rates = {"embed": args.tied_embed_lr if args.tie_embeddings else args.embed_lr, "head": args.head_lr,
-                 "aux": args.jepa_lr, "scalar": args.scalar_lr, "draft": args.draft_lr}
-        decays = dict.fromkeys(("embed", "head", "scalar"), args.adam_wd)
-        adam = [{"params": groups[key], "lr": rate, "peak": rate, "weight_decay": decays.get(key, 0.0)}
-                for key, rate in rates.items() if groups[key]]
-        self.adam = torch.optim.AdamW(adam, betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
-        self.replicated = [p for key in keys[1:] for p in groups[key]]
+        rates = {"embed": (args.tied_embed_lr, args.adam_wd), "aux": (args.jepa_lr, 0.0),
+                 "scalar": (args.scalar_lr, args.adam_wd), "draft": (args.draft_lr, 0.0)}
+        adam = [{"params": groups[group], "lr": rate, "peak": rate, "weight_decay": decay}
+                for group, (rate, decay) in rates.items() if groups[group]]
+        betas = args.beta1, args.beta2
+        self.adam = torch.optim.AdamW(adam, betas=betas, eps=args.adam_eps, fused=True)
+        self.replicated = [p for group in self.GROUPS[1:] for p in groups[group]]
         self.counted = len(self.replicated) - len(groups["aux"]) - len(groups["draft"])
 
     @staticmethod
@@ -2021,7 +2007,7 @@ def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> 
             codes.append(np.moveaxis(q, axis, -1).tobytes())
         halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
     raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
-
+    # the smallest of the coders that are allowed
     there = compressors()
     wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
     names = [name for name in sorted(there) if wanted in ("auto", name)]
@@ -2066,7 +2052,7 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     length = int.from_bytes(body[2:6], "little")
     if version != ARTIFACT_VERSION:
         raise UserError(f"{path}: format version {version}, this script reads {ARTIFACT_VERSION}")
-
+    # all that a damaged file can break
     try:
         header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
         if header["compressor"] not in compressors():
@@ -2108,7 +2094,7 @@ def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None =
     wanted = {(name, tuple(p.shape)) for name, p in model.exported().items()}
     if odd := wanted ^ {(name, array.shape) for name, array in tensors.items()}:
         raise UserError(f"{artifact_path}: its tensors do not fit its config, first {min(odd)}")
-
+    # the arrays become the weights, without a copy
     found = {name: torch.from_numpy(array) for name, array in tensors.items()}
     model.load_state_dict(found, strict=False, assign=True)
     for module in model.modules():
@@ -2177,7 +2163,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
     if learner is not None:
         chunk = model.args.ttt_chunk_tokens // plan.stride
     seen = np.zeros(len(ids) - 1, dtype=bool)
-
+    # score-first: a chunk is learned from once it is scored
     for start in range(0, len(rows), chunk):
         if start and learner is not None:
             learner.catch_up(ids, seen)
@@ -2260,7 +2246,7 @@ class TestTimeTraining:
             loss = sums["ce"] / (len(starts) * args.train_seq_len)
             grads = torch.autograd.grad(
                 loss, self.params, allow_unused=True, materialize_grads=True)
-
+        # one clipped step of SGD, the same on every rank
         flat = torch.cat([grad.flatten() for grad in grads])
         flat = self.runtime.all_reduce(flat) if self.runtime else flat
         flat *= ((args.ttt_grad_clip or math.inf) / (flat.norm() + 1e-6)).clamp(max=1.0)
@@ -2307,7 +2293,7 @@ class Evaluator:
         self.tables = byte_tables(args)
         self.classes = class_table(args.vocab_size)
         self.results: dict[str, dict] = {}
-
+        # VAL_BYTES cuts the text after the target that reaches it
         ids = data.val
         sizes = target_bytes(ids, self.tables)
         self.prefix = args.val_bytes if args.val_bytes < sizes.sum() else 0
@@ -2416,23 +2402,25 @@ class Stream:
 
     @torch.no_grad()
     def ahead(self, drafts: list[int]) -> np.ndarray:
-        """The same if `drafts` were to follow, in one pass: (n + 1, V) of the next id and of those behind the
-        first n drafts, as many as the window takes. What is then pushed as drafted is not read again."""
+        """The same if `drafts` were to follow, in one pass: (n + 1, V) of the next id and of those
+        after each of the first n drafts, as many as the window takes. Pushed as drafted, an id is
+        not read again."""
         if not self.ids:
             raise ValueError("push the first id (BOS) before asking for the second")
-        args, device = self.model.args, self.model.tok_emb.weight.device
-        block, place = divmod(len(self.ids) - 1, args.eval_stride)
+        args, position = self.model.args, len(self.ids) - 1
+        block, place = divmod(position, args.eval_stride)
         if block != self.block:
             if self.learner:
-                self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
+                self.learner.catch_up(np.array(self.ids), np.ones(position, dtype=bool))
             self.block, self.past = block, KVCache(self.model)
             self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
+        # read all that the cache does not hold in one pass
         self.read = [*self.ids[self.start :], *drafts[: args.eval_stride - 1 - place]]
-        self.past.cut(len(self.ids) - 1 - self.start)
-        ids = torch.tensor([self.read], device=device)
-        x = self.model.hidden(ids, self.model.rotary_eval, self.past)
-        states = x[0, len(self.ids) - 1 - self.start - len(self.read) :]
-        self.states = dict(enumerate(states, len(self.ids) - 1))
+        self.past.cut(position - self.start)
+        ids = torch.tensor([self.read], device=self.model.tok_emb.weight.device)
+        x = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
+        states = x[0, position - self.start - len(self.read) :]
+        self.states = dict(enumerate(states, position))
         return self.model.head(states.float()).log_softmax(-1).cpu().numpy()
 
     def push(self, token: int) -> None:
@@ -2564,29 +2552,28 @@ class Trainer:
         self.optimizers = Optimizers(self.model, self.args, self.runtime)
         self.ema = EMA(self.model, self.args.ema_decay)
 
-    def micro_step(self, ids: Tensor, weights: Tensor, aux_inputs, aux_weights: dict[str, float]) -> dict:
-        """Forward and backward of one micro-batch; gradients add up to those of the global batch's mean."""
+    def micro_step(self, ids: Tensor, weights: Tensor, term_weights: dict, aux_inputs) -> dict:
+        """Forward and backward; gradients add up to those of the global batch's mean."""
         sums = self.losses(self.model, ids, weights, aux_inputs)
-        loss = aux_weights["ce"] * sums["ce"] / (self.plan.rows * self.args.train_seq_len)
-        for name, weight in aux_weights.items():
+        ce = term_weights.get("ce", 1.0) * sums["ce"]
+        loss = ce / (self.plan.rows * self.args.train_seq_len)
+        for name, weight in term_weights.items():
             if weight and name in sums and name != "ce":
                 loss = loss + weight / (self.plan.rows // self.plan.group) * sums[name]
-        (loss * self.loss_scale).backward()
+        loss.backward()
         return {name: value.detach() for name, value in sums.items()}
 
     def train_step(self, ids: Tensor, weights: Tensor, progress: float) -> dict[str, Tensor]:
         """One optimizer step on a global batch; returns this rank's share of each summed term."""
-        if self.args.qat_start < 1:
-            self.set_rounding(progress >= self.args.qat_start)
-        aux = self.model.aux
-        aux_inputs = aux.inputs(self.step, self.runtime.device) if aux is not None else None
-        aux_weights = {"ce": 1.0, "draft": 1.0} | (aux.weights(progress) if aux is not None else {})
-        parts = [self.micro_step(*batch, aux_inputs, aux_weights) for batch in zip(ids, weights)]
-        norm = self.optimizers.reduce(1.0 / self.loss_scale)
-        if self.runtime.dtype != torch.float16 or self.adapt_loss_scale(norm):
-            self.optimizers.step(self.step, progress, norm)
-            if self.ema is not None:
-                self.ema.update(self.step)
+        term_weights, aux_inputs = {}, None
+        if self.model.aux is not None:
+            term_weights |= self.model.aux.weights(progress)
+            aux_inputs = self.model.aux.inputs(self.step, self.runtime.device)
+        term_weights["draft"] = 1.0
+        parts = [self.micro_step(*batch, term_weights, aux_inputs) for batch in zip(ids, weights)]
+        norm = self.optimizers.reduce()
+        self.optimizers.step(self.step, progress, norm)
+        self.ema.update(self.step)
         self.model.zero_grad()
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
@@ -2617,7 +2604,7 @@ class Trainer:
             ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator)
             ids = ids.to(device)
             self.train_step(ids, torch.ones(shape[:2], device=device), 0.0)
-
+        # scoring shapes: one window, and the sliding ones
         length = args.eval_seq_len
         for stride in sorted({length, args.eval_stride}):
             plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
@@ -2635,16 +2622,18 @@ class Trainer:
         """Adds this rank's X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
         def add(names: list[str], x: Tensor) -> None:
             x = x.flatten(0, -2).float()
-            for name, product in zip(names, [x.T @ x] * len(names)):
+            product = x.T @ x
+            for name in names:
                 sums[name] = sums.get(name, 0) + product
+
+        readers = {CastedLinear: ("",), CausalSelfAttention: ("c_q.", "c_k.", "c_v.")}
         hooks = []
         for path, module in self.model.named_modules():
-            kind = {CastedLinear: ("",), CausalSelfAttention: ("c_q.", "c_k.", "c_v.")}.get(type(module), ())
-            if names := [f"{path}.{part}weight" for part in kind]:
-                hooks.append(module.register_forward_pre_hook(lambda _, x, names=names: add(names, x[0])))
+            if names := [f"{path}.{part}weight" for part in readers.get(type(module), ())]:
+                hook = lambda _, inputs, names=names: add(names, inputs[0])  # noqa: E731
+                hooks.append(module.register_forward_pre_hook(hook))
         for ids in batch:
-            x = self.model.hidden(ids[:, :-1], self.model.rotary_train)
-            add(["tok_emb.weight", "lm_head.weight"], x)
+            add(["tok_emb.weight"], self.model.hidden(ids[:, :-1], self.model.rotary_train))
         for hook in hooks:
             hook.remove()
         return sums
@@ -2703,7 +2692,7 @@ class Trainer:
                     fences.append(torch.cuda.current_stream().record_event())
                     if len(fences) > 2:
                         fences.popleft().synchronize()
-
+                # losses leave the device only when a line is shown
                 edge = self.step <= 10 or self.step == args.iterations
                 shown = edge or due(args.train_log_every)
                 if shown or due(max(1, args.iterations // 400)):  # a smooth curve
@@ -2817,7 +2806,7 @@ class Trainer:
         for key, value in self.args.shipped().items():
             if (other := meta["config"].get(key)) != value:
                 raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
-
+        # weights and average
         with torch.no_grad():
             for (key, p), average in zip(self.model.named_parameters(), self.ema.average):
                 p.copy_(state[f"model.{key}"])
@@ -2873,7 +2862,24 @@ def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def write_artifact(trainer: Trainer) -> tuple[Path, int]:
+def score_int8(trainer: Trainer, evaluator: Evaluator, tensors: dict, hessians: dict) -> None:
+    """Packs and scores int8, as published, beside the artifact: what it costs and gains."""
+    args, runtime = trainer.args, trainer.runtime
+    wide = copy.copy(args)
+    wide.bits_by_class = dict.fromkeys(args.bits_by_class, 8)
+    path = run_folder(args) / "int8.bin"
+    with runtime.clock("compression"):
+        if runtime.main:
+            write_atomic(path, pack(tensors, wide, hessians))
+        runtime.all_reduce(torch.zeros(1))  # the others wait for the file
+
+    with runtime.clock("validation"):
+        trainer.log(f"int8:{path} bytes:{path.stat().st_size}")
+        model = load(path, runtime.device, wide, runtime.dtype, runtime.attention)
+        evaluator.report("final_int8_roundtrip", model)
+
+
+def write_artifact(trainer: Trainer, evaluator: Evaluator) -> tuple[Path, int]:
     """(artifact.bin of the weights that the model holds, how many numbers are in it)."""
     args, runtime = trainer.args, trainer.runtime
     with runtime.clock("calibration"):
@@ -2887,68 +2893,37 @@ def write_artifact(trainer: Trainer) -> tuple[Path, int]:
         runtime.all_reduce(torch.zeros(1))  # the others wait for the file
     shipped = sum(map(np.size, tensors.values()))
     trainer.log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
+    if args.int8_score:
+        score_int8(trainer, evaluator, tensors, hessians)
     return artifact, shipped
 
 
-def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, evaluator: Evaluator) -> dict:
-    """Training, the scores of raw and averaged weights, the artifact; returns what `metrics.json` says."""
+def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
+          evaluator: Evaluator) -> dict:
+    """Training, scores of raw and averaged weights, the artifact -> entries of `metrics.json`."""
     trainer = Trainer(args, data, runtime, log)
-    params = sum(p.numel() for p in trainer.model.parameters())
-    log(f"model_params:{params} world_size:{runtime.world_size} micro_steps:{trainer.plan.micro_steps} "
-        f"micro_batch_rows:{trainer.plan.groups * trainer.plan.group} seed:{args.seed}")
-    plan, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
-    log(f"size_plan:{sum(plan.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
-        + " ".join(f"{kind}:{size}" for kind, size in plan.items()))
+    plan, params = trainer.plan, sum(p.numel() for p in trainer.model.parameters())
+    log(f"model_params:{params} world_size:{runtime.world_size} micro_steps:{plan.micro_steps} "
+        f"micro_batch_rows:{plan.groups * plan.group} seed:{args.seed}")
+    sizes, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
+    log(f"size_plan:{sum(sizes.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
+        + " ".join(f"{kind}:{size}" for kind, size in sizes.items()))
+    # compile off the clock, then train
     with runtime.clock("warm-up"):
         trainer.warm_up()
     evaluator.logits, evaluator.losses = trainer.logits, trainer.losses
-    last = run_folder(args) / "last.safetensors"
-    if args.resume and (args.resume != "auto" or last.exists()):
-        trainer.restore(last if args.resume == "auto" else Path(args.resume))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: setattr(trainer, "signal", received))
-    try:
-        trainer.run(evaluator)
-    except Stopped as stopped:
-        trainer.save("last")
-        log(f"stopped by {signal.Signals(stopped.args[0]).name} at step {trainer.step}; {last} is written, "
-            f"RUN_ID={args.run_id} RESUME=auto goes on from there")
-        raise
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-    trainer.set_rounding(False)
+    run_until_done(trainer, evaluator)
+    # score the weights as they are, then their average
     with runtime.clock("validation"):
         trainer.log_validation(evaluator.report("final_raw", trainer.model))
         trainer.save("final")
-    if trainer.ema is not None:
-        trainer.ema.apply()
-        with runtime.clock("validation"):
-            evaluator.report("final_ema", trainer.model)
-    with runtime.clock("calibration"):
-        hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
-    tensors = {name: p.detach().cpu().numpy() for name, p in trainer.model.exported().items()}
-
-    def packed(name: str, args: Hyperparameters) -> Path:
-        path = run_folder(args) / name
-        with runtime.clock("compression"):
-            if runtime.main:
-                write_atomic(path, pack(tensors, args, hessians))
-            runtime.all_reduce(torch.zeros(1))  # the others wait for the file
-        return path
-
-    if args.int8_score:  # what the published int8 costs and gains, beside the artifact that is handed in
-        wide = copy.copy(args)
-        wide.bits_by_class = dict.fromkeys(args.bits_by_class, 8)
-        path = packed("int8.bin", wide)
-        with runtime.clock("validation"):
-            log(f"int8:{path} bytes:{path.stat().st_size}")
-            evaluator.report("final_int8_roundtrip", load(path, runtime.device, wide, runtime.dtype,
-                                                          runtime.attention))
-    artifact = packed("artifact.bin", args)
-    shipped = sum(map(np.size, tensors.values()))
-    log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
-    return {"artifact": str(artifact), "params": params, "params_shipped": shipped, "steps": trainer.step,
-            "train_seconds": trainer.seconds, "ms_per_step": 1e3 * trainer.seconds / max(trainer.step, 1)}
+    trainer.ema.apply()
+    with runtime.clock("validation"):
+        evaluator.report("final_ema", trainer.model)
+    artifact, shipped = write_artifact(trainer, evaluator)
+    return {"artifact": str(artifact), "params": params, "params_shipped": shipped,
+            "steps": trainer.step, "train_seconds": trainer.seconds,
+            "ms_per_step": 1e3 * trainer.seconds / max(trainer.step, 1)}
 
 
 def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
@@ -2974,7 +2949,7 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
              "eval_budget_seconds": seconds["eval_seconds"]}
     broken = [f"{name.upper()}={getattr(args, name)} is broken: {value:.3f}"
               for name, value in spent.items() if 0 < getattr(args, name) < value]
-
+    # what the tables of READMEs are made of
     metrics = {
         "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline,
         "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **seconds,
@@ -3009,7 +2984,7 @@ def main() -> int:
         runtime = Runtime(args)
         if args.generate:
             return generate(args, runtime)
-
+        # from here on all ranks write to one folder
         runtime.attention = pick_attention(args, runtime.device, runtime.dtype)
         started, = runtime.from_main([time.time()])
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
