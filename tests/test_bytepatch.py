@@ -183,13 +183,13 @@ def test_no_position_depends_on_a_later_id(ids, overrides):
     for start in (0, 150):  # the second holds the long word and the run of spaces
         row = torch.from_numpy(ids[start : start + length])[None][:, :80]
         with torch.no_grad():
-            before, _ = model.hidden(row, model.rotary_eval)
+            before = model.hidden(row, model.rotary_eval)
             for at in range(row.size(1)):
                 for token in (4 + ord(" "), 4 + ord("h"), 1):
                     if token != row[0, at]:
                         other = row.clone()
                         other[0, at] = token
-                        change = (model.hidden(other, model.rotary_eval)[0] - before)[0].abs().amax(-1)
+                        change = (model.hidden(other, model.rotary_eval) - before)[0].abs().amax(-1)
                         assert not change[:at].any() and change[at] > 1e-4, (at, token)
 
 
@@ -200,10 +200,10 @@ def test_the_decoder_hears_of_a_patch_when_it_is_complete(ids, overrides):
     with torch.no_grad():
         for block in model.blocks:  # the decoder reads nothing but its own position
             block.attn.proj.weight.zero_()
-        before, _ = model.hidden(row, model.rotary_eval)
+        before = model.hidden(row, model.rotary_eval)
         other = row.clone()
         other[0, 16] = 104  # the first byte of the third patch
-        after, _ = model.hidden(other, model.rotary_eval)
+        after = model.hidden(other, model.rotary_eval)
     moved = (after - before)[0].abs().amax(-1) > 1e-5
     assert moved.nonzero().flatten().tolist() == [16, *range(23, 61)]
 
@@ -297,7 +297,8 @@ def test_terms_are_those_of_a_slow_loop(ids, overrides):
     model = alive(**overrides)
     rows = torch.from_numpy(np.stack([ids[i : i + 61] for i in (0, 40, 100, 160)]))
     with torch.no_grad():
-        _, terms = model.hidden(rows, model.rotary_train, model.aux.inputs(3, rows.device))
+        directions = model.aux.inputs(3, rows.device)
+        _, terms = model.states(rows, model.rotary_train, aux_inputs=directions)
         errors, targets, latents = ([[], []] for _ in range(3))
         for i, row in enumerate(rows):
             want = slow_patches(row, 8, bool(overrides))[:-1][: section.patch_room(61, model.args)]
@@ -316,7 +317,7 @@ def test_terms_are_those_of_a_slow_loop(ids, overrides):
             assert terms["latent_var"][group] == pytest.approx(variance, rel=1e-4)
             z = torch.cat(latents[group])[None]
             want = section.sigreg(
-                z, torch.full(z.shape[:2], 1 / z.size(1)), model.aux.inputs(3, rows.device), 17
+                z, torch.full(z.shape[:2], 1 / z.size(1)), directions, 17
             )
             assert terms["sigreg"][group] == pytest.approx(want.item(), rel=1e-3)
 
@@ -355,8 +356,9 @@ def test_weights_keep_ce_at_one_and_zero_switches_off(ids):
     aux = alive(JEPA_PRED_WEIGHT=0, SIGREG_WEIGHT=0).aux
     assert aux.inputs(0, torch.device("cpu")) is None and not any(aux.weights(0.3).values())
     model = alive(SIGREG_WEIGHT=0)
-    _, terms = model.hidden(torch.from_numpy(ids[None, :61]).repeat(2, 1), model.rotary_train,
-                            model.aux.inputs(0, torch.device("cpu")))
+    rows = torch.from_numpy(ids[None, :61]).repeat(2, 1)
+    directions = model.aux.inputs(0, rows.device)
+    _, terms = model.states(rows, model.rotary_train, aux_inputs=directions)
     assert sorted(terms) == ["jepa_pred", "latent_var"]
 
 
@@ -369,7 +371,7 @@ def test_the_published_exporter_can_be_chosen():
     rng = np.random.default_rng(0)
     for scale in (0.05, 3.0):
         weight = (scale * rng.standard_t(3, (40, 500))).astype(np.float32)
-        q, step = section.quantise(weight, 6, "tensor", 5.0, 1)
+        q, step = section.quantise(weight, 6, 5.0, 1, clip="tensor")
         errors = {}
         for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
             clip = torch.quantile(torch.from_numpy(weight).abs(), share, dim=1)
@@ -380,8 +382,37 @@ def test_the_published_exporter_can_be_chosen():
                 best, want = trial, s
         assert np.array_equal(q, best.numpy()) and np.array_equal(step.astype(np.float32), want.numpy())
         assert (step >= np.float16(1 / 31)).all()
-    std = section.quantise(0.05 * weight / scale, 6, "std", 5.0, 1)
+    std = section.quantise(0.05 * weight / scale, 6, 5.0, 1)
     assert std[1].max() < 1 / 31
+
+
+@pytest.mark.parametrize("shape, axis", [((24, 40), 1), ((24, 40), 0), ((3, 64, 8), 1)])
+def test_qat_rounds_as_the_exporter_does(shape, axis):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.03
+    rounding = section.Rounding(6, 12.0, axis)
+    rounding.on.fill_(1.0)
+    q, step = section.quantise(weight.numpy(), 6, 12.0, axis)
+    want = q * step.astype(np.float32)
+    assert np.allclose(rounding(weight).numpy(), want, atol=1e-7, rtol=0)
+    weight.requires_grad_(True)
+    rounding(weight).sum().backward()
+    assert (weight.grad == 1).all()  # straight through
+    rounding.on.fill_(0.0)
+    assert (rounding(weight) == weight).all()
+
+
+def test_the_switch_of_qat_takes_effect_in_a_compiled_graph():
+    layer = section.CastedLinear(96, 64)
+    layer.qat = section.Rounding(3, 2.0, 1)
+    x = torch.randn(5, 96)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)
+    off = compiled(x)
+    layer.qat.on.fill_(1.0)
+    on = compiled(x)
+    assert torch.allclose(off, x @ layer.weight.T, atol=1e-5)
+    assert not torch.allclose(on, off, atol=1e-3)
+    q, step = section.quantise(layer.weight.detach().numpy(), 3, 2.0, 1)
+    assert torch.allclose(on, x @ torch.from_numpy(q * step.astype(np.float32)).T, atol=1e-5)
 
 
 def test_training_rounds_everything_as_the_exporter_does():
@@ -395,7 +426,7 @@ def test_training_rounds_everything_as_the_exporter_does():
         owner = trainer.model.get_submodule(name.rpartition(".")[0])
         assert hasattr(owner, "qat") == bool(bits), name
         if bits:
-            q, step = section.quantise(p.detach().numpy(), bits, "std", 5.0, axis)
+            q, step = section.quantise(p.detach().numpy(), bits, 5.0, axis)
             np.testing.assert_allclose(
                 section.rounded(owner).detach().numpy(), q * step.astype(np.float32), atol=1e-6
             )
@@ -443,7 +474,11 @@ def test_published_names_are_aliases():
 @pytest.mark.parametrize("overrides,message", [
     ({"DECODER_HEADS": 3}, "MODEL_DIM=32, DECODER_HEADS=3"), ({"ROPE_DIMS": 12}, "ROPE_DIMS=12, NUM_HEADS=4"),
     ({"SIGREG_GROUP": 3}, "SIGREG_GROUP=3"), ({"PATCH_SIZE": 40}, "PATCH_SIZE=40"),
-    ({"QUANT_CLIP": "tensor"}, "LATE_QAT_THRESHOLD=0.15, QUANT_CLIP=tensor")], ids=str)
+    ({"QUANT_CLIP": "tensor"}, "LATE_QAT_THRESHOLD=0.15, QUANT_CLIP=tensor"),
+    ({"QAT_START": "0.5"}, "LATE_QAT_THRESHOLD took its place"),
+    ({"TIE_EMBEDDINGS": 1}, "the output head has its own weights"),
+    ({"DRAFT": 16, "TRAIN_SEQ_LEN": 17, "TRAIN_BATCH_TOKENS": 136}, "DRAFT=16, TRAIN_SEQ_LEN=17"),
+    ({"WORLD_SIZE": 1, "RANK": 1}, "RANK=1, WORLD_SIZE=1")], ids=str)
 def test_impossible_settings_are_refused(overrides, message):
     with pytest.raises(section.UserError, match=message):
         settings(**overrides)
@@ -471,6 +506,27 @@ def test_a_run_trains_packs_and_scores_the_same_again(run, tmp_path, overrides):
     assert again[0] == 0, again[1]
     for name, found in again[2]["evals"].items():
         assert found["val_loss"] == pytest.approx(metrics["evals"][name]["val_loss"], abs=1e-6)
+
+
+def test_qat_and_gptq_in_a_real_run(run):
+    """Late QAT switches on and moves what follows; calibration has its own clock and is inside the
+    training seconds."""
+    wanted = {
+        **SMALL, "MODEL_DIM": 64, "TRAIN_SEQ_LEN": 64, "TRAIN_BATCH_TOKENS": 512, "VAL_BYTES": 1000,
+        "ITERATIONS": 4, "WARMDOWN_ITERS": 4, "QUANT_ROUND": "gptq", "GPTQ_BATCHES": 2,
+        "COMPRESSOR": "rans", "BITS": "embed:3,attn:3,mlp:3,other:3",
+    }
+    found = {}
+    for threshold in (0, 0.6):  # rates of the four steps: 1, 3/4, 1/2, 1/4
+        code, output, metrics = run(
+            script=SCRIPT, **wanted, LATE_QAT_THRESHOLD=threshold, RUN_ID=f"qat{threshold}")
+        assert code == 0 and "size_plan:" in output and "final_int3_sliding" in output, output
+        assert metrics["clocks"]["calibration"] > 0
+        assert metrics["train_seconds"] >= metrics["clocks"]["training"]
+        assert math.isfinite(metrics["val_bpb"])
+        found[threshold] = losses(output)
+    assert len(found[0]) == 4 and found[0][:2] == found[0.6][:2]  # not on yet
+    assert found[0][2] != found[0.6][2]
 
 
 def test_ranks_do_not_change_the_losses(run, tmp_path):

@@ -1,18 +1,21 @@
-"""BytePatchJEPA: a byte decoder, conditioned on patches of bytes that an encoder with a latent goal reads.
+"""BytePatchJEPA: a byte decoder that is told what an encoder expects of the patch it is in.
 
 Parent: the trunk (`train_gpt.py` of the repository).
-Idea:   the bytes read so far are cut into patches, at spaces and after 8 bytes (#696: after 8). An encoder
-        reads whole patches and foresees the latent of the next; a JEPA loss and SIGReg shape it; a causal
-        byte decoder is given it everywhere. PATCH_SIZE=0 is the decoder alone; PATCH_CONDITION and
-        PATCH_SPLIT take the idea apart.
+Idea:   the bytes so far are cut into patches, at spaces and after 8 bytes (#696: after 8). An encoder
+        reads whole patches and foresees the latent of the next; a JEPA loss and SIGReg shape it. A
+        causal byte decoder gets that guess at every byte. PATCH_SIZE=0 leaves only the decoder;
+        PATCH_CONDITION and PATCH_SPLIT take the idea apart.
 
-Run:    python train_gpt.py --help                               every variable, its default and its reason
-        torchrun --standalone --nproc_per_node=8 train_gpt.py    the contest: 8xH100, 600 s, 16,000,000 bytes
-        EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py            score an artifact and nothing else
+Run:    python train_gpt.py --help                             every variable and its reason
+        torchrun --standalone --nproc_per_node=8 train_gpt.py  the contest: 8xH100, 600 s, 16 MB
+        RESUME=auto RUN_ID=name torchrun ...                   go on from runs/name/last.safetensors
+        EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py          only score an artifact
+        GENERATE=TEXT ARTIFACT=FILE python train_gpt.py        go on from a text, or from a file's
 
-The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs torch,
-numpy and safetensors; constriction, zstandard, sentencepiece, tqdm and FlashAttention are used if installed.
-The trunk's n-gram tables, chunk JEPA, smear gate, U-Net skips, tied head and document masks are not here.
+The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs
+torch, numpy and safetensors, and uses constriction, sentencepiece, tqdm and FlashAttention if
+they are installed. The trunk's n-gram tables, chunk JEPA, smear gate, U-Net skips, tied head and
+document mask are not here.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # later, its defaults would keep the group: threads that outlive Python abort
+import torch.distributed.nn  # imported later it would keep the group, whose threads then abort
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -104,6 +107,9 @@ class Var:
                 return value
         raise UserError(f"{self.name}={text!r} is not accepted: {self.accepted()} ({self.why})")
 
+
+TENSOR_CLASSES = ("embed", "attn", "mlp", "other")
+
 CHECKS: list = []  # each section adds those of its features: a record keeps both or neither
 
 
@@ -127,60 +133,62 @@ class Hyperparameters:
     data_path = Var("./data/datasets/fineweb10B_byte260", "folder of shards")
     tokenizer_path = Var("", "SentencePiece .model; byte260 has none")
     vocab_size = Var(260, "ids; 260 = 4 special ones + 256 bytes", 5, 65536, ship="model")
-    train_seq_len = Var(2047, "tokens a training row", low=2, ship="model")
-    train_batch_tokens = Var(524032, "tokens an optimizer step, over all ranks and micro-steps", low=2)
-    device_batch_tokens = Var(65536, "tokens a forward on one device: the one out-of-memory knob", low=1)
+    train_seq_len = Var(2047, "tokens a training row", 2, ship="model")
+    train_batch_tokens = Var(524032, "tokens an optimizer step, over all ranks", 2)
+    device_batch_tokens = Var(65536, "tokens a forward: the out-of-memory knob", 1)
     train_order = Var("sequential", "of rows in an epoch", choices=("sequential", "shuffled"))
     verify_data = Var("auto", "by manifest.json; auto: up to 2 GB", choices=("auto", "0", "1"))
+
     _model = "Model: an encoder of patches and a decoder of bytes"
-    num_layers = Var(5, "encoder: blocks of its own", low=1, ship="model")
-    encoder_repeats = Var(2, "encoder: how often they are applied in sequence", low=1, ship="model")
-    model_dim = Var(480, "width of both residual streams", low=8, ship="model")
-    num_heads = Var(6, "encoder: query heads", low=1, ship="model")
-    num_kv_heads = Var(3, "encoder: key/value heads (grouped-query attention)", low=1, ship="model")
+    num_layers = Var(5, "encoder: blocks of its own", 1, ship="model")
+    encoder_repeats = Var(2, "encoder: passes through its blocks", 1, ship="model")
+    model_dim = Var(480, "width of both residual streams", 8, ship="model")
+    num_heads = Var(6, "encoder: query heads", 1, ship="model")
+    num_kv_heads = Var(3, "encoder: key/value heads (GQA)", 1, ship="model")
     mlp_mult = Var(2.0, "MLP hidden width / model width", 0, ship="model")
     leaky_slope = Var(0.5, "slope of the squared LeakyReLU; 0 = ReLU^2", ship="model")
-    decoder_layers = Var(7, "decoder: blocks", low=1, ship="model")
-    decoder_heads = Var(4, "decoder: heads, each with its own keys and values", low=1, ship="model")
-    patch_size = Var(8, "ids a patch at most; 0 = no encoder at all, the decoder alone", low=0, ship="model")
-    patch_split = Var("space", "space: a patch also ends with a space or newline",
+    decoder_layers = Var(7, "decoder: blocks", 1, ship="model")
+    decoder_heads = Var(4, "decoder: heads of queries, keys and values", 1, ship="model")
+    patch_size = Var(8, "most ids of a patch; 0 = only the decoder", 0, ship="model")
+    patch_split = Var("space", "space: a space or newline ends a patch too",
                       choices=("fixed", "space"), ship="model")
-    patch_condition = Var("latent", "what the decoder is given: predicted latent, encoder's state, or both",
+    patch_condition = Var("latent", "the decoder gets the predicted latent, the encoder's state or both",
                           choices=("latent", "context", "both"), ship="model")
     logit_softcap = Var(30.0, "cap * tanh(logits / cap); 0 = none", 0, ship="model")
     qk_gain_init = Var(1.5, "initial gain a head on normalised queries", ship="model")
     rope_base = Var(10000.0, "rotary base", 1, ship="model")
-    rope_dims = Var(0, "rotated dimensions a head; 0 = all (#315)", low=0, ship="model")
+    rope_dims = Var(0, "rotated dimensions a head; 0 = all (#315)", 0, ship="model")
     ln_scale = Var(True, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
-    xsa_last_n = Var(4, "last layers of a stack that drop their own value direction (XSA, #265)", low=0,
-                     ship="model")
+    xsa_last_n = Var(4, "last layers of a stack that drop their own value (XSA, #265)", 0, ship="model")
     resid_mix = Var(True, "blocks mix in the embedding", ship="model")
     draft = Var(0, "ids that draft heads guess; 0 = none", 0, 16, ship="model")
+
     _jepa = "Patch JEPA (#696, corrected)"
-    latent_dim = Var(192, "width of a patch latent", low=1, ship="model")
-    jepa_pred_weight = Var(0.5, "weight of the latent prediction loss; 0 = off", low=0.0)
-    sigreg_weight = Var(0.02, "weight of SIGReg on the latents; 0 = off", low=0.0)
-    jepa_ce_weight = Var(3.0, "divides both: only their ratio to CE's weight, 1, matters", low=1e-6)
-    sigreg_num_proj = Var(256, "random directions of SIGReg, fresh each step", low=1)
-    sigreg_knots = Var(17, "points of its characteristic function on [0, 3]", low=2)
-    sigreg_group = Var(8, "sequences pooled into one SIGReg statistic, on any number of ranks", low=1)
+    latent_dim = Var(192, "width of a patch latent", 1, ship="model")
+    jepa_pred_weight = Var(0.5, "weight of the latent prediction loss", 0)
+    sigreg_weight = Var(0.02, "weight of SIGReg on the latents", 0)
+    jepa_ce_weight = Var(3.0, "CE's weight beside these two; all are divided by it", 1e-6)
+    sigreg_num_proj = Var(256, "random directions, fresh each step", 1)
+    sigreg_knots = Var(17, "points of its characteristic function", 2)
+    sigreg_group = Var(8, "sequences pooled into one SIGReg statistic", 1)
+
     _optimizers = "Optimizers and schedule"
-    iterations = Var(20000, "optimizer steps at most", low=1)
+    iterations = Var(20000, "optimizer steps at most", 1)
     max_wallclock_seconds = Var(600.0, "training time; 0 = no limit", 0)
-    warmdown_iters = Var(3500, "steps (as a share of ITERATIONS) over which the rate falls", low=0)
+    warmdown_iters = Var(3500, "steps over which the rate falls", 0)
     min_lr = Var(0.0, "rate at the end, as a share of the peak", 0, 1)
     warmup_steps = Var(2, "steps that compile, off the clock", 0)
-    matrix_lr = Var(0.025, "Muon: matrices", low=0.0)
+    matrix_lr = Var(0.025, "Muon: matrices", 0)
     muon_momentum = Var(0.99, "final momentum", 0, 0.9999)
     muon_momentum_warmup_start = Var(0.92, "momentum at step 0", 0, 0.9999)
     muon_momentum_warmup_steps = Var(1500, "steps from start to final momentum", 0)
     muon_backend_steps = Var(5, "Newton-Schulz steps", 1)
     muon_wd = Var(0.04, "Muon: decoupled weight decay", 0)
-    embed_lr = Var(0.03, "AdamW: embeddings of bytes and of places in a patch", low=0.0)
-    head_lr = Var(0.01, "AdamW: output head", low=0.0)
-    scalar_lr = Var(0.025, "AdamW: gains, mixes, the first latent", low=0.0)
+    embed_lr = Var(0.03, "AdamW: embeddings of bytes and of places in a patch", 0)
+    head_lr = Var(0.01, "AdamW: output head", 0)
+    scalar_lr = Var(0.025, "AdamW: gains, mixes, the first latent", 0)
     draft_lr = Var(0.003, "AdamW: draft heads", 0)
-    adam_wd = Var(0.04, "decoupled weight decay of all AdamW groups", low=0.0)
+    adam_wd = Var(0.04, "weight decay of embeddings, head and scalars", 0)
     beta1 = Var(0.9, "Adam", 0, 0.9999)
     beta2 = Var(0.95, "Adam", 0, 0.99999)
     adam_eps = Var(1e-8, "Adam", 0)
@@ -190,30 +198,30 @@ class Hyperparameters:
 
     _artifact = "Artifact"
     bits = Var("embed:6,attn:6,mlp:6,other:6", "bit width by tensor class")
-    quant_clip = Var("std", "std: step = k * std / top; mse: searched per row; tensor: that of #696",
-                     choices=("std", "mse", "tensor"))
-    quant_k = Var("embed:5,attn:5,mlp:5,other:5", "k by tensor class: the size knob")
+    quant_clip = Var("std", "std: steps by QUANT_K; tensor: the steps of #696",
+                     choices=("std", "tensor"))
+    quant_k = Var("embed:5,attn:5,mlp:5,other:5", "step = k * std / top: the size knob")
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
     gptq_batches = Var(4, "training batches for these", 1)
-    late_qat_threshold = Var(0.15, "trains weights as rounded below this share of the peak rate; 0 = never",
-                             low=0.0, high=1.0)
+    late_qat_threshold = Var(0.15, "rounds in training below this share of the peak rate; 0 = never",
+                             0, 1)
     quant_rate = Var("embed:0,attn:0,mlp:0,other:0", "price of a bit in squared steps")
     compressor = Var("auto", "auto keeps the smallest", choices=("auto", "rans", "lzma"))
     artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit", 0)
 
     _evaluation = "Evaluation"
     eval_seq_len = Var(0, "window length; 0 = TRAIN_SEQ_LEN", 0, ship="eval")
-    eval_stride = Var(256, "targets scored a window in the sliding pass", low=1, ship="eval")
+    eval_stride = Var(256, "targets a window of the sliding pass", 1, ship="eval")
     eval_batch_tokens = Var(0, "tokens a forward; 0 = DEVICE_BATCH_TOKENS", 0)
     val_bytes = Var(0, "validates only on this prefix; 0 = all", 0)
     val_loss_every = Var(0, "steps between validations; 0 = only at the end", 0)
     eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
-    ttt = Var("sgd", "test-time training: learn from what is scored", choices=("0", "sgd"), ship="eval")
+    ttt = Var("sgd", "test-time training on scored text", choices=("0", "sgd"), ship="eval")
     ttt_adapt = Var(True, "0 = without learning: the control", ship="eval")
-    ttt_modules = Var("all", "modules that learn, exact paths with commas", ship="eval")
+    ttt_modules = Var("all", "all, or paths of modules that learn, with commas", ship="eval")
     ttt_chunk_tokens = Var(32768, "targets scored, then learned from", 1, ship="eval")
-    ttt_batch_rows = Var(32, "rows of TRAIN_SEQ_LEN an update, over all ranks", low=1, ship="eval")
-    ttt_epochs = Var(2, "passes over each chunk", low=1, ship="eval")
+    ttt_batch_rows = Var(32, "rows an update, over all ranks", 1, ship="eval")
+    ttt_epochs = Var(2, "passes over each chunk", 1, ship="eval")
     ttt_lr = Var(0.002, "rate of SGD at the first chunk", 0, ship="eval")
     ttt_decay_chunks = Var(0, "rate / sqrt(1 + chunks / this); 0 = constant", 0, ship="eval")
     ttt_momentum = Var(0.9, "kept from chunk to chunk", 0, 0.9999, ship="eval")
@@ -234,7 +242,8 @@ class Hyperparameters:
     device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
     dtype = Var("auto", "of activations; weights are fp32", choices=("auto", "fp32", "bf16"))
     compile = Var("auto", "auto: on GPUs, and on CPUs when it pays", choices=("auto", "0", "1"))
-    attention = Var("auto", "first rung", choices=("auto", "fa3", "fa2", "cpu", "sdpa", "math"))
+    attention = Var("auto", "first rung of the ladder",
+                    choices=("auto", "fa3", "fa2", "cpu", "sdpa", "math"))
     strict_env = Var(True, "refuse misspelt variables; 0 = only warn")
 
     _launcher = "Set by the launcher (torchrun)"
@@ -244,22 +253,28 @@ class Hyperparameters:
     master_addr = Var("", "rendezvous host")
     master_port = Var("", "rendezvous port")
 
-    # Published variables of ideas that are gone: {name: (values that mean off, reason)}; () = ignored.
+    # Variables of ideas that are gone: {name: (values that mean off, reason)}.
     RETIRED = {
-        "SWA_ENABLED": (("0",), "EMA replaced it (-0.003 BPB in #375)"),
-        "SWA_EVERY": ((), "belongs to SWA_ENABLED"),
-        "MTP_NUM_HEADS": (("0",), "multi-token heads cost +0.028 BPB in a 10-minute model; DRAFT costs none"),
-        "MTP_LOSS_WEIGHT": ((), "belongs to MTP_NUM_HEADS"),
-        "MUON_BETA2": ((), "was never read by #832"),
-        **dict.fromkeys(("QAT_ENABLED", "LATE_QAT"), (("0",), "LATE_QAT_THRESHOLD took its place")),
-        "QAT_THRESHOLD": ((), "belongs to QAT_ENABLED"),
-        **dict.fromkeys(("VAL_BATCH_SIZE", "VAL_SLIDING_BATCH"),
-                        ((), "EVAL_BATCH_TOKENS took its place and does not change the score")),
-        "TTT_FREEZE_BLOCKS": (("0",), "TTT_MODULES names what learns (a prefix froze other modules too)"),
-        **dict.fromkeys(("NGRAM_ORDERS", "BIGRAM_VOCAB_SIZE", "JEPA_CHUNK_SIZE", "SMEAR_GATE", "UNET_SKIPS",
-                         "TIE_EMBEDDINGS", "DOC_MASK"), (("0",), "the trunk has it, this model does not")),
-        "CONTROL_TENSOR_NAME_PATTERNS": ((), "tensors are sorted by shape and module, not by name patterns"),
+        "SWA_ENABLED": ("0", "EMA took its place"),
+        "EMA_ENABLED": ("1", "EMA_DECAY=0 scores the last weights"),
+        "MTP_NUM_HEADS": ("0", "it costs +0.028 BPB in ten minutes; see DRAFT"),
+        "NGRAM_ORDERS": ("0", "the trunk has it, this model does not"),
+        "BIGRAM_VOCAB_SIZE": ("0", "see NGRAM_ORDERS"),
+        "JEPA_CHUNK_SIZE": ("0", "PATCH_SIZE took its place"),
+        "SMEAR_GATE": ("0", "see NGRAM_ORDERS"),
+        "UNET_SKIPS": ("0", "see NGRAM_ORDERS"),
+        "DOC_MASK": ("0", "see NGRAM_ORDERS"),
+        "TIE_EMBEDDINGS": ("0", "the output head has its own weights"),
+        "QAT_START": ("1 1.0", "LATE_QAT_THRESHOLD took its place"),
+        "QAT_ENABLED": ("0", "see QAT_START"),
+        "LATE_QAT": ("0", "see QAT_START"),
+        "TTT_FREEZE_BLOCKS": ("0", "TTT_MODULES names what learns"),
+        "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
+        "GRAD_REPORT_EVERY": ("0", "no result used it"),
     }
+    IGNORED = ("SWA_EVERY", "MTP_LOSS_WEIGHT", "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE",
+               "VAL_SLIDING_BATCH", "CONTROL_TENSOR_NAME_PATTERNS")
+
     # Names that #696 has for variables of the family: {name: (ours, {its value: ours})}.
     ALIASES = {
         "VAL_SLIDING_STRIDE": ("EVAL_STRIDE", {}),
@@ -267,29 +282,32 @@ class Hyperparameters:
         "TTT_BATCH_SEQS": ("TTT_BATCH_ROWS", {}),
         "USE_COMPILE": ("COMPILE", {}),
     }
-    IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
-               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
-        """Reads `environ`. `shipped`, the settings in an artifact, replaces the defaults of what it names."""
+        """Reads `environ`; `shipped`, settings in an artifact, replaces the defaults it names."""
         environ = self._translated(environ or {})
         self.warnings: list[str] = []
         self._refuse_retired_and_misspelt(environ)
+        # environment, else artifact, else default
         for name, var in self.vars().items():
             value = (shipped or {}).get(var.name, var.default)
             if environ.get(var.name, "") != "":
                 value = var.parse(environ[var.name])
                 if shipped and var.ship == "model" and value != shipped[var.name]:
-                    raise UserError(f"{var.name}={value} contradicts the artifact, which was made with "
-                                    f"{shipped[var.name]}: leave it unset")
+                    raise UserError(f"{var.name}={value}: the artifact was made with "
+                                    f"{shipped[var.name]}; leave it unset")
             setattr(self, name, value)
+        # what several settings together mean
+        self.trains = not shipped
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
         self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
-        if shipped or not (self.eval_only or self.generate):  # else the artifact's settings are still to come
-            self._check(trains=not shipped)
+
+        if shipped or not (self.eval_only or self.generate):  # they need an artifact's
+            for function in CHECKS:
+                function(self)
 
     @classmethod
     def vars(cls) -> dict[str, Var]:
@@ -300,14 +318,18 @@ class Hyperparameters:
         lines = [__doc__.strip()]
         for name, item in vars(cls).items():
             if isinstance(item, Var):
-                default = int(item.default) if isinstance(item.default, bool) else item.default
-                lines.append(f"  {item.name:<28} {default!s:<14} {item.why} [{item.accepted()}]")
+                default = item.default
+                default = int(default) if isinstance(default, bool) else default
+                told = f"{item.why} [{item.accepted()}]"
+                lines.append(f"  {item.name:<28} {default!s:<14} {told}")
             elif isinstance(item, str) and not name.startswith("__"):
                 lines.append(f"\n{item}")
         lines.append("\nOther names, of #696")
         lines += [f"  {name:<28} {ours}" for name, (ours, _) in cls.ALIASES.items()]
-        lines.append("\nAccepted from published command lines, without effect")
-        lines += [f"  {name:<28} {why}" for name, (_, why) in cls.RETIRED.items()]
+        lines.append("\nAccepted from older command lines, without effect")
+        for name, (off, why) in cls.RETIRED.items():
+            lines.append(f"  {name}={off.split()[0]:<24} {why}")
+        lines.append("  " + " ".join(cls.IGNORED))
         return "\n".join(lines)
 
     def settings(self) -> dict:
@@ -321,22 +343,31 @@ class Hyperparameters:
     def _translated(self, environ: dict[str, str]) -> dict[str, str]:
         """The environment with #696's names replaced by ours."""
         environ = dict(environ)
-        for name, (ours, words) in self.ALIASES.items():
-            if text := environ.pop(name, "").strip():
-                value, other = words.get(text, text), environ.get(ours, "").strip()
-                if other not in ("", value):
-                    raise UserError(f"{name}={text} means {ours}={value}, but {ours}={other} is set too")
-                environ[ours] = value
+        for name, (ours, values) in self.ALIASES.items():
+            text = environ.pop(name, "").strip()
+            if not text:
+                continue
+            value, set_too = values.get(text, text), environ.get(ours, "").strip()
+            if set_too not in ("", value):
+                raise UserError(f"{name}={text} means {ours}={value}, but {ours}={set_too} is set too")
+            environ[ours] = value
+
+        tokenizer = environ.get("TOKENIZER_PATH", "")
+        if tokenizer.endswith(".json"):  # #696 names a description of byte260, which needs none
+            environ["TOKENIZER_PATH"] = ""
         return environ
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
-        known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.ALIASES}
+        known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED}
+        known |= set(self.ALIASES)
         for name, value in environ.items():
             if name in self.RETIRED:
                 off, why = self.RETIRED[name]
-                if off and value not in ("", *off):
-                    raise UserError(f"{name}={value!r} is retired: {why}; unset it or use {' or '.join(off)}")
-            elif name not in known and (near := difflib.get_close_matches(name, known, 1, cutoff=0.87)):
+                if value not in ("", *off.split()):
+                    raise UserError(f"{name}={value!r} is retired: {why}; unset it")
+                continue
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.87)
+            if near and name not in known:
                 message = f"{name} is not a variable of this script; did you mean {near[0]}?"
                 if environ.get("STRICT_ENV", "1") != "0":
                     raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
@@ -356,41 +387,6 @@ class Hyperparameters:
                 raise UserError(f"{var.name}: {part.strip()!r} is not accepted: CLASS:NUMBER, "
                                 f"CLASS in {classes}, NUMBER from {low} to {high}")
         return values
-
-    def _check(self, trains: bool) -> None:
-        """Refuses combinations that cannot work, with both values in the message."""
-        widths = {name: self.model_dim // getattr(self, name) for name in ("num_heads", "decoder_heads")}
-        rope, patch, group = self.rope_dims, self.patch_size, self.sigreg_group
-        rows, spare = divmod(self.train_batch_tokens, self.train_seq_len) if trains else (0, 0)
-        calibrates = self.quant_round == "gptq" and self.max_wallclock_seconds and not self.eval_only
-        problems = [
-            *((self.model_dim % getattr(self, name), "model_dim", name, "no whole width for a head")
-              for name in widths),
-            (self.num_heads % self.num_kv_heads, "num_heads", "num_kv_heads", "no equal groups of heads"),
-            *((width % 2, "model_dim", name, f"head width {width} is odd, rotary needs pairs")
-              for name, width in widths.items()),
-            *((rope % 2 or rope > width, "rope_dims", name, f"odd or wider than a head, {width}")
-              for name, width in widths.items()),
-            (spare, "train_batch_tokens", "train_seq_len", "the batch is not a whole number of rows"),
-            (self.eval_stride > self.eval_seq_len, "eval_stride", "eval_seq_len", "the stride skips targets"),
-            (self.ttt != "0" and self.ttt_chunk_tokens % self.eval_stride, "ttt_chunk_tokens", "eval_stride",
-             "a chunk is not a whole number of windows"),
-            *((getattr(self, name) < 2 * max(patch, 4), name, "patch_size", "no two patches in a row")
-              for name in ("train_seq_len", "eval_seq_len") if patch),
-            (patch and self.patch_split == "space" and self.vocab_size != 260, "patch_split", "vocab_size",
-             "bytes are ids of byte260 alone"),
-            (patch and rows % group, "train_batch_tokens", "sigreg_group", "no equal groups of rows"),
-            (self.rank >= self.world_size, "rank", "world_size", "a rank is below the number of processes"),
-            (self.late_qat_threshold and self.quant_clip != "std", "late_qat_threshold", "quant_clip",
-             "trains with std"),
-            (calibrates and not self.warmup_steps, "warmup_steps", "quant_round", "calibration is untimed"),
-            (self.generate and self.vocab_size != 260, "generate", "vocab_size", "other ids are no bytes"),
-            (self.draft + 1 >= self.train_seq_len, "draft", "train_seq_len", "no row holds such a draft"),
-        ]
-        for bad, *names, why in problems:
-            if bad:
-                pair = ", ".join(f"{name.upper()}={getattr(self, name)}" for name in names)
-                raise UserError(f"{pair}: {why}")
 
 
 # -----------------------------------------------------------------------------
@@ -430,25 +426,25 @@ class Runtime:
     """Device, dtype, ranks and clocks: what the machine offers, decided once."""
 
     def __init__(self, args: Hyperparameters):
-        self.rank, self.world_size, self.main = args.rank, args.world_size, args.rank == 0
+        self.rank = args.rank
+        self.world_size = args.world_size
+        self.main = args.rank == 0
         self.clocks: dict[str, float] = {}  # seconds by phase
         self.notes: list[str] = []
         self.device = self._pick_device(args)
         self.dtype = self._pick_dtype(args)
         self.compile = self._pick_compile(args)
-        head_dim = args.model_dim // min(args.num_heads, args.decoder_heads)
-        self.attention = pick_attention(args.attention, self.device, self.dtype, head_dim)
-        self.notes.append(f"attention:{self.attention} compile:{int(self.compile)} "
-                          f"dtype:{str(self.dtype).removeprefix('torch.')} device:{self.device_name()}")
+        self.attention = "sdpa"  # runs everywhere; `main` asks for the best rung
         if not constriction and args.compressor in ("auto", "rans"):
-            self.notes.append("compressor: constriction is missing, LZMA or zstd instead of rANS")
+            self.notes.append("compressor: constriction is missing, LZMA instead of rANS")
+
         if self.device.type == "cpu":
             tune_allocator()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
             if not args.master_addr:
-                raise UserError(f"WORLD_SIZE={self.world_size} without MASTER_ADDR: launch with torchrun")
+                raise UserError(f"WORLD_SIZE={args.world_size} but no MASTER_ADDR: use torchrun")
             self.gloo = not (self.device.type == "cuda" and dist.is_nccl_available())
             dist.init_process_group("gloo" if self.gloo else "cpu:gloo,cuda:nccl")
 
@@ -554,7 +550,7 @@ def progress_bar(items, total: int, name: str, show: bool):
 # ATTENTION
 # -----------------------------------------------------------------------------
 # The rungs of a ladder, fastest first: q (B, T, H, d) and k, v (B, T, K, d) -> (B, T, H, d).
-# `mask` is None for plain causal attention, else what `document_mask` made for that rung.
+# `mask` is None for plain causal attention, else that of `causal_mask`; flash takes none.
 
 
 def causal_mask(docs: Tensor, queries: int) -> Tensor:
@@ -564,13 +560,13 @@ def causal_mask(docs: Tensor, queries: int) -> Tensor:
     return same_document & (positions[-queries:, None] >= positions)
 
 
-def math_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
-    """Causal attention spelt out: q (B, T, H, d), k, v (B, T, K, d) -> (B, T, H, d); where: causal_mask."""
+def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Causal attention spelt out, the reference that every other rung must agree with."""
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
-    if where is None:
-        where = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1))
-    weights = scores.masked_fill(~where, -torch.inf).softmax(-1).to(v.dtype)
+    if mask is None:
+        mask = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1))
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
@@ -651,44 +647,45 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -
 
 def flash_attention(package: str):
     """FlashAttention 2 or 3."""
-    def attend(q: Tensor, k: Tensor, v: Tensor, where: None = None) -> Tensor:
-        out = importlib.import_module(package).flash_attn_func(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
+        flash = importlib.import_module(package)
+        out = flash.flash_attn_func(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out  # some builds return more
     return attend
 
 
-ATTENTION = {"fa3": flash_attention("flash_attn_interface"), "fa2": flash_attention("flash_attn"),
-             "cpu": cpu_attention, "sdpa": sdpa_attention, "math": math_attention}
+ATTENTION = {
+    "fa3": flash_attention("flash_attn_interface"), "fa2": flash_attention("flash_attn"),
+    "cpu": cpu_attention,
+    "sdpa": sdpa_attention, "math": math_attention,
+}
 
 
-def agrees_with_math(rung: str, device: torch.device, dtype, dim: int, doc_mask: bool) -> bool:
+def agrees_with_math(rung: str, device: torch.device, dtype, dim: int) -> bool:
     """Whether a rung runs both ways here, with heads `dim` wide, and computes what `math` does."""
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 128, n, dim, generator=generator).to(device, dtype) for n in (2, 1))
     q.requires_grad_(True)
-    docs = (torch.arange(128, device=device)[None] - 1) // 50  # borders at 1, 51 and 101
-    mask, reference = (document_mask(name, docs) if doc_mask else None for name in (rung, "math"))
-    out = ATTENTION[rung](q, k, k, mask)
+    out = ATTENTION[rung](q, k, k)
     out.sum().backward()
-    return torch.allclose(out.float(), math_attention(q, k, k, reference).float(), atol=3e-2)
+    return torch.allclose(out.float(), math_attention(q, k, k).float(), atol=3e-2)
 
 
-def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
-    """The first rung, from `wanted` down, that runs forward and backward here and agrees with `math`."""
-    ladder = list(ATTENTION)[0 if wanted == "auto" else list(ATTENTION).index(wanted) :]
-    gpu, half = device.type == "cuda", dtype in (torch.bfloat16, torch.float16)
-    fits = {"fa3": gpu and half, "fa2": gpu and half, "cpu": device.type == "cpu" and half, "sdpa": True,
-            "math": True}
-    for name in filter(fits.get, ladder):
-        with contextlib.suppress(Exception):  # a missing package, a card that it refuses, an old signature
-            generator = torch.Generator().manual_seed(0)
-            q, k = (torch.randn(1, 128, n, dim, generator=generator).to(device, dtype) for n in (2, 1))
-            q.requires_grad_(True)
-            out = ATTENTION[name](q, k, k)
-            out.sum().backward()
-            if torch.allclose(out.float(), math_attention(q, k, k).float(), atol=3e-2):
-                return name
-    raise UserError(f"ATTENTION={wanted}: no rung of {ladder} runs on {device} in {dtype}")
+def pick_attention(args: Hyperparameters, device: torch.device, dtype: torch.dtype) -> str:
+    """The first rung, from ATTENTION down, that works here."""
+    rungs = list(ATTENTION)
+    first = 0 if args.attention == "auto" else rungs.index(args.attention)
+    gpu, bf16 = device.type == "cuda", dtype == torch.bfloat16
+    fits = {"fa3": gpu and bf16, "fa2": gpu and bf16,
+            "cpu": device.type == "cpu" and bf16,
+            "sdpa": True, "math": True}
+    dim = args.model_dim // min(args.num_heads, args.decoder_heads)  # the widest heads
+    for rung in filter(fits.get, rungs[first:]):
+        with contextlib.suppress(Exception):  # no such package, a card that it refuses
+            if agrees_with_math(rung, device, dtype, dim):
+                return rung
+    rungs = ", ".join(rungs[first:])
+    raise UserError(f"ATTENTION={args.attention}: none of {rungs} runs on {device} in {dtype}")
 
 
 # -----------------------------------------------------------------------------
@@ -745,7 +742,7 @@ class Dataset:
         if not self.val_files or not (self.train_files or args.eval_only):
             missing = "_train_" if self.val_files else "_val_"
             raise UserError(f"DATA_PATH={self.path} has no *{missing}*.bin: see data/prepare.py")
-
+        # training shards stay on disk, the validation text is read whole
         self.vocab_size = args.vocab_size
         self.manifest = self._read_manifest()
         if "caseops" in self.manifest:
@@ -812,28 +809,23 @@ def open_tokenizer(args: Hyperparameters):
 
 
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary before one).
+    """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary).
 
-    A target counts base[id] + (space[id] and not edge[previous id]). byte260: ids from 4 up are a byte each.
-    SentencePiece: byte pieces 1, control, unknown and unused 0, others their UTF-8 length with U+2581 as one
-    space; a leading one counts only where the previous id is no boundary: the dummy prefix stands there.
-    Models trained by data/prepare.py add no prefix: there every U+2581 is a real space and counts."""
-    base, space, edge = (np.zeros(args.vocab_size, dtype=kind) for kind in (np.int64, bool, bool))
-    if not args.tokenizer_path or args.tokenizer_path.endswith(".json"):  # #696 names byte260's description
+    A target counts base[id] + (space[id] and not edge[previous id]). byte260: a byte for ids from 4
+    up. SentencePiece: 1 for byte pieces, 0 for control, unknown and unused ones, else the UTF-8
+    length with U+2581 as a space; a leading one counts only after ids that are no boundary: there
+    stands the dummy prefix, which models trained by data/prepare.py do not add."""
+    base = np.zeros(args.vocab_size, dtype=np.int64)
+    space = np.zeros(args.vocab_size, dtype=bool)
+    edge = np.zeros(args.vocab_size, dtype=bool)
+    if not args.tokenizer_path:
         if args.vocab_size != 260:
-            raise UserError(f"VOCAB_SIZE={args.vocab_size} needs TOKENIZER_PATH; only byte260 has none")
+            raise UserError(f"VOCAB_SIZE={args.vocab_size} needs TOKENIZER_PATH; byte260 has none")
         base[BYTE_OFFSET:] = 1
         edge[:BYTE_OFFSET] = True
         return base, space, edge
-    try:
-        from sentencepiece import SentencePieceProcessor
-        tokenizer = SentencePieceProcessor(model_file=args.tokenizer_path)
-    except ImportError:
-        raise UserError("TOKENIZER_PATH is set, but sentencepiece is not installed") from None
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path}: no SentencePiece model ({error})") from None
-    if (size := tokenizer.vocab_size()) != args.vocab_size:
-        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} has {size} ids, VOCAB_SIZE={args.vocab_size}")
+    # SentencePiece
+    tokenizer = open_tokenizer(args)
     dummy_prefix = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
     for i in range(args.vocab_size):
         piece = tokenizer.id_to_piece(i)
@@ -883,7 +875,8 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
         total = rows // group
         at_most = max(1, args.device_batch_tokens // (args.train_seq_len * group))
         micro_steps = -(-total // (world_size * at_most))
-        return cls(rows, group, -(-total // (world_size * micro_steps)), micro_steps, world_size)
+        groups = -(-total // (world_size * micro_steps))
+        return cls(rows, group, groups, micro_steps, world_size)
 
     def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers inside the global batch for one forward, and a weight for each."""
@@ -977,20 +970,20 @@ class Loader:
 # QUANTISER
 # -----------------------------------------------------------------------------
 
-TENSOR_CLASSES = ("embed", "attn", "mlp", "other")
 SMALL_TENSOR = 4096  # elements; below it a tensor stays fp16
 SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
-TENSOR_CLIPS = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # quantiles of |row| that #696 tries
 
 
 def tensor_class(name: str) -> str:
     if name.startswith(("tok_emb", "encoder.tok_emb", "encoder.patch_pos", "lm_head")):
         return "embed"
-    return "attn" if ".attn." in name else "mlp" if ".mlp." in name else "other"
+    if ".attn." in name:
+        return "attn"
+    return "mlp" if ".mlp." in name else "other"
 
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
-    """(bits, axis of a step's slice: the last); (0, 0): stays fp16."""
+    """(bits, axis of a step's slice): the last; (0, 0): stays fp16."""
     if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR:
         return 0, 0
     return args.bits_by_class[tensor_class(name)], len(shape) - 1
@@ -1024,7 +1017,7 @@ def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
     damped = hessian[np.ix_(order, order)].astype(np.float64)
     damped[np.diag_indices(len(order))] += 0.01 * power.mean() + 1e-12
     factor = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
-
+    # blocks of columns: errors reach later blocks once
     left = x[:, order].copy()
     q = np.empty_like(x)
     for start in range(0, x.shape[1], 128):
@@ -1040,44 +1033,69 @@ def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
     return q
 
 
-def quantise(weight: np.ndarray, bits: int, clip: str, k: float, axis: int, rate: float = 0.0,
-             hessian: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds to integers of `bits` bits with one fp16 step for each slice along `axis`: q * step ~ weight.
+PUBLISHED_CLIPS = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # quantiles of |row| that #696 tries
 
-    `std`: step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394); a Gaussian then costs about
-    log2(top / k) + 2.05 bits a weight, so k sets the size. `mse`: the step with the least squared error among
-    33 clips from 0.2 to 1 of the largest value. Steps have an epsilon floor, not 1 / top (defect G2 of #832).
-    `tensor`: the exporter of #696, to see what it costs (its defect B9): each row is clipped at a quantile of
-    its |values|, one quantile for the whole tensor, and a step is at least 1 / top.
-    Rounding: to the nearest; by `gptq` with a hessian (C, C); else by `cheapest` where `rate`, the price of a
-    bit in squared steps, is not 0 (at ln(2) / 6 = 0.116 a bit costs what a coarser step would save).
-    Returns q, int8 of weight's shape, and step, fp16 with size 1 on `axis`. NumPy: backends pack alike."""
+
+def published_step(weight: np.ndarray, top: int, axis: int) -> np.ndarray:
+    """Steps of #696's exporter, to see what it costs (its defect B9): each row is clipped at a
+    quantile of its |values|, one quantile for the whole tensor, and a step is at least 1 / top."""
+    steps, errors = [], []
+    for share in PUBLISHED_CLIPS:
+        clip = np.quantile(np.abs(weight), share, axis=axis, keepdims=True)
+        step = (np.maximum(clip, 1) / top).astype(np.float16).astype(np.float32)
+        steps.append(step)
+        errors.append(np.square(nearest(weight / step, top) * step - weight).sum())
+    return steps[int(np.argmin(errors))]
+
+
+def quantise(weight: np.ndarray, bits: int, k: float, axis: int, rate: float = 0.0,
+             hessian: np.ndarray | None = None,
+             clip: str = "std") -> tuple[np.ndarray, np.ndarray]:
+    """Rounds to integers q of `bits` bits, an fp16 step a slice along `axis`: q * step ~ weight.
+
+    step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394). A Gaussian then costs about
+    log2(top / k) + 2.05 bits a weight, so k sets the size. With `clip` "tensor" the steps are those
+    of `published_step`. Steps have an epsilon floor, not 1 / top
+    (defect G2 of #832). Rounding: by `gptq` with a hessian (C, C); else by `cheapest` where `rate`,
+    the price of a bit in squared steps, is not 0 (at ln(2) / 6 = 0.116 a bit costs what a coarser
+    step would save); else to the nearest. Returns q, int8 of weight's shape, and step, fp16 with
+    size 1 on `axis`. NumPy: backends pack alike."""
     top = 2 ** (bits - 1) - 1
     weight = np.asarray(weight, dtype=np.float32)
-
-    def floored(step: np.ndarray) -> np.ndarray:
-        return np.maximum(step, SCALE_FLOOR).astype(np.float16).astype(np.float32)
-    if clip == "std":
-        step = floored(k / top * weight.std(axis=axis, keepdims=True, dtype=np.float64))
-    elif clip == "tensor":
-        trials = [floored(np.maximum(np.quantile(np.abs(weight), share, axis=axis, keepdims=True), 1) / top)
-                  for share in TENSOR_CLIPS]
-        step = min(trials, key=lambda step: np.square(nearest(weight / step, top) * step - weight).sum())
-    else:
-        peak, least = np.abs(weight).max(axis=axis, keepdims=True), np.inf
-        for share in np.linspace(1.0, 0.2, 33, dtype=np.float32):
-            trial = floored(share * peak / top)
-            error = np.square(nearest(weight / trial, top) * trial - weight).sum(axis=axis, keepdims=True)
-            step = np.where(error < least, trial, step) if share < 1 else trial
-            least = np.minimum(error, least)
+    step = k / top * weight.std(axis=axis, keepdims=True, dtype=np.float64)
+    if clip == "tensor":
+        step = published_step(weight, top, axis)
+    step = np.maximum(step, SCALE_FLOOR).astype(np.float16).astype(np.float32)
     x = weight / step
-    q = gptq(x, hessian, top) if hessian is not None else cheapest(x, top, rate) if rate else nearest(x, top)
+    # the best rounding that is at hand
+    if hessian is not None:
+        q = gptq(x, hessian, top)
+    elif rate:
+        q = cheapest(x, top, rate)
+    else:
+        q = nearest(x, top)
     return q.astype(np.int8), step.astype(np.float16)
 
 
+@check
+def check_rounding(args: Hyperparameters) -> None:
+    differs = args.late_qat_threshold and args.quant_clip != "std"
+    forbid(differs, args, "late_qat_threshold quant_clip", "training rounds only with std steps")
+
+
 class Rounding(nn.Module):
-    """Quantisation-aware training: the exporter's std quantiser in the forward, gradients straight through.
-    `on` is a tensor, so that a compiled graph sees the switch. Submodule `qat` of a weight's owner."""
+    """Quantisation-aware training: rounds a weight to the nearest with the exporter's std steps in
+    the forward; gradients go straight through.
+
+    `on` is a tensor, so that a compiled graph sees the switch. It is the submodule `qat` of the
+    module that owns the weight."""
+
+    def __init__(self, bits: int, k: float, axis: int):
+        super().__init__()
+        self.top = 2 ** (bits - 1) - 1
+        self.k = k
+        self.axis = axis
+        self.register_buffer("on", torch.zeros(()), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
@@ -1088,12 +1106,14 @@ class Rounding(nn.Module):
         return weight + self.on * change
 
 
+def rounded(owner: nn.Module) -> Tensor:
+    """A module's weight as the loss is to see it."""
+    return owner.qat(owner.weight) if hasattr(owner, "qat") else owner.weight
+
+
 # -----------------------------------------------------------------------------
 # AUXILIARY OBJECTIVES
 # -----------------------------------------------------------------------------
-
-
-SIGREG_ROWS = 32  # of #696: its statistic is scaled by so many samples, and its weight is meant for that
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -1107,7 +1127,7 @@ class CastedLinear(nn.Linear):
         super().__init__(dim_in, dim_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, rounded(self).to(x.dtype))
 
 
 class LatentMLP(nn.Module):
@@ -1122,8 +1142,12 @@ class LatentMLP(nn.Module):
         return self.fc2(F.silu(self.fc1(rms_norm(x))))
 
 
+SIGREG_ROWS = 32  # samples of #696's statistic, which it multiplies by them; its weight is for that
+
+
 def knots_and_weights(knots: int, device=None) -> tuple[Tensor, Tensor, Tensor]:
-    """(t, phi, w), each (K,): t on [0, 3], phi_k = exp(-t_k^2 / 2), w = phi * trapezoid rule on [-3, 3]."""
+    """(t, phi, w), each (K,): t on [0, 3], phi_k = exp(-t_k^2 / 2), w = phi * trapezoid rule on
+    [-3, 3]."""
     t = torch.linspace(0.0, 3.0, knots, device=device)
     phi = torch.exp(-0.5 * t * t)
     width = torch.full_like(t, 6 / (knots - 1))
@@ -1132,45 +1156,55 @@ def knots_and_weights(knots: int, device=None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sigreg(latents: Tensor, share: Tensor, directions: Tensor, knots: int) -> Tensor:
-    """Sketched test that latents are N(0, I): distance of characteristic functions along random directions.
+    """Sketched test that latents are N(0, I): distance of characteristic functions along random
+    directions.
 
-    latents (G, N, d): G samples of N latents; share (G, N): weight of each, 1 / n or 0; directions (d, P),
-    unit columns. Returns (G,) in fp32: SIGREG_ROWS times the mean over P of
-    sum_k w_k [(mean cos t_k p - phi_k)^2 + (mean sin t_k p)^2], t, phi and w as of `knots_and_weights`.
-    Nothing is standardised, so a wrong scale costs. A sample of #696 is one patch position of 32 rows, here
-    it is all patches of a group of rows: the same force, less noise. After LeJEPA (Balestriero & LeCun 2025).
-    """
+    latents (G, N, d): G samples of N latents; share (G, N): weight of each, 1 / n or 0; directions
+    (d, P), unit columns. Returns (G,) in fp32: SIGREG_ROWS times the mean over P of sum_k w_k
+    [(mean cos t_k p - phi_k)^2 + (mean sin t_k p)^2], t, phi and w as of `knots_and_weights`.
+    Nothing is standardised, so a wrong scale costs. A sample of #696 is one patch position of 32
+    rows, here it is all patches of a group of rows: the same force, less noise. After LeJEPA's
+    SIGReg (Balestriero & LeCun 2025)."""
     t, phi, weights = knots_and_weights(knots, latents.device)
     angles = (latents.float() @ directions.float())[..., None] * t  # (G, N, P, K)
-    cos, sin = (torch.einsum("gn,gnpk->gpk", share, wave) for wave in (angles.cos(), angles.sin()))
+    cos = torch.einsum("gn,gnpk->gpk", share, angles.cos())
+    sin = torch.einsum("gn,gnpk->gpk", share, angles.sin())
     return SIGREG_ROWS * (((cos - phi).square() + sin.square()) @ weights).mean(-1)
 
 
 def sigreg_floor(samples: Tensor, knots: int) -> Tensor:
-    """Expected value of `sigreg` for so many (any shape) true N(0, I) latents."""
+    """Expected `sigreg` of so many (any shape) true N(0, I) latents."""
     _, phi, weights = knots_and_weights(knots, samples.device)
     return SIGREG_ROWS / samples * (weights * (1 - phi**2)).sum()
 
 
+@check
+def check_jepa(args: Hyperparameters) -> None:
+    rows = args.train_batch_tokens // args.train_seq_len
+    spare = args.patch_size and args.trains and rows % args.sigreg_group
+    forbid(spare, args, "train_batch_tokens sigreg_group", "a batch is whole groups of rows")
+
+
 class PatchJEPA(nn.Module):
-    """Predicts the latent of each patch from the encoder's state after the patch before, for the decoder.
+    """Predicts each patch's latent from the encoder's state after the patch before, for the decoder.
 
     The interface that a record replaces, and nothing else of the script:
-      inputs(step, device)    what a step's losses need from outside the graph, equal on all ranks
-      forward(..., inputs)    (what the decoder is given, {name: (groups,) loss}); no losses without inputs
+      inputs(step, device)    what losses need from outside the graph, equal on all ranks
+      forward(..., inputs)    (what the decoder gets, {name: (groups,) loss}), {} without inputs
       weights(progress)       {name: weight of that term beside CE}
       report(means)           what the step line says about the mean terms
-      exported()              prefixes of the parameters that scoring needs; no others reach the artifact
+      training_only()         prefixes of the parameters that scoring does not need
 
-    With e_c a patch's embedding, h_c the encoder's state: z_c = projector(e_c), zhat_{c+1} = predictor(h_c),
-    a learned zhat_0; losses |zhat_c - sg(z_c)|^2 for c > 0, and SIGReg on z, which reaches the embedding. CE
-    trains the predictor too. After c patches the decoder is given W zhat_c (PATCH_CONDITION=latent), or
-    V h_{c-1}, 0 before the first (context), or their sum (both). SIGReg pools fixed groups of rows: ranks do
-    not change it."""
+    With e_c a patch's embedding and h_c the encoder's state after it: z_c = projector(e_c),
+    zhat_{c+1} = predictor(h_c), a learned zhat_0; losses |zhat_c - sg(z_c)|^2 for c > 0, and SIGReg
+    on z, which reaches the embedding. CE trains the predictor too. After c patches the decoder gets
+    W zhat_c (PATCH_CONDITION=latent), or V h_{c-1}, 0 before the first (context), or their sum
+    (both). SIGReg pools fixed groups of rows, whatever the ranks."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
-        self.args, dim, latent = args, args.model_dim, args.latent_dim
+        self.args = args
+        dim, latent = args.model_dim, args.latent_dim
         self.projector = LatentMLP(dim, 2 * dim, latent)
         self.predictor = LatentMLP(dim, 2 * dim, latent)
         by_latent = args.patch_condition != "context"
@@ -1179,7 +1213,7 @@ class PatchJEPA(nn.Module):
         self.from_context = CastedLinear(dim, dim) if args.patch_condition != "latent" else None
 
     def inputs(self, step: int, device: torch.device) -> Tensor | None:
-        """Fresh unit directions (latent, P) for SIGReg, from the seed and the step alone."""
+        """Fresh unit directions (latent, P) for SIGReg, from only the seed and the step."""
         args = self.args
         if not (args.jepa_pred_weight or args.sigreg_weight):
             return None
@@ -1190,10 +1224,10 @@ class PatchJEPA(nn.Module):
     def forward(self, embedded: Tensor, context: Tensor, full: Tensor,
                 inputs: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """embedded, context (B, C, D) of C patches, full (B, C): which of them are complete ->
-        what the decoder is given after 0 ... C patches (B, C + 1, D), and terms per group of rows."""
+        what the decoder gets after 0 ... C patches (B, C + 1, D), and terms per group of rows."""
         given, guess = 0.0, None
         if self.from_latent is not None or inputs is not None:
-            guess = self.predictor(context)  # (B, C, latent), of the patch behind each
+            guess = self.predictor(context)  # (B, C, latent), of the patch after each
         if self.from_latent is not None:
             start = self.start_latent.to(guess.dtype).expand(len(guess), 1, -1)
             given = self.from_latent(torch.cat((start, guess), 1))
@@ -1201,51 +1235,45 @@ class PatchJEPA(nn.Module):
             given = given + self.from_context(F.pad(context, (0, 0, 1, 0)))
         if inputs is None:
             return given, {}
-        args, z, guess, full = self.args, self.projector(embedded).float(), guess.float(), full.float()
+        return given, self.terms(self.projector(embedded).float(), guess.float(), full, inputs)
 
-        def pooled(x: Tensor) -> Tensor:
-            """(B, n, ...) -> (G, group * n, ...)"""
-            return x.unflatten(0, (-1, args.sigreg_group)).flatten(1, 2)
-        share = pooled(full[:, 1:])
+    def pooled(self, x: Tensor) -> Tensor:
+        """(B, n, ...) -> (G, group * n, ...)"""
+        return x.unflatten(0, (-1, self.args.sigreg_group)).flatten(1, 2)
+
+    def terms(self, z: Tensor, guess: Tensor, full: Tensor, directions: Tensor) -> dict[str, Tensor]:
+        """z, guess (B, C, latent), full (B, C) -> {name: (G,)}: means over the complete patches."""
+        full = full.float()
+        share = self.pooled(full[:, 1:])
         share = share / share.sum(1, keepdim=True)
-        target = pooled(z[:, 1:].detach())
-        terms = {"jepa_pred": (share * (pooled(guess[:, :-1]) - target).square().mean(-1)).sum(1)}
+        target = self.pooled(z[:, 1:].detach())
+        error = (self.pooled(guess[:, :-1]) - target).square().mean(-1)
+        terms = {"jepa_pred": (share * error).sum(1)}
+
         mean = (share[..., None] * target).sum(1, keepdim=True)
         terms["latent_var"] = (share * (target - mean).square().mean(-1)).sum(1)
-        if args.sigreg_weight:
-            count = pooled(full).sum(1)
-            terms["sigreg"] = sigreg(pooled(z), pooled(full) / count[:, None], inputs, args.sigreg_knots)
-            terms["sigreg_floor"] = sigreg_floor(count, args.sigreg_knots)
-        return given, terms
+        if self.args.sigreg_weight:
+            knots, real = self.args.sigreg_knots, self.pooled(full)
+            count = real.sum(1)
+            terms["sigreg"] = sigreg(self.pooled(z), real / count[:, None], directions, knots)
+            terms["sigreg_floor"] = sigreg_floor(count, knots)
+        return terms
 
     def weights(self, progress: float) -> dict[str, float]:
-        """Constant in time. #696 weighs CE by JEPA_CE_WEIGHT; all are divided by it, so that CE keeps 1."""
+        """Constant in time. #696 weighs CE by JEPA_CE_WEIGHT; divided by it, CE keeps 1."""
         args = self.args
         return {"jepa_pred": args.jepa_pred_weight / args.jepa_ce_weight,
                 "sigreg": args.sigreg_weight / args.jepa_ce_weight}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
-        """R^2 of the predictor, and SIGReg beside the value that perfectly normal latents would give."""
+        """R^2 of the predictor, and SIGReg beside its value for perfectly normal latents."""
         means = dict(means)
         if "latent_var" in means:
             means["jepa_r2"] = 1 - means["jepa_pred"] / max(means.pop("latent_var"), 1e-12)
         return means
 
-    def exported(self) -> tuple[str, ...]:
-        return ("predictor.", "start_latent", "from_") if self.from_latent is not None else ("from_",)
-
-
-@check
-def check_jepa(args: Hyperparameters) -> None:
-    chunk = args.jepa_chunk_size
-    for name in ("train_seq_len", "eval_seq_len", "eval_stride"):
-        spare = chunk and getattr(args, name) % chunk
-        forbid(spare, args, f"{name} jepa_chunk_size", "whole chunks")
-    rows = args.train_batch_tokens // args.train_seq_len
-    spare = chunk and args.trains and rows % args.jepa_sigreg_group
-    forbid(spare, args, "train_batch_tokens jepa_sigreg_group", "a batch is whole groups of rows")
-    total = args.jepa_phase1_frac + args.jepa_phase2_frac
-    forbid(total > 1, args, "jepa_phase1_frac jepa_phase2_frac", "together at most 1")
+    def training_only(self) -> tuple[str, ...]:
+        return ("projector.",) if self.from_latent is not None else ("projector.", "predictor.")
 
 
 @check
@@ -1311,6 +1339,49 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return torch.cat((turned.to(x.dtype), rest), -1)
 
 
+class StackCache:
+    """Keys and values of what a stack of blocks has read so far: at most `room` positions."""
+
+    def __init__(self, args: Hyperparameters, room: int, model: GPT):
+        head_dim = args.model_dim // args.num_heads
+        shape = (args.num_layers, 2, 1, room, args.num_kv_heads, head_dim)
+        device = model.tok_emb.weight.device
+        self.layers = torch.zeros(shape, dtype=model.dtype, device=device)
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes keys and values of new positions (1, n, K, d); returns those of all."""
+        stop = self.length + k.size(1)
+        self.layers[layer, :, :, self.length : stop] = torch.stack((k, v))
+        return self.layers[layer, :, :, :stop].unbind()
+
+
+class KVCache(StackCache):
+    """What a window's positions read so far have left, for decoding to go on from: the decoder's
+    keys and values, those of each pass through the encoder, and what the decoder gets after 0, 1,
+    ... patches."""
+
+    def __init__(self, model: GPT):
+        args = model.args
+        super().__init__(model.decoder_args, args.eval_seq_len, model)
+        self.given = self.layers.new_zeros(1, 0, args.model_dim)
+        self.complete = None  # (1, T): patches of the ids read last, up to each
+        self.passes = []
+        if args.patch_size:
+            room = patch_room(args.eval_seq_len, args)
+            self.passes = [StackCache(args, room, model) for _ in range(args.encoder_repeats)]
+
+    def cut(self, length: int) -> None:
+        """Forgets all after the first `length` positions, patches that end there too."""
+        self.length = min(self.length, length)
+        done = 0
+        if self.complete is not None and length:
+            done = int(self.complete[0, length - 1])
+        for stack in self.passes:
+            stack.length = min(stack.length, done)
+        self.given = self.given[:, : done + 1]
+
+
 @check
 def check_heads(args: Hyperparameters) -> None:
     head_dim, spare = divmod(args.model_dim, args.num_heads)
@@ -1320,6 +1391,16 @@ def check_heads(args: Hyperparameters) -> None:
     forbid(head_dim % 2, args, "model_dim num_heads", f"a head of {head_dim}: rotary needs pairs")
     unfit = args.rope_dims % 2 or args.rope_dims > head_dim
     forbid(unfit, args, "rope_dims num_heads", f"an even number, at most a head's {head_dim}")
+
+
+@check
+def check_decoder_heads(args: Hyperparameters) -> None:
+    head_dim, spare = divmod(args.model_dim, args.decoder_heads)
+    forbid(spare, args, "model_dim decoder_heads", "heads of whole width")
+    odd = head_dim % 2
+    forbid(odd, args, "model_dim decoder_heads", f"a head of {head_dim}: rotary needs pairs")
+    unfit = args.rope_dims > head_dim
+    forbid(unfit, args, "rope_dims decoder_heads", f"an even number, at most a head's {head_dim}")
 
 
 class CausalSelfAttention(nn.Module):
@@ -1338,7 +1419,7 @@ class CausalSelfAttention(nn.Module):
         self.attend = ATTENTION[attention]
 
     def forward(self, x: Tensor, rotary: Tensor, mask=None, past: KVCache | None = None) -> Tensor:
-        weight = torch.cat([layer.weight for layer in (self.c_q, self.c_k, self.c_v)])
+        weight = torch.cat([rounded(layer) for layer in (self.c_q, self.c_k, self.c_v)])
         qkv = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
         heads = len(self.q_gain), self.num_kv_heads, self.num_kv_heads
         q, k, v = qkv.split(heads, 2)  # (B, T, H or K, d)
@@ -1388,71 +1469,50 @@ class Block(nn.Module):
 
 
 SPACE_ID, NEWLINE_ID = BYTE_OFFSET + ord(" "), BYTE_OFFSET + ord("\n")
-LEAST_MEAN = 4  # bytes that patches which end with spaces have on average, at least: room in a row
+LEAST_MEAN = 4  # bytes of a patch that ends at spaces, on average: so many patches a row can hold
+
+
+@check
+def check_patches(args: Hyperparameters) -> None:
+    patch = args.patch_size
+    for name in ("train_seq_len", "eval_seq_len"):
+        short = patch and getattr(args, name) < 2 * max(patch, LEAST_MEAN)
+        forbid(short, args, f"{name} patch_size", "a row must hold two patches")
+    pieces = patch and args.patch_split == "space" and args.vocab_size != 260
+    forbid(pieces, args, "patch_split vocab_size", "only byte260 ids (VOCAB_SIZE=260) are bytes")
 
 
 def patch_room(length: int, args: Hyperparameters) -> int:
-    """Patches of a row of `length` ids; those that a row has beyond it are never encoded."""
-    return length // (args.patch_size if args.patch_split == "fixed" else min(LEAST_MEAN, args.patch_size))
+    """Patches that a row of `length` ids has room for; those beyond are never encoded."""
+    if args.patch_split == "fixed":
+        return length // args.patch_size
+    return length // min(LEAST_MEAN, args.patch_size)
 
 
 def cut_into_patches(ids: Tensor, room: int, args: Hyperparameters) -> tuple[Tensor, Tensor]:
-    """ids (B, T) -> the ids of each patch (B, room, PATCH_SIZE), padded, and how many patches are complete
-    (B, T) with the id at t. Whether a patch ends at t is known from the ids up to t."""
-    size, place = args.patch_size, torch.arange(ids.size(1), device=ids.device).expand_as(ids)
+    """ids (B, T) -> the ids of each patch (B, room, PATCH_SIZE), padded, and how many patches are
+    complete (B, T) with the id at t. Whether a patch ends at t is known from the ids up to t."""
+    size = args.patch_size
+    place = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
     ends = torch.zeros_like(ids, dtype=torch.bool)
     if args.patch_split == "space":
         ends = (ids == SPACE_ID) | (ids == NEWLINE_ID)
-        behind = torch.where(ends, place + 1, 0)  # where the next run of other bytes begins
-        place = place - F.pad(behind[:, :-1], (1, 0)).cummax(1).values
-    slot = place % size
+        next_word = torch.where(ends, place + 1, 0)
+        place = place - F.pad(next_word[:, :-1], (1, 0)).cummax(1).values  # in its word
+    slot = place % size  # in its patch
     ends = ends | (slot == size - 1)
     complete = ends.cumsum(1)
+
+    # each id goes into its cell; one more at the end takes those without room
     cell = (complete - ends.long()) * size + slot
-    cells = ids.new_full((len(ids), room * size + 1), PAD_ID)  # the last takes what has no room
+    cells = ids.new_full((len(ids), room * size + 1), PAD_ID)
     cells = cells.scatter(1, cell.clamp(max=room * size), ids)
     return cells[:, :-1].unflatten(1, (room, size)), complete.clamp(max=room)
 
 
-class StackCache:
-    """Keys and values of what a stack of blocks has read so far: (1, `room`) positions at most."""
-
-    def __init__(self, args: Hyperparameters, room: int, model: GPT):
-        shape = args.num_layers, 2, 1, room, args.num_kv_heads, args.model_dim // args.num_heads
-        self.layers = torch.zeros(shape, dtype=model.dtype, device=model.tok_emb.weight.device)
-        self.length = 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes keys and values of new positions (1, n, K, d); returns those of all."""
-        stop = self.length + k.size(1)
-        self.layers[layer, 0, :, self.length : stop], self.layers[layer, 1, :, self.length : stop] = k, v
-        return self.layers[layer, 0, :, :stop], self.layers[layer, 1, :, :stop]
-
-
-class KVCache(StackCache):
-    """What decoding goes on from: keys and values of the decoder, of each pass through the encoder, and what
-    the decoder is given after 0, 1, ... patches of the window."""
-
-    def __init__(self, model: GPT):
-        args = model.args
-        super().__init__(model.decoder_args, args.eval_seq_len, model)
-        self.given = torch.zeros(1, 0, args.model_dim, dtype=model.dtype, device=self.layers.device)
-        self.passes = [StackCache(args, patch_room(args.eval_seq_len, args), model)
-                       for _ in range(args.encoder_repeats if args.patch_size else 0)]
-        self.complete = None  # (1, T): patches of the ids read last, up to each
-
-    def cut(self, length: int) -> None:
-        """Forgets what lies behind the first `length` positions, and the patches that end there."""
-        self.length = min(self.length, length)
-        done = int(self.complete[0, length - 1]) if self.complete is not None and length else 0
-        for stack in self.passes:
-            stack.length = min(stack.length, done)
-        self.given = self.given[:, : done + 1]
-
-
 class PatchEncoder(nn.Module):
-    """A vector a patch, from its embedded bytes side by side, then a causal stack over patches, whose blocks
-    are applied ENCODER_REPEATS times in sequence. Its positions are those of patches."""
+    """A vector a patch, from its embedded bytes side by side, then a causal stack over patches,
+    whose blocks are applied ENCODER_REPEATS times in sequence. Its positions are patches."""
 
     def __init__(self, args: Hyperparameters, attention: str, dtype: torch.dtype):
         super().__init__()
@@ -1462,57 +1522,53 @@ class PatchEncoder(nn.Module):
         self.patch_in = CastedLinear(args.patch_size * args.model_dim, args.model_dim)
         self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(args.num_layers))
 
-    def forward(self, patches: Tensor, rotary: Tensor, passes: list[StackCache]) -> tuple[Tensor, Tensor]:
-        """patches (B, C, PATCH_SIZE) -> embeddings and states (B, C, D). With the caches of the `passes`, the
-        patches are those that follow what these have read."""
-        x = (F.embedding(patches, rounded(self.tok_emb)) + rounded(self.patch_pos)).to(self.dtype)
+    def forward(self, patches: Tensor, rotary: Tensor,
+                passes: list[StackCache]) -> tuple[Tensor, Tensor]:
+        """patches (B, C, PATCH_SIZE) -> embeddings and states (B, C, D). With the caches of the
+        `passes`, the patches are those that follow what these have read."""
+        x = F.embedding(patches, rounded(self.tok_emb)) + rounded(self.patch_pos)
+        x = x.to(self.dtype)  # (B, C, PATCH_SIZE, D)
         embedded = self.patch_in(rms_norm(x).flatten(2))
-        x, where, known = rms_norm(embedded), None, 0
+        x = rms_norm(embedded)
+        mask, known = None, 0
         if passes:
             known = passes[0].length
-            where = causal_mask(patches.new_zeros(1, known + x.size(1)), x.size(1))
+            mask = causal_mask(patches.new_zeros(1, known + x.size(1)), x.size(1))
+
         x0, rotary = x, rotary[:, known : known + x.size(1)]
         for past in passes or [None] * self.repeats:
             for block in self.blocks:
-                x = block(x, x0, rotary, where, past)
+                x = block(x, x0, rotary, mask, past)
             if past is not None:
                 past.length += x.size(1)
         return embedded, rms_norm(x)
 
 
-def hash_mix(state: Tensor, symbol: Tensor) -> Tensor:
-    """One step of a rolling 32-bit hash, in int64."""
-    return ((state ^ (state >> 15)) * 0x2C1B3C6D + symbol) & 0xFFFFFFFF
-
-
-@check
-def check_ngrams(args: Hyperparameters) -> None:
-    spare = args.ngram_dim % args.ngram_hashes
-    forbid(spare, args, "ngram_dim ngram_hashes", "the tables share the width equally")
-
-
 class GPT(nn.Module):
-    """The network. `losses` gives every loss term of a batch in one forward, `logits` what scoring needs.
+    """The network: `losses` gives all loss terms of a batch in one forward, `logits` scores.
 
-    The decoder reads bytes: embedding, blocks, head. With PATCH_SIZE, what the encoder makes of the patches
-    that are complete at a byte is added to that byte's embedding: position t depends on ids up to t alone."""
+    The decoder reads bytes: embedding, blocks, head. With PATCH_SIZE it gets, added to each byte's
+    embedding, what the encoder makes of the patches complete at that byte."""
 
-    def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype: torch.dtype = torch.float32):
+    def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype=torch.float32):
         super().__init__()
-        self.args, self.dtype, decoder = args, dtype, copy.copy(args)
-        decoder.num_layers, decoder.num_heads = args.decoder_layers, args.decoder_heads
-        decoder.num_kv_heads, self.decoder_args = args.decoder_heads, decoder
-        self.tok_emb = nn.Embedding(args.vocab_size, args.model_dim)
+        self.args, self.dtype = args, dtype
+        decoder = copy.copy(args)  # blocks read their sizes by the names of the encoder's settings
+        decoder.num_layers = args.decoder_layers
+        decoder.num_heads = decoder.num_kv_heads = args.decoder_heads
+        self.decoder_args = decoder
+        dim, layers = args.model_dim, args.decoder_layers
+        self.tok_emb = nn.Embedding(args.vocab_size, dim)
         self.encoder = PatchEncoder(args, attention, dtype) if args.patch_size else None
         self.aux = PatchJEPA(args) if args.patch_size else None
-        self.blocks = nn.ModuleList(Block(decoder, i, attention) for i in range(decoder.num_layers))
-        self.set_rotary()
-        self.lm_head = CastedLinear(args.model_dim, args.vocab_size)
+        self.blocks = nn.ModuleList(Block(decoder, i, attention) for i in range(layers))
+        self.lm_head = CastedLinear(dim, args.vocab_size)
         self.draft = DraftHeads(args) if args.draft else None
+        self.set_rotary()
 
     def set_rotary(self) -> None:
-        """Tables for training and scoring windows, which may have different lengths, (2, T, 1, n): columns of
-        the decoder, whose positions are bytes, then those of the encoder, whose positions are patches."""
+        """Tables for training and scoring windows, which may have different lengths: (2, T, 1, n),
+        columns of the decoder, whose positions are bytes, then those of the encoder: patches."""
         for use in ("train", "eval"):
             length = getattr(self.args, f"{use}_seq_len")
             tables = [rotary_tables(length, args) for args in (self.decoder_args, self.args)]
@@ -1521,7 +1577,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """As in #696: uniform matrices, small normal embeddings, zero output projections of blocks."""
+        """As in #696: uniform matrices, small embeddings, zero output projections of blocks."""
         generator = torch.Generator().manual_seed(seed)
         own = set(self.draft.modules()) if self.draft is not None else ()
         for module in self.modules():
@@ -1530,113 +1586,85 @@ class GPT(nn.Module):
                 module.weight.uniform_(-bound, bound, generator=generator)
             elif isinstance(module, nn.Embedding):
                 module.weight.normal_(0, 0.02, generator=generator)
-        for block in filter(lambda module: isinstance(module, Block), self.modules()):
-            block.attn.proj.weight.zero_()
-            block.mlp.proj.weight.zero_()
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.attn.proj.weight.zero_()
+                module.mlp.proj.weight.zero_()
         if self.aux is not None and self.aux.start_latent is not None:
             self.aux.start_latent.normal_(0, 0.02, generator=generator)
-        for layer in self.draft.link.children() if self.draft is not None else ():
-            nn.init.orthogonal_(layer.weight, generator=generator)
+        if self.draft is not None:
+            for layer in self.draft.link.children():
+                nn.init.orthogonal_(layer.weight, generator=generator)
 
     def embed(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.tok_emb.weight).to(self.dtype)
+        return F.embedding(ids, rounded(self.tok_emb)).to(self.dtype)
 
-    def embed_contexts(self, ids: Tensor, known: int) -> Tensor:
-        """ids (B, T) -> normalised embeddings (B, T - known, D), from position `known` on."""
-        tail = ids[:, max(0, known - self.reach) :]  # embeddings depend on earlier ids
-        x = self.embed(tail)
-        if self.ngram is not None:
-            x = x + self.ngram(tail, self.dtype)
-        x = rms_norm(x)
-        if self.smear is not None:
-            x = self.smear(x, tail)
-        return x[:, known - ids.size(1) :]
+    def conditions(self, patches: Tensor, count: Tensor, rotary: Tensor, aux_inputs,
+                   past: KVCache | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """patches (B, C, PATCH_SIZE), of which `count` (B, 1) are complete -> what the decoder gets
+        after 0 ... C of them (B, C + 1, D), and terms. With `past`, only new ones are encoded."""
+        if past is None:
+            full = torch.arange(patches.size(1), device=patches.device) < count  # (B, C)
+            return self.aux(*self.encoder(patches, rotary, []), full, aux_inputs)
+
+        known, stop = past.passes[0].length, int(count)
+        if stop > known or not past.given.size(1):
+            new = patches[:, known:stop]
+            full = torch.ones_like(new[..., 0])
+            given, _ = self.aux(*self.encoder(new, rotary, past.passes), full)
+            first = min(past.given.size(1), 1)  # what no patch gives is there already
+            past.given = torch.cat((past.given, given[:, first:]), 1)
+        return past.given, {}
 
     def attention_mask(self, ids: Tensor, past: KVCache | None):
         """The `mask` of the attention rungs: None where plain causal attention is wanted."""
-        if past is None and not self.args.doc_mask:
-            return None
-        docs = ((ids == BOS_ID) & self.args.doc_mask).cumsum(1)
         if past is None:
-            return document_mask(self.attention, docs)
-        return causal_mask(docs, ids.size(1) - past.length)
+            return None
+        return causal_mask(torch.zeros_like(ids), ids.size(1) - past.length)
 
     def run_blocks(self, x: Tensor, rotary: Tensor, mask, past: KVCache | None) -> Tensor:
-        """x (B, T, D) -> the same. U-Net: late blocks take early ones' outputs, last first."""
-        x0, skips = x, []
-        first_half = len(self.blocks) // 2
-        for i, block in enumerate(self.blocks):
-            if i >= first_half and skips:
-                x = x + self.skip_weights[i - first_half].to(x.dtype) * skips.pop()
+        """x (B, T, D) -> the same."""
+        x0 = x
+        for block in self.blocks:
             x = block(x, x0, rotary, mask, past)
-            if i < first_half and self.skip_weights is not None:
-                skips.append(x)
         return x
 
-    def states(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
-        """ids (B, T) -> the stream (B, T, D) after the last block.
+    def states(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None,
+               aux_inputs=None) -> tuple[Tensor, dict[str, Tensor]]:
+        """ids (B, T) -> the stream (B, T, D) after the last block, and the auxiliary's terms.
 
         With `past`, ids (1, T) are a window's so far, the states those that it lacks."""
         known = 0 if past is None else past.length
-        x = self.embed_contexts(ids, known)
+        room = patch_room(rotary.size(1), self.args) if self.encoder is not None else 0
+        rotary, patch_rotary = rotary.split(self.rotary_widths, -1)
+        x, terms = self.embed(ids[:, known:]), {}
+        if self.encoder is not None:
+            patches, complete = cut_into_patches(ids, room, self.args)
+            if past is not None:
+                past.complete = complete
+            count = complete[:, -1:]
+            given, terms = self.conditions(patches, count, patch_rotary, aux_inputs, past)
+            first = given.size(1) * torch.arange(len(ids), device=ids.device)[:, None]
+            x = x + F.embedding(first + complete[:, known:], given.flatten(0, 1))
+
         mask = self.attention_mask(ids, past)
         x = self.run_blocks(x, rotary[:, known : ids.size(1)], mask, past)
         if past is not None:
             past.length = ids.size(1)
-        return x
+        return x, terms
 
-    def injected(self, x: Tensor, past: KVCache | None) -> Tensor:
-        """New states x (B, T, D) with the auxiliary's injection, which reads earlier ones too."""
-        if past is None:
-            return self.aux(x)[0]
-        known = past.states.size(1)
-        past.states = torch.cat((past.states, x), 1)
-        return self.aux(past.states[:, self.aux.first_read(known) :])[0][:, -x.size(1) :]
-
-    def hidden(self, ids: Tensor, rotary: Tensor, aux_inputs: Tensor | None = None,
-               past: KVCache | None = None) -> tuple[Tensor, dict]:
-        """ids (B, T) -> normalised states (B, T, D) and the auxiliary terms.
-        With `past`, ids (1, T) are those of a window so far, the states those of what is not in it yet."""
-        known = 0 if past is None else past.length
-        length, fresh = rotary.size(1), ids.size(1) - known
-        rotary, patch_rotary = rotary.split(self.rotary_widths, -1)
-        x, terms = self.embed(ids[:, known:]), {}
-        if self.encoder is not None:
-            patches, complete = cut_into_patches(ids, patch_room(length, self.args), self.args)
-            if past is not None:
-                past.complete = complete
-            given, terms = self.conditions(patches, complete[:, -1:], patch_rotary, aux_inputs, past)
-            first = given.size(1) * torch.arange(len(ids), device=ids.device)[:, None]
-            x = x + F.embedding(first + complete[:, known:], given.flatten(0, 1))
-        x0, where, rotary = x, None, rotary[:, known : known + fresh]
-        if past is not None:
-            where = causal_mask(torch.zeros_like(ids), fresh)
-        for block in self.blocks:
-            x = block(x, x0, rotary, where, past)
-        if past is not None:
-            past.length = ids.size(1)
-        return rms_norm(x), terms
-
-    def conditions(self, patches: Tensor, count: Tensor, rotary: Tensor, aux_inputs: Tensor | None,
-                   past: KVCache | None) -> tuple[Tensor, dict]:
-        """patches (B, C, PATCH_SIZE), of which `count` (B, 1) are complete -> what the decoder is given after
-        0 ... C of them (B, C + 1, D), and the auxiliary terms. With `past`, only new ones are encoded."""
-        if past is None:
-            full = torch.arange(patches.size(1), device=patches.device) < count  # (B, C)
-            return self.aux(*self.encoder(patches, rotary, []), full, aux_inputs)
-        known, stop = past.passes[0].length, int(count)
-        if stop > known or not past.given.size(1):
-            new = patches[:, known:stop]
-            given, _ = self.aux(*self.encoder(new, rotary, past.passes), torch.ones_like(new[..., 0]))
-            past.given = torch.cat((past.given, given[:, min(past.given.size(1), 1) :]), 1)
-        return past.given, {}
+    def hidden(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
+        """`states`, as the head reads them: (B, T, D), normalised."""
+        return rms_norm(self.states(ids, rotary, past)[0])
 
     def exported(self) -> dict[str, nn.Parameter]:
         """Parameters that scoring needs, by name; those of training only stay out of artifacts."""
-        return dict(self.named_parameters())
+        spare = () if self.aux is None else self.aux.training_only()
+        spare = tuple(f"aux.{prefix}" for prefix in spare)
+        return {name: p for name, p in self.named_parameters() if not name.startswith(spare)}
 
     def head(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """States -> logits in fp32, capped if LOGIT_SOFTCAP says so; `frozen`: no gradient for its weight."""
+        """States -> capped logits in fp32; `frozen`: no gradient for the head's own weight."""
         weight = rounded(self.lm_head)
         logits = F.linear(x, (weight.detach() if frozen else weight).to(x.dtype)).float()
         cap = self.args.logit_softcap
@@ -1644,9 +1672,7 @@ class GPT(nn.Module):
 
     def losses(self, ids: Tensor, weights: Tensor, aux_inputs=None) -> dict[str, Tensor]:
         """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats of all targets, other terms."""
-        x, terms = self.states(ids[:, :-1], self.rotary_train), {}
-        if self.aux is not None:
-            x, terms = self.aux(x, aux_inputs)
+        x, terms = self.states(ids[:, :-1], self.rotary_train, None, aux_inputs)
         x = rms_norm(x)
         logits, targets = self.head(x).flatten(0, 1), ids[:, 1:].flatten()
         nats = F.cross_entropy(logits, targets, reduction="none")
@@ -1783,41 +1809,41 @@ class Muon:
 
 
 class Optimizers:
-    """Which parameter goes where, one step for all of them, and what a checkpoint needs of them.
+    """Every optimizer: one step for all of them, and what a checkpoint needs.
 
-    | group  | parameters                                         | method | rate      |
-    |--------|----------------------------------------------------|--------|-----------|
-    | matrix | 2-D weights of blocks, patch input, JEPA           | Muon   | MATRIX_LR |
-    | embed  | bytes of decoder and encoder, places in a patch    | AdamW  | EMBED_LR  |
-    | head   | lm_head                                            | AdamW  | HEAD_LR   |
-    | scalar | gains, mixes, the first latent                     | AdamW  | SCALAR_LR |
-    | draft  | draft heads; not in the norm that clips            | AdamW  | DRAFT_LR  |
-    """
+    group    parameters                                       optimizer   rate
+    matrix   2-D weights of blocks, patch input, patch JEPA   Muon        MATRIX_LR
+    embed    bytes of decoder and encoder, places in a patch  AdamW       EMBED_LR
+    head     output head                                      AdamW       HEAD_LR
+    draft    draft heads                                      AdamW       DRAFT_LR, no decay
+    scalar   gains, mixes, first latent: all else             AdamW       SCALAR_LR
 
-    GROUPS = ("matrix", "embed", "table", "aux", "scalar", "draft")
+    Draft heads stay out of the norm that clips: the model is to move as it would without them."""
+
+    GROUPS = ("matrix", "embed", "head", "scalar", "draft")
 
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
-        keys = ("matrix", "embed", "head", "scalar", "draft")
-        groups: dict[str, list[nn.Parameter]] = {key: [] for key in keys}
+        groups = {group: [] for group in self.GROUPS}
         for name, p in model.named_parameters():
             groups[self.group_of(name, p)].append(p)
         self.muon = Muon(groups["matrix"], args, runtime)
-        rates = {"embed": args.embed_lr, "head": args.head_lr, "scalar": args.scalar_lr,
-                 "draft": args.draft_lr}
-        self.adam = torch.optim.AdamW(
-            [{"params": groups[key], "lr": rate, "peak": rate,
-              "weight_decay": args.adam_wd * (key != "draft")} for key, rate in rates.items() if groups[key]],
-            betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
-        self.replicated = [p for key in keys[1:] for p in groups[key]]
+        rates = {"embed": (args.embed_lr, args.adam_wd), "head": (args.head_lr, args.adam_wd),
+                 "scalar": (args.scalar_lr, args.adam_wd), "draft": (args.draft_lr, 0.0)}
+        adam = [{"params": groups[group], "lr": rate, "peak": rate, "weight_decay": decay}
+                for group, (rate, decay) in rates.items() if groups[group]]
+        betas = args.beta1, args.beta2
+        self.adam = torch.optim.AdamW(adam, betas=betas, eps=args.adam_eps, fused=True)
+        self.replicated = [p for group in self.GROUPS[1:] for p in groups[group]]
         self.counted = len(self.replicated) - len(groups["draft"])
 
     @staticmethod
     def group_of(name: str, p: nn.Parameter) -> str:
-        if name.endswith(("tok_emb.weight", "patch_pos.weight")):
-            return "embed"
-        if name.startswith(("lm_head", "draft.")):
-            return "head" if name.startswith("lm_head") else "draft"
+        prefixes = {"draft.": "draft", "lm_head.": "head", "tok_emb.": "embed",
+                    "encoder.tok_emb.": "embed", "encoder.patch_pos.": "embed"}
+        for prefix, group in prefixes.items():
+            if name.startswith(prefix):
+                return group
         return "matrix" if p.ndim == 2 and name.endswith(".weight") else "scalar"
 
     @torch.no_grad()
@@ -1836,14 +1862,15 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, step: int, progress: float, norm: Tensor) -> None:
-        args, fall = self.args, rate_at(progress, self.args)
+        args = self.args
+        rate = rate_at(progress, args)
         clip = ((args.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
         warm = min(1.0, step / max(args.muon_momentum_warmup_steps, 1e-9))
         momentum = (1 - warm) * args.muon_momentum_warmup_start + warm * args.muon_momentum
         torch._foreach_mul_([p.grad for p in self.replicated], clip)
-        self.muon.step(args.matrix_lr * fall, momentum, clip)
+        self.muon.step(args.matrix_lr * rate, momentum, clip)
         for group in self.adam.param_groups:
-            group["lr"] = group["peak"] * fall
+            group["lr"] = group["peak"] * rate
         self.adam.step()
 
     def state(self) -> dict[str, Tensor]:
@@ -2004,17 +2031,20 @@ def compressors() -> dict[str, tuple]:
 
 
 def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
-    """Bytes of the artifact by tensor class, before training: with the entropy of a rounded normal."""
+    """Bytes of the artifact by tensor class, before training.
+    Matrices are normal enough for the entropy of a rounded normal."""
     plan = dict.fromkeys(TENSOR_CLASSES, 0)
     for name, p in model.exported().items():
-        kind, (bits, axis) = tensor_class(name), quant_plan(name, p.shape, args)
+        kind = tensor_class(name)
+        bits, axis = quant_plan(name, p.shape, args)
         weight_bits = 16.0
         if bits:
             top = 2 ** (bits - 1) - 1
-            k = args.k_by_class[kind] if args.quant_clip == "std" else 3.3  # where the mse search ends up
-            at = [(i + 0.5) * k / top / math.sqrt(2) for i in range(-top, top)]
-            shares = np.diff([0, *(0.5 + 0.5 * math.erf(x) for x in at), 1]) + 1e-30
-            weight_bits = float(-(shares * np.log2(shares)).sum()) + 16 / p.shape[axis]
+            k = args.k_by_class[kind]
+            edges = [(i + 0.5) * k / top / math.sqrt(2) for i in range(-top, top)]
+            shares = np.diff([0, *(0.5 + 0.5 * math.erf(edge) for edge in edges), 1]) + 1e-30
+            entropy = -(shares * np.log2(shares)).sum()
+            weight_bits = entropy + 16 / p.shape[axis]
         plan[kind] += int(p.numel() * weight_bits / 8)
     return plan
 
@@ -2031,11 +2061,12 @@ def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> 
         entries.append([name, list(weight.shape), bits, axis])
         if bits:
             rate, hessian = args.rate_by_class[kind], (hessians or {}).get(name)
-            q, weight = quantise(weight, bits, args.k_by_class[kind], axis, rate, hessian)
+            k, clip = args.k_by_class[kind], args.quant_clip
+            q, weight = quantise(weight, bits, k, axis, rate, hessian, clip)
             codes.append(np.moveaxis(q, axis, -1).tobytes())
         halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
     raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
-
+    # the smallest of the coders that are allowed
     there = compressors()
     wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
     names = [name for name in sorted(there) if wanted in ("auto", name)]
@@ -2080,7 +2111,7 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     length = int.from_bytes(body[2:6], "little")
     if version != ARTIFACT_VERSION:
         raise UserError(f"{path}: format version {version}, this script reads {ARTIFACT_VERSION}")
-
+    # all that a damaged file can break
     try:
         header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
         if header["compressor"] not in compressors():
@@ -2122,7 +2153,7 @@ def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None =
     wanted = {(name, tuple(p.shape)) for name, p in model.exported().items()}
     if odd := wanted ^ {(name, array.shape) for name, array in tensors.items()}:
         raise UserError(f"{artifact_path}: its tensors do not fit its config, first {min(odd)}")
-
+    # the arrays become the weights, without a copy
     found = {name: torch.from_numpy(array) for name, array in tensors.items()}
     model.load_state_dict(found, strict=False, assign=True)
     for module in model.modules():
@@ -2191,7 +2222,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
     if learner is not None:
         chunk = model.args.ttt_chunk_tokens // plan.stride
     seen = np.zeros(len(ids) - 1, dtype=bool)
-
+    # score-first: a chunk is learned from once it is scored
     for start in range(0, len(rows), chunk):
         if start and learner is not None:
             learner.catch_up(ids, seen)
@@ -2220,7 +2251,7 @@ class TestTimeTraining:
     as many updates on every rank. The rate depends only on the number of chunks already scored: a
     decoder, which does not know how much text will come, makes the same updates."""
 
-    def __init__(self, model: GPT, losses=training_losses, runtime: Runtime | None = None, report=None):
+    def __init__(self, model: GPT, losses=training_losses, runtime=None, report=None):
         self.model, self.args, self.losses = model, model.args, losses
         self.runtime, self.report = runtime, report
         modules = tuple(part.strip() + "." for part in self.args.ttt_modules.split(","))
@@ -2228,7 +2259,7 @@ class TestTimeTraining:
         named = {f"{name}.": p for name, p in model.named_parameters()}
         for module in modules:
             if not any(name.startswith(module) for name in named):
-                raise UserError(f"TTT_MODULES={self.args.ttt_modules!r}: the model has no {module[:-1]!r}")
+                raise UserError(f"TTT_MODULES={self.args.ttt_modules!r}: no module {module[:-1]!r}")
         self.params = [p for name, p in named.items() if name.startswith(modules)]
         self.kept = [p.detach().clone() for p in self.params]
         self.momenta = [torch.zeros_like(p) for p in self.params]
@@ -2275,7 +2306,7 @@ class TestTimeTraining:
             loss = sums["ce"] / (len(starts) * args.train_seq_len)
             grads = torch.autograd.grad(
                 loss, self.params, allow_unused=True, materialize_grads=True)
-
+        # one clipped step of SGD, the same on every rank
         flat = torch.cat([grad.flatten() for grad in grads])
         flat = self.runtime.all_reduce(flat) if self.runtime else flat
         flat *= ((args.ttt_grad_clip or math.inf) / (flat.norm() + 1e-6)).clamp(max=1.0)
@@ -2322,7 +2353,7 @@ class Evaluator:
         self.tables = byte_tables(args)
         self.classes = class_table(args.vocab_size)
         self.results: dict[str, dict] = {}
-
+        # VAL_BYTES cuts the text after the target that reaches it
         ids = data.val
         sizes = target_bytes(ids, self.tables)
         self.prefix = args.val_bytes if args.val_bytes < sizes.sum() else 0
@@ -2443,7 +2474,7 @@ class Stream:
                 self.learner.catch_up(np.array(self.ids), np.ones(position, dtype=bool))
             self.block, self.past = block, KVCache(self.model)
             self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
-
+        # read all that the cache does not hold in one pass
         self.read = [*self.ids[self.start :], *drafts[: args.eval_stride - 1 - place]]
         self.past.cut(position - self.start)
         ids = torch.tensor([self.read], device=self.model.tok_emb.weight.device)
@@ -2563,19 +2594,34 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.model = GPT(args, runtime.attention, runtime.dtype)
         self.model.init_weights(args.seed)
-        for name, p in self.model.exported().items() if args.late_qat_threshold else ():
-            if (plan := quant_plan(name, p.shape, args))[0]:
-                owner, k = name.rpartition(".")[0], args.k_by_class[tensor_class(name)]
-                self.model.get_submodule(owner).qat = Rounding(plan[0], k, plan[1])
+        if args.late_qat_threshold:
+            self.add_rounding()
         self.model.to(runtime.device)
+
         self.losses, self.logits = training_losses, scoring_logits
         if runtime.compile:
-            self.losses, self.logits = (torch.compile(f, dynamic=False) for f in (self.losses, self.logits))
-        self.loader_state, self.signal = None, 0
-        self.step, self.seconds, self.best = 0, 0.0, math.inf  # of this run and the runs that it resumes
+            self.losses = torch.compile(self.losses, dynamic=False)
+            self.logits = torch.compile(self.logits, dynamic=False)
+        self.loader_state = None
+        self.signal = 0
+        self.step, self.seconds, self.best = 0, 0.0, math.inf  # resumed runs included
         self.slowest = 0.0  # seconds of the slowest step, slowly forgotten
         self.reserve = 0.0  # seconds that calibration will take of the training clock
+        self.unwritten: list[tuple] = []  # steps whose losses are still on the device
         self.fresh_optimizers()
+
+    def add_rounding(self) -> None:
+        """Gives each module whose weight will be quantised a `Rounding`, switched off."""
+        for name, p in self.model.exported().items():
+            bits, axis = quant_plan(name, p.shape, self.args)
+            if bits:
+                owner = self.model.get_submodule(name.rpartition(".")[0])
+                owner.qat = Rounding(bits, self.args.k_by_class[tensor_class(name)], axis)
+
+    def set_rounding(self, on: bool) -> None:
+        for module in self.model.modules():
+            if isinstance(module, Rounding):
+                module.on.fill_(float(on))
 
     def fresh_optimizers(self) -> None:
         self.optimizers = Optimizers(self.model, self.args, self.runtime)
@@ -2593,17 +2639,16 @@ class Trainer:
 
     def train_step(self, ids: Tensor, weights: Tensor, progress: float) -> dict[str, Tensor]:
         """One optimizer step on a global batch; returns this rank's share of each summed term."""
-        if self.args.late_qat_threshold:
-            self.set_rounding(rate_at(progress, self.args) < self.args.late_qat_threshold)
-        aux = self.model.aux
-        aux_inputs = aux.inputs(self.step, self.runtime.device) if aux is not None else None
-        aux_weights = (aux.weights(progress) if aux is not None else {}) | {"draft": 1.0}
-        parts = [self.micro_step(*batch, aux_inputs, aux_weights) for batch in zip(ids, weights)]
-        norm = self.optimizers.reduce(1.0 / self.loss_scale)
-        if self.runtime.dtype != torch.float16 or self.adapt_loss_scale(norm):
-            self.optimizers.step(self.step, progress, norm)
-            if self.ema is not None:
-                self.ema.update(self.step)
+        self.set_rounding(rate_at(progress, self.args) < self.args.late_qat_threshold)
+        term_weights, aux_inputs = {}, None
+        if self.model.aux is not None:
+            term_weights |= self.model.aux.weights(progress)
+            aux_inputs = self.model.aux.inputs(self.step, self.runtime.device)
+        term_weights["draft"] = 1.0
+        parts = [self.micro_step(*batch, term_weights, aux_inputs) for batch in zip(ids, weights)]
+        norm = self.optimizers.reduce()
+        self.optimizers.step(self.step, progress, norm)
+        self.ema.update(self.step)
         self.model.zero_grad()
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
@@ -2626,38 +2671,44 @@ class Trainer:
         self.fresh_optimizers()
 
     def try_shapes(self) -> None:
-        args, device, generator = self.args, self.runtime.device, torch.Generator().manual_seed(0)
-        shape = (self.plan.micro_steps, self.plan.groups * self.plan.group, args.train_seq_len + 1)
+        args, device = self.args, self.runtime.device
+        generator = torch.Generator().manual_seed(0)
+        rows = self.plan.groups * self.plan.group
+        shape = (self.plan.micro_steps, rows, args.train_seq_len + 1)
         for _ in range(args.warmup_steps):
-            ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator).to(device)
+            ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator)
+            ids = ids.to(device)
             self.train_step(ids, torch.ones(shape[:2], device=device), 0.0)
-        length, batch = args.eval_seq_len, max(1, args.eval_batch_tokens // args.eval_seq_len)
+        # scoring shapes: one window, and the sliding ones
+        length = args.eval_seq_len
         for stride in sorted({length, args.eval_stride}):
-            list(scored(self.model, np.full(2, BOS_ID), length, stride, batch, self.logits))
+            plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
+            list(scored(self.model, np.full(2, BOS_ID), plan, self.logits))
         if args.quant_round == "gptq":
             for _ in range(2):  # the second time is the one to go by
                 start = time.perf_counter()
-                self.input_moments(ids)["lm_head.weight"].sum().item()  # waits for the device
+                moments = self.input_moments(ids, {})
+                moments["lm_head.weight"].sum().item()  # waits for the device
                 seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
-                self.reserve, = self.runtime.from_main([seconds])  # ranks must agree on when to stop
+                self.reserve, = self.runtime.from_main([seconds])
 
     @torch.no_grad()
-    def input_moments(self, batch: Tensor, sums: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds this rank's X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
-        sums = {} if sums is None else sums
-
         def add(names: list[str], x: Tensor) -> None:
             x = x.flatten(0, -2).float()
-            for name, product in zip(names, [x.T @ x] * len(names)):
+            product = x.T @ x
+            for name in names:
                 sums[name] = sums.get(name, 0) + product
+
+        readers = {CastedLinear: ("",), CausalSelfAttention: ("c_q.", "c_k.", "c_v.")}
         hooks = []
         for path, module in self.model.named_modules():
-            kind = {CastedLinear: ("",), CausalSelfAttention: ("c_q.", "c_k.", "c_v.")}.get(type(module), ())
-            if names := [f"{path}.{part}weight" for part in kind]:
-                hooks.append(module.register_forward_pre_hook(lambda _, x, names=names: add(names, x[0])))
+            if names := [f"{path}.{part}weight" for part in readers.get(type(module), ())]:
+                hook = lambda _, inputs, names=names: add(names, inputs[0])  # noqa: E731
+                hooks.append(module.register_forward_pre_hook(hook))
         for ids in batch:
-            x, _ = self.model.hidden(ids[:, :-1], self.model.rotary_train)
-            add(["lm_head.weight"], x)
+            add(["lm_head.weight"], self.model.hidden(ids[:, :-1], self.model.rotary_train))
         for hook in hooks:
             hook.remove()
         return sums
@@ -2716,7 +2767,7 @@ class Trainer:
                     fences.append(torch.cuda.current_stream().record_event())
                     if len(fences) > 2:
                         fences.popleft().synchronize()
-
+                # losses leave the device only when a line is shown
                 edge = self.step <= 10 or self.step == args.iterations
                 shown = edge or due(args.train_log_every)
                 if shown or due(max(1, args.iterations // 400)):  # a smooth curve
@@ -2830,7 +2881,7 @@ class Trainer:
         for key, value in self.args.shipped().items():
             if (other := meta["config"].get(key)) != value:
                 raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
-
+        # weights and average
         with torch.no_grad():
             for (key, p), average in zip(self.model.named_parameters(), self.ema.average):
                 p.copy_(state[f"model.{key}"])
@@ -2913,12 +2964,13 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
     sizes, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
     log(f"size_plan:{sum(sizes.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
         + " ".join(f"{kind}:{size}" for kind, size in sizes.items()))
-
+    # compile off the clock, then train
     with runtime.clock("warm-up"):
         trainer.warm_up()
     evaluator.logits, evaluator.losses = trainer.logits, trainer.losses
     run_until_done(trainer, evaluator)
-
+    trainer.set_rounding(False)
+    # score the weights as they are, then their average
     with runtime.clock("validation"):
         trainer.log_validation(evaluator.report("final_raw", trainer.model))
         trainer.save("final")
@@ -2954,7 +3006,7 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
              "eval_budget_seconds": seconds["eval_seconds"]}
     broken = [f"{name.upper()}={getattr(args, name)} is broken: {value:.3f}"
               for name, value in spent.items() if 0 < getattr(args, name) < value]
-
+    # what the tables of READMEs are made of
     metrics = {
         "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline,
         "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **seconds,
@@ -2989,7 +3041,7 @@ def main() -> int:
         runtime = Runtime(args)
         if args.generate:
             return generate(args, runtime)
-
+        # from here on all ranks write to one folder
         runtime.attention = pick_attention(args, runtime.device, runtime.dtype)
         started, = runtime.from_main([time.time()])
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
