@@ -1,19 +1,20 @@
-"""BiJEPAX: a token model of case-factored text, recurrent in depth, and a mixture that sums to one.
+"""BiJEPAX: case-factored tokens, layers that run again, and a mixture that sums to one.
 
 Parent: ../../train_gpt.py, the trunk.
-Idea:   #2080 on SP8192 with CaseOps, its defects mended: layers that run three times, two lanes, a latent
-        objective that looks 4 ids ahead and back in the middle of the run, and byte statistics mixed in by a
-        walk over the tree of the vocabulary, so that the scores are probabilities of ids.
+Idea:   #2080 on SP8192 with CaseOps, its defects mended: layers that run three times, two lanes, a
+        latent objective that looks 4 ids ahead and back in the middle of the run, and byte
+        statistics mixed in by a walk over the tree of the vocabulary, so that the scores are
+        probabilities of ids.
 
-Run:    python train_gpt.py --help                               every variable, its default and its reason
-        python train_gpt.py                                      one process, any device
-        torchrun --standalone --nproc_per_node=8 train_gpt.py    the contest: 8xH100, 600 s, 16,000,000 bytes
-        RESUME=auto RUN_ID=name torchrun ...                     go on from runs/name/last.safetensors
-        EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py            score an artifact and nothing else
+Run:    python train_gpt.py --help                             every variable and its reason
+        python train_gpt.py                                    one process, any device
+        torchrun --standalone --nproc_per_node=8 train_gpt.py  the contest: 8xH100, 600 s, 16 MB
+        RESUME=auto RUN_ID=name torchrun ...                   go on from runs/name/last.safetensors
+        EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py          only score an artifact
 
-The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs torch,
-numpy and safetensors, the mixture (PPM_WEIGHT=1) numba; constriction, zstandard, sentencepiece, tqdm and
-FlashAttention are used if installed.
+The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs
+torch, numpy and safetensors, the mixture (PPM_WEIGHT=1) numba, and uses constriction,
+sentencepiece, tqdm and FlashAttention if they are installed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # later, its defaults would keep the group: threads that outlive Python abort
+import torch.distributed.nn  # imported later it would keep the group, whose threads then abort
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -105,6 +106,9 @@ class Var:
                 return value
         raise UserError(f"{self.name}={text!r} is not accepted: {self.accepted()} ({self.why})")
 
+
+TENSOR_CLASSES = ("embed", "attn", "mlp", "other")
+
 CHECKS: list = []  # each section adds those of its features: a record keeps both or neither
 
 
@@ -125,77 +129,81 @@ class Hyperparameters:
     """Every setting of a run, read from the environment once; nothing below reads it again."""
 
     _data = "Data"
-    data_path = Var("./data/datasets/fineweb10B_sp8192_caseops", "folder of *_train_*.bin, *_val_*.bin")
+    data_path = Var("./data/datasets/fineweb10B_sp8192_caseops", "folder of shards")
     tokenizer_path = Var("", "SentencePiece .model; byte260 has none")
-    vocab_size = Var(8192, "ids; 260 = PAD BOS EOS UNK + 256 bytes", low=5, high=65536, ship="model")
-    train_seq_len = Var(2048, "tokens a training row", low=2, ship="model")
-    train_batch_tokens = Var(786432, "tokens an optimizer step, over all ranks and micro-steps", low=2)
-    device_batch_tokens = Var(98304, "tokens a forward on one device: the one out-of-memory knob", low=1)
+    vocab_size = Var(8192, "ids; 260 = 4 special ones + 256 bytes", 5, 65536, ship="model")
+    train_seq_len = Var(2048, "tokens a training row", 2, ship="model")
+    train_batch_tokens = Var(786432, "tokens an optimizer step, over all ranks", 2)
+    device_batch_tokens = Var(98304, "tokens a forward: the out-of-memory knob", 1)
     train_order = Var("sequential", "of rows in an epoch", choices=("sequential", "shuffled"))
     verify_data = Var("auto", "by manifest.json; auto: up to 2 GB", choices=("auto", "0", "1"))
 
     _model = "Model"
-    num_layers = Var(11, "transformer blocks", low=1, ship="model")
+    num_layers = Var(11, "transformer blocks", 1, ship="model")
     model_dim = Var(512, "width of the residual stream", 8, ship="model")
     num_heads = Var(8, "query heads", 1, ship="model")
     num_kv_heads = Var(4, "key/value heads (GQA)", 1, ship="model")
-    mlp_mult = Var(4.0, "MLP hidden width / model width, fractions allowed", low=0.0, ship="model")
-    leaky_slope = Var(0.3, "negative slope of the MLP's squared LeakyReLU; 0 = ReLU^2", ship="model")
+    mlp_mult = Var(4.0, "MLP hidden width / model width", 0, ship="model")
+    leaky_slope = Var(0.3, "slope of the squared LeakyReLU; 0 = ReLU^2", ship="model")
     tied_embed_init_std = Var(0.005, "std of the token embedding, also the head", 0)
     logit_softcap = Var(30.0, "cap * tanh(logits / cap); 0 = none", 0, ship="model")
-    qk_gain_init = Var(5.25, "initial per-head gain on RMS-normalised queries", ship="model")
+    qk_gain_init = Var(5.25, "initial gain a head on normalised queries", ship="model")
     rope_base = Var(10000.0, "rotary base", 1, ship="model")
     rope_dims = Var(16, "rotated dimensions a head; 0 = all (#315)", 0, ship="model")
     ln_scale = Var(True, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
-    doc_mask = Var(True, "attention stays inside a document, in training and in scoring", ship="model")
-    xsa_last_n = Var(11, "last layers that drop their own value direction (XSA, #265)", low=0, ship="model")
-    gate_window = Var(12, "channels that SmearGate and head gates read; 0 = neither", low=0, ship="model")
+    doc_mask = Var(True, "attention stays in a document", ship="model")
+    xsa_last_n = Var(11, "last layers that drop their own value (XSA, #265)", 0, ship="model")
+    gate_window = Var(12, "channels that gates read; 0 = no gates", 0, ship="model")
     gate_scale = Var(0.5, "of the head gates' logits", ship="model")
-    loop_first = Var(3, "first layer of the repeated segment; NUM_LAYERS or more = none", low=0, ship="model")
-    loop_last = Var(5, "its last layer", low=0, ship="model")
-    loop_extra = Var(2, "times that it runs again; 0 = no recurrence", low=0, ship="model")
-    loop_start = Var(0.35, "progress from which it does; 1 = never", low=0.0, high=1.0, ship="model")
-    parallel_start = Var(8, "first layer of two lanes; NUM_LAYERS or more = none", low=0, ship="model")
+    loop_first = Var(3, "first layer that runs again; NUM_LAYERS = none", 0, ship="model")
+    loop_last = Var(5, "last layer that does", 0, ship="model")
+    loop_extra = Var(2, "times that they run again; 0 = no recurrence", 0, ship="model")
+    loop_start = Var(0.35, "progress from which they do; 1 = never", 0, 1, ship="model")
+    parallel_start = Var(8, "first layer of two lanes; NUM_LAYERS = none", 0, ship="model")
+
     _bijepax = "BIJEPAX-lite (#2080, corrected)"
     bijepax_enabled = Var(True, "states predict states some ids ahead and back")
-    bijepax_weight = Var(0.01, "peak weight of the mean of both directions beside CE", low=0.0)
-    bijepax_start_frac = Var(0.35, "progress at which it begins to rise from 0", low=0.0, high=1.0)
-    bijepax_end_frac = Var(0.80, "progress at which it is back at 0", low=0.0, high=1.0)
+    bijepax_weight = Var(0.01, "peak weight of both directions' mean beside CE", 0)
+    bijepax_start_frac = Var(0.35, "progress at which it begins to rise from 0", 0, 1)
+    bijepax_end_frac = Var(0.80, "progress at which it is back at 0", 0, 1)
     bijepax_fwd_hops = Var("4", "distances ahead, with commas; 0 = none")
     bijepax_bwd_hops = Var("4", "distances back, with commas; 0 = none")
-    bijepax_head_dim = Var(32, "hidden width of a head", low=1)
-    bijepax_stride = Var(64, "ids from one pair of a hop to the next", low=1)
-    bijepax_lr = Var(0.001, "Adam: heads, constant and unclipped", low=0.0)
+    bijepax_head_dim = Var(32, "hidden width of a head", 1)
+    bijepax_stride = Var(64, "ids from one pair of a hop to the next", 1)
+    bijepax_lr = Var(0.001, "Adam: heads, constant and unclipped", 0)
+
+
     _optimizers = "Optimizers and schedule"
-    iterations = Var(20000, "optimizer steps at most", low=1)
+    iterations = Var(20000, "optimizer steps at most", 1)
     max_wallclock_seconds = Var(600.0, "training time; 0 = no limit", 0)
-    warmdown_iters = Var(17000, "steps (as a share of ITERATIONS) over which the rate falls", low=0)
-    min_lr = Var(0.1, "the rate never falls below this share of the peak", low=0.0, high=1.0)
+    warmdown_iters = Var(17000, "steps over which the rate falls", 0)
+    min_lr = Var(0.1, "share of the peak below which no rate falls", 0, 1)
     warmup_steps = Var(2, "steps that compile, off the clock", 0)
-    matrix_lr = Var(0.026, "Muon: block matrices", low=0.0)
-    muon_momentum = Var(0.97, "final momentum", low=0.0, high=0.9999)
+    matrix_lr = Var(0.026, "Muon: block matrices", 0)
+    muon_momentum = Var(0.97, "final momentum", 0, 0.9999)
     muon_momentum_warmup_start = Var(0.92, "momentum at step 0", 0, 0.9999)
     muon_momentum_warmup_steps = Var(1500, "steps from start to final momentum", 0)
-    muon_backend_steps = Var(5, "steps of Polar Express", low=1, high=5)
-    muon_wd = Var(0.095, "decoupled weight decay of Muon, times its rate", low=0.0)
-    tied_embed_lr = Var(0.03, "AdamW: token embedding", low=0.0)
-    scalar_lr = Var(0.02, "AdamW: gains, mixes, gates", low=0.0)
-    embed_wd = Var(0.085, "decoupled weight decay of the embedding", low=0.0)
-    adam_wd = Var(0.02, "decoupled weight decay of the scalar group", low=0.0)
+    muon_backend_steps = Var(5, "steps of Polar Express", 1, 5)
+    muon_wd = Var(0.095, "Muon: decoupled weight decay", 0)
+    tied_embed_lr = Var(0.03, "AdamW: tied token embedding", 0)
+    scalar_lr = Var(0.02, "AdamW: gains, mixes, gates", 0)
+    embed_wd = Var(0.085, "weight decay of the embedding", 0)
+    adam_wd = Var(0.02, "weight decay of scalars", 0)
     beta1 = Var(0.9, "Adam", 0, 0.9999)
-    beta2 = Var(0.99, "Adam", low=0.0, high=0.99999)
+    beta2 = Var(0.99, "Adam", 0, 0.99999)
     adam_eps = Var(1e-8, "Adam", 0)
     grad_clip_norm = Var(0.3, "global gradient norm; 0 = no clip", 0)
-    ema_decay = Var(0.9965, "decay a step, reached as (1 + t) / (10 + t)", low=0.0, high=0.99999)
-    seed = Var(1337, "weights and shuffling", low=0)
+    ema_decay = Var(0.9965, "of the average that is scored", 0, 0.99999)
+    seed = Var(1337, "of weights and order", 0)
+
     _artifact = "Artifact"
     bits = Var("embed:7,attn:6,mlp:6,other:6", "bit width by tensor class")
     quant_k = Var("embed:14,attn:13,mlp:12.5,other:12.85", "step = k * std / top: the size knob")
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
-    gptq_batches = Var(2, "training batches behind them, on the training clock", low=1)
-    awq_groups = Var(1, "groups of 64 columns that are rounded to 8 bits, the most salient (#1908)", low=0)
-    lqer_top_k = Var(1, "matrices whose error is corrected by a product, the worst (#1797)", low=0)
-    lqer_rank = Var(4, "inner width of these products", low=1)
+    gptq_batches = Var(2, "training batches for these", 1)
+    awq_groups = Var(1, "groups of 64 salient columns with 8 bits (#1908)", 0)
+    lqer_top_k = Var(1, "worst matrices, corrected by a product (#1797)", 0)
+    lqer_rank = Var(4, "inner width of these products", 1)
     compressor = Var("auto", "auto keeps the smallest", choices=("auto", "rans", "lzma"))
     artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit", 0)
 
@@ -206,7 +214,7 @@ class Hyperparameters:
     val_bytes = Var(0, "validates only on this prefix; 0 = all", 0)
     val_loss_every = Var(0, "steps between validations; 0 = only at the end", 0)
     eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
-    ttt = Var("0", "learn from text once it is scored: all weights by sgd; adapters of a document; or both",
+    ttt = Var("0", "learn from scored text: all weights, adapters, both",
               choices=("0", "sgd", "lora", "phased"), ship="eval")
     ttt_adapt = Var(True, "0 = without learning: the control", ship="eval")
     ttt_modules = Var("blocks", "paths of modules that learn, with commas", ship="eval")
@@ -217,19 +225,20 @@ class Hyperparameters:
     ttt_decay_chunks = Var(0, "rate / sqrt(1 + chunks / this); 0 = constant", 0, ship="eval")
     ttt_momentum = Var(0.9, "kept from chunk to chunk", 0, 0.9999, ship="eval")
     ttt_grad_clip = Var(1.0, "gradient norm of an update; 0 = no clip", 0, ship="eval")
-    ttt_doc_chunk = Var(64, "lora: targets of a document from step to step", low=1, ship="eval")
-    ttt_lora_modules = Var("attn.proj,mlp.fc,mlp.proj,tok_emb", "lora: ends of the names; tok_emb: logits",
-                           ship="eval")
-    ttt_lora_rank = Var(96, "lora: inner width", low=1, ship="eval")
-    ttt_lora_alpha = Var(144.0, "lora: the product counts alpha / rank times", low=0.0, ship="eval")
-    ttt_lora_lr = Var(1e-4, "lora: rate of AdamW, whose beta1 is 0", low=0.0, ship="eval")
-    ttt_lora_wd = Var(1.0, "lora: decoupled weight decay", low=0.0, ship="eval")
-    mix = Var("binary", "headline: mixed bit by bit, or the tilt", choices=("binary", "tilt"), ship="eval")
-    ppm_weight = Var(1, "0 = network alone, 1 = mixed, its weights learned", low=0, high=1, ship="eval")
-    ppm_order = Var(5, "longest context in bytes", low=1, high=15, ship="eval")
-    mix_rows = Var(20, "log2 of the 64-byte rows in each of 7 tables", low=4, high=26, ship="eval")
+    ttt_doc_chunk = Var(64, "lora: targets of a document a step", 1, ship="eval")
+    ttt_lora_modules = Var("attn.proj,mlp.fc,mlp.proj,tok_emb",
+                           "lora: ends of names; tok_emb: logits", ship="eval")
+    ttt_lora_rank = Var(96, "lora: inner width", 1, ship="eval")
+    ttt_lora_alpha = Var(144.0, "lora: the product counts alpha / rank times", 0, ship="eval")
+    ttt_lora_lr = Var(1e-4, "lora: rate of AdamW, whose beta1 is 0", 0, ship="eval")
+    ttt_lora_wd = Var(1.0, "lora: decoupled weight decay", 0, ship="eval")
+    mix = Var("binary", "headline: bit by bit, or the tilt", choices=("binary", "tilt"), ship="eval")
+    ppm_weight = Var(1, "0 = only the network, 1 = mixed", 0, 1, ship="eval")
+    ppm_order = Var(5, "longest context in bytes", 1, 15, ship="eval")
+    mix_rows = Var(20, "log2 of the 64-byte rows in each of 7 tables", 4, 26, ship="eval")
     eval_only = Var(False, "score ARTIFACT and nothing else")
     artifact = Var("", "path for EVAL_ONLY")
+
     _run = "Run"
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
     runs_path = Var("./runs", "where runs are kept")
@@ -250,43 +259,48 @@ class Hyperparameters:
     master_addr = Var("", "rendezvous host")
     master_port = Var("", "rendezvous port")
 
-    # Published variables of ideas that are gone: {name: (values that mean off, reason)}; () = ignored.
+    # Variables of ideas that are gone: {name: (values that mean off, reason)}.
     RETIRED = {
-        "SWA_ENABLED": (("0",), "EMA replaced it (-0.003 BPB in #375)"),
-        "MTP_NUM_HEADS": (("0",), "multi-token heads cost +0.028 BPB in a 10-minute model"),
-        "MUON_BETA2": ((), "was never read by #832"),
-        "BIJEPAX_CYCLE": (("0",), "was off in #2080, and a cycle is two of its hops"),
-        "DISABLE_COMPILE": (("0",), "COMPILE took its place"),
-        "LQER_ENABLED": (("1",), "LQER_TOP_K=0 switches it off"),
-        "VAL_BATCH_SIZE": ((), "EVAL_BATCH_TOKENS took its place and does not change the score"),
-        "CONTROL_TENSOR_NAME_PATTERNS": ((), "tensors are sorted by shape and module, not by name patterns"),
+        "SWA_ENABLED": ("0", "EMA took its place"),
+        "EMA_ENABLED": ("1", "EMA_DECAY=0 scores the last weights"),
+        "MTP_NUM_HEADS": ("0", "it costs +0.028 BPB in ten minutes"),
+        "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
+        "GRAD_REPORT_EVERY": ("0", "no result used it"),
+        "BIJEPAX_CYCLE": ("0", "#2080 had it off, and a cycle is two of its hops"),
+        "DISABLE_COMPILE": ("0", "COMPILE took its place"),
+        "LQER_ENABLED": ("1", "LQER_TOP_K=0 switches it off"),
     }
     IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
                "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
-        """Reads `environ`. `shipped`, the settings in an artifact, replaces the defaults of what it names."""
+        """Reads `environ`; `shipped`, settings in an artifact, replaces the defaults it names."""
         environ = environ or {}
         self.warnings: list[str] = []
         self._refuse_retired_and_misspelt(environ)
+
         for name, var in self.vars().items():
             value = (shipped or {}).get(var.name, var.default)
             if environ.get(var.name, "") != "":
                 value = var.parse(environ[var.name])
                 if shipped and var.ship == "model" and value != shipped[var.name]:
-                    raise UserError(f"{var.name}={value} contradicts the artifact, which was made with "
-                                    f"{shipped[var.name]}: leave it unset")
+                    raise UserError(f"{var.name}={value}: the artifact was made with "
+                                    f"{shipped[var.name]}; leave it unset")
             setattr(self, name, value)
+
+        self.trains = not shipped
         self.hops = []
-        if not shipped:  # no artifact has heads
+        if self.trains:  # no artifact has heads
             back = self._parse_hops("bijepax_bwd_hops")
-            self.hops = self._parse_hops("bijepax_fwd_hops") + [-n for n in back]
+            self.hops = self._parse_hops("bijepax_fwd_hops") + [-hop for hop in back]
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
-        if shipped or not self.eval_only:  # else the artifact's settings are still to come
-            self._check(trains=not shipped)
+
+        if shipped or not self.eval_only:  # it needs an artifact's
+            for function in CHECKS:
+                function(self)
 
     @classmethod
     def vars(cls) -> dict[str, Var]:
@@ -333,13 +347,14 @@ class Hyperparameters:
                 self.warnings.append(message)
 
     def _parse_hops(self, name: str) -> list[int]:
-        parts, most = [part.strip() for part in getattr(self, name).split(",")], self.train_seq_len - 1
+        text, most = getattr(self, name), self.train_seq_len - 1
+        parts = [part.strip() for part in text.split(",")]
         hops = [int(part) if part.isdecimal() else -1 for part in parts]
         if hops == [0]:
             return []
-        if any(not 1 <= n <= most for n in hops) or len(set(hops)) != len(hops):
-            raise UserError(f"{name.upper()}={getattr(self, name)!r} is not accepted: different integers "
-                            f"from 1 to {most}, with commas, below TRAIN_SEQ_LEN, or 0 for none")
+        if any(not 1 <= hop <= most for hop in hops) or len(set(hops)) != len(hops):
+            raise UserError(f"{name.upper()}={text!r} is not accepted: different integers from 1 to "
+                            f"{most}, with commas, below TRAIN_SEQ_LEN, or 0 for none")
         return hops
 
     def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
@@ -356,39 +371,6 @@ class Hyperparameters:
                 raise UserError(f"{var.name}: {part.strip()!r} is not accepted: CLASS:NUMBER, "
                                 f"CLASS in {classes}, NUMBER from {low} to {high}")
         return values
-
-    def _check(self, trains: bool) -> None:
-        """Refuses combinations that cannot work, with both values in the message."""
-        head_dim, rope = self.model_dim // self.num_heads, self.rope_dims
-        rows, spare = divmod(self.train_batch_tokens, self.train_seq_len) if trains else (0, 0)
-        calibrates = self.quant_round == "gptq" and self.max_wallclock_seconds and not self.eval_only
-        loops = self.loop_extra and self.loop_start < 1
-        problems = [
-            (self.model_dim % self.num_heads, "model_dim", "num_heads", "no whole width for a head"),
-            (self.num_heads % self.num_kv_heads, "num_heads", "num_kv_heads", "no equal groups of heads"),
-            (head_dim % 2, "model_dim", "num_heads", f"head width {head_dim} is odd, rotary needs pairs"),
-            (rope % 2 or rope > head_dim, "rope_dims", "num_heads", f"odd or wider than a head, {head_dim}"),
-            (spare, "train_batch_tokens", "train_seq_len", "the batch is not a whole number of rows"),
-            (self.eval_stride > self.eval_seq_len, "eval_stride", "eval_seq_len", "the stride skips targets"),
-            (self.ttt == "sgd" and self.ttt_chunk_tokens % self.eval_stride, "ttt_chunk_tokens",
-             "eval_stride", "a chunk is not a whole number of windows"),
-            (self.bijepax_start_frac > self.bijepax_end_frac, "bijepax_start_frac", "bijepax_end_frac",
-             "it ends before it begins"),
-            (self.ttt in ("lora", "phased") and self.ttt_doc_chunk > self.eval_seq_len,
-             "ttt_doc_chunk", "eval_seq_len", "no window holds it"),
-            (self.ttt in ("lora", "phased") and self.ppm_weight, "ttt", "ppm_weight",
-             "documents are scored out of order, which no mixture can follow"),
-            (loops and self.loop_last < self.loop_first, "loop_first", "loop_last", "an empty segment"),
-            (loops and self.loop_first < self.parallel_start <= min(self.loop_last, self.num_layers - 1),
-             "loop_last", "parallel_start", "the repeated layers have to end before the lanes begin"),
-            (self.gate_window > self.model_dim, "gate_window", "model_dim", "there are no such channels"),
-            (self.rank >= self.world_size, "rank", "world_size", "a rank is below the number of processes"),
-            (calibrates and not self.warmup_steps, "warmup_steps", "quant_round", "calibration is untimed"),
-        ]
-        for bad, *names, why in problems:
-            if bad:
-                pair = ", ".join(f"{name.upper()}={getattr(self, name)}" for name in names)
-                raise UserError(f"{pair}: {why}")
 
 
 # -----------------------------------------------------------------------------
@@ -595,18 +577,24 @@ class BlockedAttention(torch.autograd.Function):
     some hundred ids both ways are faster than torch's flash kernel, which recomputes."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, where: Tensor | None) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (B, H, T, d), k and v (B, K, T, d), mask (B, 1, T, T) or None -> (B, H, T, d)"""
-        (batch, heads, length, dim), kv = q.shape, k.size(1)
-        keys, values, out, kept = k.flatten(0, 1), v.flatten(0, 1), [], []
-        where = causal_mask(torch.zeros(1, length, device=q.device), length) if where is None else where
-        for i, query in enumerate(query_blocks(q * dim**-0.5, kv)):
+        batch, heads, length, dim = q.shape
+        kv_heads = k.size(1)
+        keys, values = k.flatten(0, 1), v.flatten(0, 1)
+        if mask is None:
+            mask = causal_mask(torch.zeros(1, length, device=q.device), length)
+        out, kept = [], []
+
+        for i, query in enumerate(query_blocks(q * dim**-0.5, kv_heads)):
             stop = min((i + 1) * QUERY_BLOCK, length)
-            unseen = ~where[:, :, None, i * QUERY_BLOCK : stop, :stop]  # (B, 1, 1, queries, keys)
-            scores = torch.bmm(query, keys[:, :stop].mT).float().view(batch, kv, heads // kv, -1, stop)
-            scores = scores.masked_fill(unseen, -torch.inf).softmax(-1)
-            kept.append(scores.to(q.dtype).view(batch * kv, -1, stop))
+            unseen = ~mask[:, :, None, i * QUERY_BLOCK : stop, :stop]  # (B, 1, 1, queries, keys)
+            scores = torch.bmm(query, keys[:, :stop].mT).float()
+            scores = scores.view(batch, kv_heads, heads // kv_heads, -1, stop)
+            weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+            kept.append(weights.to(q.dtype).view(batch * kv_heads, -1, stop))
             out.append(torch.bmm(kept[i], values[:, :stop]).view(batch, heads, -1, dim))
+
         out = torch.cat(out, 2)
         ctx.save_for_backward(q, k, v, out, *kept)
         return out
@@ -614,26 +602,33 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, *kept = ctx.saved_tensors
-        (batch, heads, _, dim), kv, scale = q.shape, k.size(1), q.size(3) ** -0.5
-        keys, values, grad_q = k.flatten(0, 1), v.flatten(0, 1), []
-        grad_k, grad_v = torch.zeros_like(keys).float(), torch.zeros_like(values).float()
-        delta = (grad.float() * out.float()).sum(-1, keepdim=True)
-        blocks = (query_blocks(x, kv) for x in (q * scale, grad, delta))
-        for query, above, shift, weights in zip(*blocks, kept):
+        batch, heads, _, dim = q.shape
+        kv_heads, scale = k.size(1), q.size(3) ** -0.5
+        keys, values = k.flatten(0, 1), v.flatten(0, 1)
+        grad_q = []
+        grad_k = torch.zeros_like(keys).float()
+        grad_v = torch.zeros_like(values).float()
+
+        # a softmax's gradient is its weights times (the gradient of them - this sum over keys)
+        shift = (grad.float() * out.float()).sum(-1, keepdim=True)
+        blocks = (query_blocks(x, kv_heads) for x in (q * scale, grad, shift))
+        for query, grad_out, query_shift, weights in zip(*blocks, kept):
             stop = weights.size(2)
-            scores = torch.bmm(above, values[:, :stop].mT).float() - shift
-            scores = (weights.float() * scores).to(q.dtype)
-            grad_q.append(torch.bmm(scores, keys[:, :stop]).view(batch, heads, -1, dim) * scale)
-            grad_k[:, :stop] += torch.bmm(scores.mT, query)
-            grad_v[:, :stop] += torch.bmm(weights.mT, above)
-        return torch.cat(grad_q, 2), grad_k.to(q.dtype).view(k.shape), grad_v.to(q.dtype).view(v.shape), None
+            grad_scores = torch.bmm(grad_out, values[:, :stop].mT).float() - query_shift
+            grad_scores = (weights.float() * grad_scores).to(q.dtype)
+            part = torch.bmm(grad_scores, keys[:, :stop])
+            grad_q.append(part.view(batch, heads, -1, dim) * scale)
+            grad_k[:, :stop] += torch.bmm(grad_scores.mT, query)
+            grad_v[:, :stop] += torch.bmm(weights.mT, grad_out)
+        grad_k, grad_v = (x.to(q.dtype).view(k.shape) for x in (grad_k, grad_v))
+        return torch.cat(grad_q, 2), grad_k, grad_v, None
 
 
-def cpu_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The CPU's rung: blocks of queries, weights kept; torch's kernel for long rows."""
     if q.size(1) > KEPT_LENGTH:
-        return sdpa_attention(q, k, v, where)
-    return BlockedAttention.apply(*(x.transpose(1, 2) for x in (q, k, v)), where).transpose(1, 2)
+        return sdpa_attention(q, k, v, mask)
+    return BlockedAttention.apply(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
 
 
 def flash_attention(package: str):
@@ -665,22 +660,25 @@ ATTENTION = {
 
 
 @torch.compiler.disable
-def document_mask(attention: str, ids: Tensor):
-    """What a rung needs to keep the documents of ids (B, T) apart: for flash where each begins, padded to a
-    power of two so that shapes repeat; for flex its block mask; else a mask (B, 1, T, T)."""
-    docs = (ids == BOS_ID).cumsum(1)
-    if attention in ("fa3", "fa2"):
-        first = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True).flatten().nonzero().flatten().int()
-        first = F.pad(first, (0, max(64, 1 << len(first).bit_length()) - len(first)), value=ids.numel())
-        torch._dynamo.maybe_mark_dynamic(first, 0)  # one graph for any number of documents
-        return first
-    if attention == "flex":
+def document_mask(rung: str, docs: Tensor):
+    """What a rung needs to keep the documents apart; docs (B, T), the document of each position.
+    For flash where each document begins (cu_seqlens), padded to a power of two so that shapes
+    repeat; for flex its block mask; else a mask (B, 1, T, T)."""
+    if rung in ("fa3", "fa2"):
+        begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)
+        first = begins.flatten().nonzero().flatten().int()
+        room = max(64, 1 << len(first).bit_length())
+        cu_seqlens = F.pad(first, (0, room - len(first)), value=docs.numel())
+        torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for any number of documents
+        return cu_seqlens
+    if rung == "flex":
         from torch.nn.attention.flex_attention import create_block_mask
 
         def visible(row, _, query, key):
             return (query >= key) & (docs[row, query] == docs[row, key])
-        return create_block_mask(visible, len(ids), None, ids.size(1), ids.size(1), device=str(ids.device))
-    return causal_mask(docs, ids.size(1))
+        rows, length = docs.shape
+        return create_block_mask(visible, rows, None, length, length, device=str(docs.device))
+    return causal_mask(docs, docs.size(1))
 
 
 def agrees_with_math(rung: str, device: torch.device, dtype, dim: int, doc_mask: bool) -> bool:
@@ -695,24 +693,21 @@ def agrees_with_math(rung: str, device: torch.device, dtype, dim: int, doc_mask:
     return torch.allclose(out.float(), math_attention(q, k, k, reference).float(), atol=3e-2)
 
 
-def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, dim: int, doc_mask=False) -> str:
-    """The first rung, from `wanted` down, that runs forward and backward here and agrees with `math`."""
-    ladder = list(ATTENTION)[0 if wanted == "auto" else list(ATTENTION).index(wanted) :]
-    gpu, half = device.type == "cuda", dtype in (torch.bfloat16, torch.float16)
-    fits = {"fa3": gpu and half, "fa2": gpu and half, "flex": gpu and doc_mask,
-            "cpu": device.type == "cpu" and half, "sdpa": True, "math": True}
-    for name in filter(fits.get, ladder):
-        with contextlib.suppress(Exception):  # a missing package, a card that it refuses, an old signature
-            generator = torch.Generator().manual_seed(0)
-            q, k = (torch.randn(1, 128, n, dim, generator=generator).to(device, dtype) for n in (2, 1))
-            q.requires_grad_(True)
-            ids = torch.arange(128, device=device)[None] % 50  # a BOS at 1, 51 and 101
-            where, plain = (document_mask(rung, ids) if doc_mask else None for rung in (name, "math"))
-            out = ATTENTION[name](q, k, k, where)
-            out.sum().backward()
-            if torch.allclose(out.float(), math_attention(q, k, k, plain).float(), atol=3e-2):
-                return name
-    raise UserError(f"ATTENTION={wanted}: no rung of {ladder} runs on {device} in {dtype}")
+def pick_attention(args: Hyperparameters, device: torch.device, dtype: torch.dtype) -> str:
+    """The first rung, from ATTENTION down, that works here."""
+    rungs = list(ATTENTION)
+    first = 0 if args.attention == "auto" else rungs.index(args.attention)
+    gpu, bf16 = device.type == "cuda", dtype == torch.bfloat16
+    fits = {"fa3": gpu and bf16, "fa2": gpu and bf16, "flex": gpu and args.doc_mask,
+            "cpu": device.type == "cpu" and bf16,
+            "sdpa": True, "math": True}
+    dim = args.model_dim // args.num_heads
+    for rung in filter(fits.get, rungs[first:]):
+        with contextlib.suppress(Exception):  # no such package, a card that it refuses
+            if agrees_with_math(rung, device, dtype, dim, args.doc_mask):
+                return rung
+    rungs = ", ".join(rungs[first:])
+    raise UserError(f"ATTENTION={args.attention}: none of {rungs} runs on {device} in {dtype}")
 
 
 # -----------------------------------------------------------------------------
@@ -764,16 +759,18 @@ class Dataset:
     def __init__(self, args: Hyperparameters, verify: bool):
         self.path = Path(args.data_path)
         if not self.path.is_dir():
-            raise UserError(f"DATA_PATH={args.data_path} is not a folder: `python data/prepare.py` makes one")
+            raise UserError(f"DATA_PATH={self.path} is no folder: data/prepare.py makes one")
         self.train_files = sorted(self.path.glob("*_train_*.bin"))
         self.val_files = sorted(self.path.glob("*_val_*.bin"))
         if not self.val_files or not (self.train_files or args.eval_only):
-            missing = "_val_" if not self.val_files else "_train_"
-            raise UserError(f"DATA_PATH={self.path} holds no *{missing}*.bin; data/prepare.py makes them")
+            missing = "_train_" if self.val_files else "_val_"
+            raise UserError(f"DATA_PATH={self.path} has no *{missing}*.bin: see data/prepare.py")
+
         self.vocab_size = args.vocab_size
         self.manifest = self._read_manifest()
-        self.train_shards = [open_shard(path, self.vocab_size, 1 << 20) for path in self.train_files]
-        self.val = np.concatenate([open_shard(path, self.vocab_size) for path in self.val_files])
+        size = self.vocab_size
+        self.train_shards = [open_shard(path, size, 1 << 20) for path in self.train_files]
+        self.val = np.concatenate([open_shard(path, size) for path in self.val_files])
         self.val_sizes = self._read_sidecars(verify)
         if verify:
             self._verify(args.verify_data)
@@ -794,20 +791,22 @@ class Dataset:
         return {**manifest, "sha256": shards}
 
     def _read_sidecars(self, verify: bool) -> np.ndarray | None:
-        """Bytes of the original text for each validation id, uint16, where the text is in CaseOps form: an
-        operator stands for none, and no table of pieces knows it (data/README.md). None for other text."""
+        """Bytes of the original text for each validation id, uint16, for text in CaseOps form: an
+        operator stands for none, and no table of pieces knows it (data/README.md). Else None."""
         paths = [path.with_suffix(".bytes") for path in self.val_files]
         if "caseops" not in self.manifest and not any(path.exists() for path in paths):
             return None
+
         shards = self.manifest.get("shards", ())
         wanted = {entry.get("sidecar"): entry.get("sidecar_sha256") for entry in shards}
         for path, shard in zip(paths, self.val_files):
             if not path.exists():
-                raise UserError(f"{path} is missing: the bytes of {shard.name}, whose text is in CaseOps "
-                                "form; data/prepare.py writes both")
-            if path.stat().st_size != shard.stat().st_size:
-                raise UserError(f"{path}: {path.stat().st_size} bytes where {shard.name} has "
-                                f"{shard.stat().st_size}: not its sidecar")
+                raise UserError(f"{path} is missing: the bytes of {shard.name}, whose text is in "
+                                "CaseOps form; data/prepare.py writes both")
+            found, needed = path.stat().st_size, shard.stat().st_size
+            if found != needed:
+                raise UserError(f"{path}: {found} bytes where {shard.name} has {needed}: "
+                                "not its sidecar")
             if verify and wanted.get(path.name) not in (None, sha256_file(path)):
                 raise UserError(f"{path}: its sha256 is not the one in the manifest")
         return np.concatenate([open_shard(path, 1 << 16) for path in paths])
@@ -838,32 +837,37 @@ class Dataset:
 
 
 def open_tokenizer(args: Hyperparameters):
-    """The SentencePieceProcessor at TOKENIZER_PATH; a UserError where it is none, or of another size."""
+    """The SentencePiece model of TOKENIZER_PATH, held against VOCAB_SIZE."""
+    path = args.tokenizer_path
     try:
         from sentencepiece import SentencePieceProcessor
-        tokenizer = SentencePieceProcessor(model_file=args.tokenizer_path)
+        tokenizer = SentencePieceProcessor(model_file=path)
     except ImportError:
         raise UserError("TOKENIZER_PATH is set, but sentencepiece is not installed") from None
     except (OSError, RuntimeError) as error:
-        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path}: no SentencePiece model ({error})") from None
+        raise UserError(f"TOKENIZER_PATH={path}: no SentencePiece model ({error})") from None
     if (size := tokenizer.vocab_size()) != args.vocab_size:
-        raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} has {size} ids, VOCAB_SIZE={args.vocab_size}")
+        raise UserError(f"TOKENIZER_PATH={path} has {size} ids, VOCAB_SIZE={args.vocab_size}")
     return tokenizer
 
 
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary before one).
-    A target counts base[id] + (space[id] and not edge[previous id]). byte260: ids from 4 up are a byte each.
-    SentencePiece: byte pieces 1, control, unknown and unused 0, others their UTF-8 length with U+2581 as one
-    space; a leading one counts only where the previous id is no boundary: the dummy prefix stands there.
-    Models trained by data/prepare.py add no prefix: there every U+2581 is a real space and counts."""
-    base, space, edge = (np.zeros(args.vocab_size, dtype=kind) for kind in (np.int64, bool, bool))
+    """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary).
+
+    A target counts base[id] + (space[id] and not edge[previous id]). byte260: a byte for ids from 4
+    up. SentencePiece: 1 for byte pieces, 0 for control, unknown and unused ones, else the UTF-8
+    length with U+2581 as a space; a leading one counts only after ids that are no boundary: there
+    stands the dummy prefix, which models trained by data/prepare.py do not add."""
+    base = np.zeros(args.vocab_size, dtype=np.int64)
+    space = np.zeros(args.vocab_size, dtype=bool)
+    edge = np.zeros(args.vocab_size, dtype=bool)
     if not args.tokenizer_path:
         if args.vocab_size != 260:
-            raise UserError(f"VOCAB_SIZE={args.vocab_size} needs TOKENIZER_PATH; only byte260 has none")
+            raise UserError(f"VOCAB_SIZE={args.vocab_size} needs TOKENIZER_PATH; byte260 has none")
         base[BYTE_OFFSET:] = 1
         edge[:BYTE_OFFSET] = True
         return base, space, edge
+
     tokenizer = open_tokenizer(args)
     dummy_prefix = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
     for i in range(args.vocab_size):
@@ -884,20 +888,23 @@ def target_bytes(ids: np.ndarray, tables: tuple) -> np.ndarray:
 
 
 def spelling(args: Hyperparameters) -> list[tuple[int, ...]]:
-    """What each id stands for, in the alphabet of the text that was tokenized: bytes, or for an id without
-    any (specials, the operators of CaseOps) one symbol of its own, 256 + id."""
+    """The symbols of each id, in the alphabet of the text that was tokenized: bytes, or for an id
+    without any (specials, the operators of CaseOps) one symbol of its own, 256 + id."""
     if not args.tokenizer_path:
         if args.vocab_size != 260:
-            raise UserError(f"VOCAB_SIZE={args.vocab_size} needs TOKENIZER_PATH: the mixture has to know "
-                            "what ids spell (PPM_WEIGHT=0 is the network alone)")
-        return [(256 + i,) if i < BYTE_OFFSET else (i - BYTE_OFFSET,) for i in range(260)]
+            raise UserError(f"VOCAB_SIZE={args.vocab_size} needs TOKENIZER_PATH: the mixture has to "
+                            "know what ids spell (PPM_WEIGHT=0 scores only with the network)")
+        special = [(256 + i,) for i in range(BYTE_OFFSET)]
+        return special + [(byte,) for byte in range(256)]
+
     tokenizer, found = open_tokenizer(args), []
     for i in range(args.vocab_size):
         piece = tokenizer.id_to_piece(i)
+        text = piece.replace("\u2581", " ").encode()
+        if tokenizer.is_byte(i):  # <0x0A>
+            text = bytes([int(piece[3:5], 16)])
         odd = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
-        odd = odd or piece in OPERATORS
-        text = bytes([int(piece[3:5], 16)]) if tokenizer.is_byte(i) else piece.replace("\u2581", " ").encode()
-        found.append((256 + i,) if odd else tuple(text))
+        found.append((256 + i,) if odd or piece in OPERATORS else tuple(text))
     return found
 
 
@@ -932,7 +939,8 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
         total = rows // group
         at_most = max(1, args.device_batch_tokens // (args.train_seq_len * group))
         micro_steps = -(-total // (world_size * at_most))
-        return cls(rows, group, -(-total // (world_size * micro_steps)), micro_steps, world_size)
+        groups = -(-total // (world_size * micro_steps))
+        return cls(rows, group, groups, micro_steps, world_size)
 
     def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers inside the global batch for one forward, and a weight for each."""
@@ -1026,7 +1034,6 @@ class Loader:
 # QUANTISER
 # -----------------------------------------------------------------------------
 
-TENSOR_CLASSES = ("embed", "attn", "mlp", "other")
 SMALL_TENSOR = 4096  # elements; below it a tensor stays fp16
 SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
 AWQ_WIDTH = 64  # columns of a group that AWQ-lite rounds to 8 bits
@@ -1035,7 +1042,9 @@ AWQ_WIDTH = 64  # columns of a group that AWQ-lite rounds to 8 bits
 def tensor_class(name: str) -> str:
     if name.startswith("tok_emb"):
         return "embed"
-    return "attn" if ".attn." in name else "mlp" if ".mlp." in name else "other"
+    if ".attn." in name:
+        return "attn"
+    return "mlp" if ".mlp." in name else "other"
 
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
@@ -1050,66 +1059,82 @@ def nearest(x: np.ndarray, top: np.ndarray) -> np.ndarray:
 
 
 def gptq(x: np.ndarray, hessian: np.ndarray, top: np.ndarray) -> np.ndarray:
-    """Full-Hessian GPTQ (Frantar et al. 2022) of x (R, C), a matrix whose rows are in units of their steps.
-    The largest integer of column c is top[c], and its steps are finer by top.min() / top[c].
-    Columns in the order of falling input power; the error of each is spread over those still to come by the
-    inverse of the damped hessian = X^T X (C, C). (Weighing bits against error here lost to a wider step.)"""
-    power, grain = np.diag(hessian), (top.min() / top).astype(np.float32)
+    """Full-Hessian GPTQ (Frantar et al. 2022) of x (R, C), its rows in units of their steps. The
+    largest integer of column c is top[c], and its steps are finer by top.min() / top[c].
+
+    Columns go in the order of falling input power; the error of each is spread over those to come
+    by the inverse of the damped hessian = X^T X (C, C)."""
+    power = np.diag(hessian)
+    grain = (top.min() / top).astype(np.float32)
     order = np.argsort(-power, kind="stable")
     damped = hessian[np.ix_(order, order)].astype(np.float64)
     damped[np.diag_indices(len(order))] += 0.01 * power.mean() + 1e-12
-    factor = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)  # upper U, inverse = U^T U
-    left, q = x[:, order].copy(), np.empty_like(x)
+    factor = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+
+    left = x[:, order].copy()
+    q = np.empty_like(x)
     for start in range(0, x.shape[1], 128):
         stop = min(start + 128, x.shape[1])
         errors = np.empty((len(x), stop - start), np.float32)
         for j in range(start, stop):
             column = order[j]
-            q[:, column] = nearest(left[:, j] / grain[column], top[column])
-            error = (left[:, j] - q[:, column] * grain[column]) / factor[j, j]
-            errors[:, j - start] = error
+            chosen = nearest(left[:, j] / grain[column], top[column])
+            error = (left[:, j] - chosen * grain[column]) / factor[j, j]
             left[:, j:stop] -= error[:, None] * factor[j, j:stop]
+            q[:, column] = chosen
+            errors[:, j - start] = error
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     return q
 
 
 def quantise(weight: np.ndarray, top: np.ndarray, k: float, hessian: np.ndarray | None = None):
-    """Rounds a matrix (R, C) to integers in [-top, top] a column, with one fp16 step a row: SDClip (#1394).
+    """Rounds a matrix (R, C) to integers in [-top, top] a column, with one fp16 step a row.
 
-    step = k * std / least top; a Gaussian then costs about log2(top / k) + 2.05 bits a weight, so k sets the
-    size. A column with a larger top has steps finer by the ratio. Steps have an epsilon floor, not 1 / top.
-    By `gptq` with a hessian (C, C), else to the nearest. Returns q, int8 (R, C), step, fp16 (R, 1), and what
+    step = k * std / least top (SDClip, #1394). A Gaussian then costs about log2(top / k) + 2.05
+    bits a weight, so k sets the size. A column with a larger top has steps finer by the ratio.
+    Steps have an epsilon floor, not 1 / top (defect G2 of #832). Rounding: by `gptq` with a hessian
+    (C, C), else to the nearest. Returns q, int8 (R, C), step, fp16 (R, 1), and the weights that
     they stand for, fp32 (R, C)."""
     weight, least = np.asarray(weight, dtype=np.float32), top.min()
-    step = np.maximum(k / least * weight.std(axis=1, keepdims=True, dtype=np.float64), SCALE_FLOOR)
-    step, grain = step.astype(np.float16).astype(np.float32), (least / top).astype(np.float32)
+    step = k / least * weight.std(axis=1, keepdims=True, dtype=np.float64)
+    step = np.maximum(step, SCALE_FLOOR).astype(np.float16).astype(np.float32)
+    grain = (least / top).astype(np.float32)
     x = weight / step
+
     q = nearest(x / grain, top) if hessian is None else gptq(x, hessian, top)
     return q.astype(np.int8), step.astype(np.float16), q * grain * step
 
 
-def salient_groups(tensors: dict[str, np.ndarray], hessians: dict, args: Hyperparameters) -> dict[str, int]:
-    """{name: first column} of the AWQ_GROUPS most salient groups of columns, at most one a matrix. AWQ-lite
-    (#1908): a group's score is the sum over its columns of the inputs' root mean square times mean |W|."""
+def salient_groups(tensors: dict, hessians: dict, args: Hyperparameters) -> dict[str, int]:
+    """{name: first column} of the AWQ_GROUPS most salient groups of columns, at most one a matrix.
+    AWQ-lite (#1908): a group's score sums its inputs' root mean squares times mean |W|."""
     scores = []
     for name, hessian in hessians.items():
         columns = np.sqrt(np.diag(hessian)) * np.abs(tensors[name]).mean(0)
-        sums = columns[: len(columns) // AWQ_WIDTH * AWQ_WIDTH].reshape(-1, AWQ_WIDTH).sum(1)
-        scores += [(float(sums.max()), name, int(sums.argmax()) * AWQ_WIDTH)] if len(sums) > 1 else []
-    return {name: at for _, name, at in sorted(scores, reverse=True)[: args.awq_groups]}
+        whole = len(columns) // AWQ_WIDTH * AWQ_WIDTH
+        sums = columns[:whole].reshape(-1, AWQ_WIDTH).sum(1)
+        if len(sums) > 1:
+            scores.append((float(sums.max()), name, int(sums.argmax()) * AWQ_WIDTH))
+    best = sorted(scores, reverse=True)[: args.awq_groups]
+    return {name: column for _, name, column in best}
 
 
 def low_rank(error: np.ndarray, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """LQER (#1797): the best product A B of an inner width `rank` for an error (R, C), both as (q, step).
+    """LQER (#1797): the best product A B of inner width `rank` for an error (R, C), as (q, step).
+
     A^T (rank, R) has 2 bits, -2 ... 1, B (rank * C / 64, 64) has 4, -8 ... 7; a step a row of each.
-    The sign of a pair is free: A takes the one that leaves its largest entry below zero, where -2 is."""
+    The sign of a pair is free: A takes the one that leaves its largest entry below zero, where -2
+    is."""
     u, values, v = np.linalg.svd(error, full_matrices=False)
     a, b = (u[:, :rank] * values[:rank]).T, v[:rank]
-    flip = np.sign(-np.take_along_axis(a, np.abs(a).argmax(1)[:, None], 1)) + 0.0
+    largest = np.take_along_axis(a, np.abs(a).argmax(1)[:, None], 1)
+    flip = np.sign(-largest) + 0.0
     b = np.pad(b * flip, ((0, 0), (0, -b.shape[1] % AWQ_WIDTH))).reshape(-1, AWQ_WIDTH)
+
     parts = []
     for part, low, high in ((a * flip, -2, 1), (b, -8, 7)):
-        step = np.maximum(np.abs(part).max(1, keepdims=True) / (high + 0.5), SCALE_FLOOR).astype(np.float16)
+        step = np.abs(part).max(1, keepdims=True) / (high + 0.5)
+        step = np.maximum(step, SCALE_FLOOR).astype(np.float16)
         q = np.clip(np.rint(part / step.astype(np.float32)), low, high)
         parts.append((q.astype(np.int8), step))
     return parts
@@ -1120,13 +1145,42 @@ def low_rank(error: np.ndarray, rank: int) -> list[tuple[np.ndarray, np.ndarray]
 # -----------------------------------------------------------------------------
 
 
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def adapted(owner: nn.Module, x: Tensor) -> Tensor:
+    """x (B, T, in) W^T in the dtype of x, plus x A^T B^T where rows have adapters A and B on W."""
+    y = F.linear(x, owner.weight.to(x.dtype))
+    if (pair := getattr(owner, "adapter", None)) is None:
+        return y
+    a, b = (part.to(x.dtype) for part in pair)  # (B, r, in), (B, out, r)
+    return y + (x @ a.mT) @ b.mT
+
+
+class CastedLinear(nn.Linear):
+    """fp32 weight, multiplied in the dtype of the input; no bias."""
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__(dim_in, dim_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return adapted(self, x)
+
+
+@check
+def check_bijepax(args: Hyperparameters) -> None:
+    early = args.bijepax_start_frac > args.bijepax_end_frac
+    forbid(early, args, "bijepax_start_frac bijepax_end_frac", "it ends before it begins")
+
+
 class BiJEPAX(nn.Module):
     """From the final state of an id, predict the direction of that some ids ahead, or back (#2080).
 
-    The trunk's interface of an auxiliary objective: inputs, forward, weights, report. Each hop has a head,
-    W2 gelu(LayerNorm(W1 x)); a pair costs 1 - cos(head(x_t), sg(x_{t + hop})). Heads serve training alone.
-    #2080 begins W2 at zero, where a cosine has no gradient to speak of, and leaves every rank its own heads:
-    both mended. Pairs stay inside a document."""
+    The trunk's interface of an auxiliary objective: inputs, forward, weights, report. Each hop has
+    a head, W2 gelu(LayerNorm(W1 x)); a pair costs 1 - cos(head(x_t), sg(x_{t + hop})). Heads serve
+    only training. #2080 begins W2 at zero, where a cosine has almost no gradient, and leaves every
+    rank its own heads: both mended. Pairs stay inside a document."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
@@ -1146,8 +1200,8 @@ class BiJEPAX(nn.Module):
         return self.weights(progress)["bijepax"] > 0
 
     def forward(self, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        """States x (B, T, D) of ids (B, T) -> terms, a mean for each row (B,): the loss, and what the best
-        single direction for all targets of a row would pay in its place."""
+        """States x (B, T, D) of ids (B, T) -> terms, a mean for each row (B,): the loss, and the
+        loss that the best single direction for all targets of a row would have."""
         document, loss, plain = (ids == BOS_ID).cumsum(1), 0.0, 0.0
         for hop, down, norm, up in zip(self.args.hops, self.down, self.norm, self.up):
             start, stop = max(0, -hop), x.size(1) - max(0, hop)
@@ -1157,63 +1211,23 @@ class BiJEPAX(nn.Module):
             guess = up(F.gelu(norm(down(x[:, source]).float())))
             guess = F.normalize(guess, dim=-1, eps=1e-6)
             goal = F.normalize(x[:, target].detach().float(), dim=-1, eps=1e-6)
+
             pairs = inside.sum(1).clamp(min=1)
             loss = loss + ((1 - (guess * goal).sum(-1)) * inside).sum(1) / pairs
             mean = (goal * inside[..., None]).sum(1) / pairs[:, None]
             plain = plain + (inside.sum(1) > 0) - mean.norm(dim=-1)
-        return {"bijepax": loss / len(self.args.hops), "bijepax_plain": plain / len(self.args.hops)}
+        hops = len(self.args.hops)
+        return {"bijepax": loss / hops, "bijepax_plain": plain / hops}
 
     def weights(self, progress: float) -> dict[str, float]:
         """A trapezium over progress, from BIJEPAX_START_FRAC to BIJEPAX_END_FRAC."""
-        args, span = self.args, self.args.bijepax_end_frac - self.args.bijepax_start_frac
-        ramp = max(min(0.15 * span, 0.08), 1e-9)
-        into = min(progress - args.bijepax_start_frac, args.bijepax_end_frac - progress)
-        return {"bijepax": args.bijepax_weight * min(max(into / ramp, 0.0), 1.0), "bijepax_plain": 0.0}
+        start, end = self.args.bijepax_start_frac, self.args.bijepax_end_frac
+        ramp = max(min(0.15 * (end - start), 0.08), 1e-9)
+        height = min(max(min(progress - start, end - progress) / ramp, 0.0), 1.0)
+        return {"bijepax": self.args.bijepax_weight * height, "bijepax_plain": 0.0}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         return means
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
-
-
-def adapted(owner: nn.Module, x: Tensor) -> Tensor:
-    """x W^T in the dtype of x; with adapters on W, a pair for each row of x (B, T, in), plus x A^T B^T."""
-    y = F.linear(x, owner.weight.to(x.dtype))
-    if (pair := getattr(owner, "adapter", None)) is None:
-        return y
-    a, b = (part.to(x.dtype) for part in pair)  # (B, r, in), (B, out, r)
-    return y + (x @ a.mT) @ b.mT
-
-
-class CastedLinear(nn.Linear):
-    """fp32 weight, multiplied in the dtype of the input; no bias."""
-
-    def __init__(self, dim_in: int, dim_out: int):
-        super().__init__(dim_in, dim_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return adapted(self, x)
-
-
-@check
-def check_jepa(args: Hyperparameters) -> None:
-    chunk = args.jepa_chunk_size
-    for name in ("train_seq_len", "eval_seq_len", "eval_stride"):
-        spare = chunk and getattr(args, name) % chunk
-        forbid(spare, args, f"{name} jepa_chunk_size", "whole chunks")
-    rows = args.train_batch_tokens // args.train_seq_len
-    spare = chunk and args.trains and rows % args.jepa_sigreg_group
-    forbid(spare, args, "train_batch_tokens jepa_sigreg_group", "a batch is whole groups of rows")
-    total = args.jepa_phase1_frac + args.jepa_phase2_frac
-    forbid(total > 1, args, "jepa_phase1_frac jepa_phase2_frac", "together at most 1")
-
-
-@check
-def check_draft(args: Hyperparameters) -> None:
-    too_long = args.draft + 1 >= args.train_seq_len
-    forbid(too_long, args, "draft train_seq_len", "a row must hold the drafted ids")
 
 
 # -----------------------------------------------------------------------------
@@ -1246,6 +1260,29 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return torch.cat((turned.to(x.dtype), rest), -1)
 
 
+class KVCache:
+    """Keys and values of a window's positions read so far, for each run of a layer: decoding goes
+    on from them."""
+
+    def __init__(self, model: GPT):
+        args = model.args
+        like = {"dtype": model.dtype, "device": model.tok_emb.weight.device}
+        head_dim = args.model_dim // args.num_heads
+        runs = len(model.routes[model.looping])
+        shape = (runs, 2, 1, args.eval_seq_len, args.num_kv_heads, head_dim)
+        self.layers = torch.zeros(shape, **like)
+        self.length = 0
+        self.turn = 0  # the run of a layer that is next
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes keys and values of new positions (1, n, K, d); returns those of all."""
+        stop = self.length + k.size(1)
+        layer = self.layers[self.turn]
+        layer[:, :, self.length : stop] = torch.stack((k, v))
+        self.turn = (self.turn + 1) % len(self.layers)
+        return layer[:, :, :stop].unbind()
+
+
 @check
 def check_heads(args: Hyperparameters) -> None:
     head_dim, spare = divmod(args.model_dim, args.num_heads)
@@ -1255,6 +1292,12 @@ def check_heads(args: Hyperparameters) -> None:
     forbid(head_dim % 2, args, "model_dim num_heads", f"a head of {head_dim}: rotary needs pairs")
     unfit = args.rope_dims % 2 or args.rope_dims > head_dim
     forbid(unfit, args, "rope_dims num_heads", f"an even number, at most a head's {head_dim}")
+
+
+@check
+def check_gates(args: Hyperparameters) -> None:
+    wide = args.gate_window > args.model_dim
+    forbid(wide, args, "gate_window model_dim", "gates read channels that are there")
 
 
 class CausalSelfAttention(nn.Module):
@@ -1269,27 +1312,34 @@ class CausalSelfAttention(nn.Module):
         self.proj = CastedLinear(args.model_dim, args.model_dim)
         self.q_gain = nn.Parameter(torch.full((args.num_heads,), args.qk_gain_init))
         gate = torch.zeros(args.num_heads, args.gate_window)
-        self.gate, self.gate_scale = nn.Parameter(gate) if args.gate_window else None, args.gate_scale
+        self.gate = nn.Parameter(gate) if args.gate_window else None
+        self.gate_scale = args.gate_scale
         self.exclude_self = layer >= args.num_layers - args.xsa_last_n
         self.attend = ATTENTION[attention]
 
-    def forward(self, x: Tensor, rotary: Tensor, where=None, past: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, mask=None, past: KVCache | None = None) -> Tensor:
         layers = (self.c_q, self.c_k, self.c_v)
         if any(hasattr(layer, "adapter") for layer in layers):
             qkv = torch.cat([adapted(layer, x) for layer in layers], -1)
         else:  # one product for all three
-            qkv = F.linear(x, torch.cat([layer.weight for layer in layers]).to(x.dtype))
+            weight = torch.cat([layer.weight for layer in layers])
+            qkv = F.linear(x, weight.to(x.dtype))
         qkv = qkv.unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split((len(self.q_gain), self.num_kv_heads, self.num_kv_heads), 2)  # (B, T, H or K, d)
+        heads = len(self.q_gain), self.num_kv_heads, self.num_kv_heads
+        q, k, v = qkv.split(heads, 2)  # (B, T, H or K, d)
         q, k = (rotate(rms_norm(part), rotary) for part in (q, k))
         q = q * self.q_gain.to(q.dtype)[:, None]
-        y = sdpa_attention(q, *past.extend(k, v), where) if past else self.attend(q, k, v, where)
-        if self.exclude_self:  # XSA: drop each head's component along this position's own value
+        if past is None:
+            y = self.attend(q, k, v, mask)
+        else:
+            y = sdpa_attention(q, *past.extend(k, v), mask)
+        if self.exclude_self:  # XSA: drop the component along this position's own value
             own = F.normalize(v.float(), dim=-1).to(y.dtype).unsqueeze(3)  # (B, T, K, 1, d)
             y = y.unflatten(2, (self.num_kv_heads, -1))
             y = (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
         if self.gate is not None:  # a share of each head, by the first channels of the input
-            share = F.linear(x[..., : self.gate.size(1)], self.gate_scale * self.gate.to(x.dtype))
+            gate = self.gate_scale * self.gate.to(x.dtype)
+            share = F.linear(x[..., : gate.size(1)], gate)  # (B, T, H)
             y = y * torch.sigmoid(share).unsqueeze(-1)
         return self.proj(y.flatten(2))
 
@@ -1313,29 +1363,35 @@ class Block(nn.Module):
         self.mlp = MLP(args)
         self.attn_scale = nn.Parameter(torch.ones(args.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(args.model_dim))
-        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, args.model_dim))
+        mix = torch.tensor([[1.0], [0.0]]).repeat(1, args.model_dim)
+        self.resid_mix = nn.Parameter(mix)
         self.ln_scale = (layer + 1) ** -0.5 if args.ln_scale else 1.0
         lanes = layer >= args.parallel_start
         self.lane_keep = nn.Parameter(torch.full((2,), 1.1)) if lanes else None
         self.lane_gain = nn.Parameter(torch.ones(2, 2)) if lanes else None  # (from, to)
 
-    def forward(self, x: Tensor, other: Tensor | None, x0: Tensor, rotary: Tensor, where,
+    def forward(self, x: Tensor, lane: Tensor | None, x0: Tensor, rotary: Tensor, mask,
                 past: KVCache | None) -> tuple[Tensor, Tensor | None]:
-        """One stream, or with `other` two lanes: attention reads the first, the MLP the second (#1529)."""
+        """One stream x (B, T, D), or with `lane` two: attention reads x, the MLP the lane (#1529).
+        """
         mix = self.resid_mix.to(x.dtype)
         mixed = mix[0] * x + mix[1] * x0
-        a = self.attn_scale.to(x.dtype) * self.attn(rms_norm(mixed) * self.ln_scale, rotary, where, past)
-        source = mixed + a if other is None else other
-        m = self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(source) * self.ln_scale)
-        if other is None:
-            return source + m, None
+        attended = self.attn(rms_norm(mixed) * self.ln_scale, rotary, mask, past)
+        attended = self.attn_scale.to(x.dtype) * attended
+        source = mixed + attended if lane is None else lane
+        out = self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(source) * self.ln_scale)
+        if lane is None:
+            return source + out, None
+
         keep, gain = self.lane_keep.to(x.dtype), self.lane_gain.to(x.dtype)
-        x, other = (keep[i] * lane + gain[0, i] * a + gain[1, i] * m for i, lane in enumerate((x, other)))
-        return x, other
+        x, lane = (keep[i] * stream + gain[0, i] * attended + gain[1, i] * out
+                   for i, stream in enumerate((x, lane)))
+        return x, lane
 
 
 class SmearGate(nn.Module):
-    """x_t <- x_t + g_t x_{t-1}, g_t from the first channels of x_t; a BOS takes nothing from before it."""
+    """x_t <- x_t + g_t x_{t-1}, g_t from the first channels of x_t; a BOS takes nothing from before.
+    """
 
     def __init__(self, window: int):
         super().__init__()
@@ -1348,54 +1404,38 @@ class SmearGate(nn.Module):
         return x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
 
 
+@check
+def check_routes(args: Hyperparameters) -> None:
+    loops = args.loop_extra and args.loop_start < 1
+    empty = loops and args.loop_last < args.loop_first
+    forbid(empty, args, "loop_first loop_last", "no layer would run again")
+    last = min(args.loop_last, args.num_layers - 1)
+    forked = loops and args.loop_first < args.parallel_start <= last
+    forbid(forked, args, "loop_last parallel_start",
+           "the layers that run again end before the lanes begin")
+
+
 def routes(args: Hyperparameters) -> dict[bool, list[int]]:
-    """Layers in the order in which they run: once each, and with a segment repeated (#1394).
-    The first half of a route is the encoder of the U-Net; the second takes up its outputs, last first."""
+    """Layers in the order in which they run: once each, and with some of them repeated (#1394). The
+    first half of a route is the encoder of the U-Net; the second takes its outputs, last first."""
     once, last = [*range(args.num_layers)], args.loop_last + 1
     again = once[args.loop_first : last] * args.loop_extra
     return {False: once, True: once[:last] + again + once[last:]}
-
-
-class KVCache:
-    """What decoding goes on from: keys and values of a window, read so far, for each run of a layer."""
-
-    def __init__(self, model: GPT):
-        args, like = model.args, {"dtype": model.dtype, "device": model.tok_emb.weight.device}
-        window = args.eval_seq_len, args.num_kv_heads, args.model_dim // args.num_heads
-        self.layers = torch.zeros(len(model.routes[model.looping]), 2, 1, *window, **like)
-        self.length, self.turn = 0, 0  # `turn`: the run of a layer that is next
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes keys and values of new positions (1, n, K, d); returns those of all."""
-        stop, layer = self.length + k.size(1), self.layers[self.turn]
-        layer[:, :, self.length : stop] = torch.stack((k, v))
-        self.turn = (self.turn + 1) % len(self.layers)
-        return layer[:, :, :stop].unbind()
-
-
-def hash_mix(state: Tensor, symbol: Tensor) -> Tensor:
-    """One step of a rolling 32-bit hash, in int64."""
-    return ((state ^ (state >> 15)) * 0x2C1B3C6D + symbol) & 0xFFFFFFFF
-
-
-@check
-def check_ngrams(args: Hyperparameters) -> None:
-    spare = args.ngram_dim % args.ngram_hashes
-    forbid(spare, args, "ngram_dim ngram_hashes", "the tables share the width equally")
 
 
 class GPT(nn.Module):
     """The network: `losses` gives all loss terms of a batch in one forward, `logits` scores.
     """
 
-    def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype: torch.dtype = torch.float32):
+    def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype=torch.float32):
         super().__init__()
         self.args, self.attention, self.dtype = args, attention, dtype
-        self.routes, self.looping = routes(args), bool(args.loop_extra and args.loop_start < 1)
-        dim = args.model_dim
+        self.routes = routes(args)
+        self.looping = bool(args.loop_extra and args.loop_start < 1)  # the Trainer switches it
+        dim, layers = args.model_dim, args.num_layers
         self.tok_emb = nn.Embedding(args.vocab_size, dim)
         self.smear = SmearGate(args.gate_window) if args.gate_window else None
-        self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(args.num_layers))
+        self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(layers))
         skips = max(len(route) // 2 for route in self.routes.values())
         self.skip_weights = nn.Parameter(torch.ones(skips, dim))
         self.skip_gates = nn.Parameter(torch.zeros(skips, dim))
@@ -1410,7 +1450,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Small normal embeddings, orthogonal matrices, zero output projections: blocks begin as identity."""
+        """Small embeddings, orthogonal matrices, zero output projections: blocks are identity."""
         generator = torch.Generator().manual_seed(seed)
         self.tok_emb.weight.normal_(0, self.args.tied_embed_init_std, generator=generator)
         for block in self.blocks:
@@ -1426,14 +1466,11 @@ class GPT(nn.Module):
 
     def embed_contexts(self, ids: Tensor, known: int) -> Tensor:
         """ids (B, T) -> normalised embeddings (B, T - known, D), from position `known` on."""
-        tail = ids[:, max(0, known - self.reach) :]  # embeddings depend on earlier ids
+        tail = ids[:, max(0, known - 1) :]  # an embedding depends on the id before its own
         x = self.embed(tail)
-        if self.ngram is not None:
-            x = x + self.ngram(tail, self.dtype)
-        x = rms_norm(x)
         if self.smear is not None:
             x = self.smear(x, tail)
-        return x[:, known - ids.size(1) :]
+        return rms_norm(x)[:, known - ids.size(1) :]
 
     def attention_mask(self, ids: Tensor, past: KVCache | None):
         """The `mask` of the attention rungs: None where plain causal attention is wanted."""
@@ -1445,16 +1482,21 @@ class GPT(nn.Module):
         return causal_mask(docs, ids.size(1) - past.length)
 
     def run_blocks(self, x: Tensor, rotary: Tensor, mask, past: KVCache | None) -> Tensor:
-        """x (B, T, D) -> the same. U-Net: late blocks take early ones' outputs, last first."""
-        x0, skips = x, []
-        first_half = len(self.blocks) // 2
-        for i, block in enumerate(self.blocks):
-            if i >= first_half and skips:
-                x = x + self.skip_weights[i - first_half].to(x.dtype) * skips.pop()
-            x = block(x, x0, rotary, mask, past)
-            if i < first_half and self.skip_weights is not None:
+        """x (B, T, D) -> the same. U-Net: late runs take early ones' outputs, last first."""
+        x0, lane, skips = x, None, []
+        route = self.routes[self.looping]
+        first_half = len(route) // 2
+        for turn, layer in enumerate(route):
+            if layer >= self.args.parallel_start and lane is None:
+                lane = x  # two lanes from here on; the U-Net goes on in the first
+            if turn >= first_half and skips:
+                i = turn - first_half
+                skip = self.skip_weights[i].to(x.dtype) * skips.pop()
+                x = torch.lerp(skip, x, torch.sigmoid(self.skip_gates[i]).to(x.dtype))
+            x, lane = self.blocks[layer](x, lane, x0, rotary, mask, past)
+            if turn < first_half:
                 skips.append(x)
-        return x
+        return x if lane is None else 0.5 * (x + lane)
 
     def states(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
         """ids (B, T) -> the stream (B, T, D) after the last block.
@@ -1468,47 +1510,14 @@ class GPT(nn.Module):
             past.length = ids.size(1)
         return x
 
-    def injected(self, x: Tensor, past: KVCache | None) -> Tensor:
-        """New states x (B, T, D) with the auxiliary's injection, which reads earlier ones too."""
-        if past is None:
-            return self.aux(x)[0]
-        known = past.states.size(1)
-        past.states = torch.cat((past.states, x), 1)
-        return self.aux(past.states[:, self.aux.first_read(known) :])[0][:, -x.size(1) :]
-
-    def hidden(self, ids: Tensor, rotary: Tensor, aux_inputs: bool = False,
-               past: KVCache | None = None) -> tuple[Tensor, dict]:
-        """ids (B, T) -> normalised states (B, T, D) and the auxiliary terms.
-        With `past`, ids (1, T) are those of a window so far, the states those of what is not in it yet."""
-        known = 0 if past is None else past.length
-        fresh = ids.size(1) - known
-        tail = ids[:, max(0, known - 1) :]  # an embedding depends on the id before its own
-        x = self.embed(tail)
-        x = rms_norm(x if self.smear is None else self.smear(x, tail))
-        x, rotary, where = x[:, -fresh:], rotary[:, known : known + fresh], None
-        if past is not None:
-            where = causal_mask(((ids == BOS_ID) & self.args.doc_mask).cumsum(1), fresh)
-        elif self.args.doc_mask:
-            where = document_mask(self.attention, ids)
-        x0, other, skips, route = x, None, [], self.routes[self.looping]
-        for turn, layer in enumerate(route):
-            if layer >= self.args.parallel_start and other is None:
-                other = x  # from here on two lanes; the U-Net goes on in the first
-            if turn >= len(route) // 2 and skips:
-                i = turn - len(route) // 2
-                skip = self.skip_weights[i].to(x.dtype) * skips.pop()
-                x = torch.lerp(skip, x, torch.sigmoid(self.skip_gates[i]).to(x.dtype))
-            x, other = self.blocks[layer](x, other, x0, rotary, where, past)
-            if turn < len(route) // 2:
-                skips.append(x)
-        x = rms_norm(x if other is None else 0.5 * (x + other))
-        if past is not None:
-            past.length = ids.size(1)
-        return x, self.aux(x, ids) if aux_inputs else {}
+    def hidden(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
+        """`states`, as the head reads them: (B, T, D), normalised."""
+        return rms_norm(self.states(ids, rotary, past))
 
     def exported(self) -> dict[str, nn.Parameter]:
-        """Parameters that scoring needs, by name; what only training uses never reaches an artifact."""
-        return {n: p for n, p in self.named_parameters() if not n.startswith("aux.")}
+        """Parameters that scoring needs, by name; those of training only stay out of artifacts."""
+        named = self.named_parameters()
+        return {name: p for name, p in named if not name.startswith("aux.")}
 
     def head(self, x: Tensor) -> Tensor:
         """States -> capped logits in fp32."""
@@ -1516,13 +1525,15 @@ class GPT(nn.Module):
         cap = self.args.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def losses(self, ids: Tensor, weights: Tensor, aux_inputs: bool = False) -> dict[str, Tensor]:
-        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats over all targets, and auxiliary terms."""
-        x, terms = self.hidden(ids[:, :-1], self.rotary_train, aux_inputs)
-        nats = F.cross_entropy(self.head(x).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    def losses(self, ids: Tensor, weights: Tensor, aux_inputs=None) -> dict[str, Tensor]:
+        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats of all targets, other terms."""
+        x = self.hidden(ids[:, :-1], self.rotary_train)
+        terms = self.aux(x, ids[:, :-1]) if aux_inputs else {}
+        logits, targets = self.head(x).flatten(0, 1), ids[:, 1:].flatten()
+        nats = F.cross_entropy(logits, targets, reduction="none")
         sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
-        for name, value in terms.items():  # one value a row
-            sums[name] = (value * weights).sum()
+        for name, value in terms.items():  # one value a group, whose weights are equal
+            sums[name] = (value * weights.view(len(value), -1).mean(1)).sum()
         return sums
 
     def logits(self, ids: Tensor, first: Tensor, span: int) -> Tensor:
@@ -1542,8 +1553,18 @@ training_losses, scoring_logits = GPT.losses, GPT.logits
 # -----------------------------------------------------------------------------
 
 
-# (a, b, c) of X <- a X + (b A + c A^2) X, A = X X^T, one triple a step: each is the best odd quintic for the
-# singular values that the steps before it leave (Polar Express, Amsel et al. 2025, as #1787 uses it).
+def rate_at(progress: float, args: Hyperparameters) -> float:
+    """Share of the peak rate at `progress` in [0, 1]: flat, then on the line that would reach 0 at
+    1, but never below MIN_LR.
+
+    Progress is max(step share, time share): seconds rule where they are limited."""
+    fall = args.warmdown_iters / args.iterations
+    left = min(1.0, (1.0 - progress) / fall) if fall else 1.0
+    return max(args.min_lr, left)
+
+
+# (a, b, c) of X <- a X + (b A + c A^2) X, A = X X^T, one triple a step: each is the best odd quintic
+# for the singular values that the steps before it leave (Polar Express, Amsel et al. 2025; #1787).
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -1553,15 +1574,16 @@ POLAR_EXPRESS = (
 
 
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Each matrix of (n, r, c) becomes about U V^T of its SVD: the quintic iteration of Muon (K. Jordan) with
-    the coefficients above, after its rows have been brought to equal norms (MuonEq-R)."""
+    """Each of (n, r, c) becomes about U V^T of its SVD: the quintic iteration of Muon (K. Jordan),
+    with the coefficients above, once its rows have equal norms (MuonEq-R)."""
     matrices = F.normalize(matrices, dim=-1, eps=1e-7)
     tall = matrices.size(1) > matrices.size(2)
     x = (matrices.mT if tall else matrices).to(dtype)
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     for a, b, c in POLAR_EXPRESS[:steps]:
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return (x.mT if tall else x).float()
 
 
@@ -1647,30 +1669,40 @@ class Muon:
 
 
 class Optimizers:
-    """Which parameter goes where (`group_of`), at which rate, one step for all of them, and what a checkpoint
-    needs. Muon moves the matrices of blocks, whose stacks are the four weight banks of #2080, AdamW the rest.
-    Heads of the auxiliary loss have a constant rate and stay out of the norm that clips."""
+    """Every optimizer: one step for all of them, and what a checkpoint needs.
 
-    GROUPS = ("matrix", "embed", "table", "aux", "scalar", "draft")
+    group    parameters                     optimizer   rate
+    matrix   2-D weights of blocks          Muon        MATRIX_LR
+    embed    token embedding                AdamW       TIED_EMBED_LR, decay EMBED_WD
+    scalar   gains, mixes, gates: all else  AdamW       SCALAR_LR
+    aux      BIJEPAX-lite                   AdamW       BIJEPAX_LR, constant, no decay
+
+    Muon's stacks are the four weight banks of #2080. Heads stay out of the norm that clips."""
+
+    GROUPS = ("matrix", "embed", "scalar", "aux")
 
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
-        keys = ("matrix", "embed", "scalar", "aux")
-        named = [(self.group_of(name, p), p) for name, p in model.named_parameters()]
-        groups = {key: [p for group, p in named if group == key] for key in keys}
+        groups = {group: [] for group in self.GROUPS}
+        for name, p in model.named_parameters():
+            groups[self.group_of(name, p)].append(p)
         self.muon = Muon(groups["matrix"], args, runtime)
-        rates = {"embed": args.tied_embed_lr, "scalar": args.scalar_lr, "aux": args.bijepax_lr}
-        decays = {"embed": args.embed_wd, "scalar": args.adam_wd, "aux": 0.0}
-        adam = [{"params": groups[key], "lr": rate, "peak": rate, "falls": key != "aux",
-                 "weight_decay": decays[key]} for key, rate in rates.items() if groups[key]]
-        self.adam = torch.optim.AdamW(adam, betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
-        self.replicated = [p for key in keys[1:] for p in groups[key]]
+        rates = {"embed": (args.tied_embed_lr, args.embed_wd),
+                 "scalar": (args.scalar_lr, args.adam_wd), "aux": (args.bijepax_lr, 0.0)}
+        adam = [{"params": groups[group], "lr": rate, "peak": rate, "falls": group != "aux",
+                 "weight_decay": decay} for group, (rate, decay) in rates.items() if groups[group]]
+        betas = args.beta1, args.beta2
+        self.adam = torch.optim.AdamW(adam, betas=betas, eps=args.adam_eps, fused=True)
+        self.replicated = [p for group in self.GROUPS[1:] for p in groups[group]]
         self.counted = len(self.replicated) - len(groups["aux"])
 
     @staticmethod
     def group_of(name: str, p: nn.Parameter) -> str:
-        group = {"aux": "aux", "tok_emb": "embed"}.get(name.partition(".")[0])
-        return group or ("matrix" if p.ndim == 2 and name.endswith(".weight") else "scalar")
+        prefixes = {"aux.": "aux", "tok_emb.": "embed"}
+        for prefix, group in prefixes.items():
+            if name.startswith(prefix):
+                return group
+        return "matrix" if p.ndim == 2 and name.endswith(".weight") else "scalar"
 
     @torch.no_grad()
     def reduce(self) -> Tensor:
@@ -1688,14 +1720,15 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, step: int, progress: float, norm: Tensor) -> None:
-        args, fall = self.args, rate_at(progress, self.args)
+        args = self.args
+        rate = rate_at(progress, args)
         clip = ((args.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
         warm = min(1.0, step / max(args.muon_momentum_warmup_steps, 1e-9))
         momentum = (1 - warm) * args.muon_momentum_warmup_start + warm * args.muon_momentum
         torch._foreach_mul_([p.grad for p in self.replicated[: self.counted]], clip)
-        self.muon.step(args.matrix_lr * fall, momentum, clip)
+        self.muon.step(args.matrix_lr * rate, momentum, clip)
         for group in self.adam.param_groups:
-            group["lr"] = group["peak"] * (fall if group["falls"] else 1.0)
+            group["lr"] = group["peak"] * (rate if group["falls"] else 1.0)
         self.adam.step()
 
     def state(self) -> dict[str, Tensor]:
@@ -1713,14 +1746,6 @@ class Optimizers:
                 _, i, key = name.split(".")
                 adam["state"].setdefault(int(i), {})[key] = value
         self.adam.load_state_dict(adam)
-
-
-def rate_at(progress: float, args: Hyperparameters) -> float:
-    """Share of the peak rate at `progress` in [0, 1]: flat, then on the line that would reach 0 at 1, but
-    never below MIN_LR. Progress is max(step share, time share): seconds rule where they are limited."""
-    fall = args.warmdown_iters / args.iterations
-    left = min(1.0, (1.0 - progress) / fall) if fall else 1.0
-    return max(args.min_lr, left)
 
 
 class EMA:
@@ -1762,13 +1787,14 @@ Plane = namedtuple("Plane", "model top slices places period")
 
 
 def planes(entries: list) -> list[Plane]:
-    """Layout of the raw payload: the quantised tensors, then low and high bytes of all fp16 numbers."""
+    """Layout of the raw payload: quantised tensors, then low and high bytes of all fp16 numbers."""
     found, halves = [], 0
     for name, shape, bits, axis in entries:
-        slices, model = math.prod(shape) // (shape[axis] if bits else 1), f"{tensor_class(name)}{bits}"
-        halves += 0 if ":fine" in name else slices
+        slices = math.prod(shape) // (shape[axis] if bits else 1)
+        halves += 0 if ":fine" in name else slices  # fine columns have their matrix's steps
         if bits:
-            found.append(Plane(model, 2 ** (bits - 1) - 1, slices, shape[axis], slices))
+            top = 2 ** (bits - 1) - 1
+            found.append(Plane(f"{tensor_class(name)}{bits}", top, slices, shape[axis], slices))
     return found + [Plane(f"half{i}", 128, 1, halves, 1) for i in range(2)]
 
 
@@ -1862,89 +1888,108 @@ def compressors() -> dict[str, tuple]:
 
 
 def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
-    """Bytes of the artifact by tensor class, before training: matrices are normal enough for the entropy of a
-    rounded normal. AWQ-lite's finer columns and LQER's products come on top, about 0.5 % at full size."""
+    """Bytes of the artifact by tensor class, before training.
+    Matrices are normal enough for the entropy of a rounded normal. AWQ-lite's finer columns and
+    LQER's products come on top, about 0.5 % at full size."""
     plan = dict.fromkeys(TENSOR_CLASSES, 0)
     for name, p in model.exported().items():
-        kind, (bits, axis) = tensor_class(name), quant_plan(name, p.shape, args)
+        kind = tensor_class(name)
+        bits, axis = quant_plan(name, p.shape, args)
         weight_bits = 16.0
         if bits:
             top = 2 ** (bits - 1) - 1
             k = args.k_by_class[kind]
-            at = [(i + 0.5) * k / top / math.sqrt(2) for i in range(-top, top)]
-            shares = np.diff([0, *(0.5 + 0.5 * math.erf(x) for x in at), 1]) + 1e-30
-            weight_bits = float(-(shares * np.log2(shares)).sum()) + 16 / p.shape[axis]
+            edges = [(i + 0.5) * k / top / math.sqrt(2) for i in range(-top, top)]
+            shares = np.diff([0, *(0.5 + 0.5 * math.erf(edge) for edge in edges), 1]) + 1e-30
+            weight_bits = -(shares * np.log2(shares)).sum() + 16 / p.shape[axis]
         plan[kind] += int(p.numel() * weight_bits / 8)
     return plan
 
 
-def pack(tensors: dict[str, np.ndarray], args: Hyperparameters, hessians: dict | None = None) -> bytes:
-    """Quantises by `quant_plan` and compresses in the order of `planes`: one self-describing file, no pickle.
-    `hessians` {name: (C, C)} of the matrices that GPTQ is to round: means of x x^T over the same inputs.
-    Parts of a matrix are entries of their own behind it: `name:fine<column>`, the columns of AWQ-lite, which
-    have its steps, and `name:a`, `name:b`, LQER's product for the matrices with the largest errors."""
-    entries, codes, halves, errors, hessians = [], [], [], {}, hessians or {}
+def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> bytes:
+    """Quantises by `quant_plan` and compresses in the order of `planes`: one self-describing file,
+    no pickle.
+
+    `hessians` {name: (C, C)} of the matrices that GPTQ is to round: means of x x^T over the same
+    inputs. Parts of a matrix are entries of their own after it: `name:fine<column>`, the columns of
+    AWQ-lite, which have its steps, and `name:a`, `name:b`, LQER's product for the matrices with the
+    largest errors."""
+    entries, codes, halves = [], [], []
+    errors: dict[str, tuple[float, np.ndarray]] = {}
+    hessians = hessians or {}
     groups = salient_groups(tensors, hessians, args)
 
     def add(name: str, q: np.ndarray, step: np.ndarray, bits: int) -> None:
         entries.append([name, list(q.shape), bits, 1])
         codes.append(q.tobytes())
         halves.append(step.reshape(-1))
+
     for name, weight in tensors.items():
         bits, _ = quant_plan(name, weight.shape, args)
         if not bits:
             entries.append([name, list(weight.shape), 0, 0])
             halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
             continue
-        top, at = np.full(weight.shape[1], 2 ** (bits - 1) - 1), groups.get(name)
-        fine = slice(0, 0) if at is None else slice(at, at + AWQ_WIDTH)
+        top, column = np.full(weight.shape[1], 2 ** (bits - 1) - 1), groups.get(name)
+        fine = slice(0, 0) if column is None else slice(column, column + AWQ_WIDTH)
         top[fine] = 127
-        q, step, near = quantise(weight, top, args.k_by_class[tensor_class(name)], hessians.get(name))
+        k = args.k_by_class[tensor_class(name)]
+        q, step, near = quantise(weight, top, k, hessians.get(name))
         add(name, np.delete(q, fine, 1), step, bits)
-        if at is not None:
-            add(f"{name}:fine{at}", q[:, fine], step[:0], 8)
+        if column is not None:
+            add(f"{name}:fine{column}", q[:, fine], step[:0], 8)
+
         error = weight - near
         errors[name] = float(np.linalg.norm(error)), error
-        for worse in sorted(errors, key=lambda name: -errors[name][0])[args.lqer_top_k :]:
-            del errors[worse]  # one matrix of errors for each that is kept, no more
+        falling = sorted(errors, key=lambda name: -errors[name][0])
+        for other in falling[args.lqer_top_k :]:  # memory only for those that are kept
+            del errors[other]
     for name, (_, error) in errors.items():
-        for part, (q, step) in zip("ab", low_rank(error, min(args.lqer_rank, *error.shape))):
-            add(f"{name}:{part}", q, step, 3 if part == "a" else 5)
-    raw = b"".join(codes) + np.concatenate(halves).astype("<f2").view(np.uint8).reshape(-1, 2).T.tobytes()
+        a, b = low_rank(error, min(args.lqer_rank, *error.shape))
+        add(f"{name}:a", *a, 3)
+        add(f"{name}:b", *b, 5)
+    halves = np.concatenate(halves).astype("<f2")
+    raw = b"".join(codes) + halves.view(np.uint8).reshape(-1, 2).T.tobytes()
+
     there = compressors()
     wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
     names = [name for name in sorted(there) if wanted in ("auto", name)]
     if not names:
-        raise UserError(f"COMPRESSOR={wanted} is not installed; there is {', '.join(sorted(there))}")
+        raise UserError(f"COMPRESSOR={wanted} is not installed; use {' or '.join(sorted(there))}")
     blobs = {name: there[name][0](raw, planes(entries)) for name in names}
     name = min(names, key=lambda name: len(blobs[name]))
     header = {"config": args.shipped(), "tensors": entries, "compressor": name}
     header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little") + header + blobs[name]
+    body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little")
+    body += header + blobs[name]
     return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body
 
 
 def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
-    *ends, length = np.cumsum([plane.slices * plane.places for plane in planes(entries)], dtype=np.int64)
+    sizes = [plane.slices * plane.places for plane in planes(entries)]
+    *ends, length = np.cumsum(sizes, dtype=np.int64)
     if len(raw) != length:
         raise ValueError(f"{len(raw) - length} bytes left over")
     *codes, low, high = np.split(np.frombuffer(raw, np.int8), ends)
     halves = np.stack((low, high), 1).view("<f2").reshape(-1)
-    counts = [0 if ":fine" in name else math.prod(shape) // (shape[axis] if bits else 1)
+    counts = [math.prod(shape) // (shape[axis] if bits else 1) if ":fine" not in name else 0
               for name, shape, bits, axis in entries]
+
     tensors, steps = {}, {}
     for (name, shape, bits, _), numbers in zip(entries, np.split(halves, np.cumsum(counts))):
-        owner, _, part = name.partition(":")
+        numbers = numbers.astype(np.float32)
         if not bits:
-            tensors[name] = numbers.astype(np.float32).reshape(shape)
+            tensors[name] = numbers.reshape(shape)
             continue
+        owner, _, part = name.partition(":")
         q, top = codes.pop(0).reshape(shape), np.float32(2 ** (bits - 1) - 1)
         if part.startswith("fine"):
             step, coarse = steps[owner]
-            columns = int(part.removeprefix("fine"))
-            tensors[owner] = np.insert(tensors[owner], [columns], q * (coarse / top) * step, axis=1)
+            column = int(part.removeprefix("fine"))
+            columns = q * (coarse / top) * step
+            tensors[owner] = np.insert(tensors[owner], [column], columns, axis=1)
             continue
-        step = numbers.astype(np.float32)[:, None]
+        step = numbers[:, None]
         tensors[name], steps[name] = q * step, (step, top)
         if part == "b":  # elementwise sums in a fixed order: any machine agrees
             a, b = tensors.pop(f"{owner}:a"), tensors.pop(name)
@@ -2050,56 +2095,81 @@ except ImportError:  # only a mixture needs it, and says so
 
 
 def kernel(function):
-    """Compiles a loop over ids. No fastmath: scorer and decoder have to round alike, whatever is inlined."""
+    """Compiles a loop over ids. No fastmath: scorer and decoder have to round alike, inlined or not.
+    """
     return njit(error_model="numpy")(function) if njit else function
 
 
-# The vocabulary as a binary tree. Leaves are the ids in the order of what they spell, strings before their
-# extensions; inner nodes are the borders between neighbours: node i parts leaves low ... i - 1 (a 0) from
-# i ... high - 1 (a 1), by the next symbol. Ids that spell the same (`alike`) are told apart by the network
-# alone. Up to ROOM nodes that hang together are a group: all a context knows of them is one line of memory.
+# The vocabulary as a binary tree. Leaves are the ids in the order of what they spell, strings before
+# their extensions; inner nodes are the borders between neighbours: node i parts leaves low ... i - 1
+# (a 0) from i ... high - 1 (a 1), by the next symbol. Only the network tells ids apart that spell
+# the same (`alike`). Up to ROOM nodes that hang together are a group: all that a context knows of
+# them is one line of memory.
 Tree = namedtuple("Tree", "order low high rank nodes alike level group place above paths")
-# order, rank (V,): ids by leaf, leaves by id; nodes (V - 1,): topmost first; low, high, alike, level (>= 1),
-# group, place in it: (V,) by node; above (groups,): the group above; paths (V, levels): an id's nodes, then 0
+# order, rank (V,): ids by leaf, leaves by id; nodes (V - 1,): topmost first; low, high, alike, level
+# (>= 1), group, place in it: (V,) by node; above (groups,): the group above; paths (V, levels): an
+# id's nodes, then 0
 ROOM = 15
 
 
+def border(words: list[tuple], first: int, stop: int) -> tuple[int, bool]:
+    """(node of the leaves first ... stop - 1, whether all spell the same): the border nearest to the
+    middle where the symbol after what they share changes."""
+    a, b, middle = words[first], words[stop - 1], (first + stop) // 2
+    if a == b:
+        return middle, True
+    shared = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
+
+    def prefix(word: tuple) -> tuple:
+        return word[: shared + 1]
+    same = prefix(words[middle])
+    before = bisect.bisect_left(words, same, first, stop)
+    after = bisect.bisect_right(words, same, first, stop, key=prefix)
+    late = before == first or (after < stop and after - middle < middle - before)
+    return after if late else before, False
+
+
 def vocabulary_tree(spelled: list[tuple]) -> Tree:
-    """The tree of V >= 2 ids, from the symbols that each spells: several may spell the same, or nothing. A
-    node is the border nearest to the middle where the symbol behind what its leaves share changes."""
+    """The tree of V >= 2 ids, from the symbols that each spells: several may spell the same, or
+    nothing."""
     order = np.array(sorted(range(len(spelled)), key=lambda i: (spelled[i], i)))
     words, rank = [spelled[i] for i in order], np.argsort(order)
     low, high, alike, level, group, place = np.zeros((6, len(order)), np.int64)
-    nodes, above, groups, paths = [], [], [(0, len(order), 0)], np.zeros((len(order), 256), np.int64)
+    paths = np.zeros((len(order), 256), np.int64)
+    nodes, above = [], []
+
+    groups = [(0, len(order), 0)]  # (first leaf, stop, node above) of the topmost node of each
     for head in groups:
         members = deque([head])  # breadth first: the nodes that most ids pass
         above.append(group[head[2]])
         for seat in range(1, ROOM + 1):
-            if members:
-                first, stop, parent = members.popleft()
-                a, b, node = words[first], words[stop - 1], (first + stop) // 2
-                if a != b:
-                    n = 1 + next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
-                    same = words[node][:n]
-                    before = bisect.bisect_left(words, same, first, stop)
-                    behind = bisect.bisect_right(words, same, first, stop, key=lambda w, n=n: w[:n])
-                    late = before == first or behind < stop and behind - node < node - before
-                    node = behind if late else before
-                nodes.append(node)
-                low[node], high[node], alike[node] = first, stop, a == b
-                level[node], group[node], place[node] = level[parent] + 1, len(above) - 1, seat
-                paths[order[first:stop], level[parent]] = node
-                members.extend((i, j, node) for i, j in ((first, node), (node, stop)) if j - i > 1)
+            if not members:
+                break
+            first, stop, parent = members.popleft()
+            node, same = border(words, first, stop)
+            nodes.append(node)
+            low[node], high[node], alike[node] = first, stop, same
+            level[node], group[node], place[node] = level[parent] + 1, len(above) - 1, seat
+            paths[order[first:stop], level[parent]] = node
+            for begin, end in ((first, node), (node, stop)):
+                if end - begin > 1:
+                    members.append((begin, end, node))
         groups.extend(members)
-    return Tree(order, low, high, rank, np.array(nodes), alike, level, group, place, np.array(above),
-                np.ascontiguousarray(paths[:, : level.max()]))
+
+    paths = np.ascontiguousarray(paths[:, : level.max()])
+    nodes, above = np.array(nodes), np.array(above)
+    return Tree(order, low, high, rank, nodes, alike, level, group, place, above, paths)
 
 
-# What the text proposes: the id that came when the last ids were these, for a long and a short run of them.
+# The proposals of the text: the id that came when the last ids were these, for a long and a short
+# run of them.
 Text = namedtuple("Text", "ids now places")
-# ids (slots,): the last of the text; now (2 + 2 * runs,): how many there were, where the document begins, for
-# each run where its proposal lies and how many ids before that agree; places (runs, slots): by a run's hash
-RUNS, LONGEST, SLOTS = np.array([5, 2]), 32, 22
+# ids (slots,): the last of the text; now (2 + 2 * runs,): how many there were, where the document
+# begins, for each run where its proposal lies and how many ids before that agree; places (runs,
+# slots): by a run's hash
+RUNS = np.array([5, 2])
+LONGEST = 32  # ids of a run that are counted
+SLOTS = 22  # log2 of the slots
 
 
 @kernel
@@ -2111,7 +2181,8 @@ def blend(state, symbol):
 
 @kernel
 def propose(text, ids):
-    """Reads ids (n,); what may come behind each: (n, 2 * runs), [id, ids that agree] for each run, or 0."""
+    """Reads ids (n,); proposals after each: (n, 2 * runs), [id, ids that agree] for each run, or 0.
+    """
     hints = np.zeros((len(ids), 2 * len(RUNS)), np.int64)
     now, seen, ring = text.now, text.ids, (1 << SLOTS) - 1
     for t in range(len(ids)):
@@ -2119,107 +2190,171 @@ def propose(text, ids):
         seen[n & ring], now[0] = ids[t], n + 1
         now[1] = n if ids[t] == BOS_ID else now[1]
         here = n + 1 - now[1]  # a run does not begin before its document
+
         for r in range(len(RUNS)):
-            at, run, state = now[2 + 2 * r], now[3 + 2 * r], np.uint64(r)
-            at, run = (at + 1, min(run + 1, LONGEST)) if run and seen[at & ring] == ids[t] else (0, 0)
+            place, run = now[2 + 2 * r], now[3 + 2 * r]
+            if run and seen[place & ring] == ids[t]:  # it came true: go on with it
+                place, run = place + 1, min(run + 1, LONGEST)
+            else:
+                place, run = 0, 0
+
+            state = np.uint64(r)
             for k in range(min(RUNS[r], here)):
-                state = blend(state, seen[n - k & ring] + 1)
-            slot, length, most = np.int64(state >> np.uint64(64 - SLOTS)), 0, min(here, LONGEST)
+                state = blend(state, seen[(n - k) & ring] + 1)
+            slot = np.int64(state >> np.uint64(64 - SLOTS))
             before = text.places[r, slot] - 1
-            if run < LONGEST:
-                most = min(before + 1, most)
-                while length < most and seen[before - length & ring] == seen[n - length & ring]:
+            if run < LONGEST:  # the newest place with this hash, if more ids agree there
+                length, most = 0, min(before + 1, min(here, LONGEST))
+                while length < most and seen[(before - length) & ring] == seen[(n - length) & ring]:
                     length += 1
                 if length >= min(RUNS[r], here) and length > run:
-                    at, run = before + 1, length
-            text.places[r, slot], now[2 + 2 * r], now[3 + 2 * r] = n + 1, at, run
-            hints[t, 2 * r], hints[t, 2 * r + 1] = (seen[at & ring], run) if run else (0, 0)
+                    place, run = before + 1, length
+
+            text.places[r, slot], now[2 + 2 * r], now[3 + 2 * r] = n + 1, place, run
+            if run:
+                hints[t, 2 * r], hints[t, 2 * r + 1] = seen[place & ring], run
     return hints
 
 
-# Binary mixing, after lpaq (Mahoney 2005): an id is as many decisions as there are nodes above it. Contexts
-# are the last bytes, the word so far and the last ids, counted for this document alone (most of the gain: the
-# network knows the language, not this text) or for the whole stream. Each owns a row of its table for each
-# group of nodes: 16 uint32, [document << 24 | check, a counter a node: probability of a 1 << 10 | n]. A row
-# that two want belongs to the later one: a worse guess, still a probability.
+# Binary mixing, after lpaq (Mahoney 2005): an id is as many decisions as there are nodes above it.
+# Contexts are the last bytes, the word so far and the last ids, counted only for this document (most
+# of the gain: the network knows the language, not this text) or for the whole stream. Each owns a
+# row of its table for each group of nodes: 16 uint32, [document << 24 | check, a counter a node:
+# probability of a 1 << 10 | n]. A row that two want belongs to the later one: a worse guess, still a
+# probability.
 Mixer = namedtuple("Mixer", "table contexts hashes spelled starts now weights trust hits "
                             "row check met inputs used")
-# table (C, rows, 16); contexts (C, 2): index into hashes, 1 = this document; hashes (order + 3,) uint64: of
-# the last 1 ... order bytes, the word so far, the last id, the last two; spelled, starts (V + 1,): what ids
-# spell; now (1 + runs,): document, leaves proposed; weights (sets, inputs), trust (C, 128), hits (cells,):
-# see `decide`. Scratch: row, check, met (groups, C); inputs, used (levels, ...).
+# table (C, rows, 16); contexts (C, 2): index into hashes, 1 = this document; hashes (order + 3,)
+# uint64: of the last 1 ... order bytes, the word so far, the last id, the last two; spelled, starts
+# (V + 1,): the symbols of ids; now (1 + runs,): document, leaves proposed; weights (sets, inputs),
+# trust (C, 128), hits (cells,): see `decide`. Scratch: row, check, met (groups, C); inputs, used
+# (levels, ...).
 STRETCH = np.log(np.arange(0.5, 4096) / np.arange(4095.5, 0, -1)).astype(np.float32)
 DOUBT = np.digitize(0.5 - np.abs(np.arange(256) - 127.5) / 256, (0.03, 0.12, 0.25))
 TRIALS = np.digitize(np.arange(1024), (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64, 128, 256))
 AGREED = np.digitize(np.arange(LONGEST + 1), (4, 8, 16))
-STEPS, LIMIT, RATE, SLOW, TINY = 1 / (np.arange(1024) + 1.6), 255, 0.002, 0.02, 1e-12
+STEPS = 1 / (np.arange(1024) + 1.6)  # share of a counter's error, by n
+LIMIT = 255  # largest n
+RATE = 0.002  # of weights
+SLOW = 0.02  # share of the error of `hits`
+TINY = 1e-12  # added mass of an id: odds stay finite
+
+
+@kernel
+def look_up(m, tree, group):
+    """The row of a group of nodes under each context, and whether it is known: `met` is 2 from this
+    document, 1 from another, 0 unknown."""
+    above = tree.above[group]
+    for c in range(len(m.contexts)):
+        key = blend(m.hashes[m.contexts[c, 0]], m.contexts[c, 1] * (m.now[0] + 1))
+        key = blend(key, len(m.contexts) * group + c)
+        row = np.int64(key >> np.uint64(8)) & (m.table.shape[1] - 1)
+        check = np.int64(key >> np.uint64(40)) | 1
+        m.row[group, c], m.check[group, c] = row, check
+
+        # a context that is new in the group above cannot know this one
+        head = np.int64(m.table[c, row, 0]) if group == 0 or m.met[above, c] > 0 else 0
+        this_document = (head >> 24) == (m.now[0] & 255)
+        m.met[group, c] = 1 + this_document if (head & 0xFFFFFF) == check else 0
 
 
 @kernel
 def decide(m, tree, nodes, count, odds, hints, ones):
-    """Writes the probability of a 1 at each of `count` nodes, from the network's log odds: logistic mixing.
-    Inputs are log odds: the network's, a counter's from each context, the proposals'. An input's weight is a
-    sum of three, picked by how long the proposals agree, how sure the network is and the node. A counter's
-    has a fourth, `trust`, picked by how often it was asked, how sure it is and whether this document has met
-    its context. `inputs` and `used` keep what `learn` needs of a path; nothing else changes."""
+    """Writes the probability of a 1 at each of `count` nodes, from the network's log odds: logistic
+    mixing.
+
+    Inputs are log odds: the network's, a counter's from each context, the proposals'. An input's
+    weight is a sum of three, picked by how long the proposals agree, how sure the network is and
+    the node. A counter's has a fourth, `trust`, picked by how often it was asked, how sure it is
+    and whether this document has met its context. `inputs` and `used` keep what `learn` needs of a
+    path; nothing else changes."""
     table, row, met, trust, weights = m.table, m.row, m.met, m.trust, m.weights
     hits, f, used, contexts, group = m.hits, m.inputs, m.used, len(m.contexts), -1
     inputs = contexts + 1 + len(RUNS)
     for j in range(count):
-        node, at, z, state = nodes[j], j % len(f), 0.0, 0
+        node, line, z, state = nodes[j], j % len(f), 0.0, 0
         if tree.group[node] != group:
             group = tree.group[node]
-            for c in range(contexts):  # one whose context is new in the group above cannot know this
-                key = blend(m.hashes[m.contexts[c, 0]], m.contexts[c, 1] * (m.now[0] + 1))
-                key = blend(key, contexts * group + c)
-                check, known = np.int64(key >> np.uint64(40)) | 1, group == 0 or met[tree.above[group], c] > 0
-                row[group, c], m.check[group, c] = np.int64(key >> np.uint64(8)) & table.shape[1] - 1, check
-                head = np.int64(table[c, row[group, c], 0]) if known else 0
-                met[group, c] = 1 + (head >> 24 == m.now[0] & 255) if head & 0xFFFFFF == check else 0
+            look_up(m, tree, group)
         if tree.alike[node]:
             ones[j] = 1 / (1 + math.exp(-odds[j]))
             continue
-        f[at, 0] = min(max(odds[j], -12.0), 12.0)
+
+        f[line, 0] = min(max(odds[j], -12.0), 12.0)
         for c in range(contexts):
-            f[at, 1 + c], used[at, c] = 0.0, 0
+            f[line, 1 + c], used[line, c] = 0.0, 0
             if met[group, c]:
                 counter = np.int64(table[c, row[group, c], tree.place[node]])
                 if counter & 1023:
-                    cell = TRIALS[counter & 1023] << 3 | DOUBT[counter >> 24] << 1 | met[group, c] - 1
-                    used[at, c], f[at, 1 + c] = cell, STRETCH[counter >> 20]
+                    cell = (TRIALS[counter & 1023] << 3) | (DOUBT[counter >> 24] << 1)
+                    cell |= met[group, c] - 1
+                    used[line, c], f[line, 1 + c] = cell, STRETCH[counter >> 20]
                     z += trust[c, cell] * STRETCH[counter >> 20]
+
         for r in range(len(RUNS)):
             i, run = contexts + r, hints[2 * r + 1]
-            f[at, 1 + i], used[at, i] = 0.0, 0
+            f[line, 1 + i], used[line, i] = 0.0, 0
             if run and tree.low[node] <= m.now[1 + r] < tree.high[node]:
                 cell = ((LONGEST + 1) * r + run) * 16 + min(tree.level[node], 15)
                 chance = math.log(hits[cell] / (1 - hits[cell]))
-                used[at, i], f[at, 1 + i] = cell, chance if m.now[1 + r] >= node else -chance
+                used[line, i] = cell
+                f[line, 1 + i] = chance if m.now[1 + r] >= node else -chance
                 state += 5 if r else 1 + AGREED[run]
-        a, b, c = state, 16 + min(int(abs(f[at, 0])), 11), 32 + node
+
+        a, b, c = state, 16 + min(int(abs(f[line, 0])), 11), 32 + node
         for i in range(inputs):
-            z += (weights[a, i] + weights[b, i] + weights[c, i]) * f[at, i]
-        used[at, inputs], used[at, inputs + 1] = a, b
-        ones[j] = f[at, inputs] = 1 / (1 + math.exp(-min(max(z, -12.0), 12.0)))
+            z += (weights[a, i] + weights[b, i] + weights[c, i]) * f[line, i]
+        used[line, inputs], used[line, inputs + 1] = a, b
+        ones[j] = f[line, inputs] = 1 / (1 + math.exp(-min(max(z, -12.0), 12.0)))
+
+
+@kernel
+def claim_rows(m, group):
+    """The rows of a group belong to its contexts from here on; new ones start with even counters."""
+    for c in range(len(m.contexts)):
+        row = m.row[group, c]
+        m.table[c, row, 0] = m.check[group, c] | ((m.now[0] & 255) << 24)
+        if not m.met[group, c]:
+            for i in range(1, ROOM + 1):
+                m.table[c, row, i] = 1 << 31
+
+
+@kernel
+def move_contexts(m, token):
+    """Takes an id into the hashes. At a BOS they forget the history; counters and weights stay."""
+    hashes, word = m.hashes, len(m.hashes) - 3
+    if token == BOS_ID:
+        hashes[:] = 0
+        m.now[0] += 1
+        return
+
+    hashes[word + 2] = blend(hashes[word + 1], token + 1)
+    hashes[word + 1] = blend(np.uint64(1 << 40), token + 1)
+    for i in range(m.starts[token], m.starts[token + 1]):
+        x = m.spelled[i]
+        for k in range(word - 1, 0, -1):
+            hashes[k] = blend(hashes[k - 1], x + 1)
+        hashes[0], letter = blend(np.uint64(0), x + 1), x | 32
+        inside = 97 <= letter <= 122 or 48 <= x <= 57 or x >= 128
+        if x < 256:  # an operator of CaseOps says how a word is written, not which
+            hashes[word] = blend(hashes[word], letter) if inside else np.uint64(0)
 
 
 @kernel
 def learn(m, tree, nodes, count, token):
-    """Updates all that the decisions of an id used and moves the contexts behind it, once it is scored."""
-    leaf, hashes, word = tree.rank[token], m.hashes, len(m.hashes) - 3
-    table, row, trust, weights, hits, f, used = m.table, m.row, m.trust, m.weights, m.hits, m.inputs, m.used
-    contexts, inputs, group = len(m.contexts), len(m.contexts) + 1 + len(RUNS), -1
+    """Updates all that the decisions of an id used and moves the contexts past it, once it is scored.
+    """
+    leaf, table, row, trust, weights = tree.rank[token], m.table, m.row, m.trust, m.weights
+    hits, f, used, contexts, group = m.hits, m.inputs, m.used, len(m.contexts), -1
+    inputs = contexts + 1 + len(RUNS)
     for j in range(count):
         node = nodes[j]
         if tree.group[node] != group:
             group = tree.group[node]
-            for c in range(contexts):
-                table[c, row[group, c], 0] = m.check[group, c] | (m.now[0] & 255) << 24
-                if not m.met[group, c]:
-                    for i in range(1, ROOM + 1):
-                        table[c, row[group, c], i] = 1 << 31
+            claim_rows(m, group)
         if tree.alike[node]:
             continue
+
         y, seat = int(leaf >= node), tree.place[node]
         step = RATE * (y - f[j, inputs])
         for i in range(inputs):
@@ -2227,31 +2362,21 @@ def learn(m, tree, nodes, count, token):
             weights[used[j, inputs], i] += change
             weights[used[j, inputs + 1], i] += change
             weights[32 + node, i] += change
+
         for c in range(contexts):
             trust[c, used[j, c]] += step * f[j, 1 + c]
             counter = np.int64(table[c, row[group, c], seat])
             n, p = counter & 1023, counter >> 10
             p += int(((y << 22) - p) * STEPS[n])
-            table[c, row[group, c], seat] = min(max(p, 64), (1 << 22) - 64) << 10 | min(n + 1, LIMIT)
+            p = min(max(p, 64), (1 << 22) - 64)
+            table[c, row[group, c], seat] = (p << 10) | min(n + 1, LIMIT)
+
         for r in range(len(RUNS)):
             cell = used[j, contexts + r]
             if cell:
                 hit = 0.999 if (m.now[1 + r] >= node) == y else 0.001
                 hits[cell] += (hit - hits[cell]) * SLOW
-    if token == BOS_ID:  # forgets the history and keeps what was learned
-        hashes[:] = 0
-        m.now[0] += 1
-        return
-    hashes[word + 2] = blend(hashes[word + 1], token + 1)
-    hashes[word + 1] = blend(np.uint64(1 << 40), token + 1)
-    for at in range(m.starts[token], m.starts[token + 1]):
-        x = m.spelled[at]
-        for k in range(word - 1, 0, -1):
-            hashes[k] = blend(hashes[k - 1], x + 1)
-        hashes[0], letter = blend(np.uint64(0), x + 1), x | 32
-        inside = 97 <= letter <= 122 or 48 <= x <= 57 or x >= 128
-        if x < 256:  # an operator of CaseOps says how a word is written, not which
-            hashes[word] = blend(hashes[word], letter) if inside else np.uint64(0)
+    move_contexts(m, token)
 
 
 @kernel
@@ -2270,7 +2395,8 @@ def mixer_score(m, tree, ids, hints, odds, nats):
 
 @kernel
 def mixer_distribution(m, tree, hints, odds, out):
-    """All V - 1 decisions: a leaf is the product that `mixer_score` forms for its id, factor by factor."""
+    """All V - 1 decisions: a leaf is the product that `mixer_score` forms for its id, factor by
+    factor."""
     ones, p = np.zeros(len(tree.nodes)), np.ones(len(out))
     m.now[1:] = tree.rank[hints[::2]]
     decide(m, tree, tree.nodes, len(ones), odds, hints, ones)
@@ -2280,46 +2406,62 @@ def mixer_distribution(m, tree, hints, odds, out):
     out[tree.order] = np.log(p)
 
 
-# The tilt (#1145): p'(a) = p(a) e^(beta [a = h]) / (1 + p(h) (e^beta - 1)), where the text proposes the id h.
+# The tilt (#1145): p'(a) = p(a) e^(beta [a = h]) / (1 + p(h) (e^beta - 1)), for a proposed id h.
 @kernel
 def tilt_score(beta, rate, ids, own, hints, liked, nats):
-    """Nats of ids from the network's log-probabilities `own`; `liked` (n, runs) are those of the hints. beta
-    (2, cells): strengths by run, its length and `liked`, and squared gradients, for AdaGrad afterwards."""
+    """Nats of ids from the network's log-probabilities `own`; `liked` (n, runs) are those of the
+    hints. beta (2, cells): strengths by run, its length and `liked`, and squared gradients, for
+    AdaGrad afterwards."""
     for t in range(len(ids)):
         r, nats[t] = 0, -own[t]
         while r < len(RUNS) and hints[t, 2 * r + 1] == 0:
             r += 1
-        if r < len(RUNS):
-            cell = ((LONGEST + 1) * r + hints[t, 2 * r + 1]) * 16 + min(int(-2 * liked[t, r]), 15)
-            hit, p, e = ids[t] == hints[t, 2 * r], math.exp(liked[t, r]), math.exp(beta[0, cell])
-            whole = 1 + p * (e - 1)
-            nats[t] += math.log(whole) - hit * beta[0, cell]
-            gradient = hit - p * e / whole
-            beta[1, cell] += rate * gradient * gradient
-            beta[0, cell] += rate * gradient / math.sqrt(beta[1, cell])
+        if r == len(RUNS):
+            continue
+
+        length, doubt = hints[t, 2 * r + 1], min(int(-2 * liked[t, r]), 15)
+        cell = ((LONGEST + 1) * r + length) * 16 + doubt
+        hit, p, e = ids[t] == hints[t, 2 * r], math.exp(liked[t, r]), math.exp(beta[0, cell])
+        whole = 1 + p * (e - 1)
+        nats[t] += math.log(whole) - hit * beta[0, cell]
+        gradient = hit - p * e / whole
+        beta[1, cell] += rate * gradient * gradient
+        beta[0, cell] += rate * gradient / math.sqrt(beta[1, cell])
 
 
 class Mixture:
-    """The network's distributions mixed with what the scored text says, which starts empty and is learned.
-    A rank's `distil` keeps the few numbers of its log-probabilities that booking takes; `score` books them on
-    one rank, in the order of the stream. A decoder asks for `distribution` and hands what it decodes to
-    `push`: the same numbers, of the prefix alone. Memory: 448 bytes * 2^MIX_ROWS + 43 MB."""
+    """The network's distributions mixed with what the scored text says, which starts empty and is
+    learned.
+
+    A rank's `distil` keeps the few numbers of its log-probabilities that booking takes; `score`
+    books them on one rank, in the order of the stream. A decoder asks for `distribution` and hands
+    each id that it decodes to `push`: the same numbers, only from the prefix. Memory: 448 bytes *
+    2^MIX_ROWS + 43 MB."""
 
     def __init__(self, args: Hyperparameters):
         if njit is None:
-            raise UserError("PPM_WEIGHT needs numba: `pip install numba`, or 0 for the network alone")
-        spelled, word, runs, size = spelling(args), args.ppm_order, len(RUNS), 1 << SLOTS
+            raise UserError("PPM_WEIGHT=1 needs numba: `pip install numba`, or set PPM_WEIGHT=0")
         self.labels = ("tilt", "mix") if args.mix == "binary" else ("tilt",)
-        self.tree, self.tables = vocabulary_tree(spelled), {}  # tables: the tree on the network's device
-        groups, levels, cells = len(self.tree.above), self.tree.paths.shape[1], runs * (LONGEST + 1) * 16
-        self.width, self.hint = 1 + 3 * runs + levels, np.zeros((1, 2 * runs), np.int64)
-        self.beta, now = np.stack((np.zeros(cells), np.ones(cells))), np.zeros(2 + 2 * runs, np.int64)
-        self.text = Text(np.zeros(size, np.uint16), now, np.zeros((runs, size), np.int32))
+        spelled, runs = spelling(args), len(RUNS)
+        self.tree = vocabulary_tree(spelled)
+        self.tables = {}  # by device: the network's view of the tree
+        groups, levels = len(self.tree.above), self.tree.paths.shape[1]
+        self.width = 1 + 3 * runs + levels
+
+        # proposals and their tilt
+        self.hint = np.zeros((1, 2 * runs), np.int64)
+        cells = runs * (LONGEST + 1) * 16
+        self.beta = np.stack((np.zeros(cells), np.ones(cells)))
+        slots, now = 1 << SLOTS, np.zeros(2 + 2 * runs, np.int64)
+        self.text = Text(np.zeros(slots, np.uint16), now, np.zeros((runs, slots), np.int32))
+
+        # contexts: 1, 3 and PPM_ORDER bytes, the word, one and two ids; the word of the whole stream
+        word = args.ppm_order
         last, third = word - 1, min(3, word) - 1
         contexts = [(0, 1), (third, 1), (last, 1), (word, 1), (word + 1, 1), (word + 2, 0), (word, 0)]
         n, inputs = len(contexts), len(contexts) + 1 + runs
         weights = np.zeros((32 + len(spelled), inputs), np.float32)
-        weights[:16, 0] = 1  # it begins as the network alone
+        weights[:16, 0] = 1  # it begins as only the network
         self.mixer = Mixer(
             np.zeros((n, 1 << args.mix_rows, 16), np.uint32), np.array(contexts),
             np.zeros(word + 3, np.uint64), np.concatenate(spelled).astype(np.int64),
@@ -2329,30 +2471,39 @@ class Mixture:
             np.zeros((levels, inputs + 2), np.int64))
 
     def odds(self, logprobs: Tensor, nodes: np.ndarray) -> Tensor:
-        """The network's log odds of a 1 at nodes (n, K), from its log-probabilities (n, V): fp64, CPU."""
+        """The network's log odds of a 1 at nodes (n, K), from log-probabilities (n, V): fp64, CPU."""
         if (device := logprobs.device) not in self.tables:
             self.tables[device] = [torch.from_numpy(x).to(device) for x in self.tree[:3]]
-        (order, low, high), nodes = self.tables[device], torch.from_numpy(nodes).to(device)
+        order, low, high = self.tables[device]
+        nodes = torch.from_numpy(nodes).to(device)
         sums = logprobs.exp().index_select(1, order).cumsum(1, dtype=torch.float64)
         edges = torch.stack((low[nodes], nodes, high[nodes]))  # (3, n, K)
-        mass = sums.expand(3, -1, -1).gather(2, (edges - 1).clamp(min=0)) * (edges > 0) + TINY * edges
+        mass = sums.expand(3, -1, -1).gather(2, (edges - 1).clamp(min=0)) * (edges > 0)
+        mass = mass + TINY * edges
         return mass.diff(dim=0).clamp(min=TINY).log().diff(dim=0)[0].cpu()
 
     def distil(self, ids: np.ndarray, first: int, stop: int, logprobs: Tensor, hints=None) -> Tensor:
-        """What `score` needs of targets first ... stop - 1 and log-probabilities (n, V): fp64, CPU
-        (n, [own log-probability; hints; their log-probabilities; log odds above the id]). Blocks come in
-        the order of the stream: what was not read yet is read here, other ranks' ids too."""
+        """The numbers that `score` needs of targets first ... stop - 1, from their log-probabilities
+        (n, V): fp64, CPU (n, [own log-probability; hints; their log-probabilities; log odds above
+        the id]).
+
+        Blocks come in the order of the stream: ids not read yet are read here, other ranks' too."""
         if hints is None:
-            hints = propose(self.text, ids[self.text.now[0] : stop].astype(np.int64))[first - stop :]
-        logprobs = logprobs.cpu() if logprobs.device.type == "mps" else logprobs  # it has no fp64
+            fresh = ids[self.text.now[0] : stop].astype(np.int64)
+            hints = propose(self.text, fresh)[first - stop :]
+        if logprobs.device.type == "mps":  # it has no fp64
+            logprobs = logprobs.cpu()
         ids = ids[first + 1 : stop + 1].astype(np.int64)
         named = torch.from_numpy(np.column_stack((ids, hints[:, ::2]))).to(logprobs.device)
-        own, odds = logprobs.gather(1, named).double().cpu(), self.odds(logprobs, self.tree.paths[ids])
+        own = logprobs.gather(1, named).double().cpu()
+        odds = self.odds(logprobs, self.tree.paths[ids])
         return torch.cat((own[:, :1], torch.from_numpy(hints), own[:, 1:], odds), 1)
 
     def score(self, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """fp64 nats (labels, n) of ids (n,) from their `values`, learned too; the headline's are the last."""
-        own, hints, liked, odds = np.split(values, (1, 1 + 2 * len(RUNS), 1 + 3 * len(RUNS)), 1)
+        """fp64 nats (labels, n) of ids (n,) from their `values`, learned too; the headline's are the
+        last."""
+        runs = len(RUNS)
+        own, hints, liked, odds = np.split(values, (1, 1 + 2 * runs, 1 + 3 * runs), 1)
         ids, hints = ids.astype(np.int64), hints.astype(np.int64)
         nats = np.zeros((len(self.labels), len(ids)))
         tilt_score(self.beta, 0.1, ids, own[:, 0], hints, liked, nats[0])
@@ -2361,11 +2512,13 @@ class Mixture:
         return nats
 
     def distribution(self, logprobs: np.ndarray, hints: np.ndarray | None = None) -> np.ndarray:
-        """fp64 log-probabilities (V,) of the next id, given the network's, fp32, and, unless it comes behind
-        what was pushed, the hints (1, 2 * runs) of its place. Changes nothing."""
-        out, hints = logprobs.astype(np.float64), self.hint if hints is None else hints.astype(np.int64)
+        """fp64 log-probabilities (V,) of the next id, given the network's, fp32, and, unless it
+        comes after the last id pushed, the hints (1, 2 * runs) of its place. Changes nothing."""
+        out = logprobs.astype(np.float64)
+        hints = self.hint if hints is None else hints.astype(np.int64)
         if self.labels[-1] == "mix":
-            odds = self.odds(torch.from_numpy(logprobs[None]), self.tree.nodes[None])[0].numpy()
+            nodes = self.tree.nodes[None]
+            odds = self.odds(torch.from_numpy(logprobs[None]), nodes)[0].numpy()
             mixer_distribution(self.mixer, self.tree, hints[0], odds, out)
             return out
         nats, hints = np.zeros(len(out)), hints.repeat(len(out), 0)
@@ -2373,7 +2526,7 @@ class Mixture:
         return -nats
 
     def push(self, token: int, logprobs: np.ndarray | None) -> None:
-        """Learns the next id, given what the network thought of it: None for the first id, which is given."""
+        """Learns the next id, given the network's view of it: None for the first, which is given."""
         ids = np.array([token])
         if logprobs is not None:
             values = self.distil(ids.repeat(2), 0, 1, torch.from_numpy(logprobs[None]), self.hint)
@@ -2402,76 +2555,77 @@ class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defa
 
 
 @torch.no_grad()
-def scored(model: GPT, ids: np.ndarray, length: int, stride: int, batch: int, logits=scoring_logits,
-           share: tuple[int, int] = (0, 1), show: str = "", learner: TestTimeTraining | None = None,
-           mixture: Mixture | None = None, gather=None):
-    """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) for each block of stop - first targets.
-    `share` = (rank, ranks) is this rank's part of the batches. With `gather`, which brings a tensor of every
-    rank to rank 0, that rank yields all blocks in the order of the stream, and what the mixture distils of
-    log-probabilities in their place; the others yield none. A learner is shown every chunk but the last
-    once it is scored. This is the only path from weights to a score."""
+def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
+           learner: TestTimeTraining | None = None, gather=None):
+    """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) of each block of n targets.
+
+    This is the only path from weights to a score. A learner is shown every chunk but the last,
+    once it is scored. With `gather`, which tells rank 0 of the batches of all ranks, that rank
+    yields all blocks in the order of the stream, as `gather` has them; the others yield none."""
     if len(ids) < 2:
         return
     if learner is not None and learner.args.ttt != "sgd":
-        yield from learner.by_document(ids, length, batch, share, show)
+        yield from learner.by_document(ids, plan)
         return
     device = next(model.parameters()).device
-    plan = windows(len(ids) - 1, length, stride)
-    chunk = len(plan) if learner is None else model.args.ttt_chunk_tokens // stride  # windows
-    span, seen = min(stride, length), np.zeros(len(ids) - 1, dtype=bool)
-    for at in progress_bar(range(0, len(plan), chunk), len(plan) // chunk, show, bool(show and learner)):
-        if at and learner is not None:
+    rows = windows(len(ids) - 1, plan.length, plan.stride)
+    chunk = max(1, len(rows))  # windows before a learner learns
+    if learner is not None:
+        chunk = model.args.ttt_chunk_tokens // plan.stride
+    seen = np.zeros(len(ids) - 1, dtype=bool)
+
+    for start in range(0, len(rows), chunk):
+        if start and learner is not None:
             learner.catch_up(ids, seen)
-        part = plan[at : at + chunk]
-        rounds = range(0, len(part), share[1] * batch)  # as many on every rank: all of them meet in `gather`
-        for start_at in progress_bar(rounds, len(rounds), show, bool(show and learner is None)):
-            rows = part[start_at + share[0] * batch :][:batch]
-            inputs = np.full((batch, length), PAD_ID, np.int64)  # one shape: compiled once
-            wanted, take = np.zeros((batch, span), np.int64), np.zeros(batch, np.int64)
-            for i, (start, first, stop) in enumerate(rows):
-                text = ids[start : min(start + length, len(ids) - 1)]
-                inputs[i, : len(text)] = text
-                wanted[i, : stop - first] = ids[first + 1 : stop + 1]
-                take[i] = first - start
-            inputs, take, wanted = (torch.from_numpy(x).to(device) for x in (inputs, take, wanted))
-            logprobs = logits(model, inputs, take, span).log_softmax(-1)
-            nats = -logprobs.gather(-1, wanted[..., None]).squeeze(-1).cpu().numpy().astype(np.float64)
-            if gather is None:
-                for i, (_, first, stop) in enumerate(rows):
-                    yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
+        part = rows[start : start + chunk]
+        # as many rounds on every rank: all of them meet in `gather`
+        for begin in range(0, len(part), plan.batch * plan.ranks):
+            left = part[begin : begin + plan.batch * plan.ranks]
+            batches = [left[i * plan.batch :][: plan.batch] for i in range(plan.ranks)]
+            batch = batches[plan.rank]
+            inputs, position, targets = plan.tensors(ids, batch, device)
+            logprobs = logits(model, inputs, position, targets.size(1)).log_softmax(-1)
+            if gather is not None:
+                yield from gather(batches, logprobs)
                 continue
-            mine = torch.zeros(batch, span, mixture.width, dtype=torch.float64)
-            for i, (_, first, stop) in enumerate(rows):
-                mine[i, : stop - first] = mixture.distil(ids, first, stop, logprobs[i, : stop - first])
-            for rank, found in enumerate(gather(mine)):
-                for i, (_, first, stop) in enumerate(part[start_at + rank * batch :][:batch]):
-                    values = found[i, : stop - first].numpy()
-                    yield first, stop, values, -values[:, 0]
+            nats = -logprobs.gather(-1, targets[..., None]).squeeze(-1)
+            nats = nats.cpu().numpy().astype(np.float64)
+            for i, (_, first, stop) in enumerate(batch):
+                yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
         seen[part[0, 1] : part[-1, 2]] = True
 
 
 class Adapters:
-    """Low-rank changes of matrices, W + alpha / rank B A, a set for each of some documents (Hu et al. 2022).
-    All documents begin with the same A and B = 0 and learn for themselves: how many share a batch does
-    not matter. AdamW with beta1 = 0 and beta2 = 0.999."""
+    """Low-rank changes of matrices, W + alpha / rank B A, a set for each of some documents (Hu et al.
+    2022).
+
+    All documents begin with the same A and B = 0 and learn for themselves: how many share a batch
+    does not matter. AdamW with beta1 = 0 and beta2 = 0.999."""
 
     def __init__(self, model: GPT, documents: int):
-        self.args, generator = model.args, torch.Generator().manual_seed(0)
+        self.args = model.args
         ends = tuple(part.strip() for part in self.args.ttt_lora_modules.split(","))
-        matrices = {n: m for n, m in model.named_modules() if isinstance(m, (CastedLinear, nn.Embedding))}
+        matrices = {name: module for name, module in model.named_modules()
+                    if isinstance(module, (CastedLinear, nn.Embedding))}
         self.owners = [matrix for name, matrix in matrices.items() if name.endswith(ends)]
         for end in ends:
             if not end or not any(name.endswith(end) for name in matrices):
-                raise UserError(f"TTT_LORA_MODULES={self.args.ttt_lora_modules!r}: no matrix ends in {end!r}")
+                raise UserError(f"TTT_LORA_MODULES={self.args.ttt_lora_modules!r}: no matrix ends "
+                                f"in {end!r}")
+
+        generator = torch.Generator().manual_seed(0)
         rank, self.params = self.args.ttt_lora_rank, []
         for owner in self.owners:
             (size_out, size_in), device = owner.weight.shape, owner.weight.device
             a = torch.randn(rank, size_in, generator=generator).to(device) / size_in**0.5
-            self.params += [a.repeat(documents, 1, 1), torch.zeros(documents, size_out, rank, device=device)]
-        self.squares, self.steps = [torch.zeros_like(p) for p in self.params], 0
+            b = torch.zeros(documents, size_out, rank, device=device)
+            self.params += [a.repeat(documents, 1, 1), b]
+        self.squares = [torch.zeros_like(p) for p in self.params]
+        self.steps = 0
 
     def attach(self, documents: int) -> list[Tensor]:
-        """The model reads rows of the first documents through their adapters; returns what has gradients."""
+        """The model reads rows of the first documents through their adapters; returns all that has
+        gradients."""
         params = [p[:documents].detach().requires_grad_() for p in self.params]
         scale = self.args.ttt_lora_alpha / self.args.ttt_lora_rank
         for owner, a, b in zip(self.owners, params[::2], params[1::2]):
@@ -2484,14 +2638,26 @@ class Adapters:
 
     @torch.no_grad()
     def learn(self, nats: Tensor, params: list[Tensor]) -> None:
-        """A step from nats, summed over documents, through the `params` that `attach` gave for them."""
+        """A step from nats, summed over documents, through the `params` that `attach` gave for them.
+        """
         self.steps += 1
-        for whole, squares, grad in zip(self.params, self.squares, torch.autograd.grad(nats, params)):
+        rate, decay = self.args.ttt_lora_lr, self.args.ttt_lora_wd
+        grads = torch.autograd.grad(nats, params)
+        for whole, squares, grad in zip(self.params, self.squares, grads):
             part, square = whole[: len(grad)], squares[: len(grad)]
             square.lerp_(grad.square(), 1 - 0.999)
-            part *= 1 - self.args.ttt_lora_lr * self.args.ttt_lora_wd
+            part *= 1 - rate * decay
             root = (square / (1 - 0.999**self.steps)).sqrt() + 1e-8
-            part.addcdiv_(grad, root, value=-self.args.ttt_lora_lr)
+            part.addcdiv_(grad, root, value=-rate)
+
+
+@check
+def check_documents(args: Hyperparameters) -> None:
+    adapts = args.ttt in ("lora", "phased")
+    wide = adapts and args.ttt_doc_chunk > args.eval_seq_len
+    forbid(wide, args, "ttt_doc_chunk eval_seq_len", "a window must hold the chunk")
+    forbid(adapts and args.ppm_weight, args, "ttt ppm_weight",
+           "documents are scored out of order, which no mixture can follow; set PPM_WEIGHT=0")
 
 
 @check
@@ -2501,14 +2667,15 @@ def check_ttt(args: Hyperparameters) -> None:
 
 
 class TestTimeTraining:
-    """Score-first test-time training (#461, #549): SGD with momentum on each chunk of targets once scored.
-    After a chunk, rows of TRAIN_SEQ_LEN that end with it are trained on, TTT_BATCH_ROWS an update, as many
-    updates on every rank. The rate depends on the chunks behind alone, so that a decoder, which does not know
-    how much text will come, makes the same updates. `restore` undoes them all.
+    """Score-first test-time training (#461, #549): SGD with momentum on each chunk once scored.
+
+    After a chunk, rows of TRAIN_SEQ_LEN that end with it are trained on, TTT_BATCH_ROWS an update,
+    as many updates on every rank. The rate depends only on the number of chunks already scored: a
+    decoder, which does not know how much text will come, makes the same updates.
 
     TTT=lora reads document by document instead, each with adapters of its own that learn from every
-    TTT_DOC_CHUNK of its targets once scored (#1530); with TTT=phased, all weights learn as above, too, from
-    the chunks that are complete where a document begins (#1610)."""
+    TTT_DOC_CHUNK of its targets once scored (#1530); with TTT=phased, all weights learn as above,
+    too, from the chunks that are complete where a document begins (#1610)."""
 
     def __init__(self, model: GPT, losses=training_losses, runtime=None, report=None):
         self.model, self.args, self.losses = model, model.args, losses
@@ -2545,50 +2712,57 @@ class TestTimeTraining:
         if self.report is not None:
             self.report(self)
 
-    def by_document(self, ids: np.ndarray, length: int, batch: int, share: tuple[int, int], show: str):
-        """`scored` for documents: those between two updates of all weights in groups of like length."""
+    def by_document(self, ids: np.ndarray, plan: WindowPlan):
+        """`scored` for documents: those between two updates of all weights in groups of like length.
+        """
         targets = len(ids) - 1  # each belongs to the document of the id before it
-        starts, seen = np.union1d([0], np.flatnonzero(ids[:-1] == BOS_ID)), np.zeros(targets, bool)
+        starts = np.union1d([0], np.flatnonzero(ids[:-1] == BOS_ID))
         spans = np.stack((starts, np.append(starts[1:], targets)), 1)
-        phases = starts // self.args.ttt_chunk_tokens * (self.args.ttt == "phased")
+        seen = np.zeros(targets, bool)
+        phases = np.zeros_like(starts)
+        if self.args.ttt == "phased":
+            phases = starts // self.args.ttt_chunk_tokens
+
         for phase in np.unique(phases):
             if phase:
                 self.catch_up(ids, seen)
             part = spans[phases == phase]
             longest = part[np.argsort(part[:, 0] - part[:, 1], kind="stable")]
-            groups = [longest[i : i + batch] for i in range(share[0] * batch, len(part), share[1] * batch)]
-            for group in progress_bar(groups, len(groups), show, bool(show)):
-                yield from self.adapt(ids, group, length)
+            for first in range(plan.rank * plan.batch, len(part), plan.ranks * plan.batch):
+                yield from self.adapt(ids, longest[first : first + plan.batch], plan.length)
             seen[part[0, 0] : part[-1, 1]] = True
 
     def adapt(self, ids: np.ndarray, group: np.ndarray, length: int):
-        """Scores documents, the longest first, chunk by chunk, a step of their adapters between chunks."""
+        """Scores documents, the longest first, chunk by chunk, a step of their adapters between
+        chunks."""
         adapters, size = Adapters(self.model, len(group)), self.args.ttt_doc_chunk
-        for at in range(0, group[0, 1] - group[0, 0], size):
-            alive = group[group[:, 1] - group[:, 0] > at]
-            logprobs, nats = self.adapt_chunk(adapters, ids, alive, at, length)
+        for done in range(0, group[0, 1] - group[0, 0], size):
+            alive = group[group[:, 1] - group[:, 0] > done]
+            logprobs, nats = self.adapt_chunk(adapters, ids, alive, done, length)
             for i, (start, end) in enumerate(alive):
-                stop = min(start + at + size, end)
-                yield start + at, stop, logprobs[i, : stop - start - at], nats[i, : stop - start - at]
+                first, stop = start + done, min(start + done + size, end)
+                yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
 
-    def adapt_chunk(self, adapters: Adapters, ids: np.ndarray, alive: np.ndarray, at: int, length: int):
-        """Log-probabilities (n, size, V) and nats (n, size) of the targets from `at` on of n documents; those
-        that go on behind the chunk learn from it."""
+    def adapt_chunk(self, adapters: Adapters, ids: np.ndarray, alive: np.ndarray, done: int,
+                    length: int) -> tuple[Tensor, np.ndarray]:
+        """Log-probabilities (n, size, V) and nats (n, size) of the targets from `done` on of n
+        documents; those that go on after the chunk learn from it."""
         size, device = self.args.ttt_doc_chunk, self.params[0].device
-        begin = max(at + size - length, 0)
-        rows = np.full((len(alive), at + size - begin), PAD_ID, np.int64)
+        begin = max(done + size - length, 0)  # of the window, in the document
+        rows = np.full((len(alive), done + size - begin), PAD_ID, np.int64)
         goals = np.zeros((len(alive), size), np.int64)
         for i, (start, end) in enumerate(alive):
-            text = ids[start + begin : min(start + at + size, end) + 1]
+            text = ids[start + begin : min(start + done + size, end) + 1]
             rows[i, : len(text) - 1] = text[:-1]
-            goals[i, : len(text) - 1 - at + begin] = text[at - begin + 1 :]
-        goes_on = (alive[:, 1] - alive[:, 0] > at + size) & self.args.ttt_adapt
+            goals[i, : len(text) - 1 - done + begin] = text[done - begin + 1 :]
+
+        goes_on = (alive[:, 1] - alive[:, 0] > done + size) & self.args.ttt_adapt
         learns = bool(goes_on.any())
-        rows, goals, goes_on = (torch.from_numpy(part).to(device) for part in (rows, goals, goes_on))
+        rows, goals, goes_on = (torch.from_numpy(x).to(device) for x in (rows, goals, goes_on))
         with torch.set_grad_enabled(learns):
             params = adapters.attach(len(alive))
-            x, _ = self.model.hidden(rows, self.model.rotary_eval)
-            logprobs = self.model.head(x[:, at - begin :].float()).log_softmax(-1)
+            x = self.model.hidden(rows, self.model.rotary_eval)
+            logprobs = self.model.head(x[:, done - begin :].float()).log_softmax(-1)
             nats = -logprobs.gather(-1, goals[..., None]).squeeze(-1)
             if learns:
                 adapters.learn((nats.mean(1) * goes_on).sum(), params)
@@ -2634,26 +2808,30 @@ class TestTimeTraining:
 
 
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """(nats of each target ids[1:], {t: log-probabilities (V,) at target t, for t in positions})."""
-    args, ids, length = model.args, np.asarray(ids), model.args.eval_seq_len
+    """(nats of each target ids[1:], {t: log-probabilities (V,) at target t, for t in positions}).
+    """
+    args, ids, wanted = model.args, np.asarray(ids), sorted(map(int, set(positions)))
     blocks = -(-len(ids) // args.eval_stride)  # a short text needs no full batch
-    batch = max(1, min(args.eval_batch_tokens // length, blocks))
-    wanted = np.unique(np.fromiter(positions, np.int64))
-    nats, vectors = np.zeros(max(len(ids) - 1, 0)), {}
-    mixture, runs = Mixture(args) if args.ppm_weight else None, slice(1, 1 + 2 * len(RUNS))
+    batch = max(1, min(args.eval_batch_tokens // args.eval_seq_len, blocks))
+    plan = WindowPlan(args.eval_seq_len, args.eval_stride, batch)
+    mixture = Mixture(args) if args.ppm_weight else None
     learner = TestTimeTraining(model) if args.ttt != "0" else None
-    for first, stop, logprobs, part in scored(model, ids, length, args.eval_stride, batch, learner=learner):
+    nats, vectors = np.zeros(max(len(ids) - 1, 0)), {}
+    for first, stop, logprobs, part in scored(model, ids, plan, learner=learner):
+        here = [t for t in wanted if first <= t < stop]
         if mixture is None:
             nats[first:stop] = part
-            vectors |= {int(t): logprobs[t - first].cpu().numpy() for t in wanted if first <= t < stop}
+            vectors |= {t: logprobs[t - first].cpu().numpy() for t in here}
             continue
-        values, at = mixture.distil(ids, first, stop, logprobs).numpy(), first
-        for t in [*wanted[(wanted >= first) & (wanted < stop)], stop]:
-            nats[at:t] = mixture.score(ids[at + 1 : t + 1], values[at - first : t - first])[-1]
+
+        values, done = mixture.distil(ids, first, stop, logprobs).numpy(), first
+        for t in [*here, stop]:  # learns up to a position, then tells its distribution
+            known = values[done - first : t - first]
+            nats[done:t] = mixture.score(ids[done + 1 : t + 1], known)[-1]
             if t < stop:
-                row = logprobs[t - first].cpu().numpy()
-                vectors[int(t)] = mixture.distribution(row, values[t - first, None, runs])
-            at = t
+                hints = values[t - first, None, 1 : 1 + 2 * len(RUNS)]
+                vectors[t] = mixture.distribution(logprobs[t - first].cpu().numpy(), hints)
+            done = t
     if learner is not None:
         learner.restore()
     return nats, vectors
@@ -2664,25 +2842,33 @@ class Evaluator:
     """
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
-        self.args, self.runtime, self.log = args, runtime, log
-        self.logits, self.losses = scoring_logits, training_losses
-        ids, self.prefix = data.val, 0
+        self.args, self.runtime = args, runtime
+        self.log = log
+        self.logits = scoring_logits
+        self.losses = training_losses
+        self.classes = class_table(args.vocab_size)
+        self.results: dict[str, dict] = {}
+
+        ids = data.val
         if data.val_sizes is None and args.tokenizer_path:
             tokenizer = open_tokenizer(args)
             if tokenizer.id_to_piece(tokenizer.piece_to_id(OPERATORS[0])) == OPERATORS[0]:
                 raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} is of CaseOps text, and "
                                 f"{data.val_files[0]} has no sidecar beside it")
-        sizes = target_bytes(ids, byte_tables(args)) if data.val_sizes is None else data.val_sizes[1:]
-        if args.val_bytes and args.val_bytes < sizes.sum():
+        if data.val_sizes is None:
+            sizes = target_bytes(ids, byte_tables(args))
+        else:
+            sizes = data.val_sizes[1:]
+        self.prefix = args.val_bytes if args.val_bytes < sizes.sum() else 0
+        if self.prefix:
             targets = int(np.searchsorted(np.cumsum(sizes), args.val_bytes)) + 1
-            ids, sizes, self.prefix = ids[: targets + 1], sizes[:targets], args.val_bytes
-        self.ids, self.sizes, self.bytes = ids, sizes, int(sizes.sum())
+            ids, sizes = ids[: targets + 1], sizes[:targets]
+        self.ids, self.sizes = ids, sizes
+        self.bytes = int(sizes.sum())
         if not self.bytes:
-            raise UserError(f"{data.val_files[0]}: the validation targets stand for no byte at all")
-        self.classes = class_table(args.vocab_size)
-        self.results: dict[str, dict] = {}
+            raise UserError(f"{data.val_files[0]}: its targets stand for no byte at all")
         if args.ppm_weight:
-            Mixture(args)  # what it cannot do, it says before anything is trained
+            Mixture(args)  # an impossible one says so before anything is trained
 
     def describe(self, manifest: dict) -> str:
         original = manifest.get("val_bytes") or self.bytes
@@ -2693,87 +2879,103 @@ class Evaluator:
             note = f" (original text {original}: normalised, the targets' own bytes divide)"
         return f"val: targets:{len(self.ids) - 1} bytes:{self.bytes}{note}"
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, of one shape and on the CPU, on rank 0; nothing elsewhere."""
-        if self.runtime.world_size == 1:
-            return [tensor]
-        tensor = tensor.to(self.runtime.device)
-        found = [torch.empty_like(tensor) for _ in range(self.runtime.world_size * self.runtime.main)]
-        dist.gather(tensor, found or None)
-        return [part.cpu() for part in found]
-
     def chunk_line(self, sums: Tensor, learner: TestTimeTraining, seconds: float) -> None:
         """Reports test-time training after its first chunks and every 50."""
         if learner.chunks % 50 and learner.chunks > 2:
             return
         nats = self.runtime.all_reduce(sums.clone())[:-1].sum() / math.log(2)
-        scored_ids = self.ids[: learner.chunks * self.args.ttt_chunk_tokens + 1]
-        bpb = nats / max(target_bytes(scored_ids, self.tables).sum(), 1)
+        bpb = nats / max(self.sizes[: learner.chunks * self.args.ttt_chunk_tokens].sum(), 1)
         self.log(f"  ttt_chunk {learner.chunks} bpb:{bpb:.6f} updates:{learner.updates} "
                  f"infer:{seconds - learner.seconds:.1f}s adapt:{learner.seconds:.1f}s")
 
+    def gather(self, mixture: Mixture, batches: list[np.ndarray], logprobs: Tensor):
+        """On rank 0 the blocks of all ranks' batches, in the order of the stream: (first, stop, what
+        the mixture distils of log-probabilities, nats). Other ranks send theirs and get nothing."""
+        runtime = self.runtime
+        mine = torch.zeros(*logprobs.shape[:2], mixture.width, dtype=torch.float64)
+        for i, (_, first, stop) in enumerate(batches[runtime.rank]):
+            part = logprobs[i, : stop - first]
+            mine[i, : stop - first] = mixture.distil(self.ids, first, stop, part)
+
+        found = [mine] if runtime.main else []
+        if runtime.world_size > 1:
+            mine = mine.to(runtime.device)
+            found = [torch.empty_like(mine) for _ in batches] if runtime.main else []
+            dist.gather(mine, found or None)
+        for batch, values in zip(batches, found):
+            for (_, first, stop), block in zip(batch, values.cpu().numpy()):
+                yield first, stop, block[: stop - first], -block[: stop - first, 0]
+
     def run(self, name: str, model: GPT, length: int, stride: int, learn: bool = False,
             mix: bool = False) -> dict:
-        """val_loss in nats a target, val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte.
-        With `mix` the same log-probabilities, tilted and mixed, become results NAME_tilt and NAME_mix."""
-        args, runtime, start = self.args, self.runtime, time.perf_counter()
-        mixture, gather = (Mixture(args), self.gather) if mix else (None, None)
-        names, mixing = [name, *(f"{name}_{label}" for label in (mixture.labels if mix else ()))], 0.0
-        sums = torch.zeros(len(names), len(BYTE_CLASSES) + 1, dtype=torch.float64)
+        """val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte. With `mix` the same
+        log-probabilities, tilted and mixed, become results NAME_tilt and NAME_mix."""
+        args, runtime, began = self.args, self.runtime, time.perf_counter()
+        classes = len(BYTE_CLASSES)
+        names, mixing, gather = [name], 0.0, None
+        if mix:
+            mixture = Mixture(args)
+            names += [f"{name}_{label}" for label in mixture.labels]
+            gather = lambda *found: self.gather(mixture, *found)  # noqa: E731
+        sums = torch.zeros(len(names), classes + 1, dtype=torch.float64)  # by class, and targets
 
-        def chunk_line(learner: TestTimeTraining) -> None:
-            if learner.chunks % 50 == 0 or learner.chunks <= 2:
-                nats = runtime.all_reduce(sums.clone())[0, :-1].sum() / math.log(2)
-                size = self.sizes[: learner.chunks * args.ttt_chunk_tokens].sum()
-                infer = time.perf_counter() - start - learner.seconds
-                self.log(f"  ttt_chunk {learner.chunks} bpb:{nats / max(size, 1):.6f} "
-                         f"updates:{learner.updates} infer:{infer:.1f}s adapt:{learner.seconds:.1f}s")
-        batch, share = max(1, args.eval_batch_tokens // length), (runtime.rank, runtime.world_size)
-        learner = TestTimeTraining(model, self.losses, runtime, chunk_line) if learn else None
-        for first, stop, values, nats in scored(model, self.ids, length, stride, batch, self.logits, share,
-                                                name if runtime.main else "", learner, mixture, gather):
-            ids, parts = self.ids[first + 1 : stop + 1], [nats]
+        def report(learner: TestTimeTraining) -> None:
+            self.chunk_line(sums[0], learner, time.perf_counter() - began)
+
+        learner = TestTimeTraining(model, self.losses, runtime, report) if learn else None
+        batch = max(1, args.eval_batch_tokens // length)
+        plan = WindowPlan(length, stride, batch, runtime.rank, runtime.world_size)
+        blocks = scored(model, self.ids, plan, self.logits, learner, gather)
+        count = len(self.ids) // (stride * (1 if mix else runtime.world_size))
+        for first, stop, values, nats in progress_bar(blocks, count, name, runtime.main):
+            found, parts = self.classes[self.ids[first + 1 : stop + 1]], [nats]
             if mix:
                 mixing -= time.perf_counter()
-                parts += list(mixture.score(ids, values))
+                parts += list(mixture.score(self.ids[first + 1 : stop + 1], values))
                 mixing += time.perf_counter()
-            for row, values in zip(sums, parts):
-                row[:-1] += torch.from_numpy(np.bincount(self.classes[ids], values, minlength=len(row) - 1))
+            for row, part in zip(sums, parts):
+                row[:-1] += torch.from_numpy(np.bincount(found, part, minlength=classes))
                 row[-1] += stop - first
-        sums, seconds = runtime.all_reduce(sums), time.perf_counter() - start
-        for row, label in zip(sums, names):
+
+        sums, seconds = runtime.all_reduce(sums), time.perf_counter() - began
+        for label, row in zip(names, sums):
             self.results[label] = self.result(label, row, length, stride, seconds)
         if mix:
             self.results[names[-1]] |= {"mixture": args.mix, "mix_seconds": mixing}
         if learner is not None:
             learner.restore()
-            self.results[name] |= {"updates": learner.updates, "adapt_seconds": learner.seconds}
+            spent = {"updates": learner.updates, "adapt_seconds": learner.seconds}
+            self.results[name] |= spent
         return self.results[name]
 
     def result(self, name: str, sums: Tensor, length: int, stride: int, seconds: float) -> dict:
-        """What `metrics.json` says of a pass, from its nats by byte class and its number of targets."""
+        """An entry of `metrics.json`, from a pass's nats by byte class and its number of targets."""
         targets = len(self.ids) - 1
         assert int(sums[-1]) == targets, f"{name}: scored {int(sums[-1])} targets of {targets}"
         nats = float(sums[:-1].sum())
-        bits = {label: float(total) / math.log(2) for label, total in zip(BYTE_CLASSES, sums) if total}
-        result = {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / self.bytes, "targets": targets,
-                  "bytes": self.bytes, "seconds": seconds, "seq_len": length, "stride": stride,
-                  "bits_by_class": bits}
-        if self.prefix:
-            result["prefix_bytes"] = self.prefix
-        return result
+        by_class = zip(BYTE_CLASSES, sums.tolist())
+        bits = {label: total / math.log(2) for label, total in by_class if total}
+        result = {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / self.bytes,
+                  "targets": targets, "bytes": self.bytes, "seconds": seconds,
+                  "seq_len": length, "stride": stride, "bits_by_class": bits}
+        return result | ({"prefix_bytes": self.prefix} if self.prefix else {})
 
     def report(self, name: str, model: GPT, stride: int | None = None, learn: bool = False) -> dict:
         """Runs a pass and prints its lines: non-overlapping windows, or sliding ones, mixed too."""
-        length, mix = self.args.eval_seq_len, stride is not None and self.args.ppm_weight > 0
+        length = self.args.eval_seq_len
+        mix = stride is not None and self.args.ppm_weight > 0
         self.run(name, model, length, stride or length, learn, mix)
-        extra = f" stride:{stride}" * bool(stride) + f" prefix:{self.prefix}" * bool(self.prefix)
-        for label in (label for label in (name, f"{name}_tilt", f"{name}_mix") if label in self.results):
+        extra = f" stride:{stride}" if stride else ""
+        extra += f" prefix:{self.prefix}" if self.prefix else ""
+        for label in (name, f"{name}_tilt", f"{name}_mix"):
+            if label not in self.results:
+                continue
             result = self.results[label]
-            self.log(f"{label} val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}{extra} "
+            loss, bpb = result["val_loss"], result["val_bpb"]
+            self.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f}{extra} "
                      f"targets:{result['targets']} bytes:{result['bytes']} "
                      f"eval_time:{1e3 * result['seconds']:.0f}ms")
-            self.log(f"{label}_exact val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f}")
+            self.log(f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
         return self.results[name]
 
 
@@ -2787,10 +2989,14 @@ class Stream:
     learns after the same chunks, and keeps keys and values of the window at hand."""
 
     def __init__(self, model: GPT):
-        self.model, self.ids = model, []
+        self.model = model
+        self.ids = []
         self.learner = TestTimeTraining(model) if model.args.ttt != "0" else None
-        self.by_document, self.adapters, self.origin = model.args.ttt in ("lora", "phased"), None, 0
-        self.block, self.start, self.past, self.known = (0, -1), 0, None, None
+        self.by_document = model.args.ttt in ("lora", "phased")
+        self.adapters, self.origin = None, 0  # of the document at hand, and where it begins
+        self.block, self.start = (0, -1), 0  # the window at hand: (origin, number), its begin
+        self.past = None
+        self.known = None  # log-probabilities of the next id
         self.mixture = Mixture(model.args) if model.args.ppm_weight else None
 
     @property
@@ -2798,8 +3004,8 @@ class Stream:
         return self.learner.updates if self.learner else 0
 
     def logprobs(self) -> np.ndarray:
-        """Log-probabilities (V,) of the next id, fp32, or fp64 of a mixture. The first id, a BOS, is given:
-        push it first."""
+        """Log-probabilities (V,) of the next id, fp32, or fp64 of a mixture. The first id, a BOS, is
+        given: push it."""
         logprobs = self.network()
         return self.mixture.distribution(logprobs) if self.mixture else logprobs
 
@@ -2818,43 +3024,42 @@ class Stream:
                 self.learn(block)
             self.block, self.past = (self.origin, block), KVCache(self.model)
             self.start = self.origin + max((block + 1) * stride - args.eval_seq_len, 0)
+
         if self.adapters:
             self.adapters.attach(1)
         ids = torch.tensor([self.ids[self.start :]], device=device)
-        x, _ = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
+        x = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
         self.known = self.model.head(x[:, -1:].float())[0, 0].log_softmax(-1).cpu().numpy()
         if self.adapters:
             self.adapters.detach()
         return self.known
 
     def learn(self, block: int) -> None:
-        """What the scorer has learned before it scores this block, of the text or of the document at hand:
-        also of blocks that were pushed and never asked for."""
+        """Learns all that the scorer has learned before it scores this block, of the text or of the
+        document at hand: also of blocks that were pushed and never asked for."""
         ids, args, (origin, last) = np.array(self.ids), self.model.args, self.block
         fresh = last < 0 or origin != self.origin  # a document begins
-        if args.ttt == "sgd" or args.ttt == "phased" and fresh:
-            self.learner.catch_up(ids, np.ones(self.origin if self.by_document else len(ids) - 1, dtype=bool))
+        if args.ttt == "sgd" or (args.ttt == "phased" and fresh):
+            complete = self.origin if self.by_document else len(ids) - 1
+            self.learner.catch_up(ids, np.ones(complete, dtype=bool))
         if self.by_document:
-            self.adapters = Adapters(self.model, 1) if fresh else self.adapters
+            if fresh:
+                self.adapters = Adapters(self.model, 1)
             known = np.array([[self.origin, len(ids)]])
-            for at in args.ttt_doc_chunk * np.arange(0 if fresh else last, block):
-                self.learner.adapt_chunk(self.adapters, ids, known, at, args.eval_seq_len)
+            for number in range(0 if fresh else last, block):
+                done = number * args.ttt_doc_chunk
+                self.learner.adapt_chunk(self.adapters, ids, known, done, args.eval_seq_len)
 
     def push(self, token: int) -> None:
-        if self.mixture:  # it learns from what the network thought
+        if self.mixture:  # it learns from the network's view
             self.mixture.push(int(token), self.network() if self.ids else None)
-        self.origin = len(self.ids) if self.by_document and token == BOS_ID else self.origin
+        if self.by_document and token == BOS_ID:
+            self.origin = len(self.ids)
         self.ids.append(int(token))
         self.known = None
 
 
 stream = Stream  # the name that every script of the family gives it
-
-
-@check
-def check_generate(args: Hyperparameters) -> None:
-    tokens = args.generate and args.vocab_size != 260
-    forbid(tokens, args, "generate vocab_size", "only byte260 ids (VOCAB_SIZE=260) are text")
 
 
 # -----------------------------------------------------------------------------
@@ -2890,46 +3095,48 @@ class Trainer:
         self.model = GPT(args, runtime.attention, runtime.dtype)
         self.model.init_weights(args.seed)
         self.model.to(runtime.device)
+
         self.losses, self.logits = training_losses, scoring_logits
         if runtime.compile:
-            self.losses, self.logits = (torch.compile(f, dynamic=False) for f in (self.losses, self.logits))
-        self.loader_state, self.signal = None, 0
-        self.step, self.seconds, self.best = 0, 0.0, math.inf  # of this run and the runs that it resumes
+            self.losses = torch.compile(self.losses, dynamic=False)
+            self.logits = torch.compile(self.logits, dynamic=False)
+        self.loader_state = None
+        self.signal = 0
+        self.step, self.seconds, self.best = 0, 0.0, math.inf  # resumed runs included
         self.slowest = 0.0  # seconds of the slowest step, slowly forgotten
         self.reserve = 0.0  # seconds that calibration will take of the training clock
+        self.unwritten: list[tuple] = []  # steps whose losses are still on the device
         self.fresh_optimizers()
 
     def fresh_optimizers(self) -> None:
         self.optimizers = Optimizers(self.model, self.args, self.runtime)
         self.ema = EMA(self.model, self.args.ema_decay)
 
-    def micro_step(self, ids: Tensor, weights: Tensor, aux_inputs: bool, aux_weights: dict) -> dict:
-        """Forward and backward of one micro-batch; gradients add up to those of the global batch's mean."""
+    def micro_step(self, ids: Tensor, weights: Tensor, term_weights: dict, aux_inputs) -> dict:
+        """Forward and backward; gradients add up to those of the global batch's mean."""
         sums = self.losses(self.model, ids, weights, aux_inputs)
         loss = sums["ce"] / (self.plan.rows * self.args.train_seq_len)
-        for name, weight in aux_weights.items():
+        for name, weight in term_weights.items():
             if weight and name in sums:
                 loss = loss + weight / (self.plan.rows // self.plan.group) * sums[name]
-        (loss * self.loss_scale).backward()
+        loss.backward()
         return {name: value.detach() for name, value in sums.items()}
 
     def mode(self, progress: float) -> tuple[bool, bool]:
-        """What a step computes, a graph each: (layers run again, auxiliary terms). At 1: what is scored."""
+        """The two switches of a step, a graph each: (layers run again, auxiliary terms). At 1: as it
+        is scored."""
         args, aux = self.args, self.model.aux
         looping = bool(args.loop_extra) and args.loop_start <= progress and args.loop_start < 1
         return looping, aux is not None and aux.inputs(progress)
 
     def train_step(self, ids: Tensor, weights: Tensor, progress: float) -> dict[str, Tensor]:
         """One optimizer step on a global batch; returns this rank's share of each summed term."""
-        aux = self.model.aux
         self.model.looping, aux_inputs = self.mode(progress)
-        aux_weights = aux.weights(progress) if aux is not None else {}
-        parts = [self.micro_step(*batch, aux_inputs, aux_weights) for batch in zip(ids, weights)]
-        norm = self.optimizers.reduce(1.0 / self.loss_scale)
-        if self.runtime.dtype != torch.float16 or self.adapt_loss_scale(norm):
-            self.optimizers.step(self.step, progress, norm)
-            if self.ema is not None:
-                self.ema.update(self.step)
+        term_weights = self.model.aux.weights(progress) if aux_inputs else {}
+        parts = [self.micro_step(*batch, term_weights, aux_inputs) for batch in zip(ids, weights)]
+        norm = self.optimizers.reduce()
+        self.optimizers.step(self.step, progress, norm)
+        self.ema.update(self.step)
         self.model.zero_grad()
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
@@ -2952,60 +3159,70 @@ class Trainer:
         self.fresh_optimizers()
 
     def try_shapes(self) -> None:
-        args, device, generator = self.args, self.runtime.device, torch.Generator().manual_seed(0)
-        shape = (self.plan.micro_steps, self.plan.groups * self.plan.group, args.train_seq_len + 1)
-        edges = sorted({0.0, args.loop_start, args.bijepax_start_frac, args.bijepax_end_frac, 1.0})
+        args, device = self.args, self.runtime.device
+        generator = torch.Generator().manual_seed(0)
+        rows = self.plan.groups * self.plan.group
+        shape = (self.plan.micro_steps, rows, args.train_seq_len + 1)
+        fractions = {args.loop_start, args.bijepax_start_frac, args.bijepax_end_frac}
+        edges = sorted({0.0, *fractions, 1.0})
         inner = [0.5 * (a + b) for a, b in zip(edges, edges[1:])]
-        moments = {self.mode(progress): progress for progress in edges[:-1] + inner}  # one for each mode
+        moments = {self.mode(progress): progress for progress in edges[:-1] + inner}  # of each mode
         for _ in range(args.warmup_steps):
-            ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator).to(device)
+            ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator)
+            ids = ids.to(device)
             for progress in moments.values():
                 self.train_step(ids, torch.ones(shape[:2], device=device), progress)
+
         self.model.looping, _ = self.mode(1.0)
-        length, batch = args.eval_seq_len, max(1, args.eval_batch_tokens // args.eval_seq_len)
+        length = args.eval_seq_len
         for stride in sorted({length, args.eval_stride}):
-            list(scored(self.model, np.full(2, BOS_ID), length, stride, batch, self.logits))
+            plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
+            list(scored(self.model, np.full(2, BOS_ID), plan, self.logits))
         if args.quant_round == "gptq":
             for _ in range(2):  # the second time is the one to go by
                 start = time.perf_counter()
-                self.input_moments(ids, {})["tok_emb.weight"].sum().item()  # waits for the device
+                moments = self.input_moments(ids, {})
+                moments["tok_emb.weight"].sum().item()  # waits for the device
                 seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
-                self.reserve, = self.runtime.from_main([seconds])  # ranks must agree on when to stop
+                self.reserve, = self.runtime.from_main([seconds])
 
     @torch.no_grad()
     def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds this rank's X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
         def add(names: list[str], x: Tensor) -> None:
             x = x.flatten(0, -2).float()
-            for name, product in zip(names, [x.T @ x] * len(names)):
+            product = x.T @ x
+            for name in names:
                 sums[name] = sums.get(name, 0) + product
+
+        readers = {CastedLinear: ("",), CausalSelfAttention: ("c_q.", "c_k.", "c_v.")}
         hooks = []
         for path, module in self.model.named_modules():
-            kind = {CastedLinear: ("",), CausalSelfAttention: ("c_q.", "c_k.", "c_v.")}.get(type(module), ())
-            if names := [f"{path}.{part}weight" for part in kind]:
-                hooks.append(module.register_forward_pre_hook(lambda _, x, names=names: add(names, x[0])))
+            if names := [f"{path}.{part}weight" for part in readers.get(type(module), ())]:
+                hook = lambda _, inputs, names=names: add(names, inputs[0])  # noqa: E731
+                hooks.append(module.register_forward_pre_hook(hook))
         for ids in batch:
-            x, _ = self.model.hidden(ids[:, :-1], self.model.rotary_train)
-            add(["tok_emb.weight"], x)
+            add(["tok_emb.weight"], self.model.hidden(ids[:, :-1], self.model.rotary_train))
         for hook in hooks:
             hook.remove()
         return sums
 
     def calibrate(self) -> dict[str, np.ndarray]:
-        """Hessians for GPTQ, means of x x^T over the inputs of the next GPTQ_BATCHES training batches, on the
-        training clock. A layer that runs three times has three times as many inputs."""
+        """Hessians for GPTQ from the next GPTQ_BATCHES training batches, on the training clock: means
+        of x x^T. A layer that runs three times has three times as many inputs."""
         start, sums = time.perf_counter(), {}
         batches = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
         for _ in range(self.args.gptq_batches):
-            self.input_moments(batches.next()[0].to(self.runtime.device), sums)
+            ids, _, _ = batches.next()
+            self.input_moments(ids.to(self.runtime.device), sums)
         route = self.model.routes[self.model.looping]
         for name, total in sums.items():
             parts = name.split(".")
             runs = route.count(int(parts[1])) if parts[0] == "blocks" else 1
             total /= self.args.gptq_batches * self.args.train_batch_tokens * runs
-        hessians = {name: self.runtime.all_reduce(total).cpu().numpy() for name, total in sums.items()}
+        sums = {name: self.runtime.all_reduce(total) for name, total in sums.items()}
         self.seconds, = self.runtime.from_main([self.seconds + time.perf_counter() - start])
-        return hessians
+        return {name: total.cpu().numpy() for name, total in sums.items()}
 
     def progress(self) -> float:
         """Share of the run that is done, of the steps or of the seconds. Twice the slowest of late
@@ -3029,40 +3246,41 @@ class Trainer:
         """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
         args, runtime = self.args, self.runtime
         loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
-        first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of the first non-finite loss
+        first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of a non-finite loss
         fences: deque = deque()
         started = time.perf_counter() - self.seconds
 
         def due(every: int) -> bool:
             return every > 0 and self.step % every == 0
+
         with contextlib.closing(loader.prefetch(runtime.device)) as batches:
             while True:
-                now = time.perf_counter() - started
-                slowest = max(now - self.seconds, 0.99 * self.slowest)
-                self.seconds, self.slowest, stop = runtime.from_main([now, slowest, float(self.signal)])
-                if stop:
-                    raise Stopped(int(stop))
+                self.agree_on_time(time.perf_counter() - started)
                 if (progress := self.progress()) >= 1.0:
                     break
                 ids, weights, state = next(batches)
                 terms = self.train_step(ids, weights, progress)
                 self.step, self.loader_state = self.step + 1, state
-                first_bad = torch.where(terms["ce"].isfinite(), first_bad, first_bad.clamp(max=self.step))
-                if runtime.device.type == "cuda":  # the CPU runs two steps ahead at most: an honest clock
+                bad = first_bad.clamp(max=self.step)
+                first_bad = torch.where(terms["ce"].isfinite(), first_bad, bad)
+                if runtime.device.type == "cuda":  # at most two steps ahead: an honest clock
                     fences.append(torch.cuda.current_stream().record_event())
                     if len(fences) > 2:
                         fences.popleft().synchronize()
-                shown = self.step <= 10 or self.step == args.iterations or due(args.train_log_every)
+
+                edge = self.step <= 10 or self.step == args.iterations
+                shown = edge or due(args.train_log_every)
+                if shown or due(max(1, args.iterations // 400)):  # a smooth curve
+                    now = time.perf_counter() - started
+                    self.unwritten.append((self.step, now, progress, terms))
                 if shown or due(args.checkpoint_every):
                     self.refuse_non_finite(first_bad)
                 if shown:
-                    self.log_step(terms, time.perf_counter() - started, progress)
-                if due(args.grad_report_every) and runtime.main:
-                    self.grad_report(ids[0], weights[0])
+                    self.log_step(self.write_steps())
                 if due(args.checkpoint_every):
                     self.seconds = time.perf_counter() - started
                     self.save("last")
-                if due(args.val_loss_every) and self.step < args.iterations:  # the end has its own
+                if due(args.val_loss_every) and self.step < args.iterations:
                     self.seconds = time.perf_counter() - started
                     self.validate(evaluator)
                     started = time.perf_counter() - self.seconds
@@ -3070,6 +3288,7 @@ class Trainer:
         self.refuse_non_finite(first_bad)  # waits for the device
         self.seconds, = runtime.from_main([time.perf_counter() - started])
         runtime.clocks["training"] = self.seconds
+        self.write_steps()
 
     def refuse_non_finite(self, first_bad: Tensor) -> None:
         step = int(self.runtime.all_reduce(first_bad.clone(), dist.ReduceOp.MIN))
@@ -3105,22 +3324,16 @@ class Trainer:
         groups = self.plan.rows // self.plan.group
         means = {name: total / groups for name, total in sums.items()}
         line = {"train_loss": means.pop("ce") / (self.plan.group * self.args.train_seq_len)}
-        if self.model.draft is not None:
-            line["draft"] = means.pop("draft")
         if self.model.aux is not None:
             line |= self.model.aux.report(means)
         return line
 
-    def log_step(self, terms: dict[str, Tensor], seconds: float, progress: float) -> None:
-        names = sorted(terms)
-        sums = self.runtime.all_reduce(torch.stack([terms[name].float() for name in names])).tolist()
-        means = {name: total / (self.plan.rows // self.plan.group) for name, total in zip(names, sums)}
-        loss = means.pop("ce") / (self.plan.group * self.args.train_seq_len)
-        extra = self.model.aux.report(means) if self.model.aux is not None else {}
-        self.log(f"step:{self.step}/{self.args.iterations} train_loss:{loss:.4f} {self.timing(seconds)}"
-                 + "".join(f" {name}:{value:.5f}" for name, value in extra.items()))
-        self.log.metrics(step=self.step, train_loss=loss, train_seconds=seconds, progress=progress,
-                         rate=rate_at(progress, self.args), **extra)
+    def log_step(self, line: dict) -> None:
+        """Shows a line of `metrics.jsonl`."""
+        told = ("step", "train_loss", "train_seconds", "progress", "rate")
+        extra = [f" {name}:{value:.5f}" for name, value in line.items() if name not in told]
+        self.log(f"step:{self.step}/{self.args.iterations} train_loss:{line['train_loss']:.4f} "
+                 + self.timing(line["train_seconds"]) + "".join(extra))
 
     def validate(self, evaluator: Evaluator) -> None:
         """Scores the raw weights; the best so far are kept in `best.safetensors`."""
@@ -3136,22 +3349,6 @@ class Trainer:
         self.log(f"step:{self.step}/{self.args.iterations} val_loss:{result['val_loss']:.4f} "
                  f"val_bpb:{result['val_bpb']:.4f} {self.timing(self.seconds)}")
         self.log.metrics(step=self.step, val_loss=result["val_loss"], val_bpb=result["val_bpb"])
-
-    def grad_report(self, ids: Tensor, weights: Tensor) -> None:
-        """Logs the gradient norm that each loss term, at weight 1, sends into each module (a micro-batch)."""
-        aux = self.model.aux
-        sums = self.model.losses(ids, weights, aux is not None)
-        sums["ce"] = sums["ce"] / self.args.train_seq_len
-        names, params = zip(*self.model.named_parameters())
-        for term, value in ((term, value) for term, value in sums.items() if value.requires_grad):
-            squares: dict[str, float] = {}
-            grads = torch.autograd.grad(value / len(ids), params, retain_graph=True, materialize_grads=True)
-            for name, grad in zip(names, grads):
-                parts = [part for part in name.split(".") if not part.isdigit()]
-                module = ".".join(parts[:2] if parts[0] in ("blocks", "aux") else parts[:1])
-                squares[module] = squares.get(module, 0.0) + float(grad.square().sum())
-            self.log(f"grad_report step:{self.step} {term} "
-                     + " ".join(f"{module}:{square ** 0.5:.3e}" for module, square in squares.items()))
 
     def save(self, name: str) -> None:
         """All that a run needs to go on from here: one safetensors file, atomically."""
@@ -3256,51 +3453,32 @@ def write_artifact(trainer: Trainer) -> tuple[Path, int]:
     return artifact, shipped
 
 
-def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, evaluator: Evaluator) -> dict:
-    """Training, the scores of raw and averaged weights, the artifact; returns what `metrics.json` says."""
+def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
+          evaluator: Evaluator) -> dict:
+    """Training, scores of raw and averaged weights, the artifact -> entries of `metrics.json`."""
     trainer = Trainer(args, data, runtime, log)
-    params = sum(p.numel() for p in trainer.model.parameters())
-    log(f"model_params:{params} world_size:{runtime.world_size} micro_steps:{trainer.plan.micro_steps} "
-        f"micro_batch_rows:{trainer.plan.groups * trainer.plan.group} seed:{args.seed}")
-    plan, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
-    log(f"size_plan:{sum(plan.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
-        + " ".join(f"{kind}:{size}" for kind, size in plan.items()))
+    plan, params = trainer.plan, sum(p.numel() for p in trainer.model.parameters())
+    log(f"model_params:{params} world_size:{runtime.world_size} micro_steps:{plan.micro_steps} "
+        f"micro_batch_rows:{plan.groups * plan.group} seed:{args.seed}")
+    sizes, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
+    log(f"size_plan:{sum(sizes.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
+        + " ".join(f"{kind}:{size}" for kind, size in sizes.items()))
+
     with runtime.clock("warm-up"):
         trainer.warm_up()
     evaluator.logits, evaluator.losses = trainer.logits, trainer.losses
-    last = run_folder(args) / "last.safetensors"
-    if args.resume and (args.resume != "auto" or last.exists()):
-        trainer.restore(last if args.resume == "auto" else Path(args.resume))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: setattr(trainer, "signal", received))
-    try:
-        trainer.run(evaluator)
-    except Stopped as stopped:
-        trainer.save("last")
-        log(f"stopped by {signal.Signals(stopped.args[0]).name} at step {trainer.step}; {last} is written, "
-            f"RUN_ID={args.run_id} RESUME=auto goes on from there")
-        raise
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    run_until_done(trainer, evaluator)
+
     with runtime.clock("validation"):
         trainer.log_validation(evaluator.report("final_raw", trainer.model))
         trainer.save("final")
-    if trainer.ema is not None:
-        trainer.ema.apply()
-        with runtime.clock("validation"):
-            evaluator.report("final_ema", trainer.model)
-    with runtime.clock("calibration"):
-        hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
-    with runtime.clock("compression"):
-        tensors = {name: p.detach().cpu().numpy() for name, p in trainer.model.exported().items()}
-        artifact = run_folder(args) / "artifact.bin"
-        if runtime.main:
-            write_atomic(artifact, pack(tensors, args, hessians))
-        runtime.all_reduce(torch.zeros(1))  # the others wait for the file
-    shipped = sum(map(np.size, tensors.values()))
-    log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
-    return {"artifact": str(artifact), "params": params, "params_shipped": shipped, "steps": trainer.step,
-            "train_seconds": trainer.seconds, "ms_per_step": 1e3 * trainer.seconds / max(trainer.step, 1)}
+    trainer.ema.apply()
+    with runtime.clock("validation"):
+        evaluator.report("final_ema", trainer.model)
+    artifact, shipped = write_artifact(trainer)
+    return {"artifact": str(artifact), "params": params, "params_shipped": shipped,
+            "steps": trainer.step, "train_seconds": trainer.seconds,
+            "ms_per_step": 1e3 * trainer.seconds / max(trainer.step, 1)}
 
 
 def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
@@ -3353,20 +3531,23 @@ def main() -> int:
     runtime = None
     try:
         if sys.argv[1:]:
-            raise UserError(f"{sys.argv[1]!r}: settings are environment variables, `--help` lists them")
+            raise UserError(f"{sys.argv[1]!r}: settings are environment variables, see --help")
         args = Hyperparameters(os.environ)
         if args.eval_only:
             header, _ = unpack(read_file(args.artifact, "ARTIFACT"), args.artifact)
             args = shipped_settings(header, args.artifact, os.environ)
         runtime = Runtime(args)
+        runtime.attention = pick_attention(args, runtime.device, runtime.dtype)
         started, = runtime.from_main([time.time()])
-        args.run_id = args.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{args.seed}", time.localtime(started))
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
+        args.run_id = args.run_id or f"{stamp}-seed{args.seed}"
         data = Dataset(args, verify=runtime.main)
         log = Log(run_folder(args) if runtime.main else None)
         fingerprint = data.fingerprint()
         log_header(log, args, runtime, fingerprint)
         evaluator = Evaluator(args, data, runtime, log)
         log(evaluator.describe(data.manifest))
+
         summary = {"artifact": args.artifact, "dataset": fingerprint}
         if not args.eval_only:
             summary |= train(args, data, runtime, log, evaluator)
