@@ -281,7 +281,7 @@ class Hyperparameters:
         environ = environ or {}
         self.warnings: list[str] = []
         self._refuse_retired_and_misspelt(environ)
-
+        # environment, else artifact, else default
         for name, var in self.vars().items():
             value = (shipped or {}).get(var.name, var.default)
             if environ.get(var.name, "") != "":
@@ -290,7 +290,7 @@ class Hyperparameters:
                     raise UserError(f"{var.name}={value}: the artifact was made with "
                                     f"{shipped[var.name]}; leave it unset")
             setattr(self, name, value)
-
+        # what several settings together mean
         self.trains = not shipped
         self.ngram_order_list = self._parse_orders()
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
@@ -793,7 +793,7 @@ class Dataset:
         if not self.val_files or not (self.train_files or args.eval_only):
             missing = "_train_" if self.val_files else "_val_"
             raise UserError(f"DATA_PATH={self.path} has no *{missing}*.bin: see data/prepare.py")
-
+        # training shards stay on disk, the validation text is read whole
         self.vocab_size = args.vocab_size
         self.manifest = self._read_manifest()
         if "caseops" in self.manifest:
@@ -875,7 +875,7 @@ def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarr
         base[BYTE_OFFSET:] = 1
         edge[:BYTE_OFFSET] = True
         return base, space, edge
-
+    # SentencePiece
     tokenizer = open_tokenizer(args)
     dummy_prefix = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
     for i in range(args.vocab_size):
@@ -1071,7 +1071,7 @@ def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
     damped = hessian[np.ix_(order, order)].astype(np.float64)
     damped[np.diag_indices(len(order))] += 0.01 * power.mean() + 1e-12
     factor = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
-
+    # blocks of columns: errors reach later blocks once
     left = x[:, order].copy()
     q = np.empty_like(x)
     for start in range(0, x.shape[1], 128):
@@ -1102,7 +1102,7 @@ def quantise(weight: np.ndarray, bits: int, k: float, axis: int, rate: float = 0
     step = k / top * weight.std(axis=axis, keepdims=True, dtype=np.float64)
     step = np.maximum(step, SCALE_FLOOR).astype(np.float16).astype(np.float32)
     x = weight / step
-
+    # the best rounding that is at hand
     if hessian is not None:
         q = gptq(x, hessian, top)
     elif rate:
@@ -2091,7 +2091,7 @@ def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> 
             codes.append(np.moveaxis(q, axis, -1).tobytes())
         halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
     raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
-
+    # the smallest of the coders that are allowed
     there = compressors()
     wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
     names = [name for name in sorted(there) if wanted in ("auto", name)]
@@ -2136,7 +2136,7 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     length = int.from_bytes(body[2:6], "little")
     if version != ARTIFACT_VERSION:
         raise UserError(f"{path}: format version {version}, this script reads {ARTIFACT_VERSION}")
-
+    # all that a damaged file can break
     try:
         header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
         if header["compressor"] not in compressors():
@@ -2178,7 +2178,7 @@ def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None =
     wanted = {(name, tuple(p.shape)) for name, p in model.exported().items()}
     if odd := wanted ^ {(name, array.shape) for name, array in tensors.items()}:
         raise UserError(f"{artifact_path}: its tensors do not fit its config, first {min(odd)}")
-
+    # the arrays become the weights, without a copy
     found = {name: torch.from_numpy(array) for name, array in tensors.items()}
     model.load_state_dict(found, strict=False, assign=True)
     for module in model.modules():
@@ -2247,7 +2247,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
     if learner is not None:
         chunk = model.args.ttt_chunk_tokens // plan.stride
     seen = np.zeros(len(ids) - 1, dtype=bool)
-
+    # score-first: a chunk is learned from once it is scored
     for start in range(0, len(rows), chunk):
         if start and learner is not None:
             learner.catch_up(ids, seen)
@@ -2330,7 +2330,7 @@ class TestTimeTraining:
             loss = sums["ce"] / (len(starts) * args.train_seq_len)
             grads = torch.autograd.grad(
                 loss, self.params, allow_unused=True, materialize_grads=True)
-
+        # one clipped step of SGD, the same on every rank
         flat = torch.cat([grad.flatten() for grad in grads])
         flat = self.runtime.all_reduce(flat) if self.runtime else flat
         flat *= ((args.ttt_grad_clip or math.inf) / (flat.norm() + 1e-6)).clamp(max=1.0)
@@ -2377,7 +2377,7 @@ class Evaluator:
         self.tables = byte_tables(args)
         self.classes = class_table(args.vocab_size)
         self.results: dict[str, dict] = {}
-
+        # VAL_BYTES cuts the text after the target that reaches it
         ids = data.val
         sizes = target_bytes(ids, self.tables)
         self.prefix = args.val_bytes if args.val_bytes < sizes.sum() else 0
@@ -2498,7 +2498,7 @@ class Stream:
                 self.learner.catch_up(np.array(self.ids), np.ones(position, dtype=bool))
             self.block, self.past = block, KVCache(self.model)
             self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
-
+        # read all that the cache does not hold in one pass
         self.read = [*self.ids[self.start :], *drafts[: args.eval_stride - 1 - place]]
         self.past.cut(position - self.start)
         ids = torch.tensor([self.read], device=self.model.tok_emb.weight.device)
@@ -2687,7 +2687,7 @@ class Trainer:
             ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator)
             ids = ids.to(device)
             self.train_step(ids, torch.ones(shape[:2], device=device), 0.0)
-
+        # scoring shapes: one window, and the sliding ones
         length = args.eval_seq_len
         for stride in sorted({length, args.eval_stride}):
             plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
@@ -2775,7 +2775,7 @@ class Trainer:
                     fences.append(torch.cuda.current_stream().record_event())
                     if len(fences) > 2:
                         fences.popleft().synchronize()
-
+                # losses leave the device only when a line is shown
                 edge = self.step <= 10 or self.step == args.iterations
                 shown = edge or due(args.train_log_every)
                 if shown or due(max(1, args.iterations // 400)):  # a smooth curve
@@ -2889,7 +2889,7 @@ class Trainer:
         for key, value in self.args.shipped().items():
             if (other := meta["config"].get(key)) != value:
                 raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
-
+        # weights and average
         with torch.no_grad():
             for (key, p), average in zip(self.model.named_parameters(), self.ema.average):
                 p.copy_(state[f"model.{key}"])
@@ -2972,12 +2972,12 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
     sizes, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
     log(f"size_plan:{sum(sizes.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
         + " ".join(f"{kind}:{size}" for kind, size in sizes.items()))
-
+    # compile off the clock, then train
     with runtime.clock("warm-up"):
         trainer.warm_up()
     evaluator.logits, evaluator.losses = trainer.logits, trainer.losses
     run_until_done(trainer, evaluator)
-
+    # score the weights as they are, then their average
     with runtime.clock("validation"):
         trainer.log_validation(evaluator.report("final_raw", trainer.model))
         trainer.save("final")
@@ -3013,7 +3013,7 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
              "eval_budget_seconds": seconds["eval_seconds"]}
     broken = [f"{name.upper()}={getattr(args, name)} is broken: {value:.3f}"
               for name, value in spent.items() if 0 < getattr(args, name) < value]
-
+    # what the tables of READMEs are made of
     metrics = {
         "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline,
         "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **seconds,
@@ -3048,7 +3048,7 @@ def main() -> int:
         runtime = Runtime(args)
         if args.generate:
             return generate(args, runtime)
-
+        # from here on all ranks write to one folder
         runtime.attention = pick_attention(args, runtime.device, runtime.dtype)
         started, = runtime.from_main([time.time()])
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))

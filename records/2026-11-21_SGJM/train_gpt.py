@@ -977,7 +977,7 @@ def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
     damped = hessian[np.ix_(order, order)].astype(np.float64)
     damped[np.diag_indices(len(order))] += 0.01 * power.mean() + 1e-12
     factor = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
-
+    # blocks of columns: errors reach later blocks once
     left = x[:, order].copy()
     q = np.empty_like(x)
     for start in range(0, x.shape[1], 128):
@@ -2057,7 +2057,7 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     length = int.from_bytes(body[2:6], "little")
     if version != ARTIFACT_VERSION:
         raise UserError(f"{path}: format version {version}, this script reads {ARTIFACT_VERSION}")
-
+    # all that a damaged file can break
     try:
         header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
         if header["compressor"] not in compressors():
@@ -3015,7 +3015,7 @@ class Trainer:
             ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator)
             ids = ids.to(device)
             self.train_step(ids, torch.ones(shape[:2], device=device), 0.0)
-
+        # scoring shapes: one window, and the sliding ones
         length = args.eval_seq_len
         for stride in sorted({length, args.eval_stride}):
             plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
@@ -3356,7 +3356,7 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
              "eval_budget_seconds": seconds["eval_seconds"]}
     broken = [f"{name.upper()}={getattr(args, name)} is broken: {value:.3f}"
               for name, value in spent.items() if 0 < getattr(args, name) < value]
-
+    # what the tables of READMEs are made of
     metrics = {
         "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline,
         "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **seconds,

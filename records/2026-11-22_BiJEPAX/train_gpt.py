@@ -2010,7 +2010,7 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     length = int.from_bytes(body[2:6], "little")
     if version != ARTIFACT_VERSION:
         raise UserError(f"{path}: format version {version}, this script reads {ARTIFACT_VERSION}")
-
+    # all that a damaged file can break
     try:
         header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
         if header["compressor"] not in compressors():
@@ -2052,7 +2052,7 @@ def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None =
     wanted = {(name, tuple(p.shape)) for name, p in model.exported().items()}
     if odd := wanted ^ {(name, array.shape) for name, array in tensors.items()}:
         raise UserError(f"{artifact_path}: its tensors do not fit its config, first {min(odd)}")
-
+    # the arrays become the weights, without a copy
     found = {name: torch.from_numpy(array) for name, array in tensors.items()}
     model.load_state_dict(found, strict=False, assign=True)
     for module in model.modules():
@@ -2789,7 +2789,7 @@ class TestTimeTraining:
             loss = sums["ce"] / (len(starts) * args.train_seq_len)
             grads = torch.autograd.grad(
                 loss, self.params, allow_unused=True, materialize_grads=True)
-
+        # one clipped step of SGD, the same on every rank
         flat = torch.cat([grad.flatten() for grad in grads])
         flat = self.runtime.all_reduce(flat) if self.runtime else flat
         flat *= ((args.ttt_grad_clip or math.inf) / (flat.norm() + 1e-6)).clamp(max=1.0)
@@ -3380,7 +3380,7 @@ class Trainer:
         for key, value in self.args.shipped().items():
             if (other := meta["config"].get(key)) != value:
                 raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
-
+        # weights and average
         with torch.no_grad():
             for (key, p), average in zip(self.model.named_parameters(), self.ema.average):
                 p.copy_(state[f"model.{key}"])
@@ -3504,7 +3504,7 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
              "eval_budget_seconds": seconds["eval_seconds"]}
     broken = [f"{name.upper()}={getattr(args, name)} is broken: {value:.3f}"
               for name, value in spent.items() if 0 < getattr(args, name) < value]
-
+    # what the tables of READMEs are made of
     metrics = {
         "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline,
         "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **seconds,
