@@ -766,7 +766,8 @@ def show(found: Comparison, label: str = "", every: bool = False) -> None:
     else:
         print(f"{head}DIFFERENT, first in {found.first()}")
         if every:
-            print("\n".join(f"  {stage}: {text}" for stage in found.different for text in found.different[stage]))
+            for stage, texts in found.different.items():
+                print("\n".join(f"  {stage}: {text}" for text in texts))
         elif rest := found.others():
             print(f"  and further: {rest}")
     for note in found.notes:

@@ -3,7 +3,8 @@
     python scripts/carry_worker.py FOLDER SHARD COUNT     prints {"score": [nats, ...], "stream": [nats, ...]}
 
 FOLDER holds train_gpt.py and run/artifact.bin. Of the script it uses `load`, `score` and `stream`, which
-every script of the family has. It is a process of its own, since importing a script may change torch's settings.
+every script of the family has. It is a process of its own, since importing a script may change torch's
+settings.
 """
 
 from __future__ import annotations

@@ -322,7 +322,7 @@ def dead(script: Script) -> dict[str, bool]:
     """
     names, attributes = {"main", "load", "score", "stream"}, {"logprobs", "push"}  # what tools call
     functions = {node.name for node in script.tree.body if isinstance(node, FUNCTION)}
-    for node in script.tree.body:  # a decorator of the script's own may hand a function on, as a registry does
+    for node in script.tree.body:  # a decorator of the script may hand a function on: a registry
         decorators = {ast.unparse(part) for part in getattr(node, "decorator_list", ())}
         names |= {node.name} if decorators & functions else set()
     classes = [node for node in script.tree.body if isinstance(node, ast.ClassDef)]

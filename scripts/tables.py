@@ -89,7 +89,7 @@ def script_named(path: Path) -> str | None:
 
 
 def of_script(kind: str, folder: Path, argument: str | None, root: Path) -> str:
-    """The line below a table of a record: which script made its numbers. A sentence has it only where stale."""
+    """The line below a record's table: which script made its numbers; below a sentence only where stale."""
     record = next((place for place in (folder, *folder.parents) if (place / "train_gpt.py").is_file()), None)
     if record is None or record == root or is_draft(record):
         return ""

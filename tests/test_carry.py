@@ -278,7 +278,8 @@ class Hyperparameters:
 
 def test_a_retired_setting_may_leave_the_header_at_its_off_value(tmp_path):
     scripts = []
-    for name, fields, retired in (("old", "    clip = Var('std')\n    dim = Var(8)\n    gone = Var(0)\n    size = Var(3)", {}),
+    before = "    clip = Var('std')\n    dim = Var(8)\n    gone = Var(0)\n    size = Var(3)"
+    for name, fields, retired in (("old", before, {}),
                                   ("new", "    dim = Var(8)\n    fresh = Var(True)",
                                    {"CLIP": (("std",), "why"), "GONE": ("3 3.0", "why")})):
         path = tmp_path / name / "train_gpt.py"

@@ -515,7 +515,8 @@ def test_a_named_set_lies_beside_the_script_and_its_summary_too(place, capsys):
     assert code == 0 and str(place) not in json.dumps(summary)
     found = json.loads(run_seeds.without_places(json.dumps(found).encode(), place / "runs"))
     assert summary == {"sweep": "rates", **found, **sweep.ranking_rows(found["ranked"])}
-    assert sorted(json.loads((place / "A" / "ablations" / "arms.json").read_text())) == ["base", "more", "odd", "plain"]
+    arms = json.loads((place / "A" / "ablations" / "arms.json").read_text())
+    assert sorted(arms) == ["base", "more", "odd", "plain"]
     table = tables.plain_rows(place / "A", "sweeps/rates.summary.json")
     best = found["ranked"][0]
     assert table.splitlines()[2].startswith(f"| `{best['arm']}` | {best['score']:.4f} |")

@@ -47,7 +47,7 @@ def test_retired_variable_is_refused_with_its_reason(trunk, name, value):
 def test_retired_variables_are_taken_at_their_off_value(trunk):
     """The settings that a run before their retirement recorded still start one."""
     off = {name: value.split()[-1] for name, (value, _) in trunk.Hyperparameters.RETIRED.items()}
-    args = trunk.Hyperparameters(off | {name: "7" for name in trunk.Hyperparameters.IGNORED})
+    args = trunk.Hyperparameters(off | dict.fromkeys(trunk.Hyperparameters.IGNORED, "7"))
     assert args.settings() == trunk.Hyperparameters().settings()
 
 

@@ -721,7 +721,8 @@ def test_the_bench_measures_both_ways_in_turn(command, tmp_path, monkeypatch):
                 )
     result = found["greedy"]["prose"]
     rows = {row[0]: row for row in reports.generation(folder / "bench.json")["rows"]}
-    assert rows["prose, greedy"][3:5] == [f"**{result['ratio']:.2f}**", f"{result['speculation']['bytes_per_pass']:.2f}"]
+    told = [f"**{result['ratio']:.2f}**", f"{result['speculation']['bytes_per_pass']:.2f}"]
+    assert rows["prose, greedy"][3:5] == told
     kinds = section.read_prompts(section.Hyperparameters({}))
     assert all(len(text) == 256 for text in kinds.values())
     assert kinds["prose"].isascii()
