@@ -16,10 +16,15 @@ from conftest import (
     enlivened,
 )
 from family import load_script
-from test_model import ABSENT, CHANGED, PUBLISHED
+from test_model import PUBLISHED
 
 RECORD, = (ROOT / "records").glob("*_ByteJEPA")
 section = load_script(RECORD)
+
+CHANGED = {"bigram.table": "one order of a table of several: (1, 4096, 32)"}
+ABSENT = {"bigram.scale": "the table's rate does what a scale did"}
+
+CONTEXTS = {"NGRAM_ORDERS": "0", "BIGRAM_VOCAB_SIZE": "256", "BIGRAM_DIM": "8"}  # of the tiny model
 
 # The arms of the ablation, and what each adds to the tiny model.
 ARMS = {
@@ -34,8 +39,8 @@ JEPA = [name for name in ARMS if name != "plain"]
 
 
 def tiny(**overrides):
-    fresh = {"NGRAM_ORDERS": "0", "BIGRAM_VOCAB_SIZE": "256", "JEPA_CHUNK_SIZE": 8}
-    return section.Hyperparameters({**TINY, **{k: str(v) for k, v in {**fresh, **overrides}.items()}})
+    settings = {**TINY, **CONTEXTS, "JEPA_CHUNK_SIZE": 8, **overrides}
+    return section.Hyperparameters({name: str(value) for name, value in settings.items()})
 
 
 def alive(args, seed: int = 0):
@@ -47,7 +52,8 @@ def batch(rows: int = 4, seed: int = 0):
 
 
 def losses(model, ids, step: int = 0):
-    return model.losses(ids, torch.ones(len(ids)), model.aux.inputs(step, ids.device) if model.aux else None)
+    inputs = model.aux.inputs(step, ids.device) if model.aux else None
+    return model.losses(ids, torch.ones(len(ids)), inputs)
 
 
 def test_submitted_settings_are_the_defaults():
@@ -65,7 +71,7 @@ def test_submitted_settings_are_the_defaults():
         "eval_stride": 512, "jepa_latent_dim": 256, "jepa_proj_hidden": 256,
         "jepa_sigreg_projs": 256, "jepa_sigreg_knots": 17, "jepa_sigreg_weight": 0.02,
         "jepa_lambda_max": 0.001, "jepa_phase1_frac": 0.3, "jepa_phase2_frac": 0.5,
-        "jepa_lr": 0.001, "max_wallclock_seconds": 600.0, "tie_embeddings": True,
+        "jepa_lr": 0.001, "max_wallclock_seconds": 600.0,
     }
     assert {name: getattr(args, name) for name in submitted} == submitted
 
@@ -93,7 +99,7 @@ def test_every_tensor_of_an_arm_learns_or_is_meant_not_to(arm):
         weights = {name: 1.0 for name in ("jepa_pred", "sigreg") if name in sums and args.jepa_loss}
         (sums["ce"] / 256 + sum(sums[name] for name in weights)).backward()
         if step < 2:
-            optimizers.step(step, 0.0, optimizers.reduce(1.0))
+            optimizers.step(step, 0.0, optimizers.reduce())
             model.zero_grad()
     dead = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
     frozen = {"random": {name for name, _ in model.named_parameters()
@@ -113,8 +119,8 @@ def test_the_adapter_carries_the_chunk_before_and_no_other_chunk_ahead():
     moved = hidden.clone()
     moved[:, 8:16] += 1
     added = (model.aux(moved)[0] - moved) - (base - hidden)
-    where = added.abs().amax((0, 2)) > 1e-6
-    assert where.tolist() == [16 <= t < 24 for t in range(32)]
+    reached = added.abs().amax((0, 2)) > 1e-6
+    assert reached.tolist() == [16 <= t < 24 for t in range(32)]
 
 
 @pytest.mark.parametrize("horizon", [1, 2, 3])
@@ -201,7 +207,7 @@ def test_a_run_and_what_its_artifact_carries(run, corpus, tmp_path, arm):
     run did, and R^2 and SIGReg's floor are in the log."""
     settings = {
         **ARMS[arm],
-        "NGRAM_ORDERS": 0,
+        **CONTEXTS,
         "JEPA_LAMBDA_MAX": 0.1,
         "BF16_MASTERS": int(arm == "published"),
     }
@@ -211,8 +217,8 @@ def test_a_run_and_what_its_artifact_carries(run, corpus, tmp_path, arm):
     assert all({"jepa_r2", "sigreg", "sigreg_floor"} <= step.keys() for step in steps if "train_loss" in step)
     _, tensors = section.unpack((tmp_path / "runs/test/artifact.bin").read_bytes(), "artifact")
     assert "aux.injection.weight" in tensors and not any("sketch" in name for name in tensors)
-    code, output, _ = run(script=RECORD / "train_gpt.py", RUN_ID="again", EVAL_ONLY=1, NGRAM_ORDERS=0,
-                              ARTIFACT=tmp_path / "runs/test/artifact.bin")
+    code, output, _ = run(script=RECORD / "train_gpt.py", RUN_ID="again", EVAL_ONLY=1, **CONTEXTS,
+                          ARTIFACT=tmp_path / "runs/test/artifact.bin")
     assert code == 0, output
     line = next(line for line in output.splitlines() if line.startswith("final_int6_sliding_exact"))
     assert f"val_bpb:{metrics['val_bpb']:.8f}" in line
@@ -224,7 +230,7 @@ def test_bf16_masters_are_bf16(corpus):
     model.init_weights(0)
     optimizers = section.Optimizers(model, args, section.Runtime(args))
     losses(model, batch())["ce"].backward()
-    optimizers.step(0, 0.0, optimizers.reduce(1.0))
+    optimizers.step(0, 0.0, optimizers.reduce())
     coarse = {
         name
         for name, p in model.named_parameters()
@@ -237,9 +243,9 @@ def test_bf16_masters_are_bf16(corpus):
 def test_two_ranks_give_the_losses_of_one(run):
     found = []
     for ranks in (1, 2):
-        code, output, _ = run(ranks, script=RECORD / "train_gpt.py", RUN_ID=f"r{ranks}", NGRAM_ORDERS=0,
+        code, output, _ = run(ranks, script=RECORD / "train_gpt.py", RUN_ID=f"r{ranks}",
                               JEPA_LAMBDA_MAX=0.5, ITERATIONS=4, JEPA_PHASE1_FRAC=0, JEPA_PHASE2_FRAC=0.9,
-                              **ARMS["text"])
+                              **ARMS["text"], **CONTEXTS)
         assert code == 0, output
         lines = [line for line in output.splitlines() if line.startswith("step:") and "train_loss" in line]
         found.append(
@@ -258,3 +264,45 @@ def test_two_ranks_give_the_losses_of_one(run):
 def test_a_horizon_beyond_the_row_is_refused():
     with pytest.raises(section.UserError, match="JEPA_HORIZON=8"):
         tiny(JEPA_HORIZON=8)
+
+
+def test_settings_of_the_old_trunk_that_the_arms_name_are_accepted_when_off():
+    """The ablation's results name them; a value that would switch them on is refused with the reason."""
+    off = {"QAT_START": "1.0", "QUANT_CLIP": "std", "EMA_ENABLED": "1", "TIE_EMBEDDINGS": "1"}
+    assert tiny(**off).jepa_adapter
+    with pytest.raises(section.UserError, match="QUANT_CLIP='mse' is retired"):
+        tiny(QUANT_CLIP="mse")
+
+
+ADAPTER = {"aux.injection.weight"}
+LATENT_MLPS = {f"aux.{mlp}.fc{i}.weight" for mlp in ("projector", "predictor") for i in (1, 2)}
+
+
+def reached(term: str, **overrides) -> set[str]:
+    """Names of the parameters that a loss gives a gradient."""
+    model = alive(tiny(**overrides))
+    names, params = zip(*model.named_parameters())
+    grads = torch.autograd.grad(losses(model, batch())[term], params, allow_unused=True)
+    return {name for name, grad in zip(names, grads) if grad is not None and grad.abs().max() > 0}
+
+
+def test_without_the_adapter_cross_entropy_does_not_reach_the_jepa():
+    assert reached("ce") >= ADAPTER | LATENT_MLPS
+    assert not any(name.startswith("aux.") for name in reached("ce", JEPA_ADAPTER=0))
+
+
+def test_the_adapters_gradient_can_stop_before_the_latent():
+    fixed = reached("ce", JEPA_ADAPTER_GRAD=0)
+    assert fixed >= ADAPTER and not LATENT_MLPS & fixed
+
+
+@pytest.mark.parametrize("term", ["jepa_pred", "sigreg"])
+def test_a_switch_lets_the_jepas_losses_reach_the_backbone(term):
+    backbone = {"tok_emb.weight", "blocks.0.attn.c_q.weight"}
+    assert not backbone & reached(term)
+    assert backbone <= reached(term, JEPA_BACKBONE_GRAD=1)
+
+
+def test_a_jepa_loss_that_is_off_has_no_weight():
+    off, on = (section.GPT(tiny(JEPA_LOSS=flag)).aux.weights(0.6)["jepa_pred"] for flag in (0, 1))
+    assert off == 0 < on

@@ -1,18 +1,21 @@
-"""ByteJEPA: #832's byte-level transformer, its faults mended, and switches that show what its JEPA does.
+"""ByteJEPA: #832's byte-level transformer, mended, and switches that show what its JEPA does.
 
 Parent: the trunk, train_gpt.py.
-Idea:   the published configuration (13 x 512, live bigram hashes, no longer n-grams), and a chunk JEPA whose
-        loss, target, horizon, gradient paths and injection can each be switched: JEPA_CHUNK_SIZE=8 is #832's.
-        None was better than a plain model of equal size (README), so none is on.
+Idea:   the published configuration (13 x 512, bigram hashes that learn, no longer n-grams), and a
+        chunk JEPA whose loss, target, horizon, gradient paths and injection each have a switch:
+        JEPA_CHUNK_SIZE=8 JEPA_ADAPTER_GRAD=0 JEPA_SIGREG_BLIND=1 is #832's. None was better than
+        a plain model of equal size (README), so the default is none.
 
-Run:    python train_gpt.py --help                               every variable, its default and its reason
-        python train_gpt.py                                      one process, any device
-        torchrun --standalone --nproc_per_node=8 train_gpt.py    the contest: 8xH100, 600 s, 16,000,000 bytes
-        RESUME=auto RUN_ID=name torchrun ...                     go on from runs/name/last.safetensors
-        EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py            score an artifact and nothing else
+Run:    python train_gpt.py --help                             every variable and its reason
+        python train_gpt.py                                    one process, any device
+        torchrun --standalone --nproc_per_node=8 train_gpt.py  the contest: 8xH100, 600 s, 16 MB
+        RESUME=auto RUN_ID=name torchrun ...                   go on from runs/name/last.safetensors
+        EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py          only score an artifact
+        GENERATE=TEXT ARTIFACT=FILE python train_gpt.py        go on from a text, or from a file's
 
-The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs torch,
-numpy and safetensors; constriction, zstandard, sentencepiece, tqdm and FlashAttention are used if installed.
+The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs
+torch, numpy and safetensors, and uses constriction, sentencepiece, tqdm and FlashAttention if
+they are installed.
 """
 
 from __future__ import annotations
@@ -153,8 +156,9 @@ class Hyperparameters:
     unet_skips = Var(True, "later blocks add earlier outputs", ship="model")
     resid_mix = Var(True, "blocks mix in the embedding", ship="model")
     smear_gate = Var(True, "blend embeddings with the one before", ship="model")
-    bigram_vocab_size = Var(4096, "buckets of BigramHash; 0 = none, #832's were dead", low=0, ship="model")
-    ngram_orders = Var("0", "context lengths hashed into embeddings; 0 = none", ship="model")
+    bigram_vocab_size = Var(4096, "buckets of hashed bigrams; 0 = none", 0, ship="model")
+    bigram_dim = Var(32, "width of a bigram's row", 1, ship="model")
+    ngram_orders = Var("0", "lengths of hashed contexts; 0 = none", ship="model")
     ngram_words = Var(2, "1 = the word so far, 2 = and the one before", 0, 2, ship="model")
     ngram_buckets = Var(65536, "rows of each table", 2, ship="model")
     ngram_dim = Var(32, "width of a context's embedding", 1, ship="model")
@@ -162,20 +166,25 @@ class Hyperparameters:
     draft = Var(0, "ids that draft heads guess; 0 = none", 0, 16, ship="model")
 
     _jepa = "Chunk JEPA (#832, corrected)"
-    jepa_chunk_size = Var(0, "ids a latent covers, 8 in #832; 0 = no JEPA at all", low=0, ship="model")
+    jepa_chunk_size = Var(0, "ids a latent covers; 0 = no JEPA at all", 0, ship="model")
     jepa_latent_dim = Var(256, "width of a chunk latent", 1, ship="model")
     jepa_proj_hidden = Var(256, "hidden width of the two MLPs", 1, ship="model")
-    jepa_target = Var("state", "of a chunk: its states or its bytes", choices=("state", "text"))
-    jepa_horizon = Var(1, "chunks between what predicts and its target", low=1)
+    jepa_adapter = Var(True, "add the predicted latent to the stream", ship="model")
+    jepa_adapter_grad = Var(True, "cross-entropy trains the two MLPs by it")
+    jepa_loss = Var(True, "latent prediction loss")
+    jepa_backbone_grad = Var(False, "the JEPA's losses reach the backbone")
+    jepa_target = Var("state", "of a chunk: its states or bytes", choices=("state", "text"))
+    jepa_horizon = Var(1, "chunks from what predicts to its target", 1)
+    jepa_sigreg_blind = Var(False, "SIGReg of #832: blind to scale (A5)")
     jepa_sigreg_weight = Var(0.02, "SIGReg's weight in the JEPA loss", 0)
-    jepa_sigreg_blind = Var(False, "SIGReg as #832 has it: standardised, fixed directions (A5)")
-    jepa_sigreg_projs = Var(256, "random directions of SIGReg", low=1)
+    jepa_sigreg_projs = Var(256, "random directions, fresh each step", 1)
     jepa_sigreg_knots = Var(17, "points of its characteristic function", 2)
     jepa_sigreg_group = Var(4, "sequences pooled into one SIGReg statistic", 1)
     jepa_lambda_max = Var(0.001, "peak weight of the JEPA loss beside CE", 0)
     jepa_phase1_frac = Var(0.3, "progress up to which its weight is 0", 0, 1)
     jepa_phase2_frac = Var(0.5, "share over which it ramps up, then 0", 0, 1)
     jepa_ramp = Var("up", "down: from the peak to 0 instead", choices=("up", "down"))
+
     _optimizers = "Optimizers and schedule"
     iterations = Var(9000, "optimizer steps at most", 1)
     max_wallclock_seconds = Var(600.0, "training time; 0 = no limit", 0)
@@ -199,12 +208,12 @@ class Hyperparameters:
     adam_eps = Var(1e-8, "Adam", 0)
     grad_clip_norm = Var(0.3, "global gradient norm; 0 = no clip", 0)
     ema_decay = Var(0.997, "of the average that is scored", 0, 0.99999)
-    bf16_masters = Var(False, "embedding and JEPA weights rounded to bf16, as in #832 (A9)")
+    bf16_masters = Var(False, "embedding and JEPA weights as in #832 (A9)")
     seed = Var(1337, "of weights, order and SIGReg", 0)
 
     _artifact = "Artifact"
     bits = Var("embed:8,ngram:6,attn:6,mlp:6,other:6", "bit width by tensor class")
-    quant_k = Var("embed:4,ngram:6,attn:6,mlp:6,other:6", "k by tensor class: the size knob")
+    quant_k = Var("embed:4,ngram:6,attn:6,mlp:6,other:6", "step = k * std / top: the size knob")
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
     gptq_batches = Var(4, "training batches for these", 1)
     quant_rate = Var("embed:0,ngram:0.116,attn:0,mlp:0,other:0", "price of a bit in squared steps")
@@ -261,19 +270,14 @@ class Hyperparameters:
         "EMA_ENABLED": ("1", "EMA_DECAY=0 scores the last weights"),
         "TIE_EMBEDDINGS": ("1", "an untied head costs bytes"),
         "MTP_NUM_HEADS": ("0", "it costs +0.028 BPB in ten minutes; see DRAFT"),
-        "BIGRAM_VOCAB_SIZE": ("0", "NGRAM_ORDERS=2 hashes bigrams; see ByteJEPA"),
         "QUANT_CLIP": ("std", "QUANT_K sets every step; a search lost at equal size"),
         "QAT_START": ("1 1.0", "GPTQ took its place; see BytePatchJEPA"),
         "QAT_ENABLED": ("0", "see QAT_START"),
         "LATE_QAT": ("0", "see QAT_START"),
         "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
         "GRAD_REPORT_EVERY": ("0", "no result used it"),
-        "JEPA_BACKBONE_GRAD": ("0", "ByteJEPA switches parts of the objective"),
-        "JEPA_ADAPTER": ("1", "see JEPA_BACKBONE_GRAD"),
-        "JEPA_ADAPTER_GRAD": ("1", "see JEPA_BACKBONE_GRAD"),
-        "JEPA_LOSS": ("1", "see JEPA_BACKBONE_GRAD"),
     }
-    IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
+    IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT",
                "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
@@ -371,39 +375,6 @@ class Hyperparameters:
                 raise UserError(f"{var.name}: {part.strip()!r} is not accepted: CLASS:NUMBER, "
                                 f"CLASS in {classes}, NUMBER from {low} to {high}")
         return values
-
-    def _check(self, trains: bool) -> None:
-        """Refuses combinations that cannot work, with both values in the message."""
-        head_dim, rope = self.model_dim // self.num_heads, self.rope_dims
-        rows, spare = divmod(self.train_batch_tokens, self.train_seq_len) if trains else (0, 0)
-        chunk, group = self.jepa_chunk_size, self.jepa_sigreg_group
-        calibrates = self.quant_round == "gptq" and self.max_wallclock_seconds and not self.eval_only
-        problems = [
-            (self.model_dim % self.num_heads, "model_dim", "num_heads", "no whole width for a head"),
-            (self.num_heads % self.num_kv_heads, "num_heads", "num_kv_heads", "no equal groups of heads"),
-            (head_dim % 2, "model_dim", "num_heads", f"head width {head_dim} is odd, rotary needs pairs"),
-            (rope % 2 or rope > head_dim, "rope_dims", "num_heads", f"odd or wider than a head, {head_dim}"),
-            (self.ngram_dim % self.ngram_hashes, "ngram_dim", "ngram_hashes", "tables of unequal width"),
-            (spare, "train_batch_tokens", "train_seq_len", "the batch is not a whole number of rows"),
-            (self.eval_stride > self.eval_seq_len, "eval_stride", "eval_seq_len", "the stride skips targets"),
-            *((chunk and getattr(self, name) % chunk, name, "jepa_chunk_size", "breaks the chunk grid")
-              for name in ("train_seq_len", "eval_seq_len", "eval_stride")),
-            (self.ttt != "0" and self.ttt_chunk_tokens % self.eval_stride, "ttt_chunk_tokens", "eval_stride",
-             "a chunk is not a whole number of windows"),
-            (chunk and rows % group, "train_batch_tokens", "jepa_sigreg_group", "no equal groups of rows"),
-            (chunk and self.jepa_horizon >= self.train_seq_len // chunk, "jepa_horizon", "train_seq_len",
-             "a row has no chunk so far ahead"),
-            (self.jepa_phase1_frac + self.jepa_phase2_frac > 1, "jepa_phase1_frac", "jepa_phase2_frac",
-             "together more than the whole run"),
-            (self.rank >= self.world_size, "rank", "world_size", "a rank is below the number of processes"),
-            (self.qat_start < 1 and self.quant_clip != "std", "qat_start", "quant_clip", "trains with std"),
-            (calibrates and not self.warmup_steps, "warmup_steps", "quant_round", "calibration is untimed"),
-            (self.eval_only and not self.artifact, "eval_only", "artifact", "which artifact?"),
-        ]
-        for bad, *names, why in problems:
-            if bad:
-                pair = ", ".join(f"{name.upper()}={getattr(self, name)}" for name in names)
-                raise UserError(f"{pair}: {why}")
 
 
 # -----------------------------------------------------------------------------
@@ -1028,7 +999,7 @@ SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
 def tensor_class(name: str) -> str:
     if name.startswith("tok_emb"):
         return "embed"
-    if name.startswith("ngram.table"):
+    if name.startswith(("ngram.table", "bigram.table")):
         return "ngram"
     if ".attn." in name:
         return "attn"
@@ -1144,24 +1115,29 @@ class LatentMLP(nn.Module):
 
 
 def sigreg(latents: Tensor, directions: Tensor, knots: int, blind: bool = False) -> Tensor:
-    """Sketched test that latents are N(0, I): distance of characteristic functions along random directions.
+    """Sketched test that latents are N(0, I): distance of characteristic functions along random
+    directions.
 
-    latents (G, N, d): G samples of N latents; directions (d, P), unit columns. Returns (G,) in fp32: the mean
-    over P of sum_k w_k [(mean cos t_k p - phi_k)^2 + (mean sin t_k p)^2], phi_k = exp(-t_k^2 / 2), t on
-    [0.2, 3], w_k = phi_k / sum(phi). Nothing is standardised, so a wrong scale costs. `blind` is #832's own:
-    each dimension standardised, equal w_k; it cannot see a scale that collapses (defect A5).
-    After LeJEPA's SIGReg (Balestriero & LeCun 2025) and #696."""
+    latents (G, N, d): G samples of N latents; directions (d, P), unit columns. Returns (G,) in
+    fp32: the mean over P of sum_k w_k [(mean cos t_k p - phi_k)^2 + (mean sin t_k p)^2], phi_k =
+    exp(-t_k^2 / 2), t on [0.2, 3], w_k = phi_k / sum(phi). Nothing is standardised, so a wrong
+    scale costs (defect A5 of #832). After LeJEPA's SIGReg (Balestriero & LeCun 2025) and #696.
+    `blind` is #832's own, which standardises each dimension and has equal w_k."""
     t = torch.linspace(0.2, 3.0, knots, device=latents.device)
     phi = torch.exp(-0.5 * t * t)
     if blind:
-        latents = (latents - latents.mean(1, True)) / latents.std(1, keepdim=True).clamp(min=1e-6)
+        # a scale that collapses cannot be seen any more
+        centred = latents - latents.mean(1, keepdim=True)
+        latents = centred / latents.std(1, keepdim=True).clamp(min=1e-6)
     angles = (latents.float() @ directions.float())[..., None] * t  # (G, N, P, K)
     gap = (angles.cos().mean(1) - phi).square() + angles.sin().mean(1).square()
-    return gap.mean((-1, -2)) if blind else (gap @ (phi / phi.sum())).mean(-1)
+    if blind:
+        return gap.mean((-1, -2))
+    return (gap @ (phi / phi.sum())).mean(-1)
 
 
 def sigreg_floor(samples: int, knots: int, blind: bool = False) -> float:
-    """Expected value of `sigreg` for `samples` true N(0, I) latents: sum_k w_k (1 - phi_k^2) / samples."""
+    """Expected `sigreg` of `samples` true N(0, I) latents: sum_k w_k (1 - phi_k^2) / samples."""
     t = np.linspace(0.2, 3.0, knots)
     phi = np.exp(-0.5 * t * t)
     return float(np.average(1 - phi**2, weights=None if blind else phi) / samples)
@@ -1180,62 +1156,76 @@ def check_jepa(args: Hyperparameters) -> None:
     forbid(total > 1, args, "jepa_phase1_frac jepa_phase2_frac", "together at most 1")
 
 
+@check
+def check_horizon(args: Hyperparameters) -> None:
+    chunk = args.jepa_chunk_size
+    too_far = chunk and args.jepa_horizon >= args.train_seq_len // chunk
+    forbid(too_far, args, "jepa_horizon train_seq_len", "a row must have a chunk so far ahead")
+
+
 class ChunkJEPA(nn.Module):
-    """Predicts the latent of each chunk of ids from the chunk before it, and feeds the guess to the stream.
+    """Predicts each chunk's latent from the chunk before it, and feeds the guess to the stream.
 
     The interface that a record replaces, and nothing else of the script:
-      inputs(step, device)    what a step's losses need from outside the graph, equal on all ranks
-      forward(hidden, inputs, text)  (hidden with the injection, {name: (groups,) loss}); no losses without
-                              inputs; `text` are the embeddings that the blocks began with
+      inputs(step, device)    what losses need from outside the graph, equal on all ranks
+      forward(hidden, inputs, text)  (hidden with the injection, {name: (groups,) loss}), {} without
+                              inputs; `text` (B, T, D): what the blocks began with
       weights(progress)       {name: weight of that term beside CE}
       report(means)           what the step line says about the mean terms
-      first_read(position)    first position whose state a decoder needs to feed `position` and later ones
-      exported()              prefixes of the parameters that scoring needs; no others reach the artifact
+      first_read(position)    first position whose state a decoder needs to feed `position`
+      exported()              prefixes of the parameters that scoring needs; artifacts have no others
 
-    With h_c the mean hidden state of chunk c: z_c = projector(h_c), zhat_c = predictor(z_{c-1}) (a start
-    vector for c = 0); losses |zhat_c - sg(y_{c-1+horizon})|^2 and SIGReg on y; injection W zhat_c at all
-    positions of c. The target y_c is z_c ("state": part of it is in the context already) or a sketch of
-    the chunk's embeddings alone ("text": it is not), linear and for training only.
-    Causal: chunk c reads the chunks before it. SIGReg pools fixed groups of rows: ranks do not change it."""
+    With h_c the mean hidden state of chunk c: z_c = projector(h_c), zhat_c = predictor(z_{c-1}) (a
+    start vector for c = 0); losses |zhat_c - sg(y_{c-1+horizon})|^2 and SIGReg on y; injection
+    W zhat_c at all positions of c: chunk c reads only chunks before it. The target y_c is z_c
+    ("state", which the context knows in part) or a linear sketch of only the chunk's embeddings
+    ("text", which it does not know), used only for training. SIGReg pools fixed groups of rows."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
-        self.args, self.chunk = args, args.jepa_chunk_size
+        self.args = args
+        self.chunk = args.jepa_chunk_size
         latent, hidden = args.jepa_latent_dim, args.jepa_proj_hidden
         self.projector = LatentMLP(args.model_dim, hidden, latent)
         self.predictor = LatentMLP(latent, hidden, latent)
         self.start = nn.Parameter(torch.empty(latent))
         self.injection = CastedLinear(latent, args.model_dim) if args.jepa_adapter else None
-        sketch = args.jepa_loss and args.jepa_target == "text"
-        self.sketch = CastedLinear(self.chunk * args.model_dim, latent) if sketch else None
+        sketched = args.jepa_loss and args.jepa_target == "text"
+        self.sketch = CastedLinear(self.chunk * args.model_dim, latent) if sketched else None
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         self.start.normal_(0, 0.02, generator=generator)
-        for layer in filter(None, (*self.projector.children(), *self.predictor.children(), self.sketch)):
+        layers = [*self.projector.children(), *self.predictor.children()]
+        if self.sketch is not None:
+            layers.append(self.sketch)
+        for layer in layers:
             bound = layer.weight.size(1) ** -0.5
             layer.weight.uniform_(-bound, bound, generator=generator)
         if self.injection is not None:
             self.injection.weight.zero_()
 
     def inputs(self, step: int, device: torch.device) -> Tensor:
-        """Fresh unit directions (latent, projs) for SIGReg, from the seed and the step alone."""
-        step *= not self.args.jepa_sigreg_blind  # whose directions are drawn once
+        """Fresh unit directions (latent, projs) for SIGReg, from only the seed and the step."""
+        if self.args.jepa_sigreg_blind:
+            step = 0  # #832 draws them once
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
-        directions = torch.randn(self.args.jepa_latent_dim, self.args.jepa_sigreg_projs, generator=generator)
+        size = self.args.jepa_latent_dim, self.args.jepa_sigreg_projs
+        directions = torch.randn(size, generator=generator)
         return F.normalize(directions, dim=0).to(device)
 
     def forward(self, hidden: Tensor, inputs: Tensor | None = None,
-                text: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """hidden and text (B, T, D). A tail shorter than a chunk is fed like any chunk, so that a decoder
-        that stops inside one agrees with the scorer (#832 feeds it nothing). Terms are per group of rows."""
+                text: Tensor | None = None) -> tuple[Tensor, dict]:
+        """hidden (B, T, D). A tail shorter than a chunk is fed like any chunk: a decoder that stops
+        inside one agrees with the scorer (#832 feeds it nothing). Terms are per group of rows."""
         args, size = self.args, self.chunk
         if inputs is None and self.injection is None:
             return hidden, {}
         batch, length, _ = hidden.shape
-        full = length // size
+        full = length // size  # whole chunks, C below
         source = hidden if args.jepa_backbone_grad else hidden.detach()
-        z = self.projector(source[:, : full * size].unflatten(1, (full, size)).mean(2))  # (B, C, latent)
+        source = source[:, : full * size]
+        z = self.projector(source.unflatten(1, (full, size)).mean(2))  # (B, C, latent)
         start = self.start.to(z.dtype).expand(batch, 1, -1)
         guess = self.predictor(torch.cat((start, z), 1)[:, : -(-length // size)])
         if self.injection is not None:
@@ -1243,33 +1233,44 @@ class ChunkJEPA(nn.Module):
             hidden = hidden + self.injection(given).repeat_interleave(size, dim=1)[:, :length]
         if inputs is None:
             return hidden, {}
-        if self.sketch is not None:
-            z = self.sketch(text.detach()[:, : full * size].unflatten(1, (full, size)).flatten(2))
+        # a guess and its target: the guess for chunk c is held against chunk c + ahead
         ahead = args.jepa_horizon - 1
+        if self.sketch is not None:
+            chunks = text.detach()[:, : full * size].unflatten(1, (full, size))
+            z = self.sketch(chunks.flatten(2))  # (B, C, latent)
+        z, guess = z[:, ahead:], guess[:, : full - ahead]
+        # losses pool groups of rows, whatever the ranks
         z, guess = (x.float().unflatten(0, (-1, args.jepa_sigreg_group)).flatten(1, 2)
-                    for x in (z[:, ahead:], guess[:, : full - ahead]))  # (G, group * C, latent)
+                    for x in (z, guess))  # (G, group * (C - ahead), latent)
         error = (guess - z.detach()).square().mean((1, 2))
         return hidden, {"jepa_pred": error, "latent_var": z.detach().var(1).mean(-1),
                         "sigreg": sigreg(z, inputs, args.jepa_sigreg_knots, args.jepa_sigreg_blind)}
 
     def weights(self, progress: float) -> dict[str, float]:
-        """0 in phase 1, a linear ramp to JEPA_LAMBDA_MAX (or down from it) in phase 2, 0 afterwards."""
+        """0 in phase 1, a linear ramp to or from JEPA_LAMBDA_MAX in phase 2, 0 afterwards."""
         args = self.args
         into = (progress - args.jepa_phase1_frac) / max(args.jepa_phase2_frac, 1e-9)
         share = into if args.jepa_ramp == "up" else 1 - into
-        peak = args.jepa_lambda_max * args.jepa_loss * share * (0 <= into < 1)
-        return {"jepa_pred": peak, "sigreg": peak * args.jepa_sigreg_weight, "latent_var": 0.0}
+        peak = args.jepa_lambda_max * share if args.jepa_loss and 0 <= into < 1 else 0.0
+        sigreg_weight = peak * args.jepa_sigreg_weight
+        return {"jepa_pred": peak, "sigreg": sigreg_weight, "latent_var": 0.0}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
-        """R^2 of the predictor, and SIGReg beside the value that perfectly normal latents would give."""
+        """R^2 of the predictor, and SIGReg beside its value for perfectly normal latents."""
         args = self.args
-        samples = args.jepa_sigreg_group * (args.train_seq_len // self.chunk - args.jepa_horizon + 1)
+        targets = args.train_seq_len // self.chunk - args.jepa_horizon + 1  # a row
+        samples = args.jepa_sigreg_group * targets
         r2 = 1 - means["jepa_pred"] / max(means["latent_var"], 1e-12)
         return {"jepa_pred": means["jepa_pred"], "jepa_r2": r2, "sigreg": means["sigreg"],
                 "sigreg_floor": sigreg_floor(samples, args.jepa_sigreg_knots, args.jepa_sigreg_blind)}
 
     def first_read(self, position: int) -> int:
         return max(0, position // self.chunk - 1) * self.chunk
+
+    def exported(self) -> tuple[str, ...]:
+        if self.injection is None:
+            return ()
+        return "projector.", "predictor.", "start", "injection."
 
 
 @check
@@ -1529,6 +1530,9 @@ class GPT(nn.Module):
         self.args, self.attention, self.dtype = args, attention, dtype
         dim, layers = args.model_dim, args.num_layers
         self.tok_emb = nn.Embedding(args.vocab_size, dim)
+        # earlier ids: #832's bigrams, and longer contexts
+        size = args.bigram_vocab_size, args.bigram_dim, 1, dim
+        self.bigram = HashEmbedding((2,), 0, *size) if args.bigram_vocab_size else None
         self.ngram = None
         if args.ngram_order_list:
             words = args.ngram_words if args.vocab_size == 260 else 0
@@ -1559,8 +1563,9 @@ class GPT(nn.Module):
                 nn.init.orthogonal_(layer.weight, generator=generator)
             block.attn.proj.weight.zero_()
             block.mlp.proj.weight.zero_()
-        if self.ngram is not None:
-            nn.init.orthogonal_(self.ngram.proj.weight, generator=generator)
+        for contexts in (self.bigram, self.ngram):
+            if contexts is not None:
+                nn.init.orthogonal_(contexts.proj.weight, generator=generator)
         if self.aux is not None:
             self.aux.init_weights(generator)
         if self.draft is not None:
@@ -1574,8 +1579,9 @@ class GPT(nn.Module):
         """ids (B, T) -> normalised embeddings (B, T - known, D), from position `known` on."""
         tail = ids[:, max(0, known - self.reach) :]  # embeddings depend on earlier ids
         x = self.embed(tail)
-        if self.ngram is not None:
-            x = x + self.ngram(tail, self.dtype)
+        for contexts in (self.bigram, self.ngram):
+            if contexts is not None:
+                x = x + contexts(tail, self.dtype)
         x = rms_norm(x)
         if self.smear is not None:
             x = self.smear(x, tail)
@@ -1622,44 +1628,20 @@ class GPT(nn.Module):
         past.states = torch.cat((past.states, x), 1)
         return self.aux(past.states[:, self.aux.first_read(known) :])[0][:, -x.size(1) :]
 
-    def hidden(self, ids: Tensor, rotary: Tensor, aux_inputs: Tensor | None = None,
-               past: KVCache | None = None) -> tuple[Tensor, dict]:
-        """ids (B, T) -> normalised states (B, T, D) and the auxiliary terms.
-        With `past`, ids (1, T) are those of a window so far, the states those of what is not in it yet."""
-        known = 0 if past is None else past.length
-        fresh = ids.size(1) - known
-        tail = ids[:, max(0, known - self.reach) :]  # an embedding depends on some ids before its own
-        x = F.embedding(tail, rounded(self.tok_emb)).to(self.dtype)
-        for table in (self.bigram, self.ngram):
-            if table is not None:
-                x = x + table(tail, self.dtype)
-        x = rms_norm(x)
-        if self.smear is not None:
-            x = self.smear(x, tail)
-        x, rotary, where = x[:, -fresh:], rotary[:, known : known + fresh], None
-        if past is not None:
-            where = causal_mask(((ids == BOS_ID) & self.args.doc_mask).cumsum(1), fresh)
-        elif self.args.doc_mask:
-            where = document_mask(self.attention, ids)
-        x0, skips, first_half = x, [], len(self.blocks) // 2
-        for i, block in enumerate(self.blocks):
-            if i >= first_half and skips:  # U-Net: the second half takes the first half's outputs, last first
-                x = x + self.skip_weights[i - first_half].to(x.dtype) * skips.pop()
-            x = block(x, x0, rotary, where, past)
-            if i < first_half and self.skip_weights is not None:
-                skips.append(x)
-        terms: dict[str, Tensor] = {}
-        if past is not None:
-            past.states, past.length = torch.cat((past.states, x), 1), ids.size(1)
-        if self.aux is not None and past is not None:
-            x = self.aux(past.states[:, self.aux.first_read(known) :])[0][:, -fresh:]
-        elif self.aux is not None:
-            x, terms = self.aux(x, aux_inputs, x0)
-        return rms_norm(x), terms
+    def hidden(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
+        """`states`, as the head reads them: (B, T, D), normalised."""
+        x = self.states(ids, rotary, past)
+        if self.aux is not None:
+            x = self.injected(x, past)
+        return rms_norm(x)
 
     def exported(self) -> dict[str, nn.Parameter]:
         """Parameters that scoring needs, by name; those of training only stay out of artifacts."""
-        return dict(self.named_parameters())
+        kept = ()
+        if self.aux is not None:
+            kept = tuple(f"aux.{prefix}" for prefix in self.aux.exported())
+        return {name: p for name, p in self.named_parameters()
+                if not name.startswith("aux.") or name.startswith(kept)}
 
     def head(self, x: Tensor, frozen: bool = False) -> Tensor:
         """States -> capped logits in fp32; `frozen`: no gradient for the head's own weight."""
@@ -1672,7 +1654,9 @@ class GPT(nn.Module):
         """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats of all targets, other terms."""
         x, terms = self.states(ids[:, :-1], self.rotary_train), {}
         if self.aux is not None:
-            x, terms = self.aux(x, aux_inputs)
+            with torch.no_grad():  # what the blocks began with
+                text = self.embed_contexts(ids[:, :-1], 0) if self.aux.sketch is not None else None
+            x, terms = self.aux(x, aux_inputs, text)
         x = rms_norm(x)
         logits, targets = self.head(x).flatten(0, 1), ids[:, 1:].flatten()
         nats = F.cross_entropy(logits, targets, reduction="none")
@@ -1832,7 +1816,7 @@ class Optimizers:
     group    parameters                              optimizer   rate
     matrix   2-D weights of blocks, hash projection  Muon        MATRIX_LR
     table    n-gram tables                           RowAdagrad  NGRAM_LR
-    embed    token embedding                         AdamW       TIED_EMBED_LR
+    embed    token embedding, bigram table           AdamW       TIED_EMBED_LR
     aux      JEPA                                    AdamW       JEPA_LR, no decay
     draft    draft heads                             AdamW       DRAFT_LR, no decay
     scalar   gains, mixes, gates: all else           AdamW       SCALAR_LR
@@ -1843,24 +1827,25 @@ class Optimizers:
 
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
-        keys = ("matrix", "embed", "head", "table", "aux", "scalar", "draft")
-        named = [(self.group_of(name, p), p) for name, p in model.named_parameters()]
-        groups = {key: [p for group, p in named if group == key] for key in keys}
+        groups = {group: [] for group in self.GROUPS}
+        for name, p in model.named_parameters():
+            groups[self.group_of(name, p)].append(p)
         self.muon = Muon(groups["matrix"], args, runtime)
         self.tables = RowAdagrad(groups["table"], args)
-        rates = {"embed": args.tied_embed_lr if args.tie_embeddings else args.embed_lr, "head": args.head_lr,
-                 "aux": args.jepa_lr, "scalar": args.scalar_lr, "draft": args.draft_lr}
-        decays = dict.fromkeys(("aux", "draft"), 0.0)
-        adam = [{"params": groups[key], "lr": rate, "peak": rate,
-                 "weight_decay": decays.get(key, args.adam_wd)} for key, rate in rates.items() if groups[key]]
-        self.adam = torch.optim.AdamW(adam, betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
-        self.replicated = [p for key in keys[1:] for p in groups[key]]
+        rates = {"embed": (args.tied_embed_lr, args.adam_wd), "aux": (args.jepa_lr, 0.0),
+                 "scalar": (args.scalar_lr, args.adam_wd), "draft": (args.draft_lr, 0.0)}
+        adam = [{"params": groups[group], "lr": rate, "peak": rate, "weight_decay": decay}
+                for group, (rate, decay) in rates.items() if groups[group]]
+        betas = args.beta1, args.beta2
+        self.adam = torch.optim.AdamW(adam, betas=betas, eps=args.adam_eps, fused=True)
+        self.replicated = [p for group in self.GROUPS[1:] for p in groups[group]]
         self.counted = len(self.replicated) - len(groups["draft"])
         self.coarse = groups["embed"] + groups["aux"] if args.bf16_masters else []
 
     @staticmethod
     def group_of(name: str, p: nn.Parameter) -> str:
-        prefixes = {"aux.": "aux", "draft.": "draft", "ngram.table": "table", "tok_emb.": "embed"}
+        prefixes = {"aux.": "aux", "draft.": "draft", "ngram.table": "table", "tok_emb.": "embed",
+                    "bigram.table": "embed"}
         for prefix, group in prefixes.items():
             if name.startswith(prefix):
                 return group
@@ -1882,18 +1867,19 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, step: int, progress: float, norm: Tensor) -> None:
-        args, fall = self.args, rate_at(progress, self.args)
+        args = self.args
+        rate = rate_at(progress, args)
         clip = ((args.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
         warm = min(1.0, step / max(args.muon_momentum_warmup_steps, 1e-9))
         momentum = (1 - warm) * args.muon_momentum_warmup_start + warm * args.muon_momentum
         torch._foreach_mul_([p.grad for p in self.replicated], clip)
-        self.muon.step(args.matrix_lr * fall, momentum, clip)
+        self.muon.step(args.matrix_lr * rate, momentum, clip)
         for group in self.adam.param_groups:
-            group["lr"] = group["peak"] * fall
+            group["lr"] = group["peak"] * rate
         self.adam.step()
         for p in self.coarse:
             p.copy_(p.bfloat16())
-        self.tables.step(args.ngram_lr * fall)
+        self.tables.step(args.ngram_lr * rate)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of every optimizer, by name."""
