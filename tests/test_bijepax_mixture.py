@@ -457,8 +457,8 @@ def test_score_and_stream_agree(model, text, monkeypatch, changes):
 def test_weight_zero_reproduces_the_network(model, text, monkeypatch):
     monkeypatch.setattr(model.args, "ppm_weight", 0)
     nats, _ = section.score(model, text)
-    stride = model.args.eval_stride
-    want = np.concatenate([part for *_, part in section.scored(model, text, 64, stride, 8)])
+    plan = section.WindowPlan(64, model.args.eval_stride, 8)
+    want = np.concatenate([part for *_, part in section.scored(model, text, plan)])
     assert abs(nats.sum() - want.sum()) / len(text) < 1e-9
 
 
