@@ -406,7 +406,7 @@ def test_bytes_of_targets_come_from_the_sidecars(shards):
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda path: path.unlink(), "is missing"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-2]), "not its sidecar"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-2]), "not the sidecar"),
     (lambda path: path.write_bytes(path.read_bytes()[:-2] + b"\x07\x00"), "sha256"),
 ])
 def test_a_sidecar_that_does_not_fit_is_one_clear_line(shards, tmp_path, spoil, words):
