@@ -529,8 +529,11 @@ def test_what_each_mixture_is_worth(model, shards, args, tmp_path):
     tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
     (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))
     shard, = shards.glob("*_val_*.bin")
-    ids, sizes = (np.array(section.open_shard(path, 1 << 16))[:1201] for path in (shard, shard.with_suffix(".bytes")))
-    found = mixtures.table(section, str(tmp_path / "model.bin"), args.tokenizer_path, ids, sizes[1:].astype(int), 2, print)
+    paths = (shard, shard.with_suffix(".bytes"))
+    ids, sizes = (np.array(section.open_shard(path, 1 << 16))[:1201] for path in paths)
+    found = mixtures.table(
+        section, str(tmp_path / "model.bin"), args.tokenizer_path, ids, sizes[1:].astype(int), 2, print
+    )
     rows = {row[0]: float(row[1]) for row in found["rows"]}
     mixed, control = rows["**mixture (`MIX=binary`)**"], rows["control: network alone through the mixer"]
     assert mixed < control and mixed < rows["tilt (`MIX=tilt`)"] < rows["network alone"]

@@ -776,7 +776,7 @@ class Dataset:
         return {**manifest, "sha256": shards}
 
     def _read_sidecars(self, verify: bool) -> np.ndarray | None:
-        """Original bytes of each validation id, uint16, for text in CaseOps form; else None."""
+        """Original bytes of each validation id, uint16, of CaseOps text; else None."""
         paths = [path.with_suffix(".bytes") for path in self.val_files]
         if "caseops" not in self.manifest and not any(path.exists() for path in paths):
             return None
@@ -1011,7 +1011,7 @@ class Loader:
 
 SMALL_TENSOR = 4096  # elements; below it a tensor stays fp16
 SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
-AWQ_WIDTH = 64  # columns of a group that AWQ-lite rounds to 8 bits
+AWQ_WIDTH = 64  # columns of an AWQ-lite group
 
 
 def tensor_class(name: str) -> str:
@@ -1094,7 +1094,7 @@ def low_rank(error: np.ndarray, rank: int) -> list[tuple[np.ndarray, np.ndarray]
     u, values, v = np.linalg.svd(error, full_matrices=False)
     a, b = (u[:, :rank] * values[:rank]).T, v[:rank]
     largest = np.take_along_axis(a, np.abs(a).argmax(1)[:, None], 1)
-    flip = np.sign(-largest) + 0.0  # signs of a pair are free: -2 is for the largest
+    flip = np.sign(-largest) + 0.0  # the largest entry is for -2
     b = np.pad(b * flip, ((0, 0), (0, -b.shape[1] % AWQ_WIDTH))).reshape(-1, AWQ_WIDTH)
     parts = []
     for part, low, high in ((a * flip, -2, 1), (b, -8, 7)):
@@ -1151,7 +1151,8 @@ class BiJEPAX(nn.Module):
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
-        self.args, width = args, args.bijepax_head_dim
+        self.args = args
+        width = args.bijepax_head_dim
         self.down = nn.ModuleList(CastedLinear(args.model_dim, width) for _ in args.hops)
         self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in args.hops)
         self.up = nn.ModuleList(CastedLinear(width, args.model_dim) for _ in args.hops)
@@ -1163,7 +1164,7 @@ class BiJEPAX(nn.Module):
             up.weight.normal_(0, 0.02, generator=generator)
 
     def inputs(self, progress: float) -> bool:
-        """Whether a step's losses need the terms at all."""
+        """Whether a step's losses need the terms."""
         return self.weights(progress)["bijepax"] > 0
 
     def forward(self, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
@@ -1186,7 +1187,7 @@ class BiJEPAX(nn.Module):
         return {"bijepax": loss / len(hops), "bijepax_plain": plain / len(hops)}
 
     def weights(self, progress: float) -> dict[str, float]:
-        """A trapezium over progress, from BIJEPAX_START_FRAC to BIJEPAX_END_FRAC."""
+        """A trapezium over progress, from its start to its end."""
         start, end = self.args.bijepax_start_frac, self.args.bijepax_end_frac
         ramp = max(min(0.15 * (end - start), 0.08), 1e-9)
         height = min(max(min(progress - start, end - progress) / ramp, 0.0), 1.0)
@@ -1235,7 +1236,7 @@ class KVCache:
         head_dim = args.model_dim // args.num_heads
         shape = (runs, 2, 1, args.eval_seq_len, args.num_kv_heads, head_dim)
         self.layers = torch.zeros(shape, **like)
-        self.length, self.turn = 0, 0  # `turn`: the run of a layer that is next
+        self.length, self.turn = 0, 0  # `turn`: the next run of a layer
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values of new positions (1, n, K, d); returns those of all."""
@@ -1414,7 +1415,7 @@ class GPT(nn.Module):
 
     def embed_contexts(self, ids: Tensor, known: int) -> Tensor:
         """ids (B, T) -> normalised embeddings (B, T - known, D), from position `known` on."""
-        tail = ids[:, max(0, known - 1) :]  # embeddings read the id before
+        tail = ids[:, max(0, known - 1) :]  # an id reads the one before
         x = rms_norm(self.smear(self.embed(tail), tail))
         return x[:, known - ids.size(1) :]
 
@@ -1927,7 +1928,7 @@ def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
             continue
         step = numbers[:, None]
         tensors[name], steps[name] = q * step, (step, top)
-        if part == "b":  # elementwise sums in a fixed order: any machine agrees
+        if part == "b":  # in a fixed order: any machine agrees
             a, b = tensors.pop(f"{owner}:a"), tensors.pop(name)
             for left, right in zip(a, b.reshape(len(a), -1)):
                 tensors[owner] += np.outer(left, right[: tensors[owner].shape[1]])
@@ -2026,7 +2027,7 @@ def windows(targets: int, length: int, stride: int) -> np.ndarray:
 
 try:
     from numba import njit
-except ImportError:  # only a mixture needs it, and says so
+except ImportError:  # only a mixture needs it
     njit = None
 
 
@@ -2089,7 +2090,7 @@ def vocabulary_tree(spelled: list[tuple]) -> Tree:
 Text = namedtuple("Text", "ids now places")
 # ids (slots,): the last of the text; now (2 + 2 * runs,): how many there were, where the document
 # begins, for each run the proposal's place and the ids before it that agree; places (runs, slots)
-RUNS, LONGEST, SLOTS = np.array([5, 2]), 32, 22  # ids of a run, at most; log2 of slots
+RUNS, LONGEST, SLOTS = np.array([5, 2]), 32, 22  # of a run; log2
 
 
 @kernel
@@ -2147,7 +2148,7 @@ TRIALS = np.digitize(np.arange(1024), (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 6
 AGREED = np.digitize(np.arange(LONGEST + 1), (4, 8, 16))
 STEPS, LIMIT = 1 / (np.arange(1024) + 1.6), 255  # by a counter's n; largest n
 RATE, SLOW = 0.002, 0.02  # of weights and of `hits`
-TINY = 1e-12  # added mass of an id: odds stay finite
+TINY = 1e-12  # odds stay finite
 
 
 @kernel
@@ -2230,7 +2231,7 @@ def move_contexts(m, token):
 
 @kernel
 def learn(m, tree, nodes, count, token):
-    """Learns from a scored id and moves the contexts past it."""
+    """Learns from a scored id, then moves the contexts."""
     f, used, weights = m.inputs, m.used, m.weights
     contexts, group = len(m.contexts), -1
     inputs = contexts + 1 + len(RUNS)
@@ -2306,7 +2307,8 @@ def tilt_score(beta, rate, ids, own, hints, liked, nats):
         if r == len(RUNS):
             continue
         cell = ((LONGEST + 1) * r + hints[t, 2 * r + 1]) * 16 + min(int(-2 * liked[t, r]), 15)
-        hit, p, e = ids[t] == hints[t, 2 * r], math.exp(liked[t, r]), math.exp(beta[0, cell])
+        hit = ids[t] == hints[t, 2 * r]
+        p, e = math.exp(liked[t, r]), math.exp(beta[0, cell])
         whole = 1 + p * (e - 1)
         nats[t] += math.log(whole) - hit * beta[0, cell]
         gradient = hit - p * e / whole
@@ -2869,7 +2871,7 @@ class Stream:
         return self.known
 
     def learn(self, block: int) -> None:
-        """Learns as the scorer has before this block, whether it was asked for or not."""
+        """Learns as the scorer has before this block, asked for or not."""
         ids, args, (origin, last) = np.array(self.ids), self.model.args, self.block
         fresh = last < 0 or origin != self.origin  # a document begins
         if args.ttt == "sgd" or (args.ttt == "phased" and fresh):
