@@ -156,15 +156,15 @@ class Hyperparameters:
     gate_scale = Var(0.5, "of the head gates' logits", ship="model")
     loop_first = Var(3, "first layer that runs again", 0, ship="model")
     loop_last = Var(5, "last layer that does", 0, ship="model")
-    loop_extra = Var(2, "times that they run again; 0 = none", 0, ship="model")
+    loop_extra = Var(2, "times that they do; 0 = none", 0, ship="model")
     loop_start = Var(0.35, "progress from which they do; 1 = never", 0, 1, ship="model")
     parallel_start = Var(8, "first layer of two lanes", 0, ship="model")
 
     _bijepax = "BIJEPAX-lite (#2080, corrected)"
     bijepax_enabled = Var(True, "states predict states")
     bijepax_weight = Var(0.01, "peak weight of their mean beside CE", 0)
-    bijepax_start_frac = Var(0.35, "progress at which it begins to rise", 0, 1)
-    bijepax_end_frac = Var(0.80, "progress at which it is back at 0", 0, 1)
+    bijepax_start_frac = Var(0.35, "progress at which it starts", 0, 1)
+    bijepax_end_frac = Var(0.80, "progress at which it ends", 0, 1)
     bijepax_fwd_hops = Var(4, "ids to the state ahead; 0 = none", 0)
     bijepax_bwd_hops = Var(4, "ids to the state back; 0 = none", 0)
     bijepax_head_dim = Var(32, "hidden width of a head", 1)
@@ -2109,7 +2109,7 @@ def propose(text, ids):
         n = now[0]
         seen[n & ring], now[0] = ids[t], n + 1
         now[1] = n if ids[t] == BOS_ID else now[1]
-        here = n + 1 - now[1]  # of the document
+        here = n + 1 - now[1]  # of this document
 
         for r in range(len(RUNS)):
             place, run = now[2 + 2 * r], now[3 + 2 * r]
@@ -2704,7 +2704,7 @@ class Evaluator:
         if data.val_sizes is None and args.tokenizer_path:
             tokenizer = open_tokenizer(args)
             if tokenizer.id_to_piece(tokenizer.piece_to_id(OPERATORS[0])) == OPERATORS[0]:
-                raise UserError(f"{data.val_files[0]}: CaseOps text, and no sidecar beside it")
+                raise UserError(f"{data.val_files[0]}: CaseOps text, no sidecar")
         tables = byte_tables(args) if data.val_sizes is None else None
         sizes = target_bytes(ids, tables) if tables else data.val_sizes[1:]
         self.prefix = args.val_bytes if args.val_bytes < sizes.sum() else 0
