@@ -152,13 +152,13 @@ class Hyperparameters:
     ln_scale = Var(True, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
     doc_mask = Var(True, "attention stays in a document", ship="model")
     xsa_last_n = Var(11, "last layers that drop their own value (XSA, #265)", 0, ship="model")
-    gate_window = Var(12, "channels that gates read", 1, ship="model")
+    gate_window = Var(12, "channels of gates", 1, ship="model")
     gate_scale = Var(0.5, "of the head gates' logits", ship="model")
     loop_first = Var(3, "first layer that runs again", 0, ship="model")
     loop_last = Var(5, "last layer that does", 0, ship="model")
     loop_extra = Var(2, "times that they do; 0 = none", 0, ship="model")
     loop_start = Var(0.35, "progress from which they do; 1 = never", 0, 1, ship="model")
-    parallel_start = Var(8, "first layer of two lanes", 0, ship="model")
+    parallel_start = Var(8, "first with two lanes", 0, ship="model")
 
     _bijepax = "BIJEPAX-lite (#2080, corrected)"
     bijepax_enabled = Var(True, "states predict states")
