@@ -2586,7 +2586,7 @@ class TestTimeTraining:
             seen[part[0, 0] : part[-1, 1]] = True
 
     def adapt(self, ids: np.ndarray, group: np.ndarray, length: int):
-        """Scores documents, the longest first; their adapters learn between chunks."""
+        """Scores documents; their adapters learn between chunks."""
         adapters, size = Adapters(self.model, len(group)), self.args.ttt_doc_chunk
         for done in range(0, group[0, 1] - group[0, 0], size):
             alive = group[group[:, 1] - group[:, 0] > done]
@@ -2716,7 +2716,7 @@ class Evaluator:
         if not self.bytes:
             raise UserError(f"{data.val_files[0]}: its targets stand for no byte at all")
         if args.ppm_weight:
-            Mixture(args)  # refused before training
+            Mixture(args)  # refuses in time
 
     def describe(self, manifest: dict) -> str:
         original = manifest.get("val_bytes") or self.bytes
