@@ -26,8 +26,8 @@ HERE = {name: "" for name in TINY if name.startswith(("JEPA_", "NGRAM_", "BIGRAM
 }
 ARMS = {
     "default": {}, "no recurrence": {"LOOP_EXTRA": 0}, "one lane": {"PARALLEL_START": 9},
-    "no gates": {"GATE_WINDOW": 0}, "two layers again": {"LOOP_FIRST": 0, "LOOP_EXTRA": 3},
-    "documents see others": {"DOC_MASK": 0}, "hops": {"BIJEPAX_FWD_HOPS": "1,9"},
+    "two layers again": {"LOOP_FIRST": 0, "LOOP_EXTRA": 3},
+    "documents see others": {"DOC_MASK": 0}, "hops": {"BIJEPAX_FWD_HOPS": 9},
 }
 
 
@@ -231,11 +231,11 @@ def test_attention_in_blocks_keeps_documents_apart(length, masked):
     """The CPU's rung against the formula, forward and backward, with documents that begin anywhere."""
     rng = torch.Generator().manual_seed(length)
     ids = torch.randint(1, 40, (3, length), generator=rng)
-    where = section.document_mask("cpu", ids) if masked else None
+    mask = section.document_mask("cpu", (ids == section.BOS_ID).cumsum(1)) if masked else None
     q, k, v = (torch.randn(3, length, n, 8, generator=rng, requires_grad=True) for n in (4, 2, 2))
     grad, found = torch.randn(3, length, 4, 8, generator=rng), []
     for attend in (section.cpu_attention, section.math_attention):
-        out = attend(q, k, v, where)
+        out = attend(q, k, v, mask)
         found.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
     assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(*found))
 
@@ -264,12 +264,12 @@ def test_decoding_follows_the_scorer(name, corpus):
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"BIJEPAX_FWD_HOPS": "1,9", "BIJEPAX_BWD_HOPS": "0"}, {"BIJEPAX_BWD_HOPS": 7}],
+    [{}, {"BIJEPAX_FWD_HOPS": 9, "BIJEPAX_BWD_HOPS": 0}, {"BIJEPAX_BWD_HOPS": 7}],
     ids=str,
 )
 def test_the_loss_is_that_of_every_pair_inside_a_document(overrides):
     model, ids = alive(**overrides), batch(3)[:, :-1]
-    aux, (x, _) = model.aux, model.hidden(ids, model.rotary_train)
+    aux, x = model.aux, model.hidden(ids, model.rotary_train)
     found, losses, plains = aux(x, ids), [], []
     for row, states in zip(ids.tolist(), x):
         for head, hop in enumerate(aux.args.hops):
@@ -292,13 +292,13 @@ def test_the_loss_is_that_of_every_pair_inside_a_document(overrides):
 def test_a_row_without_a_pair_costs_nothing():
     model = alive()
     ids = torch.ones(2, 64, dtype=torch.long)
-    terms = model.aux(model.hidden(ids, model.rotary_train)[0], ids)
+    terms = model.aux(model.hidden(ids, model.rotary_train), ids)
     assert terms["bijepax"].tolist() == terms["bijepax_plain"].tolist() == [0, 0]
 
 
 def test_targets_have_no_gradient_and_sources_do():
     model, ids = alive(BIJEPAX_BWD_HOPS=0, BIJEPAX_STRIDE=64), batch(1)[:, :-1]
-    x = model.hidden(ids, model.rotary_train)[0].detach().requires_grad_()
+    x = model.hidden(ids, model.rotary_train).detach().requires_grad_()
     grad, = torch.autograd.grad(model.aux(x, ids)["bijepax"].sum(), x)
     assert grad[0, 0].abs().max() > 0 and not grad[0, 1:].any()  # the one pair: 0 predicts 4
 
@@ -360,7 +360,7 @@ def test_heads_are_neither_clipped_nor_slowed_nor_in_the_norm():
     heads = [p for name, p in model.named_parameters() if name.startswith("aux.")]
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    norm = optimizers.reduce(1.0)
+    norm = optimizers.reduce()
     assert norm.item() == pytest.approx(
         sum(p.numel() for n, p in model.named_parameters() if not n.startswith("aux.")) ** 0.5,
         rel=1e-5,
@@ -549,26 +549,6 @@ def test_adapters_lower_the_nats_of_a_repetitive_document():
     assert learned[200:].mean() < plain[200:].mean() - 0.5
 
 
-@pytest.mark.parametrize("modules", ["attn.c_z", "attn.proj,mlp.up", "attn.proj,", "mlp", ""])
-def test_modules_that_are_no_matrices_are_refused(modules):
-    model = alive(TTT="lora", TTT_LORA_MODULES=modules or ",").eval()
-    with pytest.raises(section.UserError, match="TTT_LORA_MODULES=.*no matrix ends in"):
-        section.score(model, np.array([1, 5, 6]))
-
-
-def test_every_matrix_of_a_block_can_have_an_adapter(corpus):
-    """Queries, keys and values too, which are one product without adapters."""
-    ids, found = text(corpus)[:80], []
-    for modules in ("attn.c_k", "attn.c_q,attn.c_v", "mlp.fc"):
-        found.append(
-            section.score(
-                alive(TTT="lora", TTT_LORA_MODULES=modules, TTT_LORA_LR=0.05).eval(), ids
-            )[0]
-        )
-    plain, _ = section.score(alive(TTT="lora", TTT_ADAPT=0).eval(), ids)
-    assert all(np.abs(nats - plain).max() > 1e-3 for nats in found)
-
-
 @pytest.mark.parametrize("mode", ["sgd", "lora", "phased"])
 def test_ids_that_are_pushed_and_never_asked_for_are_learned_too(mode, corpus):
     overrides = {
@@ -600,10 +580,10 @@ def test_a_text_without_a_target_has_no_nats(overrides):
 # ---------------------------------------------------------------------------------------------------- warm-up
 
 
-def varlen_attention(q, k, v, where=None):
-    """What FlashAttention computes from where documents begin, `where` padded to a length that varies."""
-    at = torch.arange(q.size(0) * q.size(1))
-    documents = torch.searchsorted(where.long(), at, right=True).view(q.shape[:2])
+def varlen_attention(q, k, v, cu_seqlens=None):
+    """FlashAttention's result from where documents begin, padded to a length that varies."""
+    positions = torch.arange(q.size(0) * q.size(1))
+    documents = torch.searchsorted(cu_seqlens.long(), positions, right=True).view(q.shape[:2])
     return section.sdpa_attention(q, k, v, section.causal_mask(documents, q.size(1)))
 
 
@@ -632,12 +612,8 @@ def test_warm_up_compiles_all_that_training_and_scoring_meet(monkeypatch, tmp_pa
     (tmp_path / "model.bin").write_bytes(section.pack(tensors, args))
     loaded = section.load(tmp_path / "model.bin", "cpu", args, runtime.dtype, runtime.attention)
     for stride in (args.eval_seq_len, args.eval_stride):
-        list(
-            section.scored(
-                loaded, batch(1, length=700)[0].numpy(), args.eval_seq_len, stride, 32,
-                trainer.logits,
-            )
-        )
+        plan = section.WindowPlan(args.eval_seq_len, stride, 32)
+        list(section.scored(loaded, batch(1, length=700)[0].numpy(), plan, trainer.logits))
     assert graphs["unique_graphs"] == known
     torch._dynamo.reset()
 
@@ -734,9 +710,11 @@ def test_two_ranks_give_the_losses_of_one(run):
 
 
 @pytest.mark.parametrize("bad,words", [
-    ({"BIJEPAX_FWD_HOPS": "4,x"}, "BIJEPAX_FWD_HOPS='4,x'"),
-    ({"BIJEPAX_BWD_HOPS": "64"}, "BIJEPAX_BWD_HOPS='64' is not accepted.*63"),
-    ({"LOOP_FIRST": 2}, "LOOP_FIRST=2, LOOP_LAST=1: an empty"),
+    ({"BIJEPAX_FWD_HOPS": "4,9"}, "BIJEPAX_FWD_HOPS='4,9' is not accepted: an integer"),
+    ({"BIJEPAX_BWD_HOPS": "64"}, "BIJEPAX_BWD_HOPS=64, TRAIN_SEQ_LEN=64"),
+    ({"GATE_WINDOW": 0}, "GATE_WINDOW='0' is not accepted"),
+    ({"TTT_LORA_MODULES": "mlp.fc"}, "TTT_LORA_MODULES='mlp.fc' is retired"),
+    ({"LOOP_FIRST": 2}, "LOOP_FIRST=2, LOOP_LAST=1: no layer"),
     ({"LOOP_LAST": 2}, "LOOP_LAST=2, PARALLEL_START=2"),
     ({"BIJEPAX_END_FRAC": 0.2}, "BIJEPAX_START_FRAC=0.35, BIJEPAX_END_FRAC=0.2"),
     ({"GATE_WINDOW": 33}, "GATE_WINDOW=33, MODEL_DIM=32"),

@@ -406,7 +406,7 @@ def test_bytes_of_targets_come_from_the_sidecars(shards):
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda path: path.unlink(), "is missing"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-2]), "not its sidecar"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-2]), "not the sidecar"),
     (lambda path: path.write_bytes(path.read_bytes()[:-2] + b"\x07\x00"), "sha256"),
 ])
 def test_a_sidecar_that_does_not_fit_is_one_clear_line(shards, tmp_path, spoil, words):
@@ -457,8 +457,8 @@ def test_score_and_stream_agree(model, text, monkeypatch, changes):
 def test_weight_zero_reproduces_the_network(model, text, monkeypatch):
     monkeypatch.setattr(model.args, "ppm_weight", 0)
     nats, _ = section.score(model, text)
-    stride = model.args.eval_stride
-    want = np.concatenate([part for *_, part in section.scored(model, text, 64, stride, 8)])
+    plan = section.WindowPlan(64, model.args.eval_stride, 8)
+    want = np.concatenate([part for *_, part in section.scored(model, text, plan)])
     assert abs(nats.sum() - want.sum()) / len(text) < 1e-9
 
 
@@ -529,8 +529,11 @@ def test_what_each_mixture_is_worth(model, shards, args, tmp_path):
     tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
     (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))
     shard, = shards.glob("*_val_*.bin")
-    ids, sizes = (np.array(section.open_shard(path, 1 << 16))[:1201] for path in (shard, shard.with_suffix(".bytes")))
-    found = mixtures.table(section, str(tmp_path / "model.bin"), args.tokenizer_path, ids, sizes[1:].astype(int), 2, print)
+    paths = (shard, shard.with_suffix(".bytes"))
+    ids, sizes = (np.array(section.open_shard(path, 1 << 16))[:1201] for path in paths)
+    found = mixtures.table(
+        section, str(tmp_path / "model.bin"), args.tokenizer_path, ids, sizes[1:].astype(int), 2, print
+    )
     rows = {row[0]: float(row[1]) for row in found["rows"]}
     mixed, control = rows["**mixture (`MIX=binary`)**"], rows["control: network alone through the mixer"]
     assert mixed < control and mixed < rows["tilt (`MIX=tilt`)"] < rows["network alone"]

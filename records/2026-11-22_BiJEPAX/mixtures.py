@@ -121,15 +121,16 @@ def distilled(script, args, artifact: str, ids: np.ndarray, samples: int):
     """(what the mixture keeps of the network (targets, width), {sampled target: log-probabilities}, seconds).
     """
     runtime = script.Runtime(args)
-    model = script.load(artifact, runtime.device, args, runtime.dtype, runtime.attention)
+    attention = script.pick_attention(args, runtime.device, runtime.dtype)
+    model = script.load(artifact, runtime.device, args, runtime.dtype, attention)
     found, count = script.Mixture(args), len(ids) - 1
     wanted = {*np.linspace(count // 2, count - 1, samples, dtype=int).tolist()} if samples else set()
 
     values = np.empty((count, found.width))
     at, seconds = {}, 0.0
     rows = max(1, 16384 // args.eval_seq_len)
-    windows = script.scored(model, ids, args.eval_seq_len, args.eval_stride, rows, show="network")
-    for first, stop, logprobs, _ in windows:
+    plan = script.WindowPlan(args.eval_seq_len, args.eval_stride, rows)
+    for first, stop, logprobs, _ in script.scored(model, ids, plan):
         start = time.process_time()
         values[first:stop] = found.distil(ids, first, stop, logprobs).numpy()
         seconds += time.process_time() - start

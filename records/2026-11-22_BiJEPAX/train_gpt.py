@@ -1,10 +1,9 @@
 """BiJEPAX: case-factored tokens, layers that run again, and a mixture that sums to one.
 
 Parent: ../../train_gpt.py, the trunk.
-Idea:   #2080 on SP8192 with CaseOps, its defects mended: layers that run three times, two lanes, a
-        latent objective that looks 4 ids ahead and back in the middle of the run, and byte
-        statistics mixed in by a walk over the tree of the vocabulary, so that the scores are
-        probabilities of ids.
+Idea:   #2080 on SP8192 with CaseOps, its defects mended: layers that run three times, two lanes,
+        a latent objective, and statistics of the text mixed in by a walk over the tree of the
+        vocabulary, so that scores are probabilities of ids.
 
 Run:    python train_gpt.py --help                             every variable and its reason
         python train_gpt.py                                    one process, any device
@@ -153,31 +152,31 @@ class Hyperparameters:
     ln_scale = Var(True, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
     doc_mask = Var(True, "attention stays in a document", ship="model")
     xsa_last_n = Var(11, "last layers that drop their own value (XSA, #265)", 0, ship="model")
-    gate_window = Var(12, "channels that gates read; 0 = no gates", 0, ship="model")
+    gate_window = Var(12, "channels of gates", 1, ship="model")
     gate_scale = Var(0.5, "of the head gates' logits", ship="model")
-    loop_first = Var(3, "first layer that runs again; NUM_LAYERS = none", 0, ship="model")
+    loop_first = Var(3, "first layer that runs again", 0, ship="model")
     loop_last = Var(5, "last layer that does", 0, ship="model")
-    loop_extra = Var(2, "times that they run again; 0 = no recurrence", 0, ship="model")
+    loop_extra = Var(2, "times that they do; 0 = none", 0, ship="model")
     loop_start = Var(0.35, "progress from which they do; 1 = never", 0, 1, ship="model")
-    parallel_start = Var(8, "first layer of two lanes; NUM_LAYERS = none", 0, ship="model")
+    parallel_start = Var(8, "first with two lanes", 0, ship="model")
 
     _bijepax = "BIJEPAX-lite (#2080, corrected)"
-    bijepax_enabled = Var(True, "states predict states some ids ahead and back")
-    bijepax_weight = Var(0.01, "peak weight of both directions' mean beside CE", 0)
-    bijepax_start_frac = Var(0.35, "progress at which it begins to rise from 0", 0, 1)
-    bijepax_end_frac = Var(0.80, "progress at which it is back at 0", 0, 1)
-    bijepax_fwd_hops = Var("4", "distances ahead, with commas; 0 = none")
-    bijepax_bwd_hops = Var("4", "distances back, with commas; 0 = none")
+    bijepax_enabled = Var(True, "states predict states")
+    bijepax_weight = Var(0.01, "peak weight of their mean beside CE", 0)
+    bijepax_start_frac = Var(0.35, "progress at which it starts", 0, 1)
+    bijepax_end_frac = Var(0.80, "progress at which it ends", 0, 1)
+    bijepax_fwd_hops = Var(4, "ids to the state ahead; 0 = none", 0)
+    bijepax_bwd_hops = Var(4, "ids to the state back; 0 = none", 0)
     bijepax_head_dim = Var(32, "hidden width of a head", 1)
-    bijepax_stride = Var(64, "ids from one pair of a hop to the next", 1)
-    bijepax_lr = Var(0.001, "Adam: heads, constant and unclipped", 0)
+    bijepax_stride = Var(64, "ids from pair to pair", 1)
+    bijepax_lr = Var(0.001, "AdamW: heads, constant", 0)
 
 
     _optimizers = "Optimizers and schedule"
     iterations = Var(20000, "optimizer steps at most", 1)
     max_wallclock_seconds = Var(600.0, "training time; 0 = no limit", 0)
     warmdown_iters = Var(17000, "steps over which the rate falls", 0)
-    min_lr = Var(0.1, "share of the peak below which no rate falls", 0, 1)
+    min_lr = Var(0.1, "least rate, as a share of the peak", 0, 1)
     warmup_steps = Var(2, "steps that compile, off the clock", 0)
     matrix_lr = Var(0.026, "Muon: block matrices", 0)
     muon_momentum = Var(0.97, "final momentum", 0, 0.9999)
@@ -214,7 +213,7 @@ class Hyperparameters:
     val_bytes = Var(0, "validates only on this prefix; 0 = all", 0)
     val_loss_every = Var(0, "steps between validations; 0 = only at the end", 0)
     eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
-    ttt = Var("0", "learn from scored text: all weights, adapters, both",
+    ttt = Var("0", "test-time training on scored text",
               choices=("0", "sgd", "lora", "phased"), ship="eval")
     ttt_adapt = Var(True, "0 = without learning: the control", ship="eval")
     ttt_modules = Var("blocks", "paths of modules that learn, with commas", ship="eval")
@@ -226,16 +225,14 @@ class Hyperparameters:
     ttt_momentum = Var(0.9, "kept from chunk to chunk", 0, 0.9999, ship="eval")
     ttt_grad_clip = Var(1.0, "gradient norm of an update; 0 = no clip", 0, ship="eval")
     ttt_doc_chunk = Var(64, "lora: targets of a document a step", 1, ship="eval")
-    ttt_lora_modules = Var("attn.proj,mlp.fc,mlp.proj,tok_emb",
-                           "lora: ends of names; tok_emb: logits", ship="eval")
     ttt_lora_rank = Var(96, "lora: inner width", 1, ship="eval")
-    ttt_lora_alpha = Var(144.0, "lora: the product counts alpha / rank times", 0, ship="eval")
+    ttt_lora_alpha = Var(144.0, "lora: alpha / rank scales the product", 0, ship="eval")
     ttt_lora_lr = Var(1e-4, "lora: rate of AdamW, whose beta1 is 0", 0, ship="eval")
     ttt_lora_wd = Var(1.0, "lora: decoupled weight decay", 0, ship="eval")
-    mix = Var("binary", "headline: bit by bit, or the tilt", choices=("binary", "tilt"), ship="eval")
+    mix = Var("binary", "headline: mixed, or tilted", choices=("binary", "tilt"), ship="eval")
     ppm_weight = Var(1, "0 = only the network, 1 = mixed", 0, 1, ship="eval")
     ppm_order = Var(5, "longest context in bytes", 1, 15, ship="eval")
-    mix_rows = Var(20, "log2 of the 64-byte rows in each of 7 tables", 4, 26, ship="eval")
+    mix_rows = Var(20, "log2 of the 64-byte rows of a table", 4, 26, ship="eval")
     eval_only = Var(False, "score ARTIFACT and nothing else")
     artifact = Var("", "path for EVAL_ONLY")
 
@@ -266,7 +263,8 @@ class Hyperparameters:
         "MTP_NUM_HEADS": ("0", "it costs +0.028 BPB in ten minutes"),
         "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
         "GRAD_REPORT_EVERY": ("0", "no result used it"),
-        "BIJEPAX_CYCLE": ("0", "#2080 had it off, and a cycle is two of its hops"),
+        "TTT_LORA_MODULES": ("attn.proj,mlp.fc,mlp.proj,tok_emb", "all results used it"),
+        "BIJEPAX_CYCLE": ("0", "#2080 had it off"),
         "DISABLE_COMPILE": ("0", "COMPILE took its place"),
         "LQER_ENABLED": ("1", "LQER_TOP_K=0 switches it off"),
     }
@@ -289,10 +287,8 @@ class Hyperparameters:
             setattr(self, name, value)
 
         self.trains = not shipped
-        self.hops = []
-        if self.trains:  # no artifact has heads
-            back = self._parse_hops("bijepax_bwd_hops")
-            self.hops = self._parse_hops("bijepax_fwd_hops") + [-hop for hop in back]
+        hops = self.bijepax_fwd_hops, -self.bijepax_bwd_hops
+        self.hops = [hop for hop in hops if hop and self.trains]  # no artifact has heads
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
@@ -345,17 +341,6 @@ class Hyperparameters:
                 if environ.get("STRICT_ENV", "1") != "0":
                     raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
                 self.warnings.append(message)
-
-    def _parse_hops(self, name: str) -> list[int]:
-        text, most = getattr(self, name), self.train_seq_len - 1
-        parts = [part.strip() for part in text.split(",")]
-        hops = [int(part) if part.isdecimal() else -1 for part in parts]
-        if hops == [0]:
-            return []
-        if any(not 1 <= hop <= most for hop in hops) or len(set(hops)) != len(hops):
-            raise UserError(f"{name.upper()}={text!r} is not accepted: different integers from 1 to "
-                            f"{most}, with commas, below TRAIN_SEQ_LEN, or 0 for none")
-        return hops
 
     def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
         """`embed:8,mlp:6` -> {"embed": 8, ...}; classes that are not named keep the default."""
@@ -669,7 +654,7 @@ def document_mask(rung: str, docs: Tensor):
         first = begins.flatten().nonzero().flatten().int()
         room = max(64, 1 << len(first).bit_length())
         cu_seqlens = F.pad(first, (0, room - len(first)), value=docs.numel())
-        torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for any number of documents
+        torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for all numbers
         return cu_seqlens
     if rung == "flex":
         from torch.nn.attention.flex_attention import create_block_mask
@@ -791,24 +776,19 @@ class Dataset:
         return {**manifest, "sha256": shards}
 
     def _read_sidecars(self, verify: bool) -> np.ndarray | None:
-        """Bytes of the original text for each validation id, uint16, for text in CaseOps form: an
-        operator stands for none, and no table of pieces knows it (data/README.md). Else None."""
+        """Original bytes of each validation id, uint16, of CaseOps text; else None."""
         paths = [path.with_suffix(".bytes") for path in self.val_files]
         if "caseops" not in self.manifest and not any(path.exists() for path in paths):
             return None
-
         shards = self.manifest.get("shards", ())
         wanted = {entry.get("sidecar"): entry.get("sidecar_sha256") for entry in shards}
         for path, shard in zip(paths, self.val_files):
             if not path.exists():
-                raise UserError(f"{path} is missing: the bytes of {shard.name}, whose text is in "
-                                "CaseOps form; data/prepare.py writes both")
-            found, needed = path.stat().st_size, shard.stat().st_size
-            if found != needed:
-                raise UserError(f"{path}: {found} bytes where {shard.name} has {needed}: "
-                                "not its sidecar")
+                raise UserError(f"{path} is missing: data/prepare.py writes it")
+            if path.stat().st_size != shard.stat().st_size:
+                raise UserError(f"{path}: not the sidecar of {shard.name}")
             if verify and wanted.get(path.name) not in (None, sha256_file(path)):
-                raise UserError(f"{path}: its sha256 is not the one in the manifest")
+                raise UserError(f"{path}: its sha256 is not the manifest's")
         return np.concatenate([open_shard(path, 1 << 16) for path in paths])
 
     def _verify(self, mode: str) -> None:
@@ -888,23 +868,18 @@ def target_bytes(ids: np.ndarray, tables: tuple) -> np.ndarray:
 
 
 def spelling(args: Hyperparameters) -> list[tuple[int, ...]]:
-    """The symbols of each id, in the alphabet of the text that was tokenized: bytes, or for an id
-    without any (specials, the operators of CaseOps) one symbol of its own, 256 + id."""
+    """The symbols of each id: bytes, or for an id without any (specials, the operators of CaseOps)
+    one symbol of its own, 256 + id."""
+    _, _, special = byte_tables(args)
     if not args.tokenizer_path:
-        if args.vocab_size != 260:
-            raise UserError(f"VOCAB_SIZE={args.vocab_size} needs TOKENIZER_PATH: the mixture has to "
-                            "know what ids spell (PPM_WEIGHT=0 scores only with the network)")
-        special = [(256 + i,) for i in range(BYTE_OFFSET)]
-        return special + [(byte,) for byte in range(256)]
-
+        return [(256 + i,) if special[i] else (i - BYTE_OFFSET,) for i in range(260)]
     tokenizer, found = open_tokenizer(args), []
     for i in range(args.vocab_size):
         piece = tokenizer.id_to_piece(i)
         text = piece.replace("\u2581", " ").encode()
         if tokenizer.is_byte(i):  # <0x0A>
             text = bytes([int(piece[3:5], 16)])
-        odd = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
-        found.append((256 + i,) if odd or piece in OPERATORS else tuple(text))
+        found.append((256 + i,) if special[i] or piece in OPERATORS else tuple(text))
     return found
 
 
@@ -1036,7 +1011,7 @@ class Loader:
 
 SMALL_TENSOR = 4096  # elements; below it a tensor stays fp16
 SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
-AWQ_WIDTH = 64  # columns of a group that AWQ-lite rounds to 8 bits
+AWQ_WIDTH = 64  # columns of an AWQ-lite group
 
 
 def tensor_class(name: str) -> str:
@@ -1059,8 +1034,8 @@ def nearest(x: np.ndarray, top: np.ndarray) -> np.ndarray:
 
 
 def gptq(x: np.ndarray, hessian: np.ndarray, top: np.ndarray) -> np.ndarray:
-    """Full-Hessian GPTQ (Frantar et al. 2022) of x (R, C), its rows in units of their steps. The
-    largest integer of column c is top[c], and its steps are finer by top.min() / top[c].
+    """Full-Hessian GPTQ (Frantar et al. 2022) of x (R, C), its rows in units of their steps. Column
+    c has integers up to top[c], and steps finer by top.min() / top[c].
 
     Columns go in the order of falling input power; the error of each is spread over those to come
     by the inverse of the damped hessian = X^T X (C, C)."""
@@ -1078,10 +1053,9 @@ def gptq(x: np.ndarray, hessian: np.ndarray, top: np.ndarray) -> np.ndarray:
         errors = np.empty((len(x), stop - start), np.float32)
         for j in range(start, stop):
             column = order[j]
-            chosen = nearest(left[:, j] / grain[column], top[column])
-            error = (left[:, j] - chosen * grain[column]) / factor[j, j]
+            q[:, column] = nearest(left[:, j] / grain[column], top[column])  # fp32
+            error = (left[:, j] - q[:, column] * grain[column]) / factor[j, j]
             left[:, j:stop] -= error[:, None] * factor[j, j:stop]
-            q[:, column] = chosen
             errors[:, j - start] = error
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     return q
@@ -1090,47 +1064,38 @@ def gptq(x: np.ndarray, hessian: np.ndarray, top: np.ndarray) -> np.ndarray:
 def quantise(weight: np.ndarray, top: np.ndarray, k: float, hessian: np.ndarray | None = None):
     """Rounds a matrix (R, C) to integers in [-top, top] a column, with one fp16 step a row.
 
-    step = k * std / least top (SDClip, #1394). A Gaussian then costs about log2(top / k) + 2.05
-    bits a weight, so k sets the size. A column with a larger top has steps finer by the ratio.
-    Steps have an epsilon floor, not 1 / top (defect G2 of #832). Rounding: by `gptq` with a hessian
-    (C, C), else to the nearest. Returns q, int8 (R, C), step, fp16 (R, 1), and the weights that
-    they stand for, fp32 (R, C)."""
+    step = k * std / least top (SDClip, #1394); a column with a larger top has finer ones. By `gptq`
+    with a hessian (C, C), else to the nearest. Returns (q int8, step fp16 (R, 1), q * step fp32)."""
     weight, least = np.asarray(weight, dtype=np.float32), top.min()
     step = k / least * weight.std(axis=1, keepdims=True, dtype=np.float64)
     step = np.maximum(step, SCALE_FLOOR).astype(np.float16).astype(np.float32)
     grain = (least / top).astype(np.float32)
     x = weight / step
-
     q = nearest(x / grain, top) if hessian is None else gptq(x, hessian, top)
     return q.astype(np.int8), step.astype(np.float16), q * grain * step
 
 
 def salient_groups(tensors: dict, hessians: dict, args: Hyperparameters) -> dict[str, int]:
-    """{name: first column} of the AWQ_GROUPS most salient groups of columns, at most one a matrix.
-    AWQ-lite (#1908): a group's score sums its inputs' root mean squares times mean |W|."""
+    """AWQ-lite (#1908): {name: first column} of the most salient groups, at most one a matrix. The
+    score sums the columns' root mean square of inputs times mean |W|."""
     scores = []
     for name, hessian in hessians.items():
         columns = np.sqrt(np.diag(hessian)) * np.abs(tensors[name]).mean(0)
-        whole = len(columns) // AWQ_WIDTH * AWQ_WIDTH
-        sums = columns[:whole].reshape(-1, AWQ_WIDTH).sum(1)
+        spare = len(columns) % AWQ_WIDTH
+        sums = columns[: len(columns) - spare].reshape(-1, AWQ_WIDTH).sum(1)
         if len(sums) > 1:
             scores.append((float(sums.max()), name, int(sums.argmax()) * AWQ_WIDTH))
-    best = sorted(scores, reverse=True)[: args.awq_groups]
-    return {name: column for _, name, column in best}
+    return {name: column for _, name, column in sorted(scores)[::-1][: args.awq_groups]}
 
 
 def low_rank(error: np.ndarray, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """LQER (#1797): the best product A B of inner width `rank` for an error (R, C), as (q, step).
-
-    A^T (rank, R) has 2 bits, -2 ... 1, B (rank * C / 64, 64) has 4, -8 ... 7; a step a row of each.
-    The sign of a pair is free: A takes the one that leaves its largest entry below zero, where -2
-    is."""
+    """LQER (#1797): the best product A B for an error (R, C), both as (q, step), a step a row.
+    A^T (rank, R) lies in -2 ... 1, B (rank * C / 64, 64) in -8 ... 7."""
     u, values, v = np.linalg.svd(error, full_matrices=False)
     a, b = (u[:, :rank] * values[:rank]).T, v[:rank]
     largest = np.take_along_axis(a, np.abs(a).argmax(1)[:, None], 1)
-    flip = np.sign(-largest) + 0.0
+    flip = np.sign(-largest) + 0.0  # the largest entry is for -2
     b = np.pad(b * flip, ((0, 0), (0, -b.shape[1] % AWQ_WIDTH))).reshape(-1, AWQ_WIDTH)
-
     parts = []
     for part, low, high in ((a * flip, -2, 1), (b, -8, 7)):
         step = np.abs(part).max(1, keepdims=True) / (high + 0.5)
@@ -1150,7 +1115,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def adapted(owner: nn.Module, x: Tensor) -> Tensor:
-    """x (B, T, in) W^T in the dtype of x, plus x A^T B^T where rows have adapters A and B on W."""
+    """x (B, T, in) W^T in the dtype of x, plus x A^T B^T where W has adapters of rows."""
     y = F.linear(x, owner.weight.to(x.dtype))
     if (pair := getattr(owner, "adapter", None)) is None:
         return y
@@ -1171,20 +1136,23 @@ class CastedLinear(nn.Linear):
 @check
 def check_bijepax(args: Hyperparameters) -> None:
     early = args.bijepax_start_frac > args.bijepax_end_frac
-    forbid(early, args, "bijepax_start_frac bijepax_end_frac", "it ends before it begins")
+    forbid(early, args, "bijepax_start_frac bijepax_end_frac", "ends before it begins")
+    for name in ("bijepax_fwd_hops", "bijepax_bwd_hops"):
+        wide = args.trains and getattr(args, name) >= args.train_seq_len
+        forbid(wide, args, f"{name} train_seq_len", "no pair in a row")
 
 
 class BiJEPAX(nn.Module):
-    """From the final state of an id, predict the direction of that some ids ahead, or back (#2080).
+    """From the final state of an id, predict the direction of that some ids away (#2080).
 
-    The trunk's interface of an auxiliary objective: inputs, forward, weights, report. Each hop has
-    a head, W2 gelu(LayerNorm(W1 x)); a pair costs 1 - cos(head(x_t), sg(x_{t + hop})). Heads serve
-    only training. #2080 begins W2 at zero, where a cosine has almost no gradient, and leaves every
-    rank its own heads: both mended. Pairs stay inside a document."""
+    Each hop has a head, W2 gelu(LayerNorm(W1 x)); a pair costs 1 - cos(head(x_t), sg(x_{t + hop})).
+    #2080 begins W2 at zero, where a cosine has almost no gradient, with heads of each rank's own:
+    both mended. Pairs stay inside a document."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
-        self.args, width = args, args.bijepax_head_dim
+        self.args = args
+        width = args.bijepax_head_dim
         self.down = nn.ModuleList(CastedLinear(args.model_dim, width) for _ in args.hops)
         self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in args.hops)
         self.up = nn.ModuleList(CastedLinear(width, args.model_dim) for _ in args.hops)
@@ -1196,31 +1164,30 @@ class BiJEPAX(nn.Module):
             up.weight.normal_(0, 0.02, generator=generator)
 
     def inputs(self, progress: float) -> bool:
-        """Whether a step's losses need the terms at all."""
+        """Whether a step's losses need the terms."""
         return self.weights(progress)["bijepax"] > 0
 
     def forward(self, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        """States x (B, T, D) of ids (B, T) -> terms, a mean for each row (B,): the loss, and the
-        loss that the best single direction for all targets of a row would have."""
+        """States x (B, T, D) of ids (B, T) -> terms (B,): the loss, and that of the best single
+        direction for all targets of a row."""
         document, loss, plain = (ids == BOS_ID).cumsum(1), 0.0, 0.0
-        for hop, down, norm, up in zip(self.args.hops, self.down, self.norm, self.up):
+        hops, stride = self.args.hops, self.args.bijepax_stride
+        for hop, down, norm, up in zip(hops, self.down, self.norm, self.up):
             start, stop = max(0, -hop), x.size(1) - max(0, hop)
-            source = slice(start, stop, self.args.bijepax_stride)
-            target = slice(start + hop, stop + hop, self.args.bijepax_stride)
+            source = slice(start, stop, stride)
+            target = slice(start + hop, stop + hop, stride)
             inside = (document[:, source] == document[:, target]).float()  # (B, N)
             guess = up(F.gelu(norm(down(x[:, source]).float())))
             guess = F.normalize(guess, dim=-1, eps=1e-6)
             goal = F.normalize(x[:, target].detach().float(), dim=-1, eps=1e-6)
-
             pairs = inside.sum(1).clamp(min=1)
             loss = loss + ((1 - (guess * goal).sum(-1)) * inside).sum(1) / pairs
             mean = (goal * inside[..., None]).sum(1) / pairs[:, None]
             plain = plain + (inside.sum(1) > 0) - mean.norm(dim=-1)
-        hops = len(self.args.hops)
-        return {"bijepax": loss / hops, "bijepax_plain": plain / hops}
+        return {"bijepax": loss / len(hops), "bijepax_plain": plain / len(hops)}
 
     def weights(self, progress: float) -> dict[str, float]:
-        """A trapezium over progress, from BIJEPAX_START_FRAC to BIJEPAX_END_FRAC."""
+        """A trapezium over progress, from its start to its end."""
         start, end = self.args.bijepax_start_frac, self.args.bijepax_end_frac
         ramp = max(min(0.15 * (end - start), 0.08), 1e-9)
         height = min(max(min(progress - start, end - progress) / ramp, 0.0), 1.0)
@@ -1261,18 +1228,15 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of a window's positions read so far, for each run of a layer: decoding goes
-    on from them."""
+    """Keys and values of a window's positions read so far, for each run of a layer."""
 
     def __init__(self, model: GPT):
-        args = model.args
+        args, runs = model.args, len(model.routes[model.looping])
         like = {"dtype": model.dtype, "device": model.tok_emb.weight.device}
         head_dim = args.model_dim // args.num_heads
-        runs = len(model.routes[model.looping])
         shape = (runs, 2, 1, args.eval_seq_len, args.num_kv_heads, head_dim)
         self.layers = torch.zeros(shape, **like)
-        self.length = 0
-        self.turn = 0  # the run of a layer that is next
+        self.length, self.turn = 0, 0  # `turn`: the next run of a layer
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values of new positions (1, n, K, d); returns those of all."""
@@ -1294,12 +1258,6 @@ def check_heads(args: Hyperparameters) -> None:
     forbid(unfit, args, "rope_dims num_heads", f"an even number, at most a head's {head_dim}")
 
 
-@check
-def check_gates(args: Hyperparameters) -> None:
-    wide = args.gate_window > args.model_dim
-    forbid(wide, args, "gate_window model_dim", "gates read channels that are there")
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, args: Hyperparameters, layer: int, attention: str):
         super().__init__()
@@ -1311,20 +1269,14 @@ class CausalSelfAttention(nn.Module):
         self.c_v = CastedLinear(args.model_dim, kv_dim)
         self.proj = CastedLinear(args.model_dim, args.model_dim)
         self.q_gain = nn.Parameter(torch.full((args.num_heads,), args.qk_gain_init))
-        gate = torch.zeros(args.num_heads, args.gate_window)
-        self.gate = nn.Parameter(gate) if args.gate_window else None
+        self.gate = nn.Parameter(torch.zeros(args.num_heads, args.gate_window))
         self.gate_scale = args.gate_scale
         self.exclude_self = layer >= args.num_layers - args.xsa_last_n
         self.attend = ATTENTION[attention]
 
     def forward(self, x: Tensor, rotary: Tensor, mask=None, past: KVCache | None = None) -> Tensor:
-        layers = (self.c_q, self.c_k, self.c_v)
-        if any(hasattr(layer, "adapter") for layer in layers):
-            qkv = torch.cat([adapted(layer, x) for layer in layers], -1)
-        else:  # one product for all three
-            weight = torch.cat([layer.weight for layer in layers])
-            qkv = F.linear(x, weight.to(x.dtype))
-        qkv = qkv.unflatten(-1, (-1, self.head_dim))
+        weight = torch.cat([layer.weight for layer in (self.c_q, self.c_k, self.c_v)])
+        qkv = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
         heads = len(self.q_gain), self.num_kv_heads, self.num_kv_heads
         q, k, v = qkv.split(heads, 2)  # (B, T, H or K, d)
         q, k = (rotate(rms_norm(part), rotary) for part in (q, k))
@@ -1337,10 +1289,10 @@ class CausalSelfAttention(nn.Module):
             own = F.normalize(v.float(), dim=-1).to(y.dtype).unsqueeze(3)  # (B, T, K, 1, d)
             y = y.unflatten(2, (self.num_kv_heads, -1))
             y = (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
-        if self.gate is not None:  # a share of each head, by the first channels of the input
-            gate = self.gate_scale * self.gate.to(x.dtype)
-            share = F.linear(x[..., : gate.size(1)], gate)  # (B, T, H)
-            y = y * torch.sigmoid(share).unsqueeze(-1)
+        # a share of each head, by the first channels of the input
+        gate = self.gate_scale * self.gate.to(x.dtype)
+        share = F.linear(x[..., : gate.size(1)], gate)  # (B, T, H)
+        y = y * torch.sigmoid(share).unsqueeze(-1)
         return self.proj(y.flatten(2))
 
 
@@ -1372,8 +1324,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, lane: Tensor | None, x0: Tensor, rotary: Tensor, mask,
                 past: KVCache | None) -> tuple[Tensor, Tensor | None]:
-        """One stream x (B, T, D), or with `lane` two: attention reads x, the MLP the lane (#1529).
-        """
+        """One stream x (B, T, D), or two: attention reads x, the MLP the lane (#1529)."""
         mix = self.resid_mix.to(x.dtype)
         mixed = mix[0] * x + mix[1] * x0
         attended = self.attn(rms_norm(mixed) * self.ln_scale, rotary, mask, past)
@@ -1382,7 +1333,6 @@ class Block(nn.Module):
         out = self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(source) * self.ln_scale)
         if lane is None:
             return source + out, None
-
         keep, gain = self.lane_keep.to(x.dtype), self.lane_gain.to(x.dtype)
         x, lane = (keep[i] * stream + gain[0, i] * attended + gain[1, i] * out
                    for i, stream in enumerate((x, lane)))
@@ -1390,8 +1340,7 @@ class Block(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """x_t <- x_t + g_t x_{t-1}, g_t from the first channels of x_t; a BOS takes nothing from before.
-    """
+    """x_t <- x_t + g_t x_{t-1}, g_t from the first channels of x_t; a BOS takes nothing."""
 
     def __init__(self, window: int):
         super().__init__()
@@ -1405,19 +1354,19 @@ class SmearGate(nn.Module):
 
 
 @check
-def check_routes(args: Hyperparameters) -> None:
-    loops = args.loop_extra and args.loop_start < 1
-    empty = loops and args.loop_last < args.loop_first
-    forbid(empty, args, "loop_first loop_last", "no layer would run again")
-    last = min(args.loop_last, args.num_layers - 1)
-    forked = loops and args.loop_first < args.parallel_start <= last
-    forbid(forked, args, "loop_last parallel_start",
-           "the layers that run again end before the lanes begin")
+def check_network(args: Hyperparameters) -> None:
+    wide = args.gate_window > args.model_dim
+    forbid(wide, args, "gate_window model_dim", "no such channels")
+    if args.loop_extra and args.loop_start < 1:
+        first, last = args.loop_first, min(args.loop_last, args.num_layers - 1)
+        forbid(args.loop_last < first, args, "loop_first loop_last", "no layer would run again")
+        forked = first < args.parallel_start <= last
+        forbid(forked, args, "loop_last parallel_start", "layers run again before lanes begin")
 
 
 def routes(args: Hyperparameters) -> dict[bool, list[int]]:
-    """Layers in the order in which they run: once each, and with some of them repeated (#1394). The
-    first half of a route is the encoder of the U-Net; the second takes its outputs, last first."""
+    """Layers in the order in which they run, without and with repetition (#1394). The first half of
+    a route is the encoder of the U-Net; the second takes its outputs, last first."""
     once, last = [*range(args.num_layers)], args.loop_last + 1
     again = once[args.loop_first : last] * args.loop_extra
     return {False: once, True: once[:last] + again + once[last:]}
@@ -1431,10 +1380,10 @@ class GPT(nn.Module):
         super().__init__()
         self.args, self.attention, self.dtype = args, attention, dtype
         self.routes = routes(args)
-        self.looping = bool(args.loop_extra and args.loop_start < 1)  # the Trainer switches it
+        self.looping = bool(args.loop_extra and args.loop_start < 1)  # Trainer sets it
         dim, layers = args.model_dim, args.num_layers
         self.tok_emb = nn.Embedding(args.vocab_size, dim)
-        self.smear = SmearGate(args.gate_window) if args.gate_window else None
+        self.smear = SmearGate(args.gate_window)
         self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(layers))
         skips = max(len(route) // 2 for route in self.routes.values())
         self.skip_weights = nn.Parameter(torch.ones(skips, dim))
@@ -1466,11 +1415,9 @@ class GPT(nn.Module):
 
     def embed_contexts(self, ids: Tensor, known: int) -> Tensor:
         """ids (B, T) -> normalised embeddings (B, T - known, D), from position `known` on."""
-        tail = ids[:, max(0, known - 1) :]  # an embedding depends on the id before its own
-        x = self.embed(tail)
-        if self.smear is not None:
-            x = self.smear(x, tail)
-        return rms_norm(x)[:, known - ids.size(1) :]
+        tail = ids[:, max(0, known - 1) :]  # an id reads the one before
+        x = rms_norm(self.smear(self.embed(tail), tail))
+        return x[:, known - ids.size(1) :]
 
     def attention_mask(self, ids: Tensor, past: KVCache | None):
         """The `mask` of the attention rungs: None where plain causal attention is wanted."""
@@ -1488,7 +1435,7 @@ class GPT(nn.Module):
         first_half = len(route) // 2
         for turn, layer in enumerate(route):
             if layer >= self.args.parallel_start and lane is None:
-                lane = x  # two lanes from here on; the U-Net goes on in the first
+                lane = x  # two lanes from here on
             if turn >= first_half and skips:
                 i = turn - first_half
                 skip = self.skip_weights[i].to(x.dtype) * skips.pop()
@@ -1555,16 +1502,14 @@ training_losses, scoring_logits = GPT.losses, GPT.logits
 
 def rate_at(progress: float, args: Hyperparameters) -> float:
     """Share of the peak rate at `progress` in [0, 1]: flat, then on the line that would reach 0 at
-    1, but never below MIN_LR.
-
-    Progress is max(step share, time share): seconds rule where they are limited."""
+    1, but never below MIN_LR. Progress is max(step share, time share)."""
     fall = args.warmdown_iters / args.iterations
     left = min(1.0, (1.0 - progress) / fall) if fall else 1.0
     return max(args.min_lr, left)
 
 
-# (a, b, c) of X <- a X + (b A + c A^2) X, A = X X^T, one triple a step: each is the best odd quintic
-# for the singular values that the steps before it leave (Polar Express, Amsel et al. 2025; #1787).
+# (a, b, c) of X <- a X + (b A + c A^2) X, A = X X^T, a triple a step: the best odd quintic for the
+# singular values that the steps before leave (Polar Express, Amsel et al. 2025; #1787).
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -1677,7 +1622,7 @@ class Optimizers:
     scalar   gains, mixes, gates: all else  AdamW       SCALAR_LR
     aux      BIJEPAX-lite                   AdamW       BIJEPAX_LR, constant, no decay
 
-    Muon's stacks are the four weight banks of #2080. Heads stay out of the norm that clips."""
+    Heads of BIJEPAX-lite stay out of the norm that clips."""
 
     GROUPS = ("matrix", "embed", "scalar", "aux")
 
@@ -1791,7 +1736,7 @@ def planes(entries: list) -> list[Plane]:
     found, halves = [], 0
     for name, shape, bits, axis in entries:
         slices = math.prod(shape) // (shape[axis] if bits else 1)
-        halves += 0 if ":fine" in name else slices  # fine columns have their matrix's steps
+        halves += 0 if ":fine" in name else slices
         if bits:
             top = 2 ** (bits - 1) - 1
             found.append(Plane(f"{tensor_class(name)}{bits}", top, slices, shape[axis], slices))
@@ -1889,8 +1834,8 @@ def compressors() -> dict[str, tuple]:
 
 def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
     """Bytes of the artifact by tensor class, before training.
-    Matrices are normal enough for the entropy of a rounded normal. AWQ-lite's finer columns and
-    LQER's products come on top, about 0.5 % at full size."""
+    Matrices are normal enough for the entropy of a rounded normal. AWQ-lite and LQER come on top,
+    about 0.5 % at full size."""
     plan = dict.fromkeys(TENSOR_CLASSES, 0)
     for name, p in model.exported().items():
         kind = tensor_class(name)
@@ -1910,13 +1855,10 @@ def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> 
     """Quantises by `quant_plan` and compresses in the order of `planes`: one self-describing file,
     no pickle.
 
-    `hessians` {name: (C, C)} of the matrices that GPTQ is to round: means of x x^T over the same
-    inputs. Parts of a matrix are entries of their own after it: `name:fine<column>`, the columns of
-    AWQ-lite, which have its steps, and `name:a`, `name:b`, LQER's product for the matrices with the
-    largest errors."""
-    entries, codes, halves = [], [], []
-    errors: dict[str, tuple[float, np.ndarray]] = {}
-    hessians = hessians or {}
+    `hessians` {name: (C, C)} of the matrices that GPTQ is to round. Parts of a matrix are entries
+    of their own: `name:fine<column>`, AWQ-lite's, with its steps, and `name:a`, `name:b`, LQER's
+    product for the matrices with the largest errors."""
+    entries, codes, halves, errors, hessians = [], [], [], {}, hessians or {}
     groups = salient_groups(tensors, hessians, args)
 
     def add(name: str, q: np.ndarray, step: np.ndarray, bits: int) -> None:
@@ -1938,14 +1880,10 @@ def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> 
         add(name, np.delete(q, fine, 1), step, bits)
         if column is not None:
             add(f"{name}:fine{column}", q[:, fine], step[:0], 8)
-
-        error = weight - near
-        errors[name] = float(np.linalg.norm(error)), error
-        falling = sorted(errors, key=lambda name: -errors[name][0])
-        for other in falling[args.lqer_top_k :]:  # memory only for those that are kept
-            del errors[other]
-    for name, (_, error) in errors.items():
-        a, b = low_rank(error, min(args.lqer_rank, *error.shape))
+        errors[name] = weight - near
+    falling = sorted(errors, key=lambda name: -np.linalg.norm(errors[name]))
+    for name in sorted(falling[: args.lqer_top_k], key=[*errors].index):
+        a, b = low_rank(errors[name], min(args.lqer_rank, *errors[name].shape))
         add(f"{name}:a", *a, 3)
         add(f"{name}:b", *b, 5)
     halves = np.concatenate(halves).astype("<f2")
@@ -1984,14 +1922,13 @@ def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
         owner, _, part = name.partition(":")
         q, top = codes.pop(0).reshape(shape), np.float32(2 ** (bits - 1) - 1)
         if part.startswith("fine"):
-            step, coarse = steps[owner]
-            column = int(part.removeprefix("fine"))
-            columns = q * (coarse / top) * step
-            tensors[owner] = np.insert(tensors[owner], [column], columns, axis=1)
+            (step, coarse), column = steps[owner], int(part.removeprefix("fine"))
+            fine = q * (coarse / top) * step
+            tensors[owner] = np.insert(tensors[owner], [column], fine, axis=1)
             continue
         step = numbers[:, None]
         tensors[name], steps[name] = q * step, (step, top)
-        if part == "b":  # elementwise sums in a fixed order: any machine agrees
+        if part == "b":  # in a fixed order: any machine agrees
             a, b = tensors.pop(f"{owner}:a"), tensors.pop(name)
             for left, right in zip(a, b.reshape(len(a), -1)):
                 tensors[owner] += np.outer(left, right[: tensors[owner].shape[1]])
@@ -2090,57 +2027,47 @@ def windows(targets: int, length: int, stride: int) -> np.ndarray:
 
 try:
     from numba import njit
-except ImportError:  # only a mixture needs it, and says so
+except ImportError:  # only a mixture needs it
     njit = None
 
 
 def kernel(function):
-    """Compiles a loop over ids. No fastmath: scorer and decoder have to round alike, inlined or not.
-    """
+    """Compiles a loop over ids. No fastmath: scorer and decoder have to round alike."""
     return njit(error_model="numpy")(function) if njit else function
 
 
-# The vocabulary as a binary tree. Leaves are the ids in the order of what they spell, strings before
-# their extensions; inner nodes are the borders between neighbours: node i parts leaves low ... i - 1
-# (a 0) from i ... high - 1 (a 1), by the next symbol. Only the network tells ids apart that spell
-# the same (`alike`). Up to ROOM nodes that hang together are a group: all that a context knows of
-# them is one line of memory.
+# The vocabulary as a binary tree. Leaves are the ids in the order of their spelling; inner nodes are
+# the borders between neighbours: node i parts leaves low ... i - 1 (a 0) from i ... high - 1 (a 1).
+# Only the network tells `alike` ids apart. Up to ROOM nodes that hang together are a group.
 Tree = namedtuple("Tree", "order low high rank nodes alike level group place above paths")
-# order, rank (V,): ids by leaf, leaves by id; nodes (V - 1,): topmost first; low, high, alike, level
-# (>= 1), group, place in it: (V,) by node; above (groups,): the group above; paths (V, levels): an
-# id's nodes, then 0
+# order, rank (V,): ids by leaf, leaves by id; nodes (V - 1,): topmost first; above (groups,): the
+# group above; paths (V, levels): an id's nodes, then 0; the others (V,): by node
 ROOM = 15
 
 
 def border(words: list[tuple], first: int, stop: int) -> tuple[int, bool]:
-    """(node of the leaves first ... stop - 1, whether all spell the same): the border nearest to the
-    middle where the symbol after what they share changes."""
+    """(node of leaves first ... stop - 1, whether all spell the same)."""
     a, b, middle = words[first], words[stop - 1], (first + stop) // 2
     if a == b:
         return middle, True
-    shared = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
-
-    def prefix(word: tuple) -> tuple:
-        return word[: shared + 1]
-    same = prefix(words[middle])
-    before = bisect.bisect_left(words, same, first, stop)
-    after = bisect.bisect_right(words, same, first, stop, key=prefix)
+    n = 1 + len(os.path.commonprefix((a, b)))  # with the first symbol that changes
+    before = bisect.bisect_left(words, words[middle][:n], first, stop)
+    after = bisect.bisect_right(words, words[middle][:n], first, stop, key=lambda word: word[:n])
     late = before == first or (after < stop and after - middle < middle - before)
     return after if late else before, False
 
 
 def vocabulary_tree(spelled: list[tuple]) -> Tree:
-    """The tree of V >= 2 ids, from the symbols that each spells: several may spell the same, or
-    nothing."""
+    """The tree of V >= 2 ids, from the symbols that each spells: some the same, some none."""
     order = np.array(sorted(range(len(spelled)), key=lambda i: (spelled[i], i)))
     words, rank = [spelled[i] for i in order], np.argsort(order)
     low, high, alike, level, group, place = np.zeros((6, len(order)), np.int64)
     paths = np.zeros((len(order), 256), np.int64)
     nodes, above = [], []
 
-    groups = [(0, len(order), 0)]  # (first leaf, stop, node above) of the topmost node of each
+    groups = [(0, len(order), 0)]  # first leaf, stop, node above
     for head in groups:
-        members = deque([head])  # breadth first: the nodes that most ids pass
+        members = deque([head])  # breadth first
         above.append(group[head[2]])
         for seat in range(1, ROOM + 1):
             if not members:
@@ -2151,25 +2078,19 @@ def vocabulary_tree(spelled: list[tuple]) -> Tree:
             low[node], high[node], alike[node] = first, stop, same
             level[node], group[node], place[node] = level[parent] + 1, len(above) - 1, seat
             paths[order[first:stop], level[parent]] = node
-            for begin, end in ((first, node), (node, stop)):
-                if end - begin > 1:
-                    members.append((begin, end, node))
+            halves = ((first, node, node), (node, stop, node))
+            members.extend(half for half in halves if half[1] - half[0] > 1)
         groups.extend(members)
-
     paths = np.ascontiguousarray(paths[:, : level.max()])
-    nodes, above = np.array(nodes), np.array(above)
-    return Tree(order, low, high, rank, nodes, alike, level, group, place, above, paths)
+    found = low, high, rank, np.array(nodes), alike, level, group, place, np.array(above)
+    return Tree(order, *found, paths)
 
 
-# The proposals of the text: the id that came when the last ids were these, for a long and a short
-# run of them.
+# The text's proposals: the id that came after the last ids before, for a long and a short run.
 Text = namedtuple("Text", "ids now places")
 # ids (slots,): the last of the text; now (2 + 2 * runs,): how many there were, where the document
-# begins, for each run where its proposal lies and how many ids before that agree; places (runs,
-# slots): by a run's hash
-RUNS = np.array([5, 2])
-LONGEST = 32  # ids of a run that are counted
-SLOTS = 22  # log2 of the slots
+# begins, for each run the proposal's place and the ids before it that agree; places (runs, slots)
+RUNS, LONGEST, SLOTS = np.array([5, 2]), 32, 22  # of a run; log2
 
 
 @kernel
@@ -2181,35 +2102,30 @@ def blend(state, symbol):
 
 @kernel
 def propose(text, ids):
-    """Reads ids (n,); proposals after each: (n, 2 * runs), [id, ids that agree] for each run, or 0.
-    """
+    """Reads ids (n,) -> proposals after each: (n, 2 * runs), [id, ids that agree] a run, or 0."""
     hints = np.zeros((len(ids), 2 * len(RUNS)), np.int64)
     now, seen, ring = text.now, text.ids, (1 << SLOTS) - 1
     for t in range(len(ids)):
         n = now[0]
         seen[n & ring], now[0] = ids[t], n + 1
         now[1] = n if ids[t] == BOS_ID else now[1]
-        here = n + 1 - now[1]  # a run does not begin before its document
+        here = n + 1 - now[1]  # of this document
 
         for r in range(len(RUNS)):
             place, run = now[2 + 2 * r], now[3 + 2 * r]
-            if run and seen[place & ring] == ids[t]:  # it came true: go on with it
-                place, run = place + 1, min(run + 1, LONGEST)
-            else:
-                place, run = 0, 0
-
+            true = run > 0 and seen[place & ring] == ids[t]  # it goes on
+            place, run = (place + 1, min(run + 1, LONGEST)) if true else (0, 0)
             state = np.uint64(r)
             for k in range(min(RUNS[r], here)):
                 state = blend(state, seen[(n - k) & ring] + 1)
             slot = np.int64(state >> np.uint64(64 - SLOTS))
             before = text.places[r, slot] - 1
-            if run < LONGEST:  # the newest place with this hash, if more ids agree there
+            if run < LONGEST:  # at the newest such place
                 length, most = 0, min(before + 1, min(here, LONGEST))
                 while length < most and seen[(before - length) & ring] == seen[(n - length) & ring]:
                     length += 1
                 if length >= min(RUNS[r], here) and length > run:
                     place, run = before + 1, length
-
             text.places[r, slot], now[2 + 2 * r], now[3 + 2 * r] = n + 1, place, run
             if run:
                 hints[t, 2 * r], hints[t, 2 * r + 1] = seen[place & ring], run
@@ -2218,58 +2134,47 @@ def propose(text, ids):
 
 # Binary mixing, after lpaq (Mahoney 2005): an id is as many decisions as there are nodes above it.
 # Contexts are the last bytes, the word so far and the last ids, counted only for this document (most
-# of the gain: the network knows the language, not this text) or for the whole stream. Each owns a
-# row of its table for each group of nodes: 16 uint32, [document << 24 | check, a counter a node:
-# probability of a 1 << 10 | n]. A row that two want belongs to the later one: a worse guess, still a
-# probability.
+# of the gain) or for the whole stream. Each owns a row of its table for each group of nodes: 16
+# uint32, [document << 24 | check, a counter a node: probability of a 1 << 10 | n]. The later of two
+# that want a row has it: a worse guess, still a probability.
 Mixer = namedtuple("Mixer", "table contexts hashes spelled starts now weights trust hits "
                             "row check met inputs used")
-# table (C, rows, 16); contexts (C, 2): index into hashes, 1 = this document; hashes (order + 3,)
-# uint64: of the last 1 ... order bytes, the word so far, the last id, the last two; spelled, starts
-# (V + 1,): the symbols of ids; now (1 + runs,): document, leaves proposed; weights (sets, inputs),
-# trust (C, 128), hits (cells,): see `decide`. Scratch: row, check, met (groups, C); inputs, used
-# (levels, ...).
+# table (C, rows, 16); contexts (C, 2): index into hashes, 1 = this document; hashes (order + 3,) of
+# the last 1 ... order bytes, the word so far, the last id, the last two; spelled, starts (V + 1,):
+# the symbols of ids; now (1 + runs,): document, leaves proposed; the others: see `decide`
 STRETCH = np.log(np.arange(0.5, 4096) / np.arange(4095.5, 0, -1)).astype(np.float32)
 DOUBT = np.digitize(0.5 - np.abs(np.arange(256) - 127.5) / 256, (0.03, 0.12, 0.25))
 TRIALS = np.digitize(np.arange(1024), (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64, 128, 256))
 AGREED = np.digitize(np.arange(LONGEST + 1), (4, 8, 16))
-STEPS = 1 / (np.arange(1024) + 1.6)  # share of a counter's error, by n
-LIMIT = 255  # largest n
-RATE = 0.002  # of weights
-SLOW = 0.02  # share of the error of `hits`
-TINY = 1e-12  # added mass of an id: odds stay finite
+STEPS, LIMIT = 1 / (np.arange(1024) + 1.6), 255  # by a counter's n; largest n
+RATE, SLOW = 0.002, 0.02  # of weights and of `hits`
+TINY = 1e-12  # odds stay finite
 
 
 @kernel
 def look_up(m, tree, group):
-    """The row of a group of nodes under each context, and whether it is known: `met` is 2 from this
-    document, 1 from another, 0 unknown."""
+    """Finds a group's row under each context; `met`: 2 in this document, 1 in another."""
     above = tree.above[group]
     for c in range(len(m.contexts)):
         key = blend(m.hashes[m.contexts[c, 0]], m.contexts[c, 1] * (m.now[0] + 1))
         key = blend(key, len(m.contexts) * group + c)
-        row = np.int64(key >> np.uint64(8)) & (m.table.shape[1] - 1)
-        check = np.int64(key >> np.uint64(40)) | 1
-        m.row[group, c], m.check[group, c] = row, check
-
-        # a context that is new in the group above cannot know this one
-        head = np.int64(m.table[c, row, 0]) if group == 0 or m.met[above, c] > 0 else 0
-        this_document = (head >> 24) == (m.now[0] & 255)
-        m.met[group, c] = 1 + this_document if (head & 0xFFFFFF) == check else 0
+        row = m.row[group, c] = np.int64(key >> np.uint64(8)) & (m.table.shape[1] - 1)
+        check = m.check[group, c] = np.int64(key >> np.uint64(40)) | 1
+        known = group == 0 or m.met[above, c] > 0  # in the group above
+        head = np.int64(m.table[c, row, 0]) if known else 0
+        here = (head >> 24) == (m.now[0] & 255)
+        m.met[group, c] = 1 + here if (head & 0xFFFFFF) == check else 0
 
 
 @kernel
 def decide(m, tree, nodes, count, odds, hints, ones):
-    """Writes the probability of a 1 at each of `count` nodes, from the network's log odds: logistic
-    mixing.
+    """Logistic mixing: writes the probability of a 1 at each of `count` nodes.
 
-    Inputs are log odds: the network's, a counter's from each context, the proposals'. An input's
-    weight is a sum of three, picked by how long the proposals agree, how sure the network is and
-    the node. A counter's has a fourth, `trust`, picked by how often it was asked, how sure it is
-    and whether this document has met its context. `inputs` and `used` keep what `learn` needs of a
-    path; nothing else changes."""
-    table, row, met, trust, weights = m.table, m.row, m.met, m.trust, m.weights
-    hits, f, used, contexts, group = m.hits, m.inputs, m.used, len(m.contexts), -1
+    Inputs f (levels, inputs) are log odds: the network's, each context's counter's, the proposals'.
+    An input's weight is a sum of three, picked by how long the proposals agree, how sure the
+    network is and the node; a counter's has a fourth, `trust`, by its trials, doubt and `met`."""
+    f, used, weights = m.inputs, m.used, m.weights
+    contexts, group = len(m.contexts), -1
     inputs = contexts + 1 + len(RUNS)
     for j in range(count):
         node, line, z, state = nodes[j], j % len(f), 0.0, 0
@@ -2279,26 +2184,22 @@ def decide(m, tree, nodes, count, odds, hints, ones):
         if tree.alike[node]:
             ones[j] = 1 / (1 + math.exp(-odds[j]))
             continue
-
         f[line, 0] = min(max(odds[j], -12.0), 12.0)
         for c in range(contexts):
             f[line, 1 + c], used[line, c] = 0.0, 0
-            if met[group, c]:
-                counter = np.int64(table[c, row[group, c], tree.place[node]])
-                if counter & 1023:
-                    cell = (TRIALS[counter & 1023] << 3) | (DOUBT[counter >> 24] << 1)
-                    cell |= met[group, c] - 1
-                    used[line, c], f[line, 1 + c] = cell, STRETCH[counter >> 20]
-                    z += trust[c, cell] * STRETCH[counter >> 20]
-
+            counter = np.int64(m.table[c, m.row[group, c], tree.place[node]])
+            if m.met[group, c] and counter & 1023:
+                cell = (TRIALS[counter & 1023] << 3) + (DOUBT[counter >> 24] << 1)
+                cell += m.met[group, c] - 1
+                used[line, c], f[line, 1 + c] = cell, STRETCH[counter >> 20]
+                z += m.trust[c, cell] * STRETCH[counter >> 20]
         for r in range(len(RUNS)):
             i, run = contexts + r, hints[2 * r + 1]
             f[line, 1 + i], used[line, i] = 0.0, 0
             if run and tree.low[node] <= m.now[1 + r] < tree.high[node]:
                 cell = ((LONGEST + 1) * r + run) * 16 + min(tree.level[node], 15)
-                chance = math.log(hits[cell] / (1 - hits[cell]))
-                used[line, i] = cell
-                f[line, 1 + i] = chance if m.now[1 + r] >= node else -chance
+                chance = math.log(m.hits[cell] / (1 - m.hits[cell]))
+                used[line, i], f[line, 1 + i] = cell, chance if m.now[1 + r] >= node else -chance
                 state += 5 if r else 1 + AGREED[run]
 
         a, b, c = state, 16 + min(int(abs(f[line, 0])), 11), 32 + node
@@ -2309,25 +2210,13 @@ def decide(m, tree, nodes, count, odds, hints, ones):
 
 
 @kernel
-def claim_rows(m, group):
-    """The rows of a group belong to its contexts from here on; new ones start with even counters."""
-    for c in range(len(m.contexts)):
-        row = m.row[group, c]
-        m.table[c, row, 0] = m.check[group, c] | ((m.now[0] & 255) << 24)
-        if not m.met[group, c]:
-            for i in range(1, ROOM + 1):
-                m.table[c, row, i] = 1 << 31
-
-
-@kernel
 def move_contexts(m, token):
-    """Takes an id into the hashes. At a BOS they forget the history; counters and weights stay."""
+    """Takes an id into the hashes; at a BOS they forget the history."""
     hashes, word = m.hashes, len(m.hashes) - 3
     if token == BOS_ID:
         hashes[:] = 0
         m.now[0] += 1
         return
-
     hashes[word + 2] = blend(hashes[word + 1], token + 1)
     hashes[word + 1] = blend(np.uint64(1 << 40), token + 1)
     for i in range(m.starts[token], m.starts[token + 1]):
@@ -2336,46 +2225,47 @@ def move_contexts(m, token):
             hashes[k] = blend(hashes[k - 1], x + 1)
         hashes[0], letter = blend(np.uint64(0), x + 1), x | 32
         inside = 97 <= letter <= 122 or 48 <= x <= 57 or x >= 128
-        if x < 256:  # an operator of CaseOps says how a word is written, not which
+        if x < 256:  # operators are no letters
             hashes[word] = blend(hashes[word], letter) if inside else np.uint64(0)
 
 
 @kernel
 def learn(m, tree, nodes, count, token):
-    """Updates all that the decisions of an id used and moves the contexts past it, once it is scored.
-    """
-    leaf, table, row, trust, weights = tree.rank[token], m.table, m.row, m.trust, m.weights
-    hits, f, used, contexts, group = m.hits, m.inputs, m.used, len(m.contexts), -1
+    """Learns from a scored id, then moves the contexts."""
+    f, used, weights = m.inputs, m.used, m.weights
+    contexts, group = len(m.contexts), -1
     inputs = contexts + 1 + len(RUNS)
     for j in range(count):
         node = nodes[j]
         if tree.group[node] != group:
             group = tree.group[node]
-            claim_rows(m, group)
+            for c in range(contexts):  # new rows start with even counters
+                row = m.table[c, m.row[group, c]]
+                row[0] = m.check[group, c] | ((m.now[0] & 255) << 24)
+                if not m.met[group, c]:
+                    row[1:] = 1 << 31
         if tree.alike[node]:
             continue
 
-        y, seat = int(leaf >= node), tree.place[node]
+        y = int(tree.rank[token] >= node)
         step = RATE * (y - f[j, inputs])
         for i in range(inputs):
             change = step * f[j, i]
             weights[used[j, inputs], i] += change
             weights[used[j, inputs + 1], i] += change
             weights[32 + node, i] += change
-
         for c in range(contexts):
-            trust[c, used[j, c]] += step * f[j, 1 + c]
-            counter = np.int64(table[c, row[group, c], seat])
+            m.trust[c, used[j, c]] += step * f[j, 1 + c]
+            row = m.table[c, m.row[group, c]]
+            counter = np.int64(row[tree.place[node]])
             n, p = counter & 1023, counter >> 10
-            p += int(((y << 22) - p) * STEPS[n])
-            p = min(max(p, 64), (1 << 22) - 64)
-            table[c, row[group, c], seat] = (p << 10) | min(n + 1, LIMIT)
-
+            p = min(max(p + int(((y << 22) - p) * STEPS[n]), 64), (1 << 22) - 64)
+            row[tree.place[node]] = (p << 10) | min(n + 1, LIMIT)
         for r in range(len(RUNS)):
             cell = used[j, contexts + r]
             if cell:
                 hit = 0.999 if (m.now[1 + r] >= node) == y else 0.001
-                hits[cell] += (hit - hits[cell]) * SLOW
+                m.hits[cell] += (hit - m.hits[cell]) * SLOW
     move_contexts(m, token)
 
 
@@ -2395,8 +2285,7 @@ def mixer_score(m, tree, ids, hints, odds, nats):
 
 @kernel
 def mixer_distribution(m, tree, hints, odds, out):
-    """All V - 1 decisions: a leaf is the product that `mixer_score` forms for its id, factor by
-    factor."""
+    """All V - 1 decisions: a leaf's product is that of `mixer_score`, factor by factor."""
     ones, p = np.zeros(len(tree.nodes)), np.ones(len(out))
     m.now[1:] = tree.rank[hints[::2]]
     decide(m, tree, tree.nodes, len(ones), odds, hints, ones)
@@ -2409,19 +2298,17 @@ def mixer_distribution(m, tree, hints, odds, out):
 # The tilt (#1145): p'(a) = p(a) e^(beta [a = h]) / (1 + p(h) (e^beta - 1)), for a proposed id h.
 @kernel
 def tilt_score(beta, rate, ids, own, hints, liked, nats):
-    """Nats of ids from the network's log-probabilities `own`; `liked` (n, runs) are those of the
-    hints. beta (2, cells): strengths by run, its length and `liked`, and squared gradients, for
-    AdaGrad afterwards."""
+    """Nats of ids from log-probabilities, `own` and those `liked` (n, runs) of hints. beta (2,
+    cells): strengths by run, its length and `liked`, and AdaGrad's sums."""
     for t in range(len(ids)):
         r, nats[t] = 0, -own[t]
         while r < len(RUNS) and hints[t, 2 * r + 1] == 0:
             r += 1
         if r == len(RUNS):
             continue
-
-        length, doubt = hints[t, 2 * r + 1], min(int(-2 * liked[t, r]), 15)
-        cell = ((LONGEST + 1) * r + length) * 16 + doubt
-        hit, p, e = ids[t] == hints[t, 2 * r], math.exp(liked[t, r]), math.exp(beta[0, cell])
+        cell = ((LONGEST + 1) * r + hints[t, 2 * r + 1]) * 16 + min(int(-2 * liked[t, r]), 15)
+        hit = ids[t] == hints[t, 2 * r]
+        p, e = math.exp(liked[t, r]), math.exp(beta[0, cell])
         whole = 1 + p * (e - 1)
         nats[t] += math.log(whole) - hit * beta[0, cell]
         gradient = hit - p * e / whole
@@ -2430,32 +2317,26 @@ def tilt_score(beta, rate, ids, own, hints, liked, nats):
 
 
 class Mixture:
-    """The network's distributions mixed with what the scored text says, which starts empty and is
-    learned.
+    """The network's distributions mixed with statistics of the scored text.
 
-    A rank's `distil` keeps the few numbers of its log-probabilities that booking takes; `score`
-    books them on one rank, in the order of the stream. A decoder asks for `distribution` and hands
-    each id that it decodes to `push`: the same numbers, only from the prefix. Memory: 448 bytes *
-    2^MIX_ROWS + 43 MB."""
+    A rank's `distil` keeps few numbers of its log-probabilities; `score` books them on one rank, in
+    order. A decoder asks for `distribution`, then calls `push`. 448 bytes * 2^MIX_ROWS + 43 MB."""
 
     def __init__(self, args: Hyperparameters):
         if njit is None:
-            raise UserError("PPM_WEIGHT=1 needs numba: `pip install numba`, or set PPM_WEIGHT=0")
+            raise UserError("PPM_WEIGHT=1 needs numba: install it or set PPM_WEIGHT=0")
         self.labels = ("tilt", "mix") if args.mix == "binary" else ("tilt",)
         spelled, runs = spelling(args), len(RUNS)
         self.tree = vocabulary_tree(spelled)
-        self.tables = {}  # by device: the network's view of the tree
         groups, levels = len(self.tree.above), self.tree.paths.shape[1]
         self.width = 1 + 3 * runs + levels
-
-        # proposals and their tilt
         self.hint = np.zeros((1, 2 * runs), np.int64)
         cells = runs * (LONGEST + 1) * 16
         self.beta = np.stack((np.zeros(cells), np.ones(cells)))
         slots, now = 1 << SLOTS, np.zeros(2 + 2 * runs, np.int64)
         self.text = Text(np.zeros(slots, np.uint16), now, np.zeros((runs, slots), np.int32))
 
-        # contexts: 1, 3 and PPM_ORDER bytes, the word, one and two ids; the word of the whole stream
+        # 1, 3 and PPM_ORDER bytes, the word, one id; of the whole stream two ids and the word
         word = args.ppm_order
         last, third = word - 1, min(3, word) - 1
         contexts = [(0, 1), (third, 1), (last, 1), (word, 1), (word + 1, 1), (word + 2, 0), (word, 0)]
@@ -2471,23 +2352,18 @@ class Mixture:
             np.zeros((levels, inputs + 2), np.int64))
 
     def odds(self, logprobs: Tensor, nodes: np.ndarray) -> Tensor:
-        """The network's log odds of a 1 at nodes (n, K), from log-probabilities (n, V): fp64, CPU."""
-        if (device := logprobs.device) not in self.tables:
-            self.tables[device] = [torch.from_numpy(x).to(device) for x in self.tree[:3]]
-        order, low, high = self.tables[device]
-        nodes = torch.from_numpy(nodes).to(device)
+        """The network's log odds at nodes (n, K), from log-probabilities (n, V): fp64, CPU."""
+        places = *self.tree[:3], nodes
+        order, low, high, nodes = (torch.from_numpy(x).to(logprobs.device) for x in places)
         sums = logprobs.exp().index_select(1, order).cumsum(1, dtype=torch.float64)
         edges = torch.stack((low[nodes], nodes, high[nodes]))  # (3, n, K)
-        mass = sums.expand(3, -1, -1).gather(2, (edges - 1).clamp(min=0)) * (edges > 0)
-        mass = mass + TINY * edges
+        mass = sums.expand(3, -1, -1).gather(2, (edges - 1).clamp(min=0))
+        mass = mass * (edges > 0) + TINY * edges
         return mass.diff(dim=0).clamp(min=TINY).log().diff(dim=0)[0].cpu()
 
     def distil(self, ids: np.ndarray, first: int, stop: int, logprobs: Tensor, hints=None) -> Tensor:
-        """The numbers that `score` needs of targets first ... stop - 1, from their log-probabilities
-        (n, V): fp64, CPU (n, [own log-probability; hints; their log-probabilities; log odds above
-        the id]).
-
-        Blocks come in the order of the stream: ids not read yet are read here, other ranks' too."""
+        """Log-probabilities (n, V) of targets first ... stop - 1 -> fp64, CPU (n, [own; hints;
+        theirs; log odds above the id]). In the order of the stream: reads other ranks' ids too."""
         if hints is None:
             fresh = ids[self.text.now[0] : stop].astype(np.int64)
             hints = propose(self.text, fresh)[first - stop :]
@@ -2500,8 +2376,7 @@ class Mixture:
         return torch.cat((own[:, :1], torch.from_numpy(hints), own[:, 1:], odds), 1)
 
     def score(self, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """fp64 nats (labels, n) of ids (n,) from their `values`, learned too; the headline's are the
-        last."""
+        """fp64 nats (labels, n) of ids (n,) from their `values`; learns them."""
         runs = len(RUNS)
         own, hints, liked, odds = np.split(values, (1, 1 + 2 * runs, 1 + 3 * runs), 1)
         ids, hints = ids.astype(np.int64), hints.astype(np.int64)
@@ -2512,25 +2387,24 @@ class Mixture:
         return nats
 
     def distribution(self, logprobs: np.ndarray, hints: np.ndarray | None = None) -> np.ndarray:
-        """fp64 log-probabilities (V,) of the next id, given the network's, fp32, and, unless it
-        comes after the last id pushed, the hints (1, 2 * runs) of its place. Changes nothing."""
+        """fp64 log-probabilities (V,) of the next id, given the network's, fp32, and the hints
+        (1, 2 * runs) of its place, if not the newest. Changes nothing."""
         out = logprobs.astype(np.float64)
         hints = self.hint if hints is None else hints.astype(np.int64)
         if self.labels[-1] == "mix":
-            nodes = self.tree.nodes[None]
-            odds = self.odds(torch.from_numpy(logprobs[None]), nodes)[0].numpy()
-            mixer_distribution(self.mixer, self.tree, hints[0], odds, out)
+            odds = self.odds(torch.from_numpy(logprobs[None]), self.tree.nodes[None])[0]
+            mixer_distribution(self.mixer, self.tree, hints[0], odds.numpy(), out)
             return out
-        nats, hints = np.zeros(len(out)), hints.repeat(len(out), 0)
-        tilt_score(self.beta, 0.0, np.arange(len(out)), out, hints, out[hints[:, ::2]], nats)
+        ids, nats, hints = np.arange(len(out)), np.zeros(len(out)), hints.repeat(len(out), 0)
+        tilt_score(self.beta, 0.0, ids, out, hints, out[hints[:, ::2]], nats)
         return -nats
 
     def push(self, token: int, logprobs: np.ndarray | None) -> None:
-        """Learns the next id, given the network's view of it: None for the first, which is given."""
+        """Learns the next id, given the network's view of it: None for the first."""
         ids = np.array([token])
         if logprobs is not None:
-            values = self.distil(ids.repeat(2), 0, 1, torch.from_numpy(logprobs[None]), self.hint)
-            self.score(ids, values.numpy())
+            row = torch.from_numpy(logprobs[None])
+            self.score(ids, self.distil(ids.repeat(2), 0, 1, row, self.hint).numpy())
         self.hint = propose(self.text, ids)
 
 
@@ -2560,8 +2434,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
     """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) of each block of n targets.
 
     This is the only path from weights to a score. A learner is shown every chunk but the last,
-    once it is scored. With `gather`, which tells rank 0 of the batches of all ranks, that rank
-    yields all blocks in the order of the stream, as `gather` has them; the others yield none."""
+    once it is scored. With `gather`, rank 0 yields all ranks' blocks in the order of the stream."""
     if len(ids) < 2:
         return
     if learner is not None and learner.args.ttt != "sgd":
@@ -2578,10 +2451,8 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
         if start and learner is not None:
             learner.catch_up(ids, seen)
         part = rows[start : start + chunk]
-        # as many rounds on every rank: all of them meet in `gather`
-        for begin in range(0, len(part), plan.batch * plan.ranks):
-            left = part[begin : begin + plan.batch * plan.ranks]
-            batches = [left[i * plan.batch :][: plan.batch] for i in range(plan.ranks)]
+        for begin in range(0, len(part), plan.batch * plan.ranks):  # ranks meet in `gather`
+            batches = [part[begin + i * plan.batch :][: plan.batch] for i in range(plan.ranks)]
             batch = batches[plan.rank]
             inputs, position, targets = plan.tensors(ids, batch, device)
             logprobs = logits(model, inputs, position, targets.size(1)).log_softmax(-1)
@@ -2596,23 +2467,15 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
 
 
 class Adapters:
-    """Low-rank changes of matrices, W + alpha / rank B A, a set for each of some documents (Hu et al.
-    2022).
+    """LoRA (Hu et al. 2022): W + alpha / rank B A, a set for each of some documents. All begin with
+    the same A and B = 0 and learn for themselves, by AdamW with betas 0 and 0.999."""
 
-    All documents begin with the same A and B = 0 and learn for themselves: how many share a batch
-    does not matter. AdamW with beta1 = 0 and beta2 = 0.999."""
+    OWNERS = ("attn.proj", "mlp.fc", "mlp.proj", "tok_emb")
 
     def __init__(self, model: GPT, documents: int):
         self.args = model.args
-        ends = tuple(part.strip() for part in self.args.ttt_lora_modules.split(","))
-        matrices = {name: module for name, module in model.named_modules()
-                    if isinstance(module, (CastedLinear, nn.Embedding))}
-        self.owners = [matrix for name, matrix in matrices.items() if name.endswith(ends)]
-        for end in ends:
-            if not end or not any(name.endswith(end) for name in matrices):
-                raise UserError(f"TTT_LORA_MODULES={self.args.ttt_lora_modules!r}: no matrix ends "
-                                f"in {end!r}")
-
+        named = model.named_modules()
+        self.owners = [module for name, module in named if name.endswith(self.OWNERS)]
         generator = torch.Generator().manual_seed(0)
         rank, self.params = self.args.ttt_lora_rank, []
         for owner in self.owners:
@@ -2620,12 +2483,10 @@ class Adapters:
             a = torch.randn(rank, size_in, generator=generator).to(device) / size_in**0.5
             b = torch.zeros(documents, size_out, rank, device=device)
             self.params += [a.repeat(documents, 1, 1), b]
-        self.squares = [torch.zeros_like(p) for p in self.params]
-        self.steps = 0
+        self.squares, self.steps = [torch.zeros_like(p) for p in self.params], 0
 
     def attach(self, documents: int) -> list[Tensor]:
-        """The model reads rows of the first documents through their adapters; returns all that has
-        gradients."""
+        """The first documents' rows are read through adapters -> all that learns."""
         params = [p[:documents].detach().requires_grad_() for p in self.params]
         scale = self.args.ttt_lora_alpha / self.args.ttt_lora_rank
         for owner, a, b in zip(self.owners, params[::2], params[1::2]):
@@ -2638,26 +2499,23 @@ class Adapters:
 
     @torch.no_grad()
     def learn(self, nats: Tensor, params: list[Tensor]) -> None:
-        """A step from nats, summed over documents, through the `params` that `attach` gave for them.
-        """
+        """A step from nats, summed over documents; `params` as of `attach`."""
         self.steps += 1
-        rate, decay = self.args.ttt_lora_lr, self.args.ttt_lora_wd
-        grads = torch.autograd.grad(nats, params)
+        rate, grads = self.args.ttt_lora_lr, torch.autograd.grad(nats, params)
         for whole, squares, grad in zip(self.params, self.squares, grads):
             part, square = whole[: len(grad)], squares[: len(grad)]
             square.lerp_(grad.square(), 1 - 0.999)
-            part *= 1 - rate * decay
+            part *= 1 - rate * self.args.ttt_lora_wd
             root = (square / (1 - 0.999**self.steps)).sqrt() + 1e-8
             part.addcdiv_(grad, root, value=-rate)
 
 
 @check
 def check_documents(args: Hyperparameters) -> None:
-    adapts = args.ttt in ("lora", "phased")
-    wide = adapts and args.ttt_doc_chunk > args.eval_seq_len
-    forbid(wide, args, "ttt_doc_chunk eval_seq_len", "a window must hold the chunk")
-    forbid(adapts and args.ppm_weight, args, "ttt ppm_weight",
-           "documents are scored out of order, which no mixture can follow; set PPM_WEIGHT=0")
+    if args.ttt in ("lora", "phased"):
+        wide = args.ttt_doc_chunk > args.eval_seq_len
+        forbid(wide, args, "ttt_doc_chunk eval_seq_len", "a window must hold the chunk")
+        forbid(args.ppm_weight, args, "ttt ppm_weight", "no mixture follows documents out of order")
 
 
 @check
@@ -2673,9 +2531,8 @@ class TestTimeTraining:
     as many updates on every rank. The rate depends only on the number of chunks already scored: a
     decoder, which does not know how much text will come, makes the same updates.
 
-    TTT=lora reads document by document instead, each with adapters of its own that learn from every
-    TTT_DOC_CHUNK of its targets once scored (#1530); with TTT=phased, all weights learn as above,
-    too, from the chunks that are complete where a document begins (#1610)."""
+    TTT=lora reads by document, each with adapters that learn after every TTT_DOC_CHUNK targets
+    (#1530); with TTT=phased, all weights learn too where a document begins (#1610)."""
 
     def __init__(self, model: GPT, losses=training_losses, runtime=None, report=None):
         self.model, self.args, self.losses = model, model.args, losses
@@ -2713,16 +2570,12 @@ class TestTimeTraining:
             self.report(self)
 
     def by_document(self, ids: np.ndarray, plan: WindowPlan):
-        """`scored` for documents: those between two updates of all weights in groups of like length.
-        """
-        targets = len(ids) - 1  # each belongs to the document of the id before it
+        """`scored` by document; a target belongs to the document of the id before it."""
+        seen = np.zeros(len(ids) - 1, bool)
         starts = np.union1d([0], np.flatnonzero(ids[:-1] == BOS_ID))
-        spans = np.stack((starts, np.append(starts[1:], targets)), 1)
-        seen = np.zeros(targets, bool)
-        phases = np.zeros_like(starts)
-        if self.args.ttt == "phased":
-            phases = starts // self.args.ttt_chunk_tokens
-
+        spans = np.stack((starts, np.append(starts[1:], len(seen))), 1)
+        size = self.args.ttt_chunk_tokens if self.args.ttt == "phased" else len(ids)
+        phases = starts // size
         for phase in np.unique(phases):
             if phase:
                 self.catch_up(ids, seen)
@@ -2733,8 +2586,7 @@ class TestTimeTraining:
             seen[part[0, 0] : part[-1, 1]] = True
 
     def adapt(self, ids: np.ndarray, group: np.ndarray, length: int):
-        """Scores documents, the longest first, chunk by chunk, a step of their adapters between
-        chunks."""
+        """Scores documents; their adapters learn between chunks."""
         adapters, size = Adapters(self.model, len(group)), self.args.ttt_doc_chunk
         for done in range(0, group[0, 1] - group[0, 0], size):
             alive = group[group[:, 1] - group[:, 0] > done]
@@ -2743,10 +2595,9 @@ class TestTimeTraining:
                 first, stop = start + done, min(start + done + size, end)
                 yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
 
-    def adapt_chunk(self, adapters: Adapters, ids: np.ndarray, alive: np.ndarray, done: int,
-                    length: int) -> tuple[Tensor, np.ndarray]:
-        """Log-probabilities (n, size, V) and nats (n, size) of the targets from `done` on of n
-        documents; those that go on after the chunk learn from it."""
+    def adapt_chunk(self, adapters: Adapters, ids: np.ndarray, alive: np.ndarray, done: int, length):
+        """Log-probabilities (n, size, V) and nats (n, size) of targets from `done` on of n documents;
+        those that go on learn from it."""
         size, device = self.args.ttt_doc_chunk, self.params[0].device
         begin = max(done + size - length, 0)  # of the window, in the document
         rows = np.full((len(alive), done + size - begin), PAD_ID, np.int64)
@@ -2825,7 +2676,7 @@ def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarr
             continue
 
         values, done = mixture.distil(ids, first, stop, logprobs).numpy(), first
-        for t in [*here, stop]:  # learns up to a position, then tells its distribution
+        for t in [*here, stop]:  # learns up to t, then tells
             known = values[done - first : t - first]
             nats[done:t] = mixture.score(ids[done + 1 : t + 1], known)[-1]
             if t < stop:
@@ -2853,12 +2704,9 @@ class Evaluator:
         if data.val_sizes is None and args.tokenizer_path:
             tokenizer = open_tokenizer(args)
             if tokenizer.id_to_piece(tokenizer.piece_to_id(OPERATORS[0])) == OPERATORS[0]:
-                raise UserError(f"TOKENIZER_PATH={args.tokenizer_path} is of CaseOps text, and "
-                                f"{data.val_files[0]} has no sidecar beside it")
-        if data.val_sizes is None:
-            sizes = target_bytes(ids, byte_tables(args))
-        else:
-            sizes = data.val_sizes[1:]
+                raise UserError(f"{data.val_files[0]}: CaseOps text, no sidecar")
+        tables = byte_tables(args) if data.val_sizes is None else None
+        sizes = target_bytes(ids, tables) if tables else data.val_sizes[1:]
         self.prefix = args.val_bytes if args.val_bytes < sizes.sum() else 0
         if self.prefix:
             targets = int(np.searchsorted(np.cumsum(sizes), args.val_bytes)) + 1
@@ -2868,7 +2716,7 @@ class Evaluator:
         if not self.bytes:
             raise UserError(f"{data.val_files[0]}: its targets stand for no byte at all")
         if args.ppm_weight:
-            Mixture(args)  # an impossible one says so before anything is trained
+            Mixture(args)  # refuses in time
 
     def describe(self, manifest: dict) -> str:
         original = manifest.get("val_bytes") or self.bytes
@@ -2889,27 +2737,20 @@ class Evaluator:
                  f"infer:{seconds - learner.seconds:.1f}s adapt:{learner.seconds:.1f}s")
 
     def gather(self, mixture: Mixture, batches: list[np.ndarray], logprobs: Tensor):
-        """On rank 0 the blocks of all ranks' batches, in the order of the stream: (first, stop, what
-        the mixture distils of log-probabilities, nats). Other ranks send theirs and get nothing."""
-        runtime = self.runtime
-        mine = torch.zeros(*logprobs.shape[:2], mixture.width, dtype=torch.float64)
-        for i, (_, first, stop) in enumerate(batches[runtime.rank]):
-            part = logprobs[i, : stop - first]
-            mine[i, : stop - first] = mixture.distil(self.ids, first, stop, part)
-
-        found = [mine] if runtime.main else []
+        """Rank 0: (first, stop, `distil` of them, nats) of all ranks' blocks, in order."""
+        runtime, mine = self.runtime, []
+        for (_, first, stop), part in zip(batches[runtime.rank], logprobs):
+            mine.append(mixture.distil(self.ids, first, stop, part[: stop - first]).numpy())
+        found = [mine] * runtime.world_size if runtime.main else None
         if runtime.world_size > 1:
-            mine = mine.to(runtime.device)
-            found = [torch.empty_like(mine) for _ in batches] if runtime.main else []
-            dist.gather(mine, found or None)
-        for batch, values in zip(batches, found):
-            for (_, first, stop), block in zip(batch, values.cpu().numpy()):
-                yield first, stop, block[: stop - first], -block[: stop - first, 0]
+            dist.gather_object(mine, found)
+        for batch, blocks in zip(batches, found or ()):
+            for (_, first, stop), block in zip(batch, blocks):
+                yield first, stop, block, -block[:, 0]
 
     def run(self, name: str, model: GPT, length: int, stride: int, learn: bool = False,
             mix: bool = False) -> dict:
-        """val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte. With `mix` the same
-        log-probabilities, tilted and mixed, become results NAME_tilt and NAME_mix."""
+        """val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte."""
         args, runtime, began = self.args, self.runtime, time.perf_counter()
         classes = len(BYTE_CLASSES)
         names, mixing, gather = [name], 0.0, None
@@ -2931,25 +2772,23 @@ class Evaluator:
             found, parts = self.classes[self.ids[first + 1 : stop + 1]], [nats]
             if mix:
                 mixing -= time.perf_counter()
-                parts += list(mixture.score(self.ids[first + 1 : stop + 1], values))
+                parts += [*mixture.score(self.ids[first + 1 : stop + 1], values)]
                 mixing += time.perf_counter()
             for row, part in zip(sums, parts):
                 row[:-1] += torch.from_numpy(np.bincount(found, part, minlength=classes))
                 row[-1] += stop - first
-
         sums, seconds = runtime.all_reduce(sums), time.perf_counter() - began
         for label, row in zip(names, sums):
             self.results[label] = self.result(label, row, length, stride, seconds)
+
         if mix:
             self.results[names[-1]] |= {"mixture": args.mix, "mix_seconds": mixing}
         if learner is not None:
             learner.restore()
-            spent = {"updates": learner.updates, "adapt_seconds": learner.seconds}
-            self.results[name] |= spent
+            self.results[name] |= {"updates": learner.updates, "adapt_seconds": learner.seconds}
         return self.results[name]
 
     def result(self, name: str, sums: Tensor, length: int, stride: int, seconds: float) -> dict:
-        """An entry of `metrics.json`, from a pass's nats by byte class and its number of targets."""
         targets = len(self.ids) - 1
         assert int(sums[-1]) == targets, f"{name}: scored {int(sums[-1])} targets of {targets}"
         nats = float(sums[:-1].sum())
@@ -2961,15 +2800,14 @@ class Evaluator:
         return result | ({"prefix_bytes": self.prefix} if self.prefix else {})
 
     def report(self, name: str, model: GPT, stride: int | None = None, learn: bool = False) -> dict:
-        """Runs a pass and prints its lines: non-overlapping windows, or sliding ones, mixed too."""
+        """Runs a pass and prints its lines: non-overlapping windows or, with a stride, sliding."""
         length = self.args.eval_seq_len
         mix = stride is not None and self.args.ppm_weight > 0
         self.run(name, model, length, stride or length, learn, mix)
         extra = f" stride:{stride}" if stride else ""
         extra += f" prefix:{self.prefix}" if self.prefix else ""
-        for label in (name, f"{name}_tilt", f"{name}_mix"):
-            if label not in self.results:
-                continue
+        labels = [name, f"{name}_tilt", f"{name}_mix"]
+        for label in [label for label in labels if label in self.results]:
             result = self.results[label]
             loss, bpb = result["val_loss"], result["val_bpb"]
             self.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f}{extra} "
@@ -2993,10 +2831,9 @@ class Stream:
         self.ids = []
         self.learner = TestTimeTraining(model) if model.args.ttt != "0" else None
         self.by_document = model.args.ttt in ("lora", "phased")
-        self.adapters, self.origin = None, 0  # of the document at hand, and where it begins
-        self.block, self.start = (0, -1), 0  # the window at hand: (origin, number), its begin
-        self.past = None
-        self.known = None  # log-probabilities of the next id
+        self.adapters, self.origin = None, 0  # of a document, and its begin
+        self.block, self.start = (0, -1), 0  # (origin, number) of a window
+        self.past, self.known = None, None  # `known`: log-probabilities of the next id
         self.mixture = Mixture(model.args) if model.args.ppm_weight else None
 
     @property
@@ -3004,8 +2841,7 @@ class Stream:
         return self.learner.updates if self.learner else 0
 
     def logprobs(self) -> np.ndarray:
-        """Log-probabilities (V,) of the next id, fp32, or fp64 of a mixture. The first id, a BOS, is
-        given: push it."""
+        """fp32, or a mixture's fp64, log-probabilities (V,) of the next id. Push the first, a BOS."""
         logprobs = self.network()
         return self.mixture.distribution(logprobs) if self.mixture else logprobs
 
@@ -3035,20 +2871,17 @@ class Stream:
         return self.known
 
     def learn(self, block: int) -> None:
-        """Learns all that the scorer has learned before it scores this block, of the text or of the
-        document at hand: also of blocks that were pushed and never asked for."""
+        """Learns as the scorer has before this block, asked for or not."""
         ids, args, (origin, last) = np.array(self.ids), self.model.args, self.block
         fresh = last < 0 or origin != self.origin  # a document begins
         if args.ttt == "sgd" or (args.ttt == "phased" and fresh):
             complete = self.origin if self.by_document else len(ids) - 1
             self.learner.catch_up(ids, np.ones(complete, dtype=bool))
         if self.by_document:
-            if fresh:
-                self.adapters = Adapters(self.model, 1)
-            known = np.array([[self.origin, len(ids)]])
-            for number in range(0 if fresh else last, block):
-                done = number * args.ttt_doc_chunk
-                self.learner.adapt_chunk(self.adapters, ids, known, done, args.eval_seq_len)
+            self.adapters = Adapters(self.model, 1) if fresh else self.adapters
+            span = np.array([[self.origin, len(ids)]])
+            for done in args.ttt_doc_chunk * np.arange(0 if fresh else last, block):
+                self.learner.adapt_chunk(self.adapters, ids, span, done, args.eval_seq_len)
 
     def push(self, token: int) -> None:
         if self.mixture:  # it learns from the network's view
@@ -3123,8 +2956,7 @@ class Trainer:
         return {name: value.detach() for name, value in sums.items()}
 
     def mode(self, progress: float) -> tuple[bool, bool]:
-        """The two switches of a step, a graph each: (layers run again, auxiliary terms). At 1: as it
-        is scored."""
+        """(Layers run again, auxiliary terms): a graph each. At 1 as the artifact runs."""
         args, aux = self.args, self.model.aux
         looping = bool(args.loop_extra) and args.loop_start <= progress and args.loop_start < 1
         return looping, aux is not None and aux.inputs(progress)
@@ -3163,10 +2995,9 @@ class Trainer:
         generator = torch.Generator().manual_seed(0)
         rows = self.plan.groups * self.plan.group
         shape = (self.plan.micro_steps, rows, args.train_seq_len + 1)
-        fractions = {args.loop_start, args.bijepax_start_frac, args.bijepax_end_frac}
-        edges = sorted({0.0, *fractions, 1.0})
+        edges = sorted({0.0, args.loop_start, args.bijepax_start_frac, args.bijepax_end_frac, 1.0})
         inner = [0.5 * (a + b) for a, b in zip(edges, edges[1:])]
-        moments = {self.mode(progress): progress for progress in edges[:-1] + inner}  # of each mode
+        moments = {self.mode(progress): progress for progress in edges[:-1] + inner}
         for _ in range(args.warmup_steps):
             ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator)
             ids = ids.to(device)
@@ -3209,7 +3040,7 @@ class Trainer:
 
     def calibrate(self) -> dict[str, np.ndarray]:
         """Hessians for GPTQ from the next GPTQ_BATCHES training batches, on the training clock: means
-        of x x^T. A layer that runs three times has three times as many inputs."""
+        over all inputs, of each run of a layer."""
         start, sums = time.perf_counter(), {}
         batches = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
         for _ in range(self.args.gptq_batches):
@@ -3284,7 +3115,7 @@ class Trainer:
                     self.seconds = time.perf_counter() - started
                     self.validate(evaluator)
                     started = time.perf_counter() - self.seconds
-        self.model.looping, _ = self.mode(1.0)  # as the artifact runs, whatever the last step was
+        self.model.looping, _ = self.mode(1.0)  # as the artifact runs
         self.refuse_non_finite(first_bad)  # waits for the device
         self.seconds, = runtime.from_main([time.perf_counter() - started])
         runtime.clocks["training"] = self.seconds
