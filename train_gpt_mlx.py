@@ -39,7 +39,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.core import array as Tensor  # the trunk's word for it: signatures stay the same
+from mlx.core import array as Tensor  # the trunk's word: signatures stay
 from mlx.utils import tree_flatten, tree_unflatten
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
@@ -2013,7 +2013,7 @@ def read_file(path: str | Path, variable: str) -> bytes:
 
 def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None = None,
          dtype: mx.Dtype = mx.float32, attention: str = "sdpa") -> GPT:
-    """The scoring model, only from an artifact; `args` of the same model may change how it scores."""
+    """The scoring model, only from an artifact; `args` may change how it scores."""
     header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
     args = args or shipped_settings(header, str(artifact_path))
     mx.set_default_device(pick_device(device) if isinstance(device, str) else device)

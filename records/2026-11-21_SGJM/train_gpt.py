@@ -47,15 +47,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported later it would keep the group, whose threads then abort
+import torch.distributed.nn  # later, its defaults would keep the group: threads that outlive Python abort
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
-
-constriction = None  # without it, LZMA takes the place of rANS
-with contextlib.suppress(ImportError):
-    import constriction
 
 # -----------------------------------------------------------------------------
 # HYPERPARAMETERS
@@ -63,18 +59,16 @@ with contextlib.suppress(ImportError):
 
 
 class UserError(Exception):
-    """A mistake in the environment or a file: `main` prints it as one line and exits with code 2.
-    """
+    """A mistake in the environment or in a file. `main` prints it as one line and exits with code 2."""
 
 
 class Var:
-    """One environment variable, of its default's type; `why` is the unit and the reason.
-    `ship` marks what artifacts carry, to build the network ("model") or to score ("eval")."""
+    """One environment variable, of its default's type; `why` is the unit and the reason. `ship` marks what an
+    artifact has to carry: "model" builds the network, "eval" only says how it is scored."""
 
-    def __init__(self, default, why: str, low=None, high=None, *, choices=(), ship: str = ""):
-        self.default, self.why = default, why
-        self.low, self.high, self.choices = low, high, choices
-        self.ship = ship
+    def __init__(self, default, why: str, *, low=None, high=None, choices=(), ship: str = ""):
+        self.default, self.why, self.low, self.high = default, why, low, high
+        self.choices, self.ship = choices, ship
 
     def __set_name__(self, owner, name: str) -> None:
         self.name = name.upper()
@@ -82,30 +76,17 @@ class Var:
     def accepted(self) -> str:
         if self.choices:
             return " | ".join(self.choices)
-        kinds = {bool: "0 | 1", int: "an integer", float: "a number", str: "a text"}
-        low = "" if self.low is None else f" from {self.low}"
-        high = "" if self.high is None else f" to {self.high}"
-        return kinds[type(self.default)] + low + high
-
-    def convert(self, text: str):
-        """The text as a value of the default's type; ValueError or KeyError where it is none."""
-        word = text.strip()
-        if isinstance(self.default, bool):
-            return {"0": False, "1": True, "false": False, "true": True}[word.lower()]
-        if isinstance(self.default, str):
-            return word if self.choices else text
-        return type(self.default)(word)
+        kind = {bool: "0 | 1", int: "an integer", float: "a number", str: "a text"}[type(self.default)]
+        bounds = {"from": self.low, "to": self.high}
+        return kind + "".join(f" {word} {bound}" for word, bound in bounds.items() if bound is not None)
 
     def parse(self, text: str):
+        word, kind, words = text.strip(), type(self.default), {"0": 0, "1": 1, "false": 0, "true": 1}
         with contextlib.suppress(ValueError, KeyError):
-            value = self.convert(text)
-            if isinstance(value, str):
-                accepted = value in (self.choices or [value])
-            else:
-                low = value if self.low is None else self.low
-                high = value if self.high is None else self.high
-                accepted = math.isfinite(value) and low <= value <= high
-            if accepted:
+            value = bool(words[word.lower()]) if kind is bool else kind(word if self.choices else text)
+            low, high = (bound if bound is not None else value for bound in (self.low, self.high))
+            finite = kind is str or math.isfinite(value)
+            if finite and low <= value <= high and value in (self.choices or [value]):
                 return value
         raise UserError(f"{self.name}={text!r} is not accepted: {self.accepted()} ({self.why})")
 
@@ -125,33 +106,18 @@ SIZES = {
 }
 ROW_GROUP = 4  # rows that lend each other negatives, where the batch divides by it; on any number of ranks
 
-CHECKS: list = []  # each section adds those of its features: a record keeps both or neither
-
-
-def check(function):
-    """Registers a function of the settings that forbids what cannot work."""
-    CHECKS.append(function)
-    return function
-
-
-def forbid(broken, args: Hyperparameters, names: str, reason: str) -> None:
-    """Where `broken`, raises UserError with the names and values of the settings in `names`."""
-    if broken:
-        values = ", ".join(f"{name.upper()}={getattr(args, name)}" for name in names.split())
-        raise UserError(f"{values}: {reason}")
-
 
 class Hyperparameters:
-    """Every setting of a run, read from the environment once; nothing below reads it again."""
+    """Every setting of a run, read from the environment once; nothing below this class reads it again."""
 
     _data = "Data"
-    data_path = Var("./data/datasets/fineweb10B_byte260", "folder of shards")
+    data_path = Var("./data/datasets/fineweb10B_byte260", "folder of *_train_*.bin and *_val_*.bin shards")
     vocab_size = Var(260, "260 = PAD BOS EOS UNK + 256 bytes; 256 = bytes alone", ship="model")
     train_seq_len = Var(0, "tokens a training row; 0 = of SIZE", low=0, ship="model")
     train_batch_tokens = Var(0, "tokens an optimizer step, over all ranks; 0 = of SIZE, in whole rows", low=0)
-    device_batch_tokens = Var(49152, "tokens a forward: the out-of-memory knob", 1)
-    train_order = Var("sequential", "of rows in an epoch", choices=("sequential", "shuffled"))
-    verify_data = Var("auto", "by manifest.json; auto: up to 2 GB", choices=("auto", "0", "1"))
+    device_batch_tokens = Var(49152, "tokens a forward on one device: the one out-of-memory knob", low=1)
+    train_order = Var("sequential", "order of rows within an epoch", choices=("sequential", "shuffled"))
+    verify_data = Var("auto", "check shards by manifest.json; auto: up to 2 GB", choices=("auto", "0", "1"))
     _model = "Model; 0 = of SIZE"
     size = Var("25m", "which published size", choices=tuple(SIZES), ship="model")
     arch = Var("sgjm", "baseline: no heads, BASELINE_LAYERS blocks", choices=("sgjm", "baseline"),
@@ -164,7 +130,7 @@ class Hyperparameters:
     positions = Var("learned", "learned: a table, as published; rope: rotated queries and keys",
                     choices=("learned", "rope"), ship="model")
     max_seq_len = Var(0, "rows of the table of learned positions", low=0, ship="model")
-    rope_base = Var(10000.0, "rotary base", 1, ship="model")
+    rope_base = Var(10000.0, "rotary base", low=1.0, ship="model")
     rope_dims = Var(0, "rotated dimensions a head; 0 = all (#315)", low=0, ship="model")
     init_std = Var(0.02, "std of matrices and embeddings at init", low=0.0)
     attn_every_n = Var(0, "every nth block attends, others are Mamba-2; 1 = all attend", low=0, ship="model")
@@ -189,41 +155,41 @@ class Hyperparameters:
     head_positions = Var(64, "positions a row at which heads are trained; 0 = all, as published", low=0)
     export_heads = Var(False, "the heads stay in the artifact", ship="model")
     _optimizers = "Optimizers and schedule"
-    iterations = Var(9000, "optimizer steps at most", 1)
-    max_wallclock_seconds = Var(600.0, "training time; 0 = no limit", 0)
-    warmdown_iters = Var(3000, "steps over which the rate falls", 0)
-    min_lr = Var(0.0, "rate at the end, as a share of the peak", 0, 1)
-    warmup_steps = Var(2, "steps that compile, off the clock", 0)
+    iterations = Var(9000, "optimizer steps at most", low=1)
+    max_wallclock_seconds = Var(600.0, "training time; 0 = no limit; progress = max(step, time)", low=0.0)
+    warmdown_iters = Var(3000, "steps (as a share of ITERATIONS) over which the rate falls", low=0)
+    min_lr = Var(0.0, "rate at the end, as a share of the peak", low=0.0, high=1.0)
+    warmup_steps = Var(2, "throw-away steps that compile every shape, outside the clock", low=0)
     matrix_lr = Var(0.025, "Muon: matrices of blocks and heads", low=0.0)
-    muon_momentum = Var(0.99, "final momentum", 0, 0.9999)
-    muon_momentum_warmup_start = Var(0.92, "momentum at step 0", 0, 0.9999)
-    muon_momentum_warmup_steps = Var(1500, "steps from start to final momentum", 0)
-    muon_backend_steps = Var(5, "Newton-Schulz steps", 1)
-    muon_wd = Var(0.04, "Muon: decoupled weight decay", 0)
+    muon_momentum = Var(0.99, "final momentum", low=0.0, high=0.9999)
+    muon_momentum_warmup_start = Var(0.92, "momentum at step 0", low=0.0, high=0.9999)
+    muon_momentum_warmup_steps = Var(1500, "steps from start to final momentum", low=0)
+    muon_backend_steps = Var(5, "Newton-Schulz steps", low=1)
+    muon_wd = Var(0.04, "decoupled weight decay of Muon, times its rate", low=0.0)
     tied_embed_lr = Var(0.015, "AdamW: embeddings of bytes, positions and slots", low=0.0)
     scalar_lr = Var(0.01, "AdamW: norms, biases, convolutions, decays", low=0.0)
     adam_wd = Var(0.04, "decoupled weight decay of the embeddings", low=0.0)
-    beta1 = Var(0.9, "Adam", 0, 0.9999)
-    beta2 = Var(0.95, "Adam", 0, 0.99999)
-    adam_eps = Var(1e-8, "Adam", 0)
+    beta1 = Var(0.9, "Adam", low=0.0, high=0.9999)
+    beta2 = Var(0.95, "Adam", low=0.0, high=0.99999)
+    adam_eps = Var(1e-8, "Adam", low=0.0)
     grad_clip_norm = Var(0.3, "gradient norm after reduction, backbone and heads apart; 0 = no clip", low=0.0)
-    ema_decay = Var(0.997, "of the average that is scored", 0, 0.99999)
+    ema_enabled = Var(True, "score and export an average of the weights")
+    ema_decay = Var(0.997, "decay a step, reached as (1 + t) / (10 + t)", low=0.0, high=0.99999)
     seed = Var(1337, "weights, shuffling and positions of the heads", low=0)
     _artifact = "Artifact"
     bits = Var("embed:8,attn:7,mlp:7,ssm:7,heads:7,other:7", "bit width by tensor class")
     quant_k = Var("embed:8,attn:10,mlp:10,ssm:10,heads:10,other:10", "k by tensor class: the size knob")
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
-    gptq_batches = Var(4, "training batches for these", 1)
+    gptq_batches = Var(4, "training batches behind them, on the training clock", low=1)
     compressor = Var("auto", "auto keeps the smallest", choices=("auto", "rans", "lzma"))
-    artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit", 0)
-
+    artifact_budget_bytes = Var(16_000_000, "code + model, decimal bytes; 0 = no limit", low=0)
     _evaluation = "Evaluation"
-    eval_seq_len = Var(0, "window length; 0 = TRAIN_SEQ_LEN", 0, ship="eval")
+    eval_seq_len = Var(0, "window length; 0 = TRAIN_SEQ_LEN", low=0, ship="eval")
     eval_stride = Var(0, "targets scored a window in the sliding pass; 0 = a quarter", low=0, ship="eval")
-    eval_batch_tokens = Var(0, "tokens a forward; 0 = DEVICE_BATCH_TOKENS", 0)
-    val_bytes = Var(0, "validates only on this prefix; 0 = all", 0)
-    val_loss_every = Var(0, "steps between validations; 0 = only at the end", 0)
-    eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
+    eval_batch_tokens = Var(0, "tokens a scoring forward; 0 = DEVICE_BATCH_TOKENS", low=0)
+    val_bytes = Var(0, "score only this prefix of the validation text; 0 = all", low=0)
+    val_loss_every = Var(0, "validation of the raw weights every so many steps; 0 = at the end only", low=0)
+    eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", low=0.0)
     eval_only = Var(False, "score ARTIFACT and nothing else")
     artifact = Var("", "path for EVAL_ONLY and GENERATE; for the latter a checkpoint, too")
     eval_gate = Var(False, "judge SGJM against BASELINE and nothing else: gate.json, exit code 0 or 1")
@@ -237,7 +203,7 @@ class Hyperparameters:
     generate_bench = Var(False, "speed with and without drafts: bench.json; GENERATE: also a folder, JSON")
     bench_repeats = Var(3, "its runs of each kind, in turn", low=1)
     max_new_tokens = Var(256, "bytes to write", low=1)
-    temperature = Var(0.0, "0 = greedy", 0)
+    temperature = Var(0.0, "0 = greedy", low=0.0)
     speculate = Var(True, "read drafts too: the same text at temperature 0, above it the same distribution")
     drafter = Var("both", "suffix: what followed a like text before", choices=("heads", "suffix", "both"))
     draft_branches = Var(4, "blocks that the heads draft", low=1, high=64)
@@ -251,18 +217,17 @@ class Hyperparameters:
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
     runs_path = Var("./runs", "where runs are kept")
     resume = Var("", "auto, or a checkpoint file")
-    checkpoint_every = Var(0, "steps between checkpoints; 0 = on a signal", 0)
-    train_log_every = Var(200, "steps between log lines, after the first ten", 1)
+    checkpoint_every = Var(0, "steps between checkpoints; 0 = only on a signal", low=0)
+    train_log_every = Var(200, "steps between log lines; the first ten are always shown", low=1)
     device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
     dtype = Var("auto", "of activations; weights stay fp32", choices=("auto", "fp32", "bf16"))
     compile = Var("auto", "auto: on GPUs, and on CPUs when it pays", choices=("auto", "0", "1"))
     attention = Var("auto", "first rung", choices=("auto", "fa3", "fa2", "cpu", "sdpa", "math"))
-    strict_env = Var(True, "refuse misspelt variables; 0 = only warn")
-
+    strict_env = Var(True, "refuse variables that look misspelt; 0 = only warn")
     _launcher = "Set by the launcher (torchrun)"
-    rank = Var(0, "rank of this process", 0)
-    local_rank = Var(0, "rank on this machine", 0)
-    world_size = Var(1, "processes", 1)
+    rank = Var(0, "rank of this process", low=0)
+    local_rank = Var(0, "rank on this machine", low=0)
+    world_size = Var(1, "processes", low=1)
     master_addr = Var("", "rendezvous host")
     master_port = Var("", "rendezvous port")
 
@@ -275,8 +240,6 @@ class Hyperparameters:
         "VAL_BATCH_SIZE": ((), "EVAL_BATCH_TOKENS took its place and does not change the score"),
         "CONTROL_TENSOR_NAME_PATTERNS": ((), "tensors are sorted by shape and module, not by name patterns"),
     }
-    IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
-               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`. `shipped`, the settings in an artifact, replaces the defaults of what it names."""
@@ -316,16 +279,12 @@ class Hyperparameters:
         lines = [__doc__.strip()]
         for name, item in vars(cls).items():
             if isinstance(item, Var):
-                default = item.default
-                default = int(default) if isinstance(default, bool) else default
-                told = f"{item.why} [{item.accepted()}]"
-                lines.append(f"  {item.name:<28} {default!s:<14} {told}")
+                default = int(item.default) if isinstance(item.default, bool) else item.default
+                lines.append(f"  {item.name:<28} {default!s:<14} {item.why} [{item.accepted()}]")
             elif isinstance(item, str) and not name.startswith("__"):
                 lines.append(f"\n{item}")
-        lines.append("\nAccepted from older command lines, without effect")
-        for name, (off, why) in cls.RETIRED.items():
-            lines.append(f"  {name}={off.split()[0]:<24} {why}")
-        lines.append("  " + " ".join(cls.IGNORED))
+        lines.append("\nAccepted from published command lines, without effect")
+        lines += [f"  {name:<28} {why}" for name, (_, why) in cls.RETIRED.items()]
         return "\n".join(lines)
 
     def settings(self) -> dict:
@@ -333,19 +292,16 @@ class Hyperparameters:
 
     def shipped(self) -> dict:
         """What an artifact must carry to be rebuilt and scored."""
-        settings = self.settings()
-        return {var.name: settings[var.name] for var in self.vars().values() if var.ship}
+        return {var.name: getattr(self, name) for name, var in self.vars().items() if var.ship}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
-        known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED}
+        known = {var.name for var in self.vars().values()} | set(self.RETIRED)
         for name, value in environ.items():
             if name in self.RETIRED:
                 off, why = self.RETIRED[name]
-                if value not in ("", *off.split()):
-                    raise UserError(f"{name}={value!r} is retired: {why}; unset it")
-                continue
-            near = difflib.get_close_matches(name, known, 1, cutoff=0.87)
-            if near and name not in known:
+                if off and value not in ("", *off):
+                    raise UserError(f"{name}={value!r} is retired: {why}; unset it or use {' or '.join(off)}")
+            elif name not in known and (near := difflib.get_close_matches(name, known, 1, cutoff=0.87)):
                 message = f"{name} is not a variable of this script; did you mean {near[0]}?"
                 if environ.get("STRICT_ENV", "1") != "0":
                     raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
@@ -353,17 +309,15 @@ class Hyperparameters:
 
     def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
         """`embed:8,mlp:6` -> {"embed": 8, ...}; classes that are not named keep the default."""
-        var = self.vars()[name]
-        values = {}
+        var, values = self.vars()[name], {}
         for part in f"{var.default},{getattr(self, name)}".split(","):
             key, _, number = part.strip().partition(":")
             values[key] = low - 1
             with contextlib.suppress(ValueError):
                 values[key] = kind(number)
             if key not in TENSOR_CLASSES or not low <= values[key] <= high:
-                classes = "|".join(TENSOR_CLASSES)
-                raise UserError(f"{var.name}: {part.strip()!r} is not accepted: CLASS:NUMBER, "
-                                f"CLASS in {classes}, NUMBER from {low} to {high}")
+                raise UserError(f"{var.name}: {part.strip()!r} is not accepted: CLASS:NUMBER with CLASS in "
+                                f"{'|'.join(TENSOR_CLASSES)} and NUMBER from {low} to {high}")
         return values
 
     def _check(self, trains: bool) -> None:
@@ -417,24 +371,17 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def tune_allocator() -> None:
-    """Keeps freed pages inside the process: fresh ones can dominate eager CPU runs (up to 7x).
-    On glibc: no mmap for large blocks, no trimming, one arena for all threads. Elsewhere: nothing.
-    """
+    """Keeps freed pages inside the process: fresh ones dominate eager CPU runs on some machines (up to 7x).
+    On glibc: no mmap for large blocks, no trimming, one arena that all threads share. Elsewhere: nothing."""
     mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # of malloc.h
-    values = {mmap_max: 0, trim_threshold: -1, top_pad: 1 << 28, arena_max: 1}
     with contextlib.suppress(OSError, AttributeError):
         if platform.libc_ver()[0] == "glibc":
-            for parameter, value in values.items():
+            for parameter, value in ((mmap_max, 0), (trim_threshold, -1), (top_pad, 1 << 28), (arena_max, 1)):
                 ctypes.CDLL("libc.so.6").mallopt(parameter, value)
 
 
-@check
-def check_ranks(args: Hyperparameters) -> None:
-    forbid(args.rank >= args.world_size, args, "rank world_size", "torchrun sets both")
-
-
 class Runtime:
-    """Device, dtype, ranks and clocks: what the machine offers, decided once."""
+    """Device, dtype, ranks and attention backend: what the machine offers, decided once."""
 
     def __init__(self, args: Hyperparameters):
         self.rank, self.world_size, self.main = args.rank, args.world_size, args.rank == 0
@@ -460,13 +407,13 @@ class Runtime:
             dist.init_process_group("gloo" if self.gloo else "cpu:gloo,cuda:nccl")
 
     def _pick_device(self, args: Hyperparameters) -> torch.device:
-        seen = ["cuda"] if torch.cuda.is_available() else []
-        seen += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        seen = [kind for kind in there if there[kind]]
         name = seen[0] if args.device == "auto" else args.device
-        if name not in seen:
-            raise UserError(f"DEVICE={name}: torch {torch.__version__} sees only {', '.join(seen)}")
-        if name == "cuda" and args.local_rank >= (count := torch.cuda.device_count()):
-            raise UserError(f"LOCAL_RANK={args.local_rank}, but torch sees {count} GPUs")
+        if not there[name]:
+            raise UserError(f"DEVICE={name} is not there: torch {torch.__version__} sees {', '.join(seen)}")
+        if name == "cuda" and args.local_rank >= torch.cuda.device_count():
+            raise UserError(f"LOCAL_RANK={args.local_rank}, but torch sees {torch.cuda.device_count()} GPUs")
         return torch.device(name, args.local_rank if name == "cuda" else None)
 
     def _pick_dtype(self, args: Hyperparameters) -> torch.dtype:
@@ -493,7 +440,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def clock(self, phase: str):
-        """Adds what the block takes to a phase; phases do not overlap."""
+        """Adds what the block takes to a phase; nothing is on two clocks at once."""
         start = time.perf_counter()
         yield
         self.clocks[phase] = self.clocks.get(phase, 0.0) + time.perf_counter() - start
@@ -503,10 +450,6 @@ class Runtime:
             return torch.cuda.get_device_name(self.device)
         return f"{self.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
-    def describe(self) -> str:
-        return (f"attention:{self.attention} compile:{int(self.compile)} "
-                f"dtype:{str(self.dtype).removeprefix('torch.')} device:{self.device_name()}")
-
     def all_reduce(self, tensor: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
         """In place, over ranks."""
         if self.world_size > 1:
@@ -514,7 +457,7 @@ class Runtime:
         return tensor
 
     def from_main(self, values: list[float]) -> list[float]:
-        """Rank 0's numbers on every rank, through CPU memory: no decision waits for a GPU queue."""
+        """Rank 0's numbers on every rank, through CPU memory: decisions never wait for a GPU queue."""
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.broadcast(tensor, 0)
@@ -525,6 +468,116 @@ class Runtime:
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         unit = 2**20 if platform.system() == "Darwin" else 2**10
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def causal_mask(docs: Tensor, queries: int) -> Tensor:
+    """docs (B, T), the document of each position -> (B, 1, queries, T): what the last `queries` see."""
+    at = torch.arange(docs.size(1), device=docs.device)
+    return (docs[:, None, -queries:, None] == docs[:, None, None]) & (at[-queries:, None] >= at)
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
+    """Causal attention spelt out: q (B, T, H, d), k, v (B, T, K, d) -> (B, T, H, d); where: causal_mask."""
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
+    if where is None:
+        where = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1))
+    weights = scores.masked_fill(~where, -torch.inf).softmax(-1).to(v.dtype)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
+    """The same through torch's fused kernels. With a mask, q may be the last positions of k and v alone;
+    without one, a shorter q sees all of them."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    causal = where is None and q.size(2) == k.size(2)
+    y = F.scaled_dot_product_attention(q, k, v, where, is_causal=causal, enable_gqa=True)
+    return y.transpose(1, 2)
+
+
+QUERY_BLOCK = 128  # queries that the CPU's attention takes at a time
+KEPT_LENGTH = 1024  # longest row whose attention weights are kept for the backward: they grow with its square
+
+
+def query_blocks(x: Tensor, groups: int) -> list[Tensor]:
+    """x (B, H, T, n) -> for each block of queries (B * groups, H / groups * queries, n)."""
+    return [part.reshape(len(x) * groups, -1, x.size(3)) for part in x.split(QUERY_BLOCK, 2)]
+
+
+class BlockedAttention(torch.autograd.Function):
+    """Causal attention for CPUs: blocks of queries meet the keys up to their own end. The weights are kept in
+    the input's dtype, so that the backward computes no score and no exponential again: for rows of some
+    hundred ids both ways are faster than torch's flash kernel, whose backward recomputes."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, H, T, d), k and v (B, K, T, d) -> (B, H, T, d)"""
+        (batch, heads, length, dim), kv = q.shape, k.size(1)
+        keys, values, out, kept = k.flatten(0, 1), v.flatten(0, 1), [], []
+        at = torch.arange(length, device=q.device)
+        for i, query in enumerate(query_blocks(q * dim**-0.5, kv)):
+            stop = min((i + 1) * QUERY_BLOCK, length)
+            ahead = (at[:stop] > at[i * QUERY_BLOCK : stop, None]).repeat(heads // kv, 1)
+            scores = torch.bmm(query, keys[:, :stop].mT).float().masked_fill(ahead, -torch.inf)
+            kept.append(scores.softmax(-1).to(q.dtype))
+            out.append(torch.bmm(kept[i], values[:, :stop]).view(batch, heads, -1, dim))
+        out = torch.cat(out, 2)
+        ctx.save_for_backward(q, k, v, out, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, *kept = ctx.saved_tensors
+        (batch, heads, _, dim), kv, scale = q.shape, k.size(1), q.size(3) ** -0.5
+        keys, values, grad_q = k.flatten(0, 1), v.flatten(0, 1), []
+        grad_k, grad_v = torch.zeros_like(keys).float(), torch.zeros_like(values).float()
+        delta = (grad.float() * out.float()).sum(-1, keepdim=True)
+        blocks = (query_blocks(x, kv) for x in (q * scale, grad, delta))
+        for query, above, shift, weights in zip(*blocks, kept):
+            stop = weights.size(2)
+            scores = torch.bmm(above, values[:, :stop].mT).float() - shift
+            scores = (weights.float() * scores).to(q.dtype)
+            grad_q.append(torch.bmm(scores, keys[:, :stop]).view(batch, heads, -1, dim) * scale)
+            grad_k[:, :stop] += torch.bmm(scores.mT, query)
+            grad_v[:, :stop] += torch.bmm(weights.mT, above)
+        return torch.cat(grad_q, 2), grad_k.to(q.dtype).view(k.shape), grad_v.to(q.dtype).view(v.shape)
+
+
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
+    """The CPU's rung: blocks of queries, weights kept; torch's kernel for long rows and masks."""
+    if where is not None or q.size(1) > KEPT_LENGTH:
+        return sdpa_attention(q, k, v, where)
+    return BlockedAttention.apply(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def flash_attention(package: str):
+    """FlashAttention 2 or 3."""
+    def attend(q: Tensor, k: Tensor, v: Tensor, where: None = None) -> Tensor:
+        out = importlib.import_module(package).flash_attn_func(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+    return attend
+
+
+ATTENTION = {"fa3": flash_attention("flash_attn_interface"), "fa2": flash_attention("flash_attn"),
+             "cpu": cpu_attention, "sdpa": sdpa_attention, "math": math_attention}
+
+
+def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
+    """The first rung, from `wanted` down, that runs forward and backward here and agrees with `math`."""
+    ladder = list(ATTENTION)[0 if wanted == "auto" else list(ATTENTION).index(wanted) :]
+    gpu, half = device.type == "cuda", dtype == torch.bfloat16
+    fits = {"fa3": gpu and half, "fa2": gpu and half, "cpu": device.type == "cpu" and half, "sdpa": True,
+            "math": True}
+    for name in filter(fits.get, ladder):
+        with contextlib.suppress(Exception):  # a missing package, a card that it refuses, an old signature
+            generator = torch.Generator().manual_seed(0)
+            q, k = (torch.randn(1, 128, n, dim, generator=generator).to(device, dtype) for n in (2, 1))
+            q.requires_grad_(True)
+            out = ATTENTION[name](q, k, k)
+            out.sum().backward()
+            if torch.allclose(out.float(), math_attention(q, k, k).float(), atol=3e-2):
+                return name
+    raise UserError(f"ATTENTION={wanted}: no rung of {ladder} runs on {device} in {dtype}")
 
 
 class Log:
@@ -548,187 +601,33 @@ class Log:
 
 
 # -----------------------------------------------------------------------------
-# ATTENTION
-# -----------------------------------------------------------------------------
-# The rungs of a ladder, fastest first: q (B, T, H, d) and k, v (B, T, K, d) -> (B, T, H, d).
-# `mask` is None for plain causal attention, else what `document_mask` made for that rung.
-
-
-def causal_mask(docs: Tensor, queries: int) -> Tensor:
-    """docs (B, T), the document of each position -> (B, 1, queries, T) for the last `queries`."""
-    positions = torch.arange(docs.size(1), device=docs.device)
-    same_document = docs[:, None, -queries:, None] == docs[:, None, None]
-    return same_document & (positions[-queries:, None] >= positions)
-
-
-def math_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
-    """Causal attention spelt out: q (B, T, H, d), k, v (B, T, K, d) -> (B, T, H, d); where: causal_mask."""
-    k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
-    if where is None:
-        where = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1))
-    weights = scores.masked_fill(~where, -torch.inf).softmax(-1).to(v.dtype)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
-
-
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
-    """The same through torch's fused kernels. With a mask, q may be the last positions of k and v alone;
-    without one, a shorter q sees all of them."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    causal = where is None and q.size(2) == k.size(2)
-    y = F.scaled_dot_product_attention(q, k, v, where, is_causal=causal, enable_gqa=True)
-    return y.transpose(1, 2)
-
-
-QUERY_BLOCK = 128  # queries that the CPU's attention takes at a time
-KEPT_LENGTH = 1024  # longest row whose weights are kept: they grow with its square
-
-
-def query_blocks(x: Tensor, groups: int) -> list[Tensor]:
-    """x (B, H, T, n) -> for each block of queries (B * groups, H / groups * queries, n)."""
-    return [part.reshape(len(x) * groups, -1, x.size(3)) for part in x.split(QUERY_BLOCK, 2)]
-
-
-class BlockedAttention(torch.autograd.Function):
-    """Causal attention for CPUs: blocks of queries meet the keys up to their own end.
-
-    Weights are kept, so that the backward computes no score and no exponential again: for rows of
-    some hundred ids both ways are faster than torch's flash kernel, which recomputes."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, H, T, d), k and v (B, K, T, d) -> (B, H, T, d)"""
-        batch, heads, length, dim = q.shape
-        kv_heads = k.size(1)
-        keys, values = k.flatten(0, 1), v.flatten(0, 1)
-        positions = torch.arange(length, device=q.device)
-        out, kept = [], []
-
-        for i, query in enumerate(query_blocks(q * dim**-0.5, kv_heads)):
-            stop = min((i + 1) * QUERY_BLOCK, length)
-            ahead = positions[:stop] > positions[i * QUERY_BLOCK : stop, None]
-            ahead = ahead.repeat(heads // kv_heads, 1)
-            scores = torch.bmm(query, keys[:, :stop].mT).float().masked_fill(ahead, -torch.inf)
-            kept.append(scores.softmax(-1).to(q.dtype))
-            out.append(torch.bmm(kept[i], values[:, :stop]).view(batch, heads, -1, dim))
-
-        out = torch.cat(out, 2)
-        ctx.save_for_backward(q, k, v, out, *kept)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, out, *kept = ctx.saved_tensors
-        batch, heads, _, dim = q.shape
-        kv_heads, scale = k.size(1), q.size(3) ** -0.5
-        keys, values = k.flatten(0, 1), v.flatten(0, 1)
-        grad_q = []
-        grad_k = torch.zeros_like(keys).float()
-        grad_v = torch.zeros_like(values).float()
-
-        # a softmax's gradient is its weights times (the gradient of them - this sum over keys)
-        shift = (grad.float() * out.float()).sum(-1, keepdim=True)
-        blocks = (query_blocks(x, kv_heads) for x in (q * scale, grad, shift))
-        for query, grad_out, query_shift, weights in zip(*blocks, kept):
-            stop = weights.size(2)
-            grad_scores = torch.bmm(grad_out, values[:, :stop].mT).float() - query_shift
-            grad_scores = (weights.float() * grad_scores).to(q.dtype)
-            part = torch.bmm(grad_scores, keys[:, :stop])
-            grad_q.append(part.view(batch, heads, -1, dim) * scale)
-            grad_k[:, :stop] += torch.bmm(grad_scores.mT, query)
-            grad_v[:, :stop] += torch.bmm(weights.mT, grad_out)
-        grad_k, grad_v = (x.to(q.dtype).view(k.shape) for x in (grad_k, grad_v))
-        return torch.cat(grad_q, 2), grad_k, grad_v
-
-
-def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The CPU's rung: blocks of queries, weights kept; torch's kernel for long rows and masks."""
-    if mask is not None or q.size(1) > KEPT_LENGTH:
-        return sdpa_attention(q, k, v, mask)
-    return BlockedAttention.apply(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-
-def flash_attention(package: str):
-    """FlashAttention 2 or 3."""
-    def attend(q: Tensor, k: Tensor, v: Tensor, where: None = None) -> Tensor:
-        out = importlib.import_module(package).flash_attn_func(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out
-    return attend
-
-
-ATTENTION = {"fa3": flash_attention("flash_attn_interface"), "fa2": flash_attention("flash_attn"),
-             "cpu": cpu_attention, "sdpa": sdpa_attention, "math": math_attention}
-
-
-def agrees_with_math(rung: str, device: torch.device, dtype, dim: int, doc_mask: bool) -> bool:
-    """Whether a rung runs both ways here, with heads `dim` wide, and computes what `math` does."""
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, 128, n, dim, generator=generator).to(device, dtype) for n in (2, 1))
-    q.requires_grad_(True)
-    docs = (torch.arange(128, device=device)[None] - 1) // 50  # borders at 1, 51 and 101
-    mask, reference = (document_mask(name, docs) if doc_mask else None for name in (rung, "math"))
-    out = ATTENTION[rung](q, k, k, mask)
-    out.sum().backward()
-    return torch.allclose(out.float(), math_attention(q, k, k, reference).float(), atol=3e-2)
-
-
-def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
-    """The first rung, from `wanted` down, that runs forward and backward here and agrees with `math`."""
-    ladder = list(ATTENTION)[0 if wanted == "auto" else list(ATTENTION).index(wanted) :]
-    gpu, half = device.type == "cuda", dtype == torch.bfloat16
-    fits = {"fa3": gpu and half, "fa2": gpu and half, "cpu": device.type == "cpu" and half, "sdpa": True,
-            "math": True}
-    for name in filter(fits.get, ladder):
-        with contextlib.suppress(Exception):  # a missing package, a card that it refuses, an old signature
-            generator = torch.Generator().manual_seed(0)
-            q, k = (torch.randn(1, 128, n, dim, generator=generator).to(device, dtype) for n in (2, 1))
-            q.requires_grad_(True)
-            out = ATTENTION[name](q, k, k)
-            out.sum().backward()
-            if torch.allclose(out.float(), math_attention(q, k, k).float(), atol=3e-2):
-                return name
-    raise UserError(f"ATTENTION={wanted}: no rung of {ladder} runs on {device} in {dtype}")
-
-
-# -----------------------------------------------------------------------------
 # DATA
 # -----------------------------------------------------------------------------
-PAD_ID, BOS_ID, BYTE_OFFSET, SHARD_VOCAB = 0, 1, 4, 260
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-HEADER_BYTES = 1024
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+PAD_ID, BOS_ID, BYTE_OFFSET, SHARD_VOCAB = 0, 1, 4, 260
 BYTE_CLASSES = ("lower", "upper", "digit", "space", "newline", "punctuation", "non-ascii", "special")
 
 
-def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
-    if ids.size and (top := int(ids.max())) >= vocab_size:
-        raise UserError(f"{path}: id {top} is outside VOCAB_SIZE={vocab_size}: another tokenizer?")
-
-
 def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.ndarray:
-    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then `count`
-    uint16 ids.
-
-    The first `checked` ids (None: all) are held against the vocabulary at once."""
+    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then `count` uint16 ids, of
+    which the first `checked` (None: all) are held against the vocabulary at once."""
     size = path.stat().st_size
     if size < HEADER_BYTES:
         raise UserError(f"{path}: {size} bytes is too short for a shard header of {HEADER_BYTES}")
     header = np.fromfile(path, dtype="<i4", count=256)
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        wanted = f"{SHARD_MAGIC} {SHARD_VERSION}"
-        raise UserError(f"{path}: header {header[:2]} is not a shard's, {wanted}")
-    room = (size - HEADER_BYTES) / 2
-    if header[2] != room:
-        raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room:g}")
-
+        raise UserError(f"{path}: header {header[:2]} is not a shard's, {SHARD_MAGIC} {SHARD_VERSION}")
+    if header[2] != (room := (size - HEADER_BYTES) / 2):
+        raise UserError(f"{path}: the header promises {header[2]} ids, the file has room for {room:g}")
     ids = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
     check_ids(ids[:checked], vocab_size, path)
     return ids
 
 
-def sha256_file(path: Path) -> str:
-    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()  # mapped: it may be large
+def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
+    if ids.size and (top := int(ids.max())) >= vocab_size:
+        raise UserError(f"{path}: id {top} is outside VOCAB_SIZE={vocab_size}: other tokenizer, or damaged")
 
 
 class Dataset:
@@ -776,10 +675,9 @@ class Dataset:
         if not self.manifest or mode == "0" or (mode == "auto" and size > 2_000_000_000):
             return
         for path in files:
-            wanted = self.manifest["sha256"].get(path.name, "nothing")
-            found = sha256_file(path)
+            wanted, found = self.manifest["sha256"].get(path.name, "nothing"), sha256_file(path)
             if wanted != found:
-                raise UserError(f"{path}: sha256 {found[:16]}, the manifest has {wanted[:16]}")
+                raise UserError(f"{path}: sha256 {found[:16]}... where the manifest has {wanted[:16]}")
 
     def fingerprint(self) -> dict:
         """What a reader needs to know that two runs saw the same text."""
@@ -796,19 +694,8 @@ class Dataset:
                 "sha256": digest.hexdigest()}
 
 
-def open_tokenizer(args: Hyperparameters):
-    """The SentencePiece model of TOKENIZER_PATH, held against VOCAB_SIZE."""
-    path = args.tokenizer_path
-    try:
-        from sentencepiece import SentencePieceProcessor
-        tokenizer = SentencePieceProcessor(model_file=path)
-    except ImportError:
-        raise UserError("TOKENIZER_PATH is set, but sentencepiece is not installed") from None
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"TOKENIZER_PATH={path}: no SentencePiece model ({error})") from None
-    if (size := tokenizer.vocab_size()) != args.vocab_size:
-        raise UserError(f"TOKENIZER_PATH={path} has {size} ids, VOCAB_SIZE={args.vocab_size}")
-    return tokenizer
+def sha256_file(path: Path) -> str:
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()  # mapped: shards may be large
 
 
 def byte_tables(args: Hyperparameters) -> np.ndarray:
@@ -832,17 +719,9 @@ def class_table(vocab_size: int) -> np.ndarray:
     return np.array([BYTE_CLASSES.index(name) for name in names])
 
 
-@check
-def check_batch(args: Hyperparameters) -> None:
-    spare = args.trains and args.train_batch_tokens % args.train_seq_len
-    forbid(spare, args, "train_batch_tokens train_seq_len", "a batch is whole rows")
-
-
 class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
-    """How a global batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group`
-    rows.
-
-    Ranks run the same shapes: slots beyond the batch repeat its first group with weight 0."""
+    """How a global batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group` rows.
+    Every rank runs the same shapes: slots beyond the batch repeat its first group with weight 0."""
 
     @classmethod
     def make(cls, args: Hyperparameters, world_size: int) -> BatchPlan:
@@ -862,22 +741,19 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
 
 
 class Loader:
-    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in an order that ranks do not change.
-    `state`, of the checkpoint, is the position of the next row: {"epoch", "shard", "row"}."""
+    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in an order that does not depend on the number of ranks.
+    `state` is the position of the next row: {"epoch", "shard", "row"}; it belongs to the checkpoint."""
 
-    def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int,
-                 state: dict | None = None):
-        self.data, self.args, self.plan, self.rank = data, args, plan, rank
-        self.length = args.train_seq_len
+    def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int, state=None):
+        self.data, self.args, self.plan, self.rank, self.length = data, args, plan, rank, args.train_seq_len
         self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
         self._starts: tuple[tuple, np.ndarray] = ((), np.zeros(0, np.int64))
         if (most := max(map(len, data.train_shards))) <= self.length:
-            raise UserError(f"TRAIN_SEQ_LEN={self.length}: no training shard has over {most} ids")
+            raise UserError(f"TRAIN_SEQ_LEN={self.length} is longer than every training shard ({most} ids)")
 
     def _ordered(self, items: np.ndarray, *key: int) -> np.ndarray:
-        if self.args.train_order == "sequential":
-            return items
-        return np.random.default_rng([self.args.seed, *key]).permutation(items)
+        shuffled = self.args.train_order == "shuffled"
+        return np.random.default_rng([self.args.seed, *key]).permutation(items) if shuffled else items
 
     def _row_starts(self, epoch: int, index: int) -> np.ndarray:
         """Where the rows of a shard begin."""
@@ -895,49 +771,39 @@ class Loader:
             order = self._ordered(np.arange(len(self.data.train_shards)), state["epoch"])
             index = int(order[state["shard"]])
             starts = self._row_starts(state["epoch"], index)
-            taken = starts[state["row"] : state["row"] + count - len(rows)]
-            rows += [(index, int(start)) for start in taken]
-            state["row"] += len(taken)
+            take = starts[state["row"] : state["row"] + count - len(rows)]
+            rows += [(index, int(start)) for start in take]
+            state["row"] += len(take)
             if state["row"] >= len(starts):
-                state["row"] = 0
-                state["shard"] += 1
+                state["row"], state["shard"] = 0, state["shard"] + 1
             if state["shard"] == len(order):
-                state["shard"] = 0
-                state["epoch"] += 1
+                state["shard"], state["epoch"] = 0, state["epoch"] + 1
         return rows
 
     def next(self) -> tuple[Tensor, Tensor, dict]:
-        """This rank's ids (micro_steps, rows, T + 1), weights (micro_steps, rows), next state.
-        """
-        plan = self.plan
-        rows = self._next_rows(plan.rows)
-        shape = plan.micro_steps, plan.groups * plan.group
-        batch = np.empty((*shape, self.length + 1), np.int64)
-        weights = np.empty(shape, np.float32)
+        """This rank's part: ids (micro_steps, rows, T + 1), weights (micro_steps, rows), state after it."""
+        plan, rows = self.plan, self._next_rows(self.plan.rows)
+        batch = np.empty((plan.micro_steps, plan.groups * plan.group, self.length + 1), np.int64)
+        weights = np.empty(batch.shape[:2], np.float32)
         for micro in range(plan.micro_steps):
             numbers, weights[micro] = plan.slots(micro, self.rank)
             for slot, number in enumerate(numbers):
                 index, start = rows[number]
-                shard = self.data.train_shards[index]
-                batch[micro, slot] = shard[start : start + self.length + 1]
+                batch[micro, slot] = self.data.train_shards[index][start : start + self.length + 1]
         check_ids(batch, self.data.vocab_size, self.data.path)
         return torch.from_numpy(batch), torch.from_numpy(weights), dict(self.state)
 
     def prefetch(self, device: torch.device):
         """Iterates over `next()` from a thread, two batches ahead, in pinned memory on GPUs."""
         def work() -> tuple[Tensor, Tensor, dict]:
-            ids, weights, state = self.next()
-            if device.type == "cuda":
-                ids, weights = ids.pin_memory(), weights.pin_memory()
-            return ids, weights, state
-
+            *tensors, state = self.next()
+            return *(x.pin_memory() if device.type == "cuda" else x for x in tensors), state
         with ThreadPoolExecutor(1) as thread:
             ahead = deque(thread.submit(work) for _ in range(2))
             while True:
                 ids, weights, state = ahead.popleft().result()
                 ahead.append(thread.submit(work))
-                ids, weights = (x.to(device, non_blocking=True) for x in (ids, weights))
-                yield ids, weights, state
+                yield ids.to(device, non_blocking=True), weights.to(device, non_blocking=True), state
 
 
 # -----------------------------------------------------------------------------
@@ -968,27 +834,22 @@ def nearest(x: np.ndarray, top: int) -> np.ndarray:
 
 
 def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
-    """Full-Hessian GPTQ (Frantar et al. 2022) of x (R, C), its rows in units of their steps.
-
-    Columns go in the order of falling input power; the error of each is spread over those to come
-    by the inverse of the damped hessian = X^T X (C, C)."""
+    """Full-Hessian GPTQ (Frantar et al. 2022) of x (R, C), a matrix whose rows are in units of their steps.
+    Columns in the order of falling input power; the error of each is spread over those still to come by the
+    inverse of the damped hessian = X^T X (C, C). (Weighing bits against error here lost to a wider step.)"""
     power = np.diag(hessian)
     order = np.argsort(-power, kind="stable")
     damped = hessian[np.ix_(order, order)].astype(np.float64)
     damped[np.diag_indices(len(order))] += 0.01 * power.mean() + 1e-12
-    factor = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
-    # blocks of columns: errors reach later blocks once
-    left = x[:, order].copy()
-    q = np.empty_like(x)
+    factor = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)  # upper U, inverse = U^T U
+    left, q = x[:, order].copy(), np.empty_like(x)
     for start in range(0, x.shape[1], 128):
         stop = min(start + 128, x.shape[1])
         errors = np.empty((len(x), stop - start), np.float32)
         for j in range(start, stop):
-            chosen = nearest(left[:, j], top)
-            error = (left[:, j] - chosen) / factor[j, j]
+            q[:, order[j]] = chosen = nearest(left[:, j], top)
+            errors[:, j - start] = error = (left[:, j] - chosen) / factor[j, j]
             left[:, j:stop] -= error[:, None] * factor[j, j:stop]
-            q[:, order[j]] = chosen
-            errors[:, j - start] = error
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     return q
 
@@ -1013,16 +874,6 @@ def quantise(weight: np.ndarray, bits: int, k: float, axis: int,
 # -----------------------------------------------------------------------------
 # AUXILIARY OBJECTIVES
 # -----------------------------------------------------------------------------
-
-
-class CastedLinear(nn.Linear):
-    """fp32 weight, multiplied in the dtype of the input; no bias."""
-
-    def __init__(self, dim_in: int, dim_out: int):
-        super().__init__(dim_in, dim_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
 
 
 class LatentMLP(nn.Module):
@@ -1236,25 +1087,6 @@ class SpeculativeHeads(nn.Module):
         return ("",) if self.args.export_heads else ()
 
 
-@check
-def check_jepa(args: Hyperparameters) -> None:
-    chunk = args.jepa_chunk_size
-    for name in ("train_seq_len", "eval_seq_len", "eval_stride"):
-        spare = chunk and getattr(args, name) % chunk
-        forbid(spare, args, f"{name} jepa_chunk_size", "whole chunks")
-    rows = args.train_batch_tokens // args.train_seq_len
-    spare = chunk and args.trains and rows % args.jepa_sigreg_group
-    forbid(spare, args, "train_batch_tokens jepa_sigreg_group", "a batch is whole groups of rows")
-    total = args.jepa_phase1_frac + args.jepa_phase2_frac
-    forbid(total > 1, args, "jepa_phase1_frac jepa_phase2_frac", "together at most 1")
-
-
-@check
-def check_draft(args: Hyperparameters) -> None:
-    too_long = args.draft + 1 >= args.train_seq_len
-    forbid(too_long, args, "draft train_seq_len", "a row must hold the drafted ids")
-
-
 # -----------------------------------------------------------------------------
 # MODEL
 # -----------------------------------------------------------------------------
@@ -1271,11 +1103,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
 
 
-def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
-    """cos and sin of positions below `length`: (2, T, 1, r / 2), r the rotated dimensions.
+class CastedLinear(nn.Linear):
+    """fp32 weight, multiplied in the dtype of the input; no bias."""
 
-    fp32, never cast: bf16 positions are wrong beyond 256 (defect G1 of #832). Windows longer than
-    TRAIN_SEQ_LEN grow the base by (length / train_seq_len)^(r / (r - 2)) (NTK scaling)."""
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__(dim_in, dim_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
+    """cos and sin of positions below `length`: (2, T, 1, r / 2), r the rotated dimensions, fp32, never cast:
+    bf16 positions are wrong beyond 256 (defect G1 of #832). Windows longer than TRAIN_SEQ_LEN grow the base
+    by (length / train_seq_len)^(r / (r - 2)) (NTK scaling)."""
     dims = args.rope_dims or args.model_dim // args.num_heads
     base = args.rope_base
     if length > args.train_seq_len and dims > 2:
@@ -1287,24 +1128,9 @@ def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Half-split rotary on the first dimensions of x (B, T, H, d); rotary as of `rotary_tables`."""
-    cos, sin = rotary
-    half = rotary.size(-1)
-    a = x[..., :half].float()
-    b = x[..., half : 2 * half].float()
-    rest = x[..., 2 * half :]
-    turned = torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
-    return torch.cat((turned.to(x.dtype), rest), -1)
-
-
-@check
-def check_heads(args: Hyperparameters) -> None:
-    head_dim, spare = divmod(args.model_dim, args.num_heads)
-    forbid(spare, args, "model_dim num_heads", "heads of whole width")
-    spare = args.num_heads % args.num_kv_heads
-    forbid(spare, args, "num_heads num_kv_heads", "groups of equal size")
-    forbid(head_dim % 2, args, "model_dim num_heads", f"a head of {head_dim}: rotary needs pairs")
-    unfit = args.rope_dims % 2 or args.rope_dims > head_dim
-    forbid(unfit, args, "rope_dims num_heads", f"an even number, at most a head's {head_dim}")
+    (cos, sin), half = rotary, rotary.size(-1)
+    a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+    return torch.cat(((a * cos + b * sin).to(x.dtype), (b * cos - a * sin).to(x.dtype), rest), -1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -1496,20 +1322,8 @@ class KVCache:
         self.length = length
 
 
-def hash_mix(state: Tensor, symbol: Tensor) -> Tensor:
-    """One step of a rolling 32-bit hash, in int64."""
-    return ((state ^ (state >> 15)) * 0x2C1B3C6D + symbol) & 0xFFFFFFFF
-
-
-@check
-def check_ngrams(args: Hyperparameters) -> None:
-    spare = args.ngram_dim % args.ngram_hashes
-    forbid(spare, args, "ngram_dim ngram_hashes", "the tables share the width equally")
-
-
 class GPT(nn.Module):
-    """The network: `losses` gives all loss terms of a batch in one forward, `logits` scores.
-    """
+    """The network. `losses` gives every loss term of a batch in one forward, `logits` what scoring needs."""
 
     def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -1549,58 +1363,6 @@ class GPT(nn.Module):
             elif p.ndim == 2:
                 p.normal_(0, std, generator=generator)
 
-    def embed_contexts(self, ids: Tensor, known: int) -> Tensor:
-        """ids (B, T) -> normalised embeddings (B, T - known, D), from position `known` on."""
-        tail = ids[:, max(0, known - self.reach) :]  # embeddings depend on earlier ids
-        x = self.embed(tail)
-        if self.ngram is not None:
-            x = x + self.ngram(tail, self.dtype)
-        x = rms_norm(x)
-        if self.smear is not None:
-            x = self.smear(x, tail)
-        return x[:, known - ids.size(1) :]
-
-    def attention_mask(self, ids: Tensor, past: KVCache | None):
-        """The `mask` of the attention rungs: None where plain causal attention is wanted."""
-        if past is None and not self.args.doc_mask:
-            return None
-        docs = ((ids == BOS_ID) & self.args.doc_mask).cumsum(1)
-        if past is None:
-            return document_mask(self.attention, docs)
-        return causal_mask(docs, ids.size(1) - past.length)
-
-    def run_blocks(self, x: Tensor, rotary: Tensor, mask, past: KVCache | None) -> Tensor:
-        """x (B, T, D) -> the same. U-Net: late blocks take early ones' outputs, last first."""
-        x0, skips = x, []
-        first_half = len(self.blocks) // 2
-        for i, block in enumerate(self.blocks):
-            if i >= first_half and skips:
-                x = x + self.skip_weights[i - first_half].to(x.dtype) * skips.pop()
-            x = block(x, x0, rotary, mask, past)
-            if i < first_half and self.skip_weights is not None:
-                skips.append(x)
-        return x
-
-    def states(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
-        """ids (B, T) -> the stream (B, T, D) after the last block.
-
-        With `past`, ids (1, T) are a window's so far, the states those that it lacks."""
-        known = 0 if past is None else past.length
-        x = self.embed_contexts(ids, known)
-        mask = self.attention_mask(ids, past)
-        x = self.run_blocks(x, rotary[:, known : ids.size(1)], mask, past)
-        if past is not None:
-            past.length = ids.size(1)
-        return x
-
-    def injected(self, x: Tensor, past: KVCache | None) -> Tensor:
-        """New states x (B, T, D) with the auxiliary's injection, which reads earlier ones too."""
-        if past is None:
-            return self.aux(x)[0]
-        known = past.states.size(1)
-        past.states = torch.cat((past.states, x), 1)
-        return self.aux(past.states[:, self.aux.first_read(known) :])[0][:, -x.size(1) :]
-
     def hidden(self, ids: Tensor, rotary: Tensor | None, past: KVCache | None = None,
                tree: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """ids (B, T) -> normalised states (B, T, D). With `past`, ids (1, n) are those that follow it; with
@@ -1622,8 +1384,9 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def exported(self) -> dict[str, nn.Parameter]:
-        """Parameters that scoring needs, by name; those of training only stay out of artifacts."""
-        return dict(self.named_parameters())
+        """Parameters that scoring needs, by name; what only training uses never reaches an artifact."""
+        kept = () if self.aux is None else tuple(f"aux.{prefix}" for prefix in self.aux.exported())
+        return {n: p for n, p in self.named_parameters() if not n.startswith("aux.") or n.startswith(kept)}
 
     def head(self, x: Tensor) -> Tensor:
         """States -> logits in fp32."""
@@ -1647,7 +1410,7 @@ class GPT(nn.Module):
         return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
 
 
-# Functions of the class: every model (trained, averaged, reloaded) shares one compiled graph.
+# Functions of the class, so that every model (trained, averaged, reloaded) shares one compiled graph.
 training_losses, scoring_logits = GPT.losses, GPT.logits
 
 
@@ -1656,54 +1419,32 @@ training_losses, scoring_logits = GPT.losses, GPT.logits
 # -----------------------------------------------------------------------------
 
 
-def rate_at(progress: float, args: Hyperparameters) -> float:
-    """Share of the peak rate at `progress` in [0, 1]: flat, then linear down to MIN_LR, reached at
-    1.
-
-    Progress is max(step share, time share), so the rate is at its floor at the end whichever limit
-    ends the run (#832 stopped at 17 % of its peak, defect A4)."""
-    fall = args.warmdown_iters / args.iterations
-    left = min(1.0, (1.0 - progress) / fall) if fall else 1.0
-    return args.min_lr + (1.0 - args.min_lr) * max(0.0, left)
-
-
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Each of (n, r, c) becomes about U V^T of its SVD: the quintic iteration of Muon (K. Jordan).
-    """
+    """Each matrix of (n, r, c) becomes about U V^T of its SVD: the quintic iteration of Muon (K. Jordan)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(1) > matrices.size(2)
     x = (matrices.mT if tall else matrices).to(dtype)
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).float()
 
 
-def gradients(params: list[nn.Parameter]) -> list[Tensor]:
-    """Gradients, zeros where no loss reached a parameter: ranks always exchange the same shapes."""
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-
-
 class Muon:
-    """Momentum, then orthogonalisation: singular values of an update are near 1, times its rate.
+    """Momentum, then orthogonalisation: every update of a matrix has singular values near 1, times its rate.
 
-    Matrices of equal shape form one stack; each rank owns a share of it, receives the share's
-    summed gradient (reduce-scatter), orthogonalises it and sends it round (all-gather) while it
-    works on the next. update = NS(g + mu m), m <- mu m + g;
-    p <- (1 - rate wd) p - rate sqrt(max(1, r / c)) update."""
+    Matrices of equal shape form one stack; each rank owns a share of it, receives the share's summed gradient
+    (reduce-scatter), orthogonalises it and sends it round (all-gather) while it works on the next stack.
+    update = NS(g + mu m), m <- mu m + g; p <- (1 - rate wd) p - rate sqrt(max(1, r / c)) update."""
 
     def __init__(self, params: list[nn.Parameter], args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime = args, runtime
         self.dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
-        shapes = dict.fromkeys(p.shape for p in params)
-        stacks = [[p for p in params if p.shape == shape] for shape in shapes]
+        stacks = [[p for p in params if p.shape == shape] for shape in dict.fromkeys(p.shape for p in params)]
         self.stacks = sorted(stacks, key=lambda members: -len(members) * members[0].numel())
-        self.momenta = []
-        for members in self.stacks:
-            share = -(-len(members) // runtime.world_size)
-            self.momenta.append(torch.zeros(share, *members[0].shape, device=runtime.device))
+        self.momenta = [torch.zeros(-(-len(members) // runtime.world_size), *members[0].shape,
+                                    device=runtime.device) for members in self.stacks]
 
     def start_reduction(self) -> None:
         """Begins to sum the gradients over ranks."""
@@ -1723,16 +1464,14 @@ class Muon:
         """Waits for the reduction; the squared norm of all gradients of this group."""
         for work in self.pending:
             work.wait()
-        total = torch.stack([share.square().sum() for share in self.shares]).sum()
-        return self.runtime.all_reduce(total)
+        return self.runtime.all_reduce(torch.stack([share.square().sum() for share in self.shares]).sum())
 
     def step(self, rate: float, momentum: float, clip: Tensor) -> None:
         flying = []
         for members, buffer, share in zip(self.stacks, self.momenta, self.shares):
             share.mul_(clip)
             buffer.mul_(momentum).add_(share)
-            share.add_(buffer, alpha=momentum)
-            mine = newton_schulz(share, self.args.muon_backend_steps, self.dtype)
+            mine = newton_schulz(share.add_(buffer, alpha=momentum), self.args.muon_backend_steps, self.dtype)
             flying.append((members, self._gather(mine)))
         for members, update in flying:
             factor = max(1.0, members[0].size(0) / members[0].size(1)) ** 0.5
@@ -1740,7 +1479,7 @@ class Muon:
             torch._foreach_add_(members, update()[: len(members)].unbind(), alpha=-rate * factor)
 
     def _gather(self, share: Tensor):
-        """Starts to collect every rank's share of a stack -> a function that waits for it."""
+        """Starts to collect every rank's share of a stack; returns the function that waits for the stack."""
         if self.runtime.world_size == 1:
             return lambda: share
         full = share.new_empty(len(share) * self.runtime.world_size, *share.shape[1:])
@@ -1762,6 +1501,11 @@ class Muon:
             momentum.zero_()[: len(mine)].copy_(mine)
 
 
+def gradients(params: list[nn.Parameter]) -> list[Tensor]:
+    """Gradients, zeros where a loss did not reach a parameter: ranks always exchange the same shapes."""
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+
+
 class Optimizers:
     """Which parameter goes where, one step for all of them, and what a checkpoint needs of them.
 
@@ -1774,8 +1518,6 @@ class Optimizers:
     Backbone and heads are two parts, each with stacks and a gradient norm of its own: with HEADS_GRAD=0 the
     backbone's weights do not depend on whether there are heads. (Published: AdamW for all, one rate, betas
     0.9 and 0.95, weight decay 0.1 on every parameter, one gradient norm, of 1.)"""
-
-    GROUPS = ("matrix", "embed", "table", "aux", "scalar", "draft")
 
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
@@ -1847,19 +1589,25 @@ class Optimizers:
         self.adam.load_state_dict(adam)
 
 
+def rate_at(progress: float, args: Hyperparameters) -> float:
+    """Share of the peak rate at `progress` in [0, 1]: flat, then linear down to MIN_LR, reached at 1.
+    Progress is max(step share, time share), so the rate is at its floor at the end whichever limit ends the
+    run (#832 stopped at 17 % of its peak, defect A4)."""
+    fall = args.warmdown_iters / args.iterations
+    left = min(1.0, (1.0 - progress) / fall) if fall else 1.0
+    return args.min_lr + (1.0 - args.min_lr) * max(0.0, left)
+
+
 class EMA:
-    """fp32 average of the weights; decay min(EMA_DECAY, (1 + t) / (10 + t)): it forgets the init.
-    """
+    """fp32 average of the weights; decay min(EMA_DECAY, (1 + t) / (10 + t)): short runs leave the init."""
 
     def __init__(self, model: GPT, decay: float):
-        self.decay = decay
-        self.live = list(model.parameters())
+        self.decay, self.live = decay, list(model.parameters())
         self.average = [p.detach().clone() for p in self.live]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.average, self.live, 1.0 - decay)
+        torch._foreach_lerp_(self.average, self.live, 1.0 - min(self.decay, (1 + step) / (10 + step)))
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -1871,85 +1619,72 @@ class EMA:
 # ARTIFACT
 # -----------------------------------------------------------------------------
 
-# magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of JSON, payload
-ARTIFACT_MAGIC = b"GOLFLM\r\n"
-ARTIFACT_VERSION = 2
+# magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of a JSON header, payload
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 2
+
+constriction = None  # rANS -> LZMA
+with contextlib.suppress(ImportError):
+    import constriction
 
 CHUNK = 1024  # symbols coded under one state of the models
-CONTEXT_EDGES = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64,
-                          91, 128, 181, 256, 362, 512])  # of 16 * |q|
-CONTEXT_LEVELS = len(CONTEXT_EDGES) + 1
+CONTEXT_EDGES = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512])  # 16 * |q|
 
-# Integers in [-top, top] as they lie in the raw payload, a byte each: slices x places. Planes of
-# one `model` share statistics; every `period` slices the history of a place begins anew.
+# Integers in [-top, top] as they lie in the raw payload, a byte each: slices x places. `model` names what
+# they share statistics with; every `period` slices the history of a place begins anew.
 Plane = namedtuple("Plane", "model top slices places period")
 
 
 def planes(entries: list) -> list[Plane]:
-    """Layout of the raw payload: quantised tensors, then low and high bytes of all fp16 numbers."""
+    """Layout of the raw payload: the quantised tensors, then low and high bytes of all fp16 numbers."""
     found, halves = [], 0
     for name, shape, bits, axis in entries:
-        slices = math.prod(shape) // (shape[axis] if bits else 1)
+        slices, model = math.prod(shape) // (shape[axis] if bits else 1), f"{tensor_class(name)}{bits}"
         halves += slices
         if bits:
-            top = 2 ** (bits - 1) - 1
             period = slices if len(shape) < 3 else shape[-1]
-            found.append(Plane(f"{tensor_class(name)}{bits}", top, slices, shape[axis], period))
+            found.append(Plane(model, 2 ** (bits - 1) - 1, slices, shape[axis], period))
     return found + [Plane(f"half{i}", 128, 1, halves, 1) for i in range(2)]
 
 
-def fresh_counts(top: int) -> np.ndarray:
-    """What a model has counted before its first symbol: (4 ages x CONTEXT_LEVELS, 2 top + 1).
-    A row is a two-sided geometric distribution with the mean |q| of its context."""
-    mean = np.tile(np.append(CONTEXT_EDGES, 724), 4)[:, None] / 16
-    mean[:CONTEXT_LEVELS] = 4  # age 0: no slice before
-    fall = np.repeat(mean / (mean + 1), top, 1)
-    fall = np.multiply.accumulate(fall, axis=1)  # not `**`: its last bit differs by machine
-    shares = np.hstack((fall[:, ::-1], np.ones_like(mean), fall)) / (2 * mean + 1)
-    return 24 * shares + 0.02
-
-
-def code_slices(block: np.ndarray, contexts: np.ndarray, counts: np.ndarray, top, code) -> None:
-    """Codes slices (slices, places) of a plane, CHUNK places at a time, each context as one run."""
-    for left in range(0, block.shape[1], CHUNK):
-        here = contexts[left : left + CHUNK]
-        for context in np.unique(here):
-            columns = left + np.flatnonzero(here == context)
-            part = block[:, columns]
-            table = counts[context]
-            model = constriction.stream.model.Categorical(table, perfect=False)
-            symbols = code(part.ravel(), model, top)
-            block[:, columns] = symbols.reshape(part.shape)
-            table += np.bincount(symbols.astype(np.int64) + top, minlength=len(table))
-
-
-def code_plane(block: np.ndarray, plane: Plane, counts: np.ndarray, code) -> None:
-    """Codes block (slices, places), as many slices at a time as fill a CHUNK."""
-    group = max(1, min(plane.period, CHUNK // plane.places))
-    for begin in range(0, plane.slices, plane.period):
-        end = min(begin + plane.period, plane.slices)
-        total = np.zeros(plane.places, np.int64)
-        counts /= 16
-        for first in range(begin, end, group):
-            part, seen = block[first : min(first + group, end)], first - begin
-            level = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
-            age = min(seen.bit_length(), 3)  # 0, 1, 2 to 3, more slices
-            code_slices(part, level + age * CONTEXT_LEVELS, counts, plane.top, code)
-            total += np.abs(part.astype(np.int64)).sum(0)
-
-
 def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
-    """Walks over `raw` (int8) in coding order; code(symbols, model, top) replaces the symbols.
-
-    A symbol's context is the mean |q| of its place (column or bucket) in the slices before, and how
-    many these are. Each (model, context) counts what it has seen, so no table is sent; with every
-    tensor old counts shrink. Integers and correctly rounded operations: any machine agrees."""
+    """Walks over `raw` (int8) in coding order: code(symbols, model, top) returns the symbols, which are
+    written back; a decoder is handed what it has to fill.
+    A symbol's context is the mean |q| of its place (column of a matrix, bucket of a table) in the slices
+    before, and how many these are. Each (model, context) counts what it has seen, so no table is sent; it
+    begins with a two-sided geometric distribution of the context's mean, and with every tensor old counts
+    shrink. Only integers and correctly rounded operations: any machine agrees."""
     models: dict[str, np.ndarray] = {}
     ends = np.cumsum([plane.slices * plane.places for plane in layout])
     for plane, block in zip(layout, np.split(raw, ends)):
+        block = block.reshape(plane.slices, plane.places)
         if plane.model not in models:
-            models[plane.model] = fresh_counts(plane.top)
-        code_plane(block.reshape(plane.slices, plane.places), plane, models[plane.model], code)
+            mean = np.tile(np.append(CONTEXT_EDGES, 724), 4)[:, None] / 16  # by level, by age
+            mean[: len(CONTEXT_EDGES) + 1] = 4  # no slice before
+            fall = np.repeat(mean / (mean + 1), plane.top, 1)
+            fall = np.multiply.accumulate(fall, axis=1)  # not `**`, whose last bit differs between machines
+            shares = np.hstack((fall[:, ::-1], np.ones_like(mean), fall)) / (2 * mean + 1)
+            models[plane.model] = 24 * shares + 0.02
+        counts = models[plane.model]
+        group = max(1, min(plane.period, CHUNK // plane.places))
+        for begin in range(0, plane.slices, plane.period):
+            seen, total = 0, np.zeros(plane.places, np.int64)
+            counts /= 16
+            end = min(begin + plane.period, plane.slices)
+            for first in range(begin, end, group):
+                context = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
+                context += min(seen.bit_length(), 3) * (len(CONTEXT_EDGES) + 1)  # age: 0, 1, 2 to 3, more
+                last = min(first + group, end)
+                for left in range(0, plane.places, CHUNK):
+                    here = context[left : left + CHUNK]
+                    for level in np.unique(here):
+                        table, columns = counts[level], left + np.flatnonzero(here == level)
+                        part = block[first:last, columns]
+                        model = constriction.stream.model.Categorical(table, perfect=False)
+                        symbols = code(part.ravel(), model, plane.top)
+                        block[first:last, columns] = symbols.reshape(part.shape)
+                        table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
+                seen += last - first
+                total += np.abs(block[first:last].astype(np.int64)).sum(0)
 
 
 def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:
@@ -1958,7 +1693,6 @@ def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:
     def code(symbols: np.ndarray, model, top: int) -> np.ndarray:
         jobs.append((symbols.astype(np.int32) + top, model))
         return symbols
-
     code_planes(np.frombuffer(bytearray(raw), np.int8), layout, code)
     for symbols, model in reversed(jobs):  # a stack: what goes in last comes out first
         coder.encode_reverse(symbols, model)
@@ -1968,11 +1702,7 @@ def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:
 def rans_decode(blob: bytes, layout: list[Plane]) -> bytes:
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(blob, "<u4").astype(np.uint32))
     raw = np.empty(sum(plane.slices * plane.places for plane in layout), np.int8)
-
-    def code(symbols: np.ndarray, model, top: int) -> np.ndarray:
-        return (coder.decode(model, len(symbols)) - top).astype(np.int8)
-
-    code_planes(raw, layout, code)
+    code_planes(raw, layout, lambda old, model, top: (coder.decode(model, len(old)) - top).astype(np.int8))
     if not coder.is_empty():
         raise ValueError("the payload is longer than its layout")
     return raw.tobytes()
@@ -2027,9 +1757,30 @@ def pack(tensors: dict[str, np.ndarray], args: Hyperparameters, hessians: dict |
     return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body
 
 
+def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """The inverse of `pack`: (header, {name: fp32 array}). Raises UserError that names the file `where`."""
+    if blob[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
+        raise UserError(f"{where}: not an artifact of this family (it begins with {blob[:8]!r})")
+    body = blob[len(ARTIFACT_MAGIC) + 32 :]
+    if hashlib.sha256(body).digest() != blob[len(ARTIFACT_MAGIC) : len(ARTIFACT_MAGIC) + 32]:
+        raise UserError(f"{where}: its sha256 does not match: truncated or altered")
+    version, length = int.from_bytes(body[:2], "little"), int.from_bytes(body[2:6], "little")
+    if version != ARTIFACT_VERSION:
+        raise UserError(f"{where}: format version {version}, this script reads {ARTIFACT_VERSION}")
+    try:
+        header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
+        if header["compressor"] not in compressors():
+            raise UserError(f"{where}: packed with {header['compressor']}, which is not installed")
+        raw = compressors()[header["compressor"]][1](body[6 + length :], planes(header["tensors"]))
+        return header, unpack_tensors(header["tensors"], raw)
+    except UserError:
+        raise
+    except Exception as error:  # each decoder has its own kinds
+        raise UserError(f"{where}: its header contradicts its payload ({error!r})") from None
+
+
 def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
-    sizes = [plane.slices * plane.places for plane in planes(entries)]
-    *ends, length = np.cumsum(sizes, dtype=np.int64)
+    *ends, length = np.cumsum([plane.slices * plane.places for plane in planes(entries)], dtype=np.int64)
     if len(raw) != length:
         raise ValueError(f"{len(raw) - length} bytes left over")
     *codes, low, high = np.split(np.frombuffer(raw, np.int8), ends)
@@ -2045,47 +1796,21 @@ def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
     return tensors
 
 
-def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """The inverse of `pack`: (header, {name: fp32 array}); UserError names the file, `path`."""
-    start = len(ARTIFACT_MAGIC)
-    if blob[:start] != ARTIFACT_MAGIC:
-        raise UserError(f"{path}: not an artifact of this family (it begins with {blob[:8]!r})")
-    digest, body = blob[start : start + 32], blob[start + 32 :]
-    if hashlib.sha256(body).digest() != digest:
-        raise UserError(f"{path}: its sha256 does not match: truncated or altered")
-    version = int.from_bytes(body[:2], "little")
-    length = int.from_bytes(body[2:6], "little")
-    if version != ARTIFACT_VERSION:
-        raise UserError(f"{path}: format version {version}, this script reads {ARTIFACT_VERSION}")
-    # all that a damaged file can break
-    try:
-        header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
-        if header["compressor"] not in compressors():
-            raise UserError(f"{path}: packed with {header['compressor']}, which is not installed")
-        _, decompress = compressors()[header["compressor"]]
-        raw = decompress(body[6 + length :], planes(header["tensors"]))
-        return header, unpack_tensors(header["tensors"], raw)
-    except UserError:
-        raise
-    except Exception as error:  # each decoder has its own kinds
-        raise UserError(f"{path}: its header contradicts its payload ({error!r})") from None
-
-
-def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hyperparameters:
-    """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's)."""
+def shipped_settings(header: dict, where: str, environ: dict[str, str] | None = None) -> Hyperparameters:
+    """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's own)."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
-        raise UserError(f"{path}: its config lacks {missing[0]}")
+        raise UserError(f"{where}: its config lacks {missing[0]}")
     return Hyperparameters(environ, header["config"])
 
 
-def read_file(path: str | Path, variable: str) -> bytes:
+def read_file(path: str | Path, what: str) -> bytes:
     if not path:
-        raise UserError(f"{variable}=FILE is not set")
+        raise UserError(f"{what}=FILE is not set")
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{variable}={path}: {error.strerror}") from None
+        raise UserError(f"{what}={path}: {error.strerror}") from None
 
 
 def load(artifact_path: str | Path, device: str | torch.device = "cpu", args: Hyperparameters | None = None,
@@ -2153,44 +1878,16 @@ def open_model(path: str | Path, device: str | torch.device = "cpu",
 # -----------------------------------------------------------------------------
 
 
-@check
-def check_windows(args: Hyperparameters) -> None:
-    skips = args.eval_stride > args.eval_seq_len
-    forbid(skips, args, "eval_stride eval_seq_len", "the stride skips targets")
-
-
 def windows(targets: int, length: int, stride: int) -> np.ndarray:
-    """Rows (start, first, stop): ids[start : start + length] score targets first ... stop - 1.
-
-    Target t is the id t + 1 of the stream. The stream is cut into blocks of `stride` targets; each
-    is scored by the window that ends with it (the first windows start at 0), so every target, the
-    tail included, counts once, after at least length - stride ids where there are so many."""
+    """Rows (start, first, stop): ids[start : start + length] are read to score targets first ... stop - 1.
+    Target t is the id t + 1 of the stream. The stream is cut into blocks of `stride` targets; each block is
+    scored by the window that ends with it (the first windows start at 0), so every target, the tail included,
+    is scored exactly once, with at least length - stride ids of context where there are so many."""
     first = np.arange(0, targets, stride)
     stop = np.minimum(first + stride, targets)
     start = np.maximum(first + stride - length, 0)
-    assert (stop - first).sum() == targets
-    assert (first >= start).all() and (stop - start <= length).all()
+    assert (stop - first).sum() == targets and (first >= start).all() and (stop - start <= length).all()
     return np.stack((start, first, stop), axis=1)
-
-
-class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defaults=(0, 1))):
-    """How a text is read: windows of `length` ids for `stride` targets each, `batch` a forward, and
-    of these a rank's share."""
-
-    def tensors(self, ids: np.ndarray, rows: np.ndarray, device: torch.device) -> list[Tensor]:
-        """Inputs (batch, length), first scored positions (batch,) and targets (batch, stride) of a
-        batch.
-
-        One shape, whatever the text: compiled once."""
-        inputs = np.full((self.batch, self.length), PAD_ID, np.int64)
-        position = np.zeros(self.batch, np.int64)
-        targets = np.zeros((self.batch, min(self.stride, self.length)), np.int64)
-        for i, (start, first, stop) in enumerate(rows):
-            text = ids[start : min(start + self.length, len(ids) - 1)]
-            inputs[i, : len(text)] = text
-            position[i] = first - start
-            targets[i, : stop - first] = ids[first + 1 : stop + 1]
-        return [torch.from_numpy(x).to(device) for x in (inputs, position, targets)]
 
 
 @torch.no_grad()
@@ -2216,12 +1913,6 @@ def scored(model: GPT, ids: np.ndarray, length: int, stride: int, batch: int, lo
             yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
 
 
-@check
-def check_ttt(args: Hyperparameters) -> None:
-    spare = args.ttt != "0" and args.ttt_chunk_tokens % args.eval_stride
-    forbid(spare, args, "ttt_chunk_tokens eval_stride", "a chunk is whole windows")
-
-
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """(nats of each target ids[1:], {t: log-probabilities (V,) at target t, for t in positions})."""
     args, ids, wanted, length = model.args, np.asarray(ids), set(positions), model.args.eval_seq_len
@@ -2234,8 +1925,7 @@ def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarr
 
 
 class Evaluator:
-    """Scores models on the validation stream: a line in the log, an entry in `metrics.json` a pass.
-    """
+    """Scores a model on the validation stream: one line in the log, one entry in `metrics.json` a pass."""
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
         self.args, self.runtime, self.log = args, runtime, log
@@ -2254,16 +1944,6 @@ class Evaluator:
     def describe(self) -> str:
         prefix = f" prefix:{self.prefix}" * bool(self.prefix)
         return f"val: targets:{len(self.ids) - 1} bytes:{self.bytes}{prefix}"
-
-    def chunk_line(self, sums: Tensor, learner: TestTimeTraining, seconds: float) -> None:
-        """Reports test-time training after its first chunks and every 50."""
-        if learner.chunks % 50 and learner.chunks > 2:
-            return
-        nats = self.runtime.all_reduce(sums.clone())[:-1].sum() / math.log(2)
-        scored_ids = self.ids[: learner.chunks * self.args.ttt_chunk_tokens + 1]
-        bpb = nats / max(target_bytes(scored_ids, self.tables).sum(), 1)
-        self.log(f"  ttt_chunk {learner.chunks} bpb:{bpb:.6f} updates:{learner.updates} "
-                 f"infer:{seconds - learner.seconds:.1f}s adapt:{learner.seconds:.1f}s")
 
     def run(self, name: str, model: GPT, length: int, stride: int) -> dict:
         """val_loss in nats a target, val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte."""
@@ -2871,12 +2551,6 @@ def read_prompts(args: Hyperparameters) -> dict[str, bytes]:
     return found
 
 
-@check
-def check_generate(args: Hyperparameters) -> None:
-    tokens = args.generate and args.vocab_size != 260
-    forbid(tokens, args, "generate vocab_size", "only byte260 ids (VOCAB_SIZE=260) are text")
-
-
 def generate(args: Hyperparameters, runtime: Runtime) -> int:
     """Writes what follows GENERATE to stdout and numbers to stderr; with GENERATE_BENCH bench.json."""
     model, special = open_model(args.artifact, runtime.device, args), args.vocab_size - 256
@@ -2931,20 +2605,8 @@ class Stopped(Exception):
     """SIGTERM or Ctrl-C: the checkpoint is written, the message says how to go on."""
 
 
-def run_folder(args: Hyperparameters) -> Path:
-    return Path(args.runs_path) / args.run_id
-
-
-@check
-def check_calibration(args: Hyperparameters) -> None:
-    limited = args.quant_round == "gptq" and args.max_wallclock_seconds and not args.eval_only
-    untimed = limited and not args.warmup_steps
-    forbid(untimed, args, "quant_round max_wallclock_seconds warmup_steps",
-           "gptq with a time limit needs WARMUP_STEPS >= 1: warm-up times the calibration")
-
-
 class Trainer:
-    """All that a checkpoint holds, and one step of training."""
+    """Model, optimizers, average, loader and clock: all that a checkpoint holds, and one step of training."""
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
         self.args, self.data, self.runtime, self.log = args, data, runtime, log
@@ -2989,13 +2651,13 @@ class Trainer:
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def warm_up(self) -> None:
-        """Compiles every shape on made-up ids, then puts everything back bit for bit."""
+        """Compiles every shape on made-up ids, then puts weights and optimizers back bit for bit."""
         if not self.args.warmup_steps:
             return
         kept = [p.detach().clone() for p in self.model.parameters()]
         try:
             self.try_shapes()
-        except Exception as error:  # whatever the compiler refused runs without it
+        except Exception as error:  # whatever the compiler did not like: the same work runs without it
             if not self.runtime.compile:
                 raise
             self.log(f"compile: failed ({type(error).__name__}), running eager")
@@ -3007,26 +2669,20 @@ class Trainer:
         self.fresh_optimizers()
 
     def try_shapes(self) -> None:
-        args, device = self.args, self.runtime.device
-        generator = torch.Generator().manual_seed(0)
-        rows = self.plan.groups * self.plan.group
-        shape = (self.plan.micro_steps, rows, args.train_seq_len + 1)
+        args, device, generator = self.args, self.runtime.device, torch.Generator().manual_seed(0)
+        shape = (self.plan.micro_steps, self.plan.groups * self.plan.group, args.train_seq_len + 1)
         for _ in range(args.warmup_steps):
-            ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator)
-            ids = ids.to(device)
+            ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator).to(device)
             self.train_step(ids, torch.ones(shape[:2], device=device), 0.0)
-        # scoring shapes: one window, and the sliding ones
-        length = args.eval_seq_len
+        length, batch = args.eval_seq_len, max(1, args.eval_batch_tokens // args.eval_seq_len)
         for stride in sorted({length, args.eval_stride}):
-            plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
-            list(scored(self.model, np.full(2, BOS_ID), plan, self.logits))
+            list(scored(self.model, np.full(2, BOS_ID), length, stride, batch, self.logits))
         if args.quant_round == "gptq":
             for _ in range(2):  # the second time is the one to go by
                 start = time.perf_counter()
-                moments = self.input_moments(ids, {})
-                moments["tok_emb.weight"].sum().item()  # waits for the device
+                self.input_moments(ids, {})["tok_emb.weight"].sum().item()  # waits for the device
                 seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
-                self.reserve, = self.runtime.from_main([seconds])
+                self.reserve, = self.runtime.from_main([seconds])  # ranks must agree on when to stop
 
     @torch.no_grad()
     def input_moments(self, batch: Tensor, sums: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -3053,29 +2709,17 @@ class Trainer:
         start, sums = time.perf_counter(), {}
         batches = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
         for _ in range(self.args.gptq_batches):
-            ids, _, _ = batches.next()
-            self.input_moments(ids.to(self.runtime.device), sums)
-        sums = {name: self.runtime.all_reduce(total) for name, total in sums.items()}
+            self.input_moments(batches.next()[0].to(self.runtime.device), sums)
+        hessians = {name: self.runtime.all_reduce(total).cpu().numpy() for name, total in sums.items()}
         self.seconds, = self.runtime.from_main([self.seconds + time.perf_counter() - start])
-        return {name: total.cpu().numpy() for name, total in sums.items()}
+        return hessians
 
     def progress(self) -> float:
-        """Share of the run that is done, of the steps or of the seconds. Twice the slowest of late
-        steps, and the time for calibration, stay unused: nothing may end after the limit."""
-        by_steps, by_time = self.step / self.args.iterations, 0.0
-        if self.args.max_wallclock_seconds:
-            usable = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
-            by_time = self.seconds / max(usable, 1e-9)
-        return min(1.0, max(by_steps, by_time))
-
-    def agree_on_time(self, now: float) -> None:
-        """Takes rank 0's clock and signal; raises Stopped on every rank at the same step."""
-        slowest = max(now - self.seconds, 0.99 * self.slowest)
-        agreed = self.runtime.from_main([now, slowest, float(self.signal)])
-        self.seconds, self.slowest, stop = agreed
-        if stop:
-            self.write_steps()
-            raise Stopped(int(stop))
+        """Share of the run that is behind: of the steps or of the seconds, whichever is larger. Twice the
+        slowest of late steps, and the time for calibration, stay unused: nothing may end after the limit."""
+        cap = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
+        by_time = self.seconds / max(cap, 1e-9) if self.args.max_wallclock_seconds else 0.0
+        return min(1.0, max(self.step / self.args.iterations, by_time))
 
     def run(self, evaluator: Evaluator) -> None:
         """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
@@ -3127,38 +2771,11 @@ class Trainer:
 
     def not_finite(self, step: int, what: str) -> UserError:
         last = run_folder(self.args) / "last.safetensors"
-        good = last if last.exists() else "none"
-        return UserError(f"step {step}: {what} is not finite; the last good checkpoint: {good}")
+        good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
+        return UserError(f"step {step}: {what} is not finite; {good}")
 
     def timing(self, seconds: float) -> str:
-        average = 1e3 * seconds / max(self.step, 1)
-        return f"train_time:{1e3 * seconds:.0f}ms step_avg:{average:.2f}ms"
-
-    def write_steps(self) -> dict:
-        """Writes the waiting steps to `metrics.jsonl`, one sum over ranks -> the newest."""
-        if not self.unwritten:
-            return {}
-        parts = [terms[name].float() for *_, terms in self.unwritten for name in sorted(terms)]
-        values = deque(self.runtime.all_reduce(torch.stack(parts)).tolist())
-        for step, seconds, progress, terms in self.unwritten:
-            sums = {name: values.popleft() for name in sorted(terms)}
-            line = {"step": step, **self.means(sums)}
-            line |= {"train_seconds": seconds, "progress": progress}
-            line["rate"] = rate_at(progress, self.args)
-            self.log.metrics(**line)
-        self.unwritten.clear()
-        return line
-
-    def means(self, sums: dict[str, float]) -> dict[str, float]:
-        """Terms of a step, summed over ranks -> what its line says."""
-        groups = self.plan.rows // self.plan.group
-        means = {name: total / groups for name, total in sums.items()}
-        line = {"train_loss": means.pop("ce") / (self.plan.group * self.args.train_seq_len)}
-        if self.model.draft is not None:
-            line["draft"] = means.pop("draft")
-        if self.model.aux is not None:
-            line |= self.model.aux.report(means)
-        return line
+        return f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(self.step, 1):.2f}ms"
 
     def log_step(self, terms: dict[str, Tensor], seconds: float, progress: float) -> None:
         names = sorted(terms)
@@ -3174,8 +2791,7 @@ class Trainer:
     def validate(self, evaluator: Evaluator) -> None:
         """Scores the raw weights; the best so far are kept in `best.safetensors`."""
         with self.runtime.clock("validation"):
-            length = self.args.eval_seq_len
-            result = evaluator.run("raw", self.model, length, length)
+            result = evaluator.run("raw", self.model, self.args.eval_seq_len, self.args.eval_seq_len)
         self.log_validation(result)
         if result["val_bpb"] < self.best:
             self.best = result["val_bpb"]
@@ -3191,21 +2807,19 @@ class Trainer:
     CHECKPOINTED = ("step", "seconds", "best", "loader_state")
 
     def save(self, name: str) -> None:
-        """All that a run needs to go on from here: one safetensors file, atomically."""
+        """Weights, average, optimizers, RNG, loader position and clock: one safetensors file, atomically."""
         tensors = {f"model.{key}": p for key, p in self.model.named_parameters()}
-        names = [key.replace("model", "ema", 1) for key in tensors]
-        tensors |= dict(zip(names, self.ema.average))
+        if self.ema is not None:
+            tensors |= {key.replace("model", "ema", 1): p for key, p in zip(tensors, self.ema.average)}
         tensors |= {**self.optimizers.state(), "rng.cpu": torch.get_rng_state()}
         if self.runtime.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.runtime.device)
-
-        for key, value in tensors.items():  # a loss tells only of the weights before its step
+        for key, value in tensors.items():  # a loss is that of the weights before its step: look at these too
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise self.not_finite(self.step, key)
         if self.runtime.main:
-            meta = {key: getattr(self, key) for key in self.CHECKPOINTED}
-            meta["config"] = self.args.shipped()
-            tensors = {key: value.detach().cpu().contiguous().clone()
+            meta = {key: getattr(self, key) for key in self.CHECKPOINTED} | {"config": self.args.shipped()}
+            tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                        for key, value in tensors.items()}
             blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
             write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
@@ -3231,63 +2845,26 @@ class Trainer:
         self.log(f"resume:{path} step:{self.step} train_time:{1e3 * self.seconds:.0f}ms")
 
 
+def run_folder(args: Hyperparameters) -> Path:
+    return Path(args.runs_path) / args.run_id
+
+
 def git_commit() -> str:
-    folder = Path(__file__).resolve().parent
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, timeout=10,
-                              capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent, timeout=10,
+                              capture_output=True, text=True, check=True).stdout.strip()
     return "unknown"
 
 
 def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
-    """Source, versions, settings and data: nothing but the log is needed to know what ran."""
+    """Source, versions, settings and data: the log alone says what ran."""
     log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
-    for warning in args.warnings:
-        log(f"warning: {warning}")
-    log(f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} "
-        f"commit:{git_commit()}")
-    for line in [*runtime.notes, runtime.describe()]:
+    versions = f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__}"
+    warnings = [f"warning: {warning}" for warning in args.warnings]
+    for line in [*warnings, f"{versions} commit:{git_commit()}", *runtime.notes]:
         log(line)
     log("settings " + json.dumps(args.settings()), console=False)
     log("data " + json.dumps(fingerprint))
-
-
-def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
-    """Trains from the start or a checkpoint; a signal leaves one behind and raises Stopped."""
-    args = trainer.args
-    last = run_folder(args) / "last.safetensors"
-    if args.resume and (args.resume != "auto" or last.exists()):
-        trainer.restore(last if args.resume == "auto" else Path(args.resume))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: setattr(trainer, "signal", received))
-    try:
-        trainer.run(evaluator)
-    except Stopped as stopped:
-        trainer.save("last")
-        name = signal.Signals(stopped.args[0]).name
-        trainer.log(f"stopped by {name} at step {trainer.step}; {last} is written, "
-                    f"RUN_ID={args.run_id} RESUME=auto goes on from there")
-        raise
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-
-
-def write_artifact(trainer: Trainer) -> tuple[Path, int]:
-    """(artifact.bin of the weights that the model holds, how many numbers are in it)."""
-    args, runtime = trainer.args, trainer.runtime
-    with runtime.clock("calibration"):
-        hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
-    with runtime.clock("compression"):
-        exported = trainer.model.exported().items()
-        tensors = {name: p.detach().cpu().numpy() for name, p in exported}
-        artifact = run_folder(args) / "artifact.bin"
-        if runtime.main:
-            write_atomic(artifact, pack(tensors, args, hessians))
-        runtime.all_reduce(torch.zeros(1))  # the others wait for the file
-    shipped = sum(map(np.size, tensors.values()))
-    trainer.log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
-    return artifact, shipped
 
 
 def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, evaluator: Evaluator) -> dict:
@@ -3345,34 +2922,26 @@ def score_artifact(path: str, args: Hyperparameters, runtime: Runtime, evaluator
     evaluator.report(f"{label}_sliding", model, args.eval_stride)
 
 
-def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluator,
-           summary: dict) -> int:
-    """Checks the budgets, writes `metrics.json`, prints the closing block -> the exit code."""
-    headline = list(evaluator.results)[-1]
-    code = len(Path(__file__).read_bytes())
+def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluator, summary: dict) -> int:
+    """Checks the budgets, writes `metrics.json`, prints the closing block; returns the exit code."""
+    headline, code = list(evaluator.results)[-1], len(Path(__file__).read_bytes())
     total = code + os.path.getsize(summary["artifact"])
     seconds = {"train_seconds": 0.0, "eval_seconds": runtime.clocks["evaluation"]} | summary
-    spent = {"artifact_budget_bytes": total, "max_wallclock_seconds": seconds["train_seconds"],
-             "eval_budget_seconds": seconds["eval_seconds"]}
-    broken = [f"{name.upper()}={getattr(args, name)} is broken: {value:.3f}"
-              for name, value in spent.items() if 0 < getattr(args, name) < value]
-    # what the tables of READMEs are made of
+    limits = [("ARTIFACT_BUDGET_BYTES", args.artifact_budget_bytes, total),
+              ("MAX_WALLCLOCK_SECONDS", args.max_wallclock_seconds, seconds["train_seconds"]),
+              ("EVAL_BUDGET_SECONDS", args.eval_budget_seconds, seconds["eval_seconds"])]
+    broken = [f"{name}={limit} is broken: {value:.3f}" for name, limit, value in limits if 0 < limit < value]
     metrics = {
-        "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline,
-        "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **seconds,
-        "peak_mem_mb": runtime.peak_memory_mb(), "seed": args.seed,
-        "script_sha256": sha256_file(Path(__file__)), "git_commit": git_commit(),
-        "device": runtime.device_name(), "world_size": runtime.world_size,
-        "torch": torch.__version__, "clocks": runtime.clocks, "broken_budgets": broken,
-        "evals": evaluator.results, "settings": args.settings(),
-    }
+        "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline, "bytes_code": code,
+        "bytes_model": total - code, "bytes_total": total, **seconds, "peak_mem_mb": runtime.peak_memory_mb(),
+        "seed": args.seed, "script_sha256": sha256_file(Path(__file__)), "git_commit": git_commit(),
+        "device": runtime.device_name(), "world_size": runtime.world_size, "torch": torch.__version__,
+        "clocks": runtime.clocks, "broken_budgets": broken, "evals": evaluator.results,
+        "settings": args.settings()}
     write_atomic(log.folder / "metrics.json", json.dumps(metrics, indent=1).encode())
-
-    for key, value in metrics.items():
-        if not isinstance(value, (dict, list)):
-            log(f"{key}: {value}")
-    for line in broken:
-        log(f"budget: {line}")
+    shown = [f"{key}: {value}" for key, value in metrics.items() if not isinstance(value, (dict, list))]
+    for line in shown + [f"budget: {line}" for line in broken]:
+        log(line)
     return 3 if broken else 0
 
 

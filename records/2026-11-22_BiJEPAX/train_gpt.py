@@ -847,7 +847,7 @@ def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarr
         base[BYTE_OFFSET:] = 1
         edge[:BYTE_OFFSET] = True
         return base, space, edge
-
+    # SentencePiece
     tokenizer = open_tokenizer(args)
     dummy_prefix = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
     for i in range(args.vocab_size):
@@ -3294,12 +3294,12 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
     sizes, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
     log(f"size_plan:{sum(sizes.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
         + " ".join(f"{kind}:{size}" for kind, size in sizes.items()))
-
+    # compile off the clock, then train
     with runtime.clock("warm-up"):
         trainer.warm_up()
     evaluator.logits, evaluator.losses = trainer.logits, trainer.losses
     run_until_done(trainer, evaluator)
-
+    # score the weights as they are, then their average
     with runtime.clock("validation"):
         trainer.log_validation(evaluator.report("final_raw", trainer.model))
         trainer.save("final")
