@@ -1,16 +1,15 @@
 """BytePPM: the trunk's network, mixed with the counts of the text that it is scoring.
 
 Parent: the trunk (`train_gpt.py` of the repository).
-Idea:   a byte-level network gives each of its 260 ids a probability, and so does a model that counts the text
-        scored so far; a mixture of the two, its weights learned after each byte, is a probability again.
-        MIX=ppm: PPM-D with exclusion and a learned gate. MIX=binary: bits mixed by log odds, after PAQ.
+Idea:   the network gives each id a probability, and so do counts of the text scored so far; their
+        mixture is one again. MIX=ppm: PPM-D and a gate. MIX=binary: bits, by log odds (PAQ).
 
-Run:    python train_gpt.py --help                             every variable, its default and its reason
-        torchrun --standalone --nproc_per_node=8 train_gpt.py  the contest: 8xH100, 600 s, 16,000,000 bytes
-        EVAL_ONLY=1 ARTIFACT=FILE MIX=ppm python train_gpt.py  score an artifact again, with the other mixture
+Run:    python train_gpt.py --help                             every variable and its reason
+        torchrun --standalone --nproc_per_node=8 train_gpt.py  the contest: 8xH100, 600 s, 16 MB
+        EVAL_ONLY=1 ARTIFACT=FILE MIX=ppm python train_gpt.py  score again, with the other mixture
 
-The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs torch,
-numpy, safetensors and, for the mixture, numba. The trunk's JEPA objective is not here: nothing uses it.
+The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs
+torch, numpy, safetensors and, for the mixture, numba. The trunk's JEPA objective is not in it.
 """
 
 from __future__ import annotations
@@ -48,6 +47,9 @@ from torch import Tensor, nn
 constriction = None  # without it, LZMA takes the place of rANS
 with contextlib.suppress(ImportError):
     import constriction
+njit = None  # without it, only the network scores
+with contextlib.suppress(ImportError):
+    from numba import njit
 
 # -----------------------------------------------------------------------------
 # HYPERPARAMETERS
@@ -157,6 +159,7 @@ class Hyperparameters:
     ngram_dim = Var(32, "width of a context's embedding", 1, ship="model")
     ngram_hashes = Var(2, "tables, each a hash", 1, 4, ship="model")
     draft = Var(0, "ids that draft heads guess; 0 = none", 0, 16, ship="model")
+
     _optimizers = "Optimizers and schedule"
     iterations = Var(9000, "optimizer steps at most", 1)
     max_wallclock_seconds = Var(600.0, "training time; 0 = no limit", 0)
@@ -207,10 +210,10 @@ class Hyperparameters:
     ttt_decay_chunks = Var(0, "rate / sqrt(1 + chunks / this); 0 = constant", 0, ship="eval")
     ttt_momentum = Var(0.9, "kept from chunk to chunk", 0, 0.9999, ship="eval")
     ttt_grad_clip = Var(1.0, "gradient norm of an update; 0 = no clip", 0, ship="eval")
-    mix = Var("binary", "mixed bit by bit, or PPM-D with a gate", choices=("binary", "ppm"), ship="eval")
-    ppm_weight = Var(1.0, "0 = network alone, 1 = learned, between: fixed", low=0.0, high=1.0, ship="eval")
-    ppm_order = Var(6, "longest context in bytes", low=1, high=15, ship="eval")
-    mix_rows = Var(18, "binary: log2 of the 64-byte rows in each of 8 tables", low=4, high=26, ship="eval")
+    mix = Var("binary", "bit by bit, or PPM-D", choices=("binary", "ppm"), ship="eval")
+    ppm_weight = Var(1.0, "0 = only the network, 1 = learned, else fixed", 0, 1, ship="eval")
+    ppm_order = Var(6, "longest context in bytes", 1, 15, ship="eval")
+    mix_rows = Var(18, "log2 of the 64-byte rows in each table", 4, 26, ship="eval")
     eval_only = Var(False, "score ARTIFACT and nothing else")
     artifact = Var("", "path for EVAL_ONLY and GENERATE")
     generate = Var("", "a text, or its file, that ARTIFACT goes on from")
@@ -238,18 +241,20 @@ class Hyperparameters:
     master_addr = Var("", "rendezvous host")
     master_port = Var("", "rendezvous port")
 
-    # Published variables of ideas that are gone: {name: (values that mean off, reason)}; () = ignored.
+    # Variables of ideas that are gone: {name: (values that mean off, reason)}.
     RETIRED = {
-        "SWA_ENABLED": (("0",), "EMA replaced it (-0.003 BPB in #375)"),
-        "SWA_EVERY": ((), "belongs to SWA_ENABLED"),
-        "MTP_NUM_HEADS": (("0",), "multi-token heads cost +0.028 BPB in a 10-minute model"),
-        "JEPA_CHUNK_SIZE": (("0",), "the JEPA objective is the trunk's"),
-        "MTP_LOSS_WEIGHT": ((), "belongs to MTP_NUM_HEADS"),
-        "MUON_BETA2": ((), "was never read by #832"),
-        **dict.fromkeys(("QAT_ENABLED", "LATE_QAT"), (("0",), "QAT_START took its place")),
-        "QAT_THRESHOLD": ((), "belongs to QAT_ENABLED"),
-        "VAL_BATCH_SIZE": ((), "EVAL_BATCH_TOKENS took its place and does not change the score"),
-        "CONTROL_TENSOR_NAME_PATTERNS": ((), "tensors are sorted by shape and module, not by name patterns"),
+        "SWA_ENABLED": ("0", "EMA took its place"),
+        "EMA_ENABLED": ("1", "EMA_DECAY=0 scores the last weights"),
+        "TIE_EMBEDDINGS": ("1", "an untied head costs bytes"),
+        "MTP_NUM_HEADS": ("0", "it costs +0.028 BPB in ten minutes; see DRAFT"),
+        "BIGRAM_VOCAB_SIZE": ("0", "NGRAM_ORDERS=2 hashes bigrams; see ByteJEPA"),
+        "QUANT_CLIP": ("std", "QUANT_K sets every step; a search lost at equal size"),
+        "QAT_START": ("1 1.0", "GPTQ took its place; see BytePatchJEPA"),
+        "QAT_ENABLED": ("0", "see QAT_START"),
+        "LATE_QAT": ("0", "see QAT_START"),
+        "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
+        "GRAD_REPORT_EVERY": ("0", "no result used it"),
+        "JEPA_CHUNK_SIZE": ("0", "the JEPA objective is the trunk's"),
     }
     IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
                "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE")
@@ -350,45 +355,10 @@ class Hyperparameters:
                                 f"CLASS in {classes}, NUMBER from {low} to {high}")
         return values
 
-    def _check(self, trains: bool) -> None:
-        """Refuses combinations that cannot work, with both values in the message."""
-        head_dim, rope = self.model_dim // self.num_heads, self.rope_dims
-        spare = trains and self.train_batch_tokens % self.train_seq_len
-        calibrates = self.quant_round == "gptq" and self.max_wallclock_seconds and not self.eval_only
-        problems = [
-            (self.model_dim % self.num_heads, "model_dim", "num_heads", "no whole width for a head"),
-            (self.num_heads % self.num_kv_heads, "num_heads", "num_kv_heads", "no equal groups of heads"),
-            (head_dim % 2, "model_dim", "num_heads", f"head width {head_dim} is odd, rotary needs pairs"),
-            (rope % 2 or rope > head_dim, "rope_dims", "num_heads", f"odd or wider than a head, {head_dim}"),
-            (self.ngram_dim % self.ngram_hashes, "ngram_dim", "ngram_hashes", "tables of unequal width"),
-            (spare, "train_batch_tokens", "train_seq_len", "the batch is not a whole number of rows"),
-            (self.eval_stride > self.eval_seq_len, "eval_stride", "eval_seq_len", "the stride skips targets"),
-            (self.ttt != "0" and self.ttt_chunk_tokens % self.eval_stride, "ttt_chunk_tokens", "eval_stride",
-             "a chunk is not a whole number of windows"),
-            (self.vocab_size != 260 and self.ppm_weight, "vocab_size", "ppm_weight",
-             "the mixture counts bytes, an id of this vocabulary is not one"),
-            (self.mix == "binary" and 0 < self.ppm_weight < 1, "mix", "ppm_weight",
-             "binary learns its weights: 0 or 1"),
-            (self.rank >= self.world_size, "rank", "world_size", "a rank is below the number of processes"),
-            (self.qat_start < 1 and self.quant_clip != "std", "qat_start", "quant_clip", "trains with std"),
-            (calibrates and not self.warmup_steps, "warmup_steps", "quant_round", "warm-up times that work"),
-            (self.eval_only and not self.artifact, "eval_only", "artifact", "which artifact?"),
-        ]
-        for bad, *names, why in problems:
-            if bad:
-                pair = ", ".join(f"{name.upper()}={getattr(self, name)}" for name in names)
-                raise UserError(f"{pair}: {why}")
-
 
 # -----------------------------------------------------------------------------
 # RUNTIME
 # -----------------------------------------------------------------------------
-
-
-try:
-    from numba import njit
-except ImportError:  # only a mixture needs it, and says so
-    njit = None
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -499,14 +469,6 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(tensor, op)
         return tensor
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, of one shape, on rank 0; nothing elsewhere."""
-        if self.world_size == 1:
-            return [tensor]
-        found = [torch.empty_like(tensor) for _ in range(self.world_size)] if self.main else []
-        dist.gather(tensor.contiguous(), found or None)
-        return found
 
     def from_main(self, values: list[float]) -> list[float]:
         """Rank 0's numbers on every rank, through CPU memory: no decision waits for a GPU queue."""
@@ -909,10 +871,13 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
 
     @classmethod
     def make(cls, args: Hyperparameters, world_size: int) -> BatchPlan:
+        group = 1  # no loss pools rows
         rows = args.train_batch_tokens // args.train_seq_len
-        at_most = max(1, args.device_batch_tokens // args.train_seq_len)
-        micro_steps = -(-rows // (world_size * at_most))
-        return cls(rows, 1, -(-rows // (world_size * micro_steps)), micro_steps, world_size)
+        total = rows // group
+        at_most = max(1, args.device_batch_tokens // (args.train_seq_len * group))
+        micro_steps = -(-total // (world_size * at_most))
+        groups = -(-total // (world_size * micro_steps))
+        return cls(rows, group, groups, micro_steps, world_size)
 
     def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers inside the global batch for one forward, and a weight for each."""
@@ -1129,19 +1094,6 @@ class LatentMLP(nn.Module):
 
 
 @check
-def check_jepa(args: Hyperparameters) -> None:
-    chunk = args.jepa_chunk_size
-    for name in ("train_seq_len", "eval_seq_len", "eval_stride"):
-        spare = chunk and getattr(args, name) % chunk
-        forbid(spare, args, f"{name} jepa_chunk_size", "whole chunks")
-    rows = args.train_batch_tokens // args.train_seq_len
-    spare = chunk and args.trains and rows % args.jepa_sigreg_group
-    forbid(spare, args, "train_batch_tokens jepa_sigreg_group", "a batch is whole groups of rows")
-    total = args.jepa_phase1_frac + args.jepa_phase2_frac
-    forbid(total > 1, args, "jepa_phase1_frac jepa_phase2_frac", "together at most 1")
-
-
-@check
 def check_draft(args: Hyperparameters) -> None:
     too_long = args.draft + 1 >= args.train_seq_len
     forbid(too_long, args, "draft train_seq_len", "a row must hold the drafted ids")
@@ -1202,6 +1154,31 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     rest = x[..., 2 * half :]
     turned = torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
     return torch.cat((turned.to(x.dtype), rest), -1)
+
+
+class KVCache:
+    """Keys, values and last states of a window's positions read so far: decoding goes on from them.
+    """
+
+    def __init__(self, model: GPT):
+        args = model.args
+        like = {"dtype": model.dtype, "device": model.tok_emb.weight.device}
+        head_dim = args.model_dim // args.num_heads
+        shape = (args.num_layers, 2, 1, args.eval_seq_len, args.num_kv_heads, head_dim)
+        self.layers = torch.zeros(shape, **like)
+        self.states = torch.zeros(1, 0, args.model_dim, **like)
+        self.length = 0
+
+    def cut(self, length: int) -> None:
+        """Forgets all after the first `length` positions."""
+        self.states = self.states[:, :length]
+        self.length = min(self.length, length)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes keys and values of new positions (1, n, K, d); returns those of all."""
+        stop = self.length + k.size(1)
+        self.layers[layer, :, :, self.length : stop] = torch.stack((k, v))
+        return self.layers[layer, :, :, :stop].unbind()
 
 
 @check
@@ -1364,47 +1341,28 @@ class HashEmbedding(nn.Module):
         return self.proj(found.flatten(-2).to(dtype))
 
 
-class KVCache:
-    """What decoding goes on from: keys and values of the positions of a window, read so far."""
-
-    def __init__(self, model: GPT):
-        args, like = model.args, {"dtype": model.dtype, "device": model.tok_emb.weight.device}
-        window = args.eval_seq_len, args.num_kv_heads, args.model_dim // args.num_heads
-        self.layers = torch.zeros(args.num_layers, 2, 1, *window, **like)
-        self.length = 0
-
-    def cut(self, length: int) -> None:
-        """Forgets what lies behind the first `length` positions."""
-        self.length = min(self.length, length)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes keys and values of new positions (1, n, K, d); returns those of all."""
-        stop = self.length + k.size(1)
-        self.layers[layer, :, :, self.length : stop] = torch.stack((k, v))
-        return self.layers[layer, :, :, :stop].unbind()
-
-
 class GPT(nn.Module):
     """The network: `losses` gives all loss terms of a batch in one forward, `logits` scores.
     """
 
-    def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype: torch.dtype = torch.float32):
+    def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype=torch.float32):
         super().__init__()
         self.args, self.attention, self.dtype = args, attention, dtype
-        self.reach = max((*args.ngram_order_list, HashEmbedding.WORD_REACH))  # ids that one looks back
         dim, layers = args.model_dim, args.num_layers
         self.tok_emb = nn.Embedding(args.vocab_size, dim)
-        size = args.bigram_vocab_size, args.bigram_dim, 1, dim
-        self.bigram = HashEmbedding((2,), 0, *size) if args.bigram_vocab_size else None
-        orders, words = args.ngram_order_list, args.ngram_words if args.vocab_size == 260 else 0
-        size = args.ngram_buckets, args.ngram_dim, args.ngram_hashes, dim
-        self.ngram = HashEmbedding(orders, words, *size) if orders else None
+        self.ngram = None
+        if args.ngram_order_list:
+            words = args.ngram_words if args.vocab_size == 260 else 0
+            size = args.ngram_buckets, args.ngram_dim, args.ngram_hashes, dim
+            self.ngram = HashEmbedding(args.ngram_order_list, words, *size)
+        self.reach = max((*args.ngram_order_list, HashEmbedding.WORD_REACH))  # back
         self.smear = SmearGate(dim) if args.smear_gate else None
         self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(layers))
-        self.skip_weights = nn.Parameter(torch.ones(layers // 2, dim)) if args.unet_skips else None
+        skips = nn.Parameter(torch.ones(layers // 2, dim))
+        self.skip_weights = skips if args.unet_skips else None
+        self.aux = None
         self.draft = DraftHeads(args) if args.draft else None
         self.set_rotary()
-        self.lm_head = None if args.tie_embeddings else CastedLinear(dim, args.vocab_size)
 
     def set_rotary(self) -> None:
         """Tables for training and scoring windows, which may have different lengths."""
@@ -1414,7 +1372,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Small normal embeddings, orthogonal matrices, zero output projections: blocks begin as identity."""
+        """Small embeddings, orthogonal matrices, zero output projections: blocks are identity."""
         generator = torch.Generator().manual_seed(seed)
         self.tok_emb.weight.normal_(0, self.args.tied_embed_init_std, generator=generator)
         for block in self.blocks:
@@ -1422,12 +1380,13 @@ class GPT(nn.Module):
                 nn.init.orthogonal_(layer.weight, generator=generator)
             block.attn.proj.weight.zero_()
             block.mlp.proj.weight.zero_()
-        for table in filter(None, (self.bigram, self.ngram)):
-            nn.init.orthogonal_(table.proj.weight, generator=generator)
-        for layer in self.draft.link.children() if self.draft is not None else ():
-            nn.init.orthogonal_(layer.weight, generator=generator)
-        if self.lm_head is not None:
-            self.lm_head.weight.zero_()
+        if self.ngram is not None:
+            nn.init.orthogonal_(self.ngram.proj.weight, generator=generator)
+        if self.aux is not None:
+            self.aux.init_weights(generator)
+        if self.draft is not None:
+            for layer in self.draft.link.children():
+                nn.init.orthogonal_(layer.weight, generator=generator)
 
     def embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.tok_emb.weight).to(self.dtype)
@@ -1485,36 +1444,14 @@ class GPT(nn.Module):
         return self.aux(past.states[:, self.aux.first_read(known) :])[0][:, -x.size(1) :]
 
     def hidden(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
-        """ids (B, T) -> normalised states (B, T, D).
-        With `past`, ids (1, T) are those of a window so far, the states those of what is not in it yet."""
-        known = 0 if past is None else past.length
-        fresh = ids.size(1) - known
-        tail = ids[:, max(0, known - self.reach) :]  # an embedding depends on some ids before its own
-        x = self.embed(tail)
-        for table in (self.bigram, self.ngram):
-            if table is not None:
-                x = x + table(tail, self.dtype)
-        x = rms_norm(x)
-        if self.smear is not None:
-            x = self.smear(x, tail)
-        x, rotary, where = x[:, -fresh:], rotary[:, known : known + fresh], None
-        if past is not None:
-            where = causal_mask(((ids == BOS_ID) & self.args.doc_mask).cumsum(1), fresh)
-        elif self.args.doc_mask:
-            where = document_mask(self.attention, ids)
-        x0, skips, first_half = x, [], len(self.blocks) // 2
-        for i, block in enumerate(self.blocks):
-            if i >= first_half and skips:  # U-Net: the second half takes the first half's outputs, last first
-                x = x + self.skip_weights[i - first_half].to(x.dtype) * skips.pop()
-            x = block(x, x0, rotary, where, past)
-            if i < first_half and self.skip_weights is not None:
-                skips.append(x)
-        if past is not None:
-            past.length = ids.size(1)
+        """`states`, as the head reads them: (B, T, D), normalised."""
+        x = self.states(ids, rotary, past)
+        if self.aux is not None:
+            x = self.injected(x, past)
         return rms_norm(x)
 
     def exported(self) -> dict[str, nn.Parameter]:
-        """Parameters that scoring needs, by name: all of them."""
+        """Parameters that scoring needs, by name; those of training only stay out of artifacts."""
         return dict(self.named_parameters())
 
     def head(self, x: Tensor, frozen: bool = False) -> Tensor:
@@ -1524,20 +1461,29 @@ class GPT(nn.Module):
         cap = self.args.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def losses(self, ids: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats over all targets, and "draft"."""
-        x = self.hidden(ids[:, :-1], self.rotary_train)
-        nats = F.cross_entropy(self.head(x).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    def losses(self, ids: Tensor, weights: Tensor, aux_inputs=None) -> dict[str, Tensor]:
+        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats of all targets, other terms."""
+        x, terms = self.states(ids[:, :-1], self.rotary_train), {}
+        if self.aux is not None:
+            x, terms = self.aux(x, aux_inputs)
+        x = rms_norm(x)
+        logits, targets = self.head(x).flatten(0, 1), ids[:, 1:].flatten()
+        nats = F.cross_entropy(logits, targets, reduction="none")
         sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
         if self.draft is not None:
-            sums["draft"] = (self.draft.loss(self, x, ids) * weights).sum()
+            groups = len(next(iter(terms.values()), ids))
+            total = (self.draft.loss(self, x, ids) * weights).sum()
+            sums["draft"] = total * groups / len(ids)
+        for name, value in terms.items():  # one value a group, whose weights are equal
+            sums[name] = (value * weights.view(len(value), -1).mean(1)).sum()
         return sums
 
-    def logits(self, ids: Tensor, take: Tensor, span: int) -> Tensor:
-        """fp32 logits (B, span, V) of positions take[b] ... take[b] + span - 1 in row b of ids (B, T)."""
+    def logits(self, ids: Tensor, first: Tensor, span: int) -> Tensor:
+        """fp32 (B, span, V) of positions first[b] ... first[b] + span - 1 in row b of ids (B, T).
+        """
         x = self.hidden(ids, self.rotary_eval)
-        where = take[:, None] + torch.arange(span, device=ids.device)
-        return self.head(x.gather(1, where[..., None].expand(-1, -1, x.size(-1))).float())
+        positions = first[:, None] + torch.arange(span, device=ids.device)
+        return self.head(x.gather(1, positions[..., None].expand(-1, -1, x.size(-1))).float())
 
 
 # Functions of the class: every model (trained, averaged, reloaded) shares one compiled graph.
@@ -1680,7 +1626,6 @@ class Optimizers:
     matrix   2-D weights of blocks, hash projection  Muon        MATRIX_LR
     table    n-gram tables                           RowAdagrad  NGRAM_LR
     embed    token embedding                         AdamW       TIED_EMBED_LR
-    aux      JEPA                                    AdamW       JEPA_LR, no decay
     draft    draft heads                             AdamW       DRAFT_LR, no decay
     scalar   gains, mixes, gates: all else           AdamW       SCALAR_LR
 
@@ -1690,24 +1635,24 @@ class Optimizers:
 
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
-        keys = ("matrix", "embed", "head", "table", "scalar", "draft")
-        named = [(self.group_of(name, p), p) for name, p in model.named_parameters()]
-        groups = {key: [p for group, p in named if group == key] for key in keys}
+        groups = {group: [] for group in self.GROUPS}
+        for name, p in model.named_parameters():
+            groups[self.group_of(name, p)].append(p)
         self.muon = Muon(groups["matrix"], args, runtime)
         self.tables = RowAdagrad(groups["table"], args)
-        rates = {"embed": args.tied_embed_lr if args.tie_embeddings else args.embed_lr, "head": args.head_lr,
-                 "scalar": args.scalar_lr, "draft": args.draft_lr}
-        adam = [{"params": groups[key], "lr": rate, "peak": rate,
-                 "weight_decay": args.adam_wd * (key != "draft")}
-                for key, rate in rates.items() if groups[key]]
-        self.adam = torch.optim.AdamW(adam, betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
-        self.replicated = [p for key in keys[1:] for p in groups[key]]
+        rates = {"embed": (args.tied_embed_lr, args.adam_wd),
+                 "scalar": (args.scalar_lr, args.adam_wd), "draft": (args.draft_lr, 0.0)}
+        adam = [{"params": groups[group], "lr": rate, "peak": rate, "weight_decay": decay}
+                for group, (rate, decay) in rates.items() if groups[group]]
+        betas = args.beta1, args.beta2
+        self.adam = torch.optim.AdamW(adam, betas=betas, eps=args.adam_eps, fused=True)
+        self.replicated = [p for group in self.GROUPS[1:] for p in groups[group]]
         self.counted = len(self.replicated) - len(groups["draft"])
 
     @staticmethod
     def group_of(name: str, p: nn.Parameter) -> str:
-        for prefix, group in (("draft.", "draft"), ("ngram.table", "table"), ("lm_head", "head"),
-                              ("tok_emb", "embed"), ("bigram.table", "embed")):
+        prefixes = {"aux.": "aux", "draft.": "draft", "ngram.table": "table", "tok_emb.": "embed"}
+        for prefix, group in prefixes.items():
             if name.startswith(prefix):
                 return group
         return "matrix" if p.ndim == 2 and name.endswith(".weight") else "scalar"
@@ -2059,467 +2004,6 @@ def windows(targets: int, length: int, stride: int) -> np.ndarray:
     return np.stack((start, first, stop), axis=1)
 
 
-def kernel(function):
-    """Compiles a loop over bytes. Without numba the script still imports, and `Mixture` says what is missing.
-
-    No fastmath: scorer and decoder have to round alike, whatever the compiler inlines. Nothing divides by
-    zero, and code without that check is a tenth faster.
-    """
-    return njit(error_model="numpy")(function) if njit else function
-
-
-# PPM is a trie of the text; a row stands for a string. Row 1 is the empty string and row 0 none: it ends
-# lists. SUFFIX is the string without its first byte, SEEN the document that met it last.
-CHILD, SIBLING, SUFFIX, SYMBOL, COUNT, SEEN = range(6)
-USED, DOCUMENT, BOS_SEEN, IDS_SEEN, CONTEXT, LENGTH, FRESH, HERE, HERE_LENGTH, ORDER, CELLS = range(11)
-PPM = namedtuple("PPM", "rows now gate stamp")
-# rows (entries, 6) int32; now (13,): rows in use, documents, BOS and ids so far, the longest context that has
-# been continued before, its length, whether this document met it, the last ORDER bytes, their number, ORDER,
-# the gate's three cells in use; gate (2, 3, cells): its logits and their squared gradients; stamp (257,):
-# scratch. Every constant of this section was chosen on the last megabyte of the training documents.
-OFTEN = np.minimum(np.log2(np.arange(256) + 1).astype(np.int64), 7)
-GATE_START, GATE_RATE = -2.0, 0.15
-
-
-@kernel
-def ppm_byte(ppm, x):
-    """PPM-D's probability of byte x: exclusion, escape D / 2T, a symbol (2c - 1) / 2T (Howard 1993)."""
-    rows, stamp, mass, excluded, node = ppm.rows, ppm.stamp, 1.0, 0, ppm.now[CONTEXT]
-    stamp[256] += 1  # a byte that bears this number is excluded
-    while node:
-        total, distinct, count, e = 0, 0, 0, rows[node, CHILD]
-        while e:
-            symbol = rows[e, SYMBOL]
-            if stamp[symbol] != stamp[256]:
-                stamp[symbol] = stamp[256]
-                total += rows[e, COUNT]
-                distinct += 1
-                if symbol == x:
-                    count = rows[e, COUNT]
-            e = rows[e, SIBLING]
-        excluded += distinct
-        if distinct and excluded == 256:  # nothing is left to escape to
-            return mass * count / total
-        if count:
-            return mass * (2 * count - 1) / (2 * total)
-        if distinct:
-            mass *= distinct / (2 * total)
-        node = rows[node, SUFFIX]
-    return mass / (256 - excluded)
-
-
-@kernel
-def ppm_id(ppm, token):
-    """PPM's probability of an id: bytes share what BOS leaves. PAD, EOS and UNK are left to the network."""
-    bos = (ppm.now[BOS_SEEN] + 0.5) / (ppm.now[IDS_SEEN] + 1)
-    if token < BYTE_OFFSET:
-        return bos if token == BOS_ID else 0.0
-    return (1 - bos) * ppm_byte(ppm, token - BYTE_OFFSET)
-
-
-@kernel
-def level(logprob):
-    """One of 16 bins of a log-probability, fine at both ends: 0 below e^-12, 15 above 0.998."""
-    return min(max(int(5 - 2 * math.log(1e-9 - logprob)), 0), 15)
-
-
-@kernel
-def ppm_weight(ppm, logprobs, peak):
-    """PPM's share of the mixture. It depends on the prefix: nothing here knows which id comes.
-
-    Its logit is a sum of three cells, picked by how long the longest known context is, how often it was
-    continued, how alike, and whether this document met it; by the network's highest log-probability, `peak`;
-    and by what the network thinks of PPM's favourite. `ppm_gate_learn` finds their numbers in `now`.
-    """
-    rows, gate, now = ppm.rows, ppm.gate, ppm.now
-    total, most, best, e = 0, 0, 0, rows[now[CONTEXT], CHILD]
-    while e:
-        count = rows[e, COUNT]
-        total += count
-        if count > most:
-            most, best = count, rows[e, SYMBOL]
-        e = rows[e, SIBLING]
-    often, alike = OFTEN[min(total, 255)], 8 * most // (total + 1)
-    place, liked = 2 * now[LENGTH] + now[FRESH], level(logprobs[BYTE_OFFSET + best])
-    a = (place * 8 + often) * 8 + alike
-    b = (place * 8 + alike) * 16 + liked
-    c = (often * 16 + level(peak)) * 16 + liked
-    now[CELLS], now[CELLS + 1], now[CELLS + 2] = a, b, c
-    return 1 / (1 + math.exp(-GATE_START - gate[0, 0, a] - gate[0, 1, b] - gate[0, 2, c]))
-
-
-@kernel
-def ppm_gate_learn(ppm, weight, network, counts):
-    """A step of AdaGrad on -log((1 - weight) network + weight counts), both at the id that came."""
-    gradient = weight * (1 - weight) * (counts - network) / ((1 - weight) * network + weight * counts)
-    gate = ppm.gate
-    for f in range(3):
-        cell = ppm.now[CELLS + f]
-        gate[1, f, cell] += gradient * gradient
-        gate[0, f, cell] += GATE_RATE * gradient / math.sqrt(gate[1, f, cell])
-
-
-@kernel
-def ppm_push(ppm, token):
-    """Counts an id behind its contexts and moves on. BOS empties the context and keeps the counts.
-
-    Update exclusion (Moffat 1990): the longest context that knew the byte counts it, longer ones enter it and
-    shorter ones stay as they are. Lists keep the latest byte in front, where the next search likely finds it.
-    """
-    rows, now = ppm.rows, ppm.now
-    now[IDS_SEEN] += 1
-    if token < BYTE_OFFSET:
-        now[BOS_SEEN] += token == BOS_ID
-        now[DOCUMENT] += 1
-        now[CONTEXT], now[LENGTH], now[FRESH], now[HERE], now[HERE_LENGTH] = 1, 0, 0, 1, 0
-        return
-    x, node, longest, entered, found = token - BYTE_OFFSET, now[HERE], 0, 0, False
-    while node and not found:
-        before, e = 0, rows[node, CHILD]
-        while e and rows[e, SYMBOL] != x:
-            before, e = e, rows[e, SIBLING]
-        found = e > 0
-        if found:
-            rows[e, COUNT] += 1
-        else:
-            e = now[USED]
-            now[USED] += 1
-            rows[e, SYMBOL], rows[e, COUNT], rows[e, SUFFIX] = x, 1, 1
-        if e != rows[node, CHILD]:
-            if before and found:
-                rows[before, SIBLING] = rows[e, SIBLING]
-            rows[e, SIBLING], rows[node, CHILD] = rows[node, CHILD], e
-        if entered:
-            rows[entered, SUFFIX] = e
-        longest, entered, node = longest or e, e, rows[node, SUFFIX]
-    now[HERE], now[HERE_LENGTH] = longest, now[HERE_LENGTH] + 1
-    if now[HERE_LENGTH] > now[ORDER]:
-        now[HERE], now[HERE_LENGTH] = rows[longest, SUFFIX], now[ORDER]
-    node, now[LENGTH] = now[HERE], now[HERE_LENGTH]
-    while rows[node, CHILD] == 0:
-        rows[node, SEEN] = now[DOCUMENT]
-        node, now[LENGTH] = rows[node, SUFFIX], now[LENGTH] - 1
-    now[CONTEXT], now[FRESH] = node, rows[node, SEEN] == now[DOCUMENT]
-    while node and rows[node, SEEN] != now[DOCUMENT]:  # what was met here, was met with every suffix
-        rows[node, SEEN] = now[DOCUMENT]
-        node = rows[node, SUFFIX]
-
-
-@kernel
-def ppm_score(ppm, ids, logprobs, peaks, fixed, nats):
-    for t in range(len(ids)):
-        weight = ppm_weight(ppm, logprobs[t], peaks[t]) if fixed == 1 else fixed
-        network, counts = math.exp(np.float64(logprobs[t, ids[t]])), ppm_id(ppm, ids[t])
-        nats[t] = -math.log((1 - weight) * network + weight * counts)
-        if fixed == 1:
-            ppm_gate_learn(ppm, weight, network, counts)
-        ppm_push(ppm, ids[t])
-
-
-@kernel
-def ppm_distribution(ppm, logprobs, peak, fixed, out):
-    weight = ppm_weight(ppm, logprobs, peak) if fixed == 1 else fixed
-    for token in range(len(out)):
-        network = math.exp(np.float64(logprobs[token]))
-        out[token] = math.log((1 - weight) * network + weight * ppm_id(ppm, token))
-
-
-# Binary mixing. A byte is eight decisions, first bit first; `node` is a 1 with the bits so far behind it.
-# Contexts: orders 1-4 and the word so far, counted for this document alone (most of the gain: the network
-# knows the language but not this text), and orders 4, 6 ... and the word, counted for the whole stream. Each
-# owns two rows of its table, one for each half of a byte: 16 uint32, [document << 24 | check, 15 counters:
-# probability of a 1 << 10 | n]. A row that two contexts want belongs to the later one: a worse guess, still a
-# probability.
-Mixer = namedtuple("Mixer", "table contexts hashes text places now weights trust hits refined "
-                            "heap row check met used inputs")
-# table (C, rows, 16); contexts (C, 2): index into hashes, 1 = this document; hashes (order + 1,) uint64: of
-# the last 1 ... order bytes and of the word; text (bytes,) uint8; places (2^20,): where the same `order`
-# bytes ended before; now (6,): bytes, end of the match, its length, first byte of the document, last byte,
-# document; weights (517, inputs), trust (C, 128), refined (65536, 24): see `decide`; hits (32,): how often
-# matches of a length go on. Scratch: heap (512,), the network's mass below a node; row, check, met (2, C);
-# used and inputs (8, ...).
-BYTES, MATCH, MATCHED, START, LAST, DOC = range(6)
-STRETCH = np.log(np.arange(0.5, 4096) / np.arange(4095.5, 0, -1)).astype(np.float32)
-DOUBT = np.digitize(0.5 - np.abs(np.arange(256) - 127.5) / 256, (0.03, 0.12, 0.25))
-TRIALS = np.digitize(np.arange(1024), (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64, 128, 256))
-STEPS, LIMIT, RATE, SLOW, TINY = 1 / (np.arange(1024) + 1.6), 255, 0.001, 0.02, 1e-12
-
-
-@kernel
-def blend(state, symbol):
-    """A 64-bit hash of a state and one more symbol."""
-    state = (state ^ np.uint64(symbol)) * np.uint64(0x9E3779B97F4A7C15)
-    return state ^ (state >> np.uint64(29))
-
-
-@kernel
-def find(m, half, nibble):
-    """The contexts' rows for a half of the byte; `nibble`: 0, or 16 + its first four bits. Learns nothing."""
-    for c in range(len(m.table)):
-        key = blend(m.hashes[m.contexts[c, 0]], m.contexts[c, 1] * (m.now[DOC] + 1))
-        key = blend(key, 32 * c + nibble)
-        check, row = np.int64(key >> np.uint64(40)) | 1, np.int64(key >> np.uint64(8)) & m.table.shape[1] - 1
-        head = np.int64(m.table[c, row, 0])
-        m.row[half, c], m.check[half, c] = row, check
-        m.met[half, c] = 1 + (head >> 24 == m.now[DOC] & 255) if head & 0xFFFFFF == check else 0
-
-
-@kernel
-def counter_of(j, node):
-    """Where the counter of a node, j bits into the byte, lies in its row."""
-    return node if j < 4 else 1 << j - 4 | node & (1 << j - 4) - 1
-
-
-@kernel
-def weight_sets(m, length, guess, node):
-    return 1 + length // 8 if guess >= 0 else 0, 5 + node, 261 + m.now[LAST]
-
-
-@kernel
-def decide(m, nodes, ones):
-    """Writes the probability of a 1 below each of the nodes: logistic mixing (Mahoney 2005, lpaq).
-
-    Inputs are log odds: the network's, a counter's from each context, the match's. An input's weight is a sum
-    of three, picked by how long the match is, by the node and by the last byte. A counter's has a fourth,
-    `trust`, picked by how often it was asked, how sure it is and whether this document has met its context.
-    The mixture is averaged with an adaptive map of it, picked by the last three bytes and the node (the APM
-    of lpaq). `inputs` and `used` keep what `learn` needs of the last eight nodes; nothing else changes.
-    """
-    table, row, met, trust, weights, refined = m.table, m.row, m.met, m.trust, m.weights, m.refined
-    heap, f, used, contexts, length = m.heap, m.inputs, m.used, len(m.table), min(m.now[MATCHED], 31)
-    expected = np.int64(m.text[m.now[MATCH]]) | 256 if length else 0
-    recent = m.hashes[min(2, len(m.hashes) - 2)]
-    hit = min(max(m.hits[length], 0.001), 0.9999)
-    chance = math.log(hit / (1 - hit))
-    for k in range(len(nodes)):
-        node, j, at = nodes[k], 0, k & 7
-        while node >> j > 1:
-            j += 1
-        half, local, guess, z = j >> 2, counter_of(j, node), -1, 0.0
-        if expected >> 8 - j == node:
-            guess = expected >> 7 - j & 1
-        f[at, 0] = min(max(math.log(heap[2 * node + 1] / heap[2 * node]), -12.0), 12.0)
-        for c in range(contexts):
-            used[at, c], f[at, 1 + c] = 0, 0.0
-            if met[half, c]:
-                counter = np.int64(table[c, row[half, c], local])
-                if counter & 1023:
-                    cell = TRIALS[counter & 1023] << 3 | DOUBT[counter >> 24] << 1 | met[half, c] - 1
-                    used[at, c], f[at, 1 + c] = cell, STRETCH[counter >> 20]
-                    z += trust[c, cell] * STRETCH[counter >> 20]
-        f[at, 1 + contexts] = 0.0 if guess < 0 else chance if guess else -chance
-        a, b, c = weight_sets(m, length, guess, node)
-        for i in range(contexts + 2):
-            z += (weights[a, i] + weights[b, i] + weights[c, i]) * f[at, i]
-        z = min(max(z, -11.4), 11.4)
-        mixed, below, part = 1 / (1 + math.exp(-z)), int(z + 11.5), z + 11.5 - int(z + 11.5)
-        cell = np.int64(blend(recent, node) >> np.uint64(48))
-        used[at, contexts], used[at, contexts + 1] = guess, cell
-        f[at, contexts + 2], f[at, contexts + 3] = mixed, z + 11.5
-        ones[k] = 0.5 * mixed + 0.5 * (refined[cell, below] * (1 - part) + refined[cell, below + 1] * part)
-
-
-@kernel
-def learn(m, x):
-    """Updates everything that the eight decisions of byte x used: nothing moves before the byte is scored."""
-    contexts, length = len(m.table), min(m.now[MATCHED], 31)
-    for half in range(2):
-        for c in range(contexts):
-            row = m.row[half, c]
-            m.table[c, row, 0] = m.check[half, c] | (m.now[DOC] & 255) << 24
-            if not m.met[half, c]:
-                for i in range(1, 16):
-                    m.table[c, row, i] = 1 << 31
-    for j in range(8):
-        node, y = (x | 256) >> 8 - j, x >> 7 - j & 1
-        local = counter_of(j, node)
-        step, guess = RATE * (y - m.inputs[j, contexts + 2]), m.used[j, contexts]
-        a, b, c = weight_sets(m, length, guess, node)
-        for i in range(contexts + 2):
-            change = step * m.inputs[j, i]
-            m.weights[a, i] += change
-            m.weights[b, i] += change
-            m.weights[c, i] += change
-        for c in range(contexts):
-            m.trust[c, m.used[j, c]] += step * m.inputs[j, 1 + c]
-            row = m.row[j >> 2, c]
-            counter = np.int64(m.table[c, row, local])
-            n, p = counter & 1023, counter >> 10
-            p += int(((y << 22) - p) * STEPS[n])
-            m.table[c, row, local] = min(max(p, 64), (1 << 22) - 64) << 10 | min(n + 1, LIMIT)
-        if guess >= 0:
-            m.hits[length] += ((guess == y) - m.hits[length]) * SLOW
-        cell, place = m.used[j, contexts + 1], m.inputs[j, contexts + 3]
-        below, part = int(place), place - int(place)
-        m.refined[cell, below] += (y - m.refined[cell, below]) * (1 - part) * SLOW
-        m.refined[cell, below + 1] += (y - m.refined[cell, below + 1]) * part * SLOW
-
-
-@kernel
-def advance(m, token):
-    """Moves the contexts and the match behind an id. BOS forgets the history and keeps what was learned."""
-    now, hashes, text, order = m.now, m.hashes, m.text, len(m.hashes) - 1
-    if token < BYTE_OFFSET:
-        hashes[:] = 0
-        now[MATCHED], now[START], now[LAST], now[DOC] = 0, now[BYTES], 0, now[DOC] + 1
-        return
-    x = token - BYTE_OFFSET
-    letter = x | 32
-    for k in range(order - 1, 0, -1):
-        hashes[k] = blend(hashes[k - 1], x + 1)
-    hashes[0] = blend(np.uint64(0), x + 1)
-    inside = 97 <= letter <= 122 or 48 <= x <= 57 or x >= 128
-    hashes[order] = blend(hashes[order], letter) if inside else np.uint64(0)
-    n = now[BYTES]
-    text[n] = x
-    now[LAST], now[BYTES] = x, n + 1
-    if now[MATCHED] and text[now[MATCH]] == x:
-        now[MATCHED], now[MATCH] = now[MATCHED] + 1, now[MATCH] + 1
-    else:
-        now[MATCHED] = 0
-    place = np.int64(hashes[order - 1] >> np.uint64(44))
-    if now[MATCHED] == 0 and m.places[place]:
-        before, length = m.places[place] - 1, 0
-        most = min(before, n - now[START], 31)  # it may not begin before this document does
-        while length <= most and text[before - length] == text[n - length]:
-            length += 1
-        if length >= order:
-            now[MATCHED], now[MATCH] = length, before + 1
-    m.places[place] = n + 1
-
-
-@kernel
-def fill(m, probs):
-    """Sums the network's mass below each node; returns the whole, with the specials', whose share stays."""
-    for i in range(256):
-        m.heap[256 + i] = probs[BYTE_OFFSET + i] + TINY
-    for i in range(255, 0, -1):
-        m.heap[i] = m.heap[2 * i] + m.heap[2 * i + 1]
-    total = m.heap[1]
-    for i in range(BYTE_OFFSET):
-        total += probs[i] + TINY
-    return total
-
-
-@kernel
-def mixer_score(m, ids, probs, nats):
-    nodes, ones = np.zeros(8, np.int64), np.zeros(8)
-    for t in range(len(ids)):
-        total = fill(m, probs[t])
-        if ids[t] < BYTE_OFFSET:
-            p = (probs[t, ids[t]] + TINY) / total
-        else:
-            x, p = ids[t] - BYTE_OFFSET, m.heap[1] / total
-            for j in range(8):
-                nodes[j] = (x | 256) >> 8 - j
-            find(m, 0, 0)
-            find(m, 1, nodes[4])
-            decide(m, nodes, ones)
-            for j in range(8):
-                p *= ones[j] if x >> 7 - j & 1 else 1 - ones[j]
-            learn(m, x)
-        nats[t] = -math.log(p)
-        advance(m, ids[t])
-
-
-@kernel
-def mixer_distribution(m, probs, out):
-    """All 255 decisions: a leaf is the product that `mixer_score` forms for its byte, factor by factor."""
-    tree, ones, nodes = np.zeros(512), np.zeros(1), np.zeros(1, np.int64)
-    total = fill(m, probs)
-    tree[1] = m.heap[1] / total
-    find(m, 0, 0)
-    for top in range(1, 32):  # the first half of the byte, then the second below each outcome of the first
-        if top >= 16:
-            find(m, 1, top)
-        for deeper in range(4 if top >= 16 else 1):
-            for node in range(top << deeper, top + 1 << deeper):
-                nodes[0] = node
-                decide(m, nodes, ones)
-                tree[2 * node], tree[2 * node + 1] = tree[node] * (1 - ones[0]), tree[node] * ones[0]
-    for i in range(len(out)):
-        out[i] = math.log(tree[256 + i - BYTE_OFFSET] if i >= BYTE_OFFSET else (probs[i] + TINY) / total)
-
-
-class Mixture:
-    """The network's distributions mixed with those of counts, which start empty and learn what was scored.
-
-    `score` books a run of ids; a decoder asks for `distribution` and hands the id that it decodes to `push`:
-    the same numbers. What a step uses was learned from the ids before it, so each step is a distribution over
-    the whole vocabulary and a function of the prefix. Ids are those of byte260, log-probabilities fp32.
-    """
-
-    def __init__(self, args):
-        if njit is None and args.ppm_weight:
-            raise UserError("PPM_WEIGHT needs numba: `pip install numba`, or 0 for the network alone")
-        self.binary, self.weight, order = args.mix == "binary", args.ppm_weight, args.ppm_order
-        if not self.weight:
-            self.state = ()
-        elif self.binary:
-            contexts = np.array([(min(k, order) - 1, 1) for k in range(1, 5)] + [(order, 1)]
-                                + [(k - 1, 0) for k in range(4, order + 1, 2)] + [(order, 0)])
-            n, weights = len(contexts), np.zeros((517, len(contexts) + 2), np.float32)
-            weights[:5, 0] = 1  # it begins as the network alone
-            identity = np.float32(1 / (1 + np.exp(11.5 - np.arange(24))))
-            self.state = Mixer(
-                np.zeros((n, 1 << args.mix_rows, 16), np.uint32), contexts, np.zeros(order + 1, np.uint64),
-                np.zeros(0, np.uint8), np.zeros(1 << 20, np.int64), np.zeros(6, np.int64), weights,
-                np.zeros((n, 128), np.float32), np.full(32, 0.75), np.tile(identity, (65536, 1)),
-                np.zeros(512), *np.zeros((3, 2, n), np.int64), np.zeros((8, n + 2), np.int64),
-                np.zeros((8, n + 4)))
-        else:
-            gate = np.zeros((2, 3, 256 * max(order + 1, 8)))
-            gate[1] = 0.01
-            now = np.array([2, 0, 0, 0, 1, 0, 0, 1, 0, order, 0, 0, 0])
-            self.state = PPM(np.zeros((2, 6), np.int32), now, gate, np.zeros(257, np.int64))
-
-    def copy(self) -> Mixture:
-        """A mixture that goes on from here by itself: for looking ahead."""
-        other = object.__new__(Mixture)
-        other.__dict__ = dict(self.__dict__)
-        if self.weight:
-            other.state = type(self.state)(*(np.copy(v) if np.ndim(v) else v for v in self.state))
-        return other
-
-    def _make_room(self, ids: int) -> None:
-        """Arrays that grow with the text double, so that kernels never have to allocate."""
-        name, used = ("text", self.state.now[BYTES]) if self.binary else ("rows", self.state.now[USED])
-        old, need = getattr(self.state, name), used + ids * (1 if self.binary else self.state.now[ORDER] + 1)
-        if need > len(old):
-            grown = np.zeros((max(need, 2 * len(old)), *old.shape[1:]), old.dtype)
-            grown[:used] = old[:used]
-            self.state = self.state._replace(**{name: grown})
-
-    def score(self, ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
-        """fp64 nats (n,) of ids (n,), given the network's log-probabilities (n, V) at each; learns them."""
-        ids, logprobs = np.asarray(ids, np.int64), np.ascontiguousarray(logprobs, np.float32)
-        if not self.weight:
-            return -np.take_along_axis(logprobs, ids[:, None], 1)[:, 0].astype(np.float64)
-        nats = np.zeros(len(ids))
-        self._make_room(len(ids))
-        if self.binary:
-            for at in range(0, len(ids), 1024):  # probabilities that still fit a cache
-                part = slice(at, at + 1024)
-                mixer_score(self.state, ids[part], np.exp(logprobs[part]), nats[part])
-        else:
-            ppm_score(self.state, ids, logprobs, logprobs.max(1), self.weight, nats)
-        return nats
-
-    def distribution(self, logprobs: np.ndarray) -> np.ndarray:
-        """fp64 log-probabilities (V,) of the next id, given the network's. Changes nothing."""
-        logprobs = np.ascontiguousarray(logprobs, np.float32)
-        out = logprobs.astype(np.float64)
-        if self.weight and self.binary:
-            mixer_distribution(self.state, np.exp(logprobs), out)
-        elif self.weight:
-            ppm_distribution(self.state, logprobs, logprobs.max(), self.weight, out)
-        return out
-
-    def push(self, token: int, logprobs: np.ndarray) -> None:
-        """Learns the next id, given what the network thought of it."""
-        self.score(np.array([token]), logprobs[None])
-
-
 class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defaults=(0, 1))):
     """How a text is read: windows of `length` ids for `stride` targets each, `batch` a forward, and
     of these a rank's share."""
@@ -2541,35 +2025,31 @@ class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defa
 
 
 @torch.no_grad()
-def scored(model: GPT, ids: np.ndarray, length: int, stride: int, batch: int, logits=scoring_logits,
-           share: tuple[int, int] = (0, 1), show: str = "", learner: TestTimeTraining | None = None,
-           gather=None):
-    """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) for each block of stop - first targets.
-    `share` = (rank, ranks) is this rank's part of the batches. `gather` collects the log-probabilities of all
-    ranks on rank 0, which yields every block in the order of the stream; the others yield none. A learner is
-    shown every chunk but the last once it is scored. This is the only path from weights to a score."""
+def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
+           learner: TestTimeTraining | None = None):
+    """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) of each block of n targets.
+
+    This is the only path from weights to a score. A learner is shown every chunk but the last,
+    once it is scored."""
     device = next(model.parameters()).device
-    plan = windows(len(ids) - 1, length, stride)
-    chunk = len(plan) if learner is None else model.args.ttt_chunk_tokens // stride  # windows
-    span, seen = min(stride, length), np.zeros(len(ids) - 1, dtype=bool)
-    for at in progress_bar(range(0, len(plan), chunk), len(plan) // chunk, show, bool(show and learner)):
-        if at and learner is not None:
+    rows = windows(len(ids) - 1, plan.length, plan.stride)
+    chunk = max(1, len(rows))  # windows before a learner learns
+    if learner is not None:
+        chunk = model.args.ttt_chunk_tokens // plan.stride
+    seen = np.zeros(len(ids) - 1, dtype=bool)
+    # score-first: a chunk is learned from once it is scored
+    for start in range(0, len(rows), chunk):
+        if start and learner is not None:
             learner.catch_up(ids, seen)
-        part = plan[at : at + chunk]
-        rounds = range(0, len(part), share[1] * batch)
-        for start_at in progress_bar(rounds, len(rounds), show, bool(show and learner is None)):
-            inputs = np.full((batch, length), PAD_ID, np.int64)  # one shape: compiled once
-            take = np.zeros(batch, np.int64)
-            for i, (start, first, _) in enumerate(part[start_at + share[0] * batch :][:batch]):
-                text = ids[start : min(start + length, len(ids) - 1)]
-                inputs[i, : len(text)], take[i] = text, first - start
-            inputs, take = (torch.from_numpy(x).to(device) for x in (inputs, take))
-            mine = logits(model, inputs, take, span).log_softmax(-1)
-            for rank, logprobs in enumerate(gather(mine)) if gather else [(share[0], mine)]:
-                for i, (_, first, stop) in enumerate(part[start_at + rank * batch :][:batch]):
-                    found = logprobs[i, : stop - first].cpu()
-                    wanted = torch.from_numpy(ids[first + 1 : stop + 1].astype(np.int64))
-                    yield first, stop, found, -found.gather(-1, wanted[:, None])[:, 0].double().numpy()
+        part = rows[start : start + chunk]
+        for number in range(plan.rank, -(-len(part) // plan.batch), plan.ranks):
+            batch = part[number * plan.batch : (number + 1) * plan.batch]
+            inputs, position, targets = plan.tensors(ids, batch, device)
+            logprobs = logits(model, inputs, position, targets.size(1)).log_softmax(-1)
+            nats = -logprobs.gather(-1, targets[..., None]).squeeze(-1)
+            nats = nats.cpu().numpy().astype(np.float64)
+            for i, (_, first, stop) in enumerate(batch):
+                yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
         seen[part[0, 1] : part[-1, 2]] = True
 
 
@@ -2633,22 +2113,21 @@ class TestTimeTraining:
         return [torch.from_numpy(x).to(self.params[0].device) for x in (rows, weights)]
 
     def update(self, ids: np.ndarray, starts: np.ndarray) -> None:
-        args, runtime, length = self.args, self.runtime, self.args.train_seq_len
-        rank, ranks = (runtime.rank, runtime.world_size) if runtime else (0, 1)
-        rows = np.zeros((-(-args.ttt_batch_rows // ranks), length + 1), np.int64)  # one shape on every rank
-        weights = np.zeros(len(rows), np.float32)
-        for i, start in enumerate(starts[rank::ranks]):
-            rows[i], weights[i] = ids[start : start + length + 1], 1
-        rows, weights = (torch.from_numpy(x).to(self.params[0].device) for x in (rows, weights))
+        args = self.args
+        rows, weights = self.batch(ids, starts)
         with torch.enable_grad():
-            loss = self.losses(self.model, rows, weights)["ce"] / (len(starts) * length)
-            grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+            sums = self.losses(self.model, rows, weights)
+            loss = sums["ce"] / (len(starts) * args.train_seq_len)
+            grads = torch.autograd.grad(
+                loss, self.params, allow_unused=True, materialize_grads=True)
+        # one clipped step of SGD, the same on every rank
         flat = torch.cat([grad.flatten() for grad in grads])
-        flat = runtime.all_reduce(flat) if runtime else flat
+        flat = self.runtime.all_reduce(flat) if self.runtime else flat
         flat *= ((args.ttt_grad_clip or math.inf) / (flat.norm() + 1e-6)).clamp(max=1.0)
-        rate = args.ttt_lr * (1 + (self.chunks - 1) / (args.ttt_decay_chunks or math.inf)) ** -0.5
-        torch._foreach_mul_(self.momenta, args.ttt_momentum)
+        age = (self.chunks - 1) / (args.ttt_decay_chunks or math.inf)
+        rate = args.ttt_lr * (1 + age) ** -0.5
         parts = flat.split([p.numel() for p in self.params])
+        torch._foreach_mul_(self.momenta, args.ttt_momentum)
         torch._foreach_add_(self.momenta, [part.view_as(p) for part, p in zip(parts, self.params)])
         with torch.no_grad():
             torch._foreach_add_(self.params, self.momenta, alpha=-rate)
@@ -2659,21 +2138,496 @@ class TestTimeTraining:
         torch._foreach_copy_(self.params, self.kept)
 
 
+def kernel(function):
+    """Compiles a loop over bytes. No fastmath: scorer and decoder have to round alike, whatever the compiler
+    inlines. Nothing divides by zero, and code without that check is a tenth faster."""
+    return njit(error_model="numpy")(function) if njit else function
+
+
+# PPM is a trie of the text; a row stands for a string. Row 1 is the empty string and row 0 none: it ends
+# lists. SUFFIX is the string without its first byte, SEEN the document that met it last.
+CHILD, SIBLING, SUFFIX, SYMBOL, COUNT, SEEN = range(6)
+# `now`: rows in use; documents, BOS and ids so far; the longest context that was continued before, its
+# length, whether this document met it; the last ORDER bytes, their number; the gate's three cells.
+USED, DOCUMENT, BOS_SEEN, IDS_SEEN, CONTEXT, LENGTH, FRESH, HERE, HERE_LENGTH, ORDER, CELLS = range(11)
+# rows (entries, 6) int32; now (13,); gate (2, 3, cells): logits, squared gradients; stamp (257,): scratch.
+# Constants of this section were chosen on the last megabyte of the training documents.
+PPM = namedtuple("PPM", "rows now gate stamp")
+OFTEN = np.minimum(np.log2(np.arange(256) + 1).astype(np.int64), 7)
+GATE_START, GATE_RATE = -2.0, 0.15
+
+
+@kernel
+def ppm_byte(ppm, x):
+    """PPM-D's probability of byte x: exclusion, escape D / 2T, a symbol (2c - 1) / 2T (Howard 1993)."""
+    rows, stamp = ppm.rows, ppm.stamp
+    stamp[256] += 1  # a byte that bears this number is excluded
+    mass, excluded = 1.0, 0
+    node = ppm.now[CONTEXT]
+    while node:
+        total = distinct = count = 0
+        entry = rows[node, CHILD]
+        while entry:
+            symbol = rows[entry, SYMBOL]
+            if stamp[symbol] != stamp[256]:
+                stamp[symbol] = stamp[256]
+                total += rows[entry, COUNT]
+                distinct += 1
+                if symbol == x:
+                    count = rows[entry, COUNT]
+            entry = rows[entry, SIBLING]
+        # a context that knows x settles it, any other passes its escape on to a shorter one
+        excluded += distinct
+        if distinct and excluded == 256:  # nothing is left to escape to
+            return mass * count / total
+        if count:
+            return mass * (2 * count - 1) / (2 * total)
+        if distinct:
+            mass *= distinct / (2 * total)
+        node = rows[node, SUFFIX]
+    return mass / (256 - excluded)
+
+
+@kernel
+def ppm_id(ppm, token):
+    """PPM's probability of an id: bytes share what BOS leaves, the network has PAD, EOS and UNK."""
+    bos = (ppm.now[BOS_SEEN] + 0.5) / (ppm.now[IDS_SEEN] + 1)
+    if token < BYTE_OFFSET:
+        return bos if token == BOS_ID else 0.0
+    return (1 - bos) * ppm_byte(ppm, token - BYTE_OFFSET)
+
+
+@kernel
+def level(logprob):
+    """One of 16 bins of a log-probability, fine at both ends: 0 below e^-12, 15 above 0.998."""
+    return min(max(int(5 - 2 * math.log(1e-9 - logprob)), 0), 15)
+
+
+@kernel
+def ppm_weight(ppm, logprobs, peak):
+    """PPM's share of the mixture. It depends on the prefix: nothing here knows which id comes.
+
+    Its logit is a sum of three cells, picked by how long the longest known context is, how often it was
+    continued, how alike, and whether this document met it; by the network's highest log-probability,
+    `peak`; and by how likely the network finds PPM's favourite. `now` keeps the cells for learning."""
+    rows, gate, now = ppm.rows, ppm.gate, ppm.now
+    total = most = favourite = 0
+    entry = rows[now[CONTEXT], CHILD]
+    while entry:
+        count = rows[entry, COUNT]
+        total += count
+        if count > most:
+            most, favourite = count, rows[entry, SYMBOL]
+        entry = rows[entry, SIBLING]
+
+    often = OFTEN[min(total, 255)]
+    alike = 8 * most // (total + 1)
+    depth = 2 * now[LENGTH] + now[FRESH]
+    liked = level(logprobs[BYTE_OFFSET + favourite])
+    a = (depth * 8 + often) * 8 + alike
+    b = (depth * 8 + alike) * 16 + liked
+    c = (often * 16 + level(peak)) * 16 + liked
+    now[CELLS], now[CELLS + 1], now[CELLS + 2] = a, b, c
+    return 1 / (1 + math.exp(-GATE_START - gate[0, 0, a] - gate[0, 1, b] - gate[0, 2, c]))
+
+
+@kernel
+def ppm_push(ppm, token):
+    """Counts an id after its contexts and moves on. BOS empties the context and keeps the counts.
+
+    Update exclusion (Moffat 1990): the longest context that knew the byte counts it, longer ones enter
+    it and shorter ones stay as they are. Lists keep the latest byte in front: likely the next."""
+    rows, now = ppm.rows, ppm.now
+    now[IDS_SEEN] += 1
+    if token < BYTE_OFFSET:
+        now[BOS_SEEN] += token == BOS_ID
+        now[DOCUMENT] += 1
+        now[CONTEXT], now[LENGTH], now[FRESH] = 1, 0, 0
+        now[HERE], now[HERE_LENGTH] = 1, 0
+        return
+    # from the last ORDER bytes on, shorter and shorter, until one has met the byte
+    x = token - BYTE_OFFSET
+    node, longest, entered, found = now[HERE], 0, 0, False
+    while node and not found:
+        before, entry = 0, rows[node, CHILD]
+        while entry and rows[entry, SYMBOL] != x:
+            before, entry = entry, rows[entry, SIBLING]
+        found = entry > 0
+        if found:
+            rows[entry, COUNT] += 1
+        else:
+            entry = now[USED]
+            now[USED] += 1
+            rows[entry, SYMBOL], rows[entry, COUNT], rows[entry, SUFFIX] = x, 1, 1
+        if entry != rows[node, CHILD]:  # to the front of its list
+            if before and found:
+                rows[before, SIBLING] = rows[entry, SIBLING]
+            rows[entry, SIBLING], rows[node, CHILD] = rows[node, CHILD], entry
+        if entered:
+            rows[entered, SUFFIX] = entry
+        longest, entered, node = longest or entry, entry, rows[node, SUFFIX]
+    # the last ORDER bytes, and the longest of their ends that anything followed before
+    now[HERE] = longest
+    now[HERE_LENGTH] += 1
+    if now[HERE_LENGTH] > now[ORDER]:
+        now[HERE], now[HERE_LENGTH] = rows[longest, SUFFIX], now[ORDER]
+    node, now[LENGTH] = now[HERE], now[HERE_LENGTH]
+    while rows[node, CHILD] == 0:
+        rows[node, SEEN] = now[DOCUMENT]
+        node = rows[node, SUFFIX]
+        now[LENGTH] -= 1
+    now[CONTEXT], now[FRESH] = node, rows[node, SEEN] == now[DOCUMENT]
+    while node and rows[node, SEEN] != now[DOCUMENT]:  # met here once: met with every suffix
+        rows[node, SEEN] = now[DOCUMENT]
+        node = rows[node, SUFFIX]
+
+
+@kernel
+def ppm_score(ppm, ids, logprobs, peaks, fixed, nats):
+    for t in range(len(ids)):
+        weight = ppm_weight(ppm, logprobs[t], peaks[t]) if fixed == 1 else fixed
+        network = math.exp(np.float64(logprobs[t, ids[t]]))
+        counts = ppm_id(ppm, ids[t])
+        mixed = (1 - weight) * network + weight * counts
+        nats[t] = -math.log(mixed)
+        if fixed == 1:  # a step of AdaGrad
+            gradient = weight * (1 - weight) * (counts - network) / mixed
+            for i in range(3):
+                cell = ppm.now[CELLS + i]
+                ppm.gate[1, i, cell] += gradient * gradient
+                ppm.gate[0, i, cell] += GATE_RATE * gradient / math.sqrt(ppm.gate[1, i, cell])
+        ppm_push(ppm, ids[t])
+
+
+@kernel
+def ppm_distribution(ppm, logprobs, peak, fixed, out):
+    weight = ppm_weight(ppm, logprobs, peak) if fixed == 1 else fixed
+    for token in range(len(out)):
+        network = math.exp(np.float64(logprobs[token]))
+        out[token] = math.log((1 - weight) * network + weight * ppm_id(ppm, token))
+
+
+# Binary mixing. A byte is eight decisions, first bit first; `node` is a 1 with the bits so far after it.
+# Contexts: orders 1-4 and the word so far, counted for this document only (most of the gain: the network
+# knows the language but not this text), and orders 4, 6 ... and the word, counted for the whole stream.
+# Each owns two rows of its table, one for each half of a byte: 16 uint32, [document << 24 | check, 15
+# counters: probability of a 1 << 10 | n]. Of two contexts that want a row the later one has it.
+Mixer = namedtuple("Mixer", "table contexts hashes text places now weights trust hits refined "
+                            "heap row check met used inputs")
+# table (C, rows, 16); contexts (C, 2): index into hashes, 1 = this document; hashes (order + 1,) uint64:
+# of the last 1 ... order bytes and of the word; text (bytes,) uint8; places (2^20,): where the same `order`
+# bytes ended before; now (6,): bytes, end of the match, its length, first byte of the document, last byte,
+# document; weights (517, inputs), trust (C, 128), refined (65536, 24): see `decide`; hits (32,): how often
+# matches of a length go on. Scratch: heap (512,), the network's mass below a node; the rest for `learn`.
+BYTES, MATCH, MATCHED, START, LAST, DOC = range(6)
+STRETCH = np.log(np.arange(0.5, 4096) / np.arange(4095.5, 0, -1)).astype(np.float32)
+DOUBT = np.digitize(0.5 - np.abs(np.arange(256) - 127.5) / 256, (0.03, 0.12, 0.25))
+TRIALS = np.digitize(np.arange(1024), (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64, 128, 256))
+STEPS, LIMIT = 1 / (np.arange(1024) + 1.6), 255  # of a counter: shrinking steps, its largest n
+RATE, SLOW, TINY = 0.001, 0.02, 1e-12
+
+
+@kernel
+def blend(state, symbol):
+    """A 64-bit hash of a state and one more symbol."""
+    state = (state ^ np.uint64(symbol)) * np.uint64(0x9E3779B97F4A7C15)
+    return state ^ (state >> np.uint64(29))
+
+
+@kernel
+def find(m, half, nibble):
+    """Finds the contexts' rows for a half of the byte; `nibble`: 0, or 16 + its first four bits."""
+    for c in range(len(m.table)):
+        salt = m.contexts[c, 1] * (m.now[DOC] + 1)
+        key = blend(blend(m.hashes[m.contexts[c, 0]], salt), 32 * c + nibble)
+        row = np.int64(key >> np.uint64(8)) & (m.table.shape[1] - 1)
+        check = np.int64(key >> np.uint64(40)) | 1
+        head = np.int64(m.table[c, row, 0])
+        m.row[half, c], m.check[half, c] = row, check
+        here = (head >> 24) == (m.now[DOC] & 255)
+        m.met[half, c] = (2 if here else 1) if (head & 0xFFFFFF) == check else 0
+
+
+@kernel
+def counter_of(j, node):
+    """Where the counter of a node, j bits into the byte, lies in its row."""
+    low = 1 << max(j - 4, 0)
+    return node if j < 4 else low | (node & (low - 1))
+
+
+@kernel
+def weight_sets(m, length, guess, node):
+    return 1 + length // 8 if guess >= 0 else 0, 5 + node, 261 + m.now[LAST]
+
+
+@kernel
+def decide(m, nodes, ones):
+    """Writes the probability of a 1 below each of the nodes: logistic mixing (Mahoney 2005, lpaq).
+
+    Inputs are log odds: the network's, a counter's from each context, the match's. An input's weight is
+    a sum of three, picked by how long the match is, by the node and by the last byte. A counter's has a
+    fourth, `trust`, picked by how often it was asked, how sure it is and whether this document has met
+    its context. The mixture is averaged with an adaptive map of it, picked by the last three bytes and
+    the node (the APM of lpaq). Only `inputs` and `used` change: eight nodes' part, for `learn`."""
+    heap, contexts, weights, inputs, used = m.heap, len(m.table), m.weights, m.inputs, m.used
+    length = min(m.now[MATCHED], 31)
+    expected = np.int64(m.text[m.now[MATCH]]) | 256 if length else 0
+    recent = m.hashes[min(2, len(m.hashes) - 2)]
+    hit = min(max(m.hits[length], 0.001), 0.9999)
+    chance = math.log(hit / (1 - hit))
+    for k in range(len(nodes)):
+        node, slot, j = nodes[k], k & 7, 0
+        while (node >> j) > 1:
+            j += 1
+        half, place, guess, z = j >> 2, counter_of(j, node), -1, 0.0
+        inputs[slot, 0] = min(max(math.log(heap[2 * node + 1] / heap[2 * node]), -12.0), 12.0)
+        for c in range(contexts):
+            used[slot, c], inputs[slot, 1 + c] = 0, 0.0
+            if m.met[half, c]:
+                counter = np.int64(m.table[c, m.row[half, c], place])
+                n = counter & 1023
+                if n:
+                    doubt = DOUBT[counter >> 24]
+                    used[slot, c] = (TRIALS[n] << 3) | (doubt << 1) | (m.met[half, c] - 1)
+                    inputs[slot, 1 + c] = STRETCH[counter >> 20]
+                    z += m.trust[c, used[slot, c]] * STRETCH[counter >> 20]
+        # the match's bit, where its byte fits the bits so far
+        inputs[slot, 1 + contexts] = 0.0
+        if (expected >> (8 - j)) == node:
+            guess = (expected >> (7 - j)) & 1
+            inputs[slot, 1 + contexts] = chance if guess else -chance
+        a, b, c = weight_sets(m, length, guess, node)
+        for i in range(contexts + 2):
+            z += (weights[a, i] + weights[b, i] + weights[c, i]) * inputs[slot, i]
+        # the adaptive map has a knot at each whole number from -11.5 on
+        z = min(max(z, -11.4), 11.4)
+        mixed, knot, part = 1 / (1 + math.exp(-z)), int(z + 11.5), z + 11.5 - int(z + 11.5)
+        cell = np.int64(blend(recent, node) >> np.uint64(48))
+        used[slot, contexts], used[slot, contexts + 1] = guess, cell
+        inputs[slot, contexts + 2], inputs[slot, contexts + 3] = mixed, z + 11.5
+        mapped = m.refined[cell, knot] * (1 - part) + m.refined[cell, knot + 1] * part
+        ones[k] = 0.5 * mixed + 0.5 * mapped
+
+
+@kernel
+def learn(m, x):
+    """Updates all that the eight decisions of byte x used: nothing moves before it is scored."""
+    inputs, used, refined = m.inputs, m.used, m.refined
+    contexts, length = len(m.table), min(m.now[MATCHED], 31)
+    # rows that were another context's begin anew: even odds, never asked
+    for half in range(2):
+        for c in range(contexts):
+            row = m.row[half, c]
+            m.table[c, row, 0] = m.check[half, c] | ((m.now[DOC] & 255) << 24)
+            if not m.met[half, c]:
+                m.table[c, row, 1:] = 1 << 31
+    # weights, counters, the match's odds and the adaptive map
+    for j in range(8):
+        node, y = (x | 256) >> (8 - j), (x >> (7 - j)) & 1
+        step, guess = RATE * (y - inputs[j, contexts + 2]), used[j, contexts]
+        for weights in weight_sets(m, length, guess, node):
+            for i in range(contexts + 2):
+                m.weights[weights, i] += step * inputs[j, i]
+        place = counter_of(j, node)
+        for c in range(contexts):
+            m.trust[c, used[j, c]] += step * inputs[j, 1 + c]
+            row = m.row[j >> 2, c]
+            counter = np.int64(m.table[c, row, place])
+            n, p = counter & 1023, counter >> 10
+            p += int(((y << 22) - p) * STEPS[n])
+            p = min(max(p, 64), (1 << 22) - 64)
+            m.table[c, row, place] = (p << 10) | min(n + 1, LIMIT)
+        if guess >= 0:
+            m.hits[length] += ((guess == y) - m.hits[length]) * SLOW
+        cell, knot = used[j, contexts + 1], int(inputs[j, contexts + 3])
+        part = inputs[j, contexts + 3] - knot
+        refined[cell, knot] += (y - refined[cell, knot]) * (1 - part) * SLOW
+        refined[cell, knot + 1] += (y - refined[cell, knot + 1]) * part * SLOW
+
+
+@kernel
+def advance(m, token):
+    """Moves contexts and match on by an id. BOS forgets the history and keeps what was learned."""
+    now, hashes, text, order = m.now, m.hashes, m.text, len(m.hashes) - 1
+    if token < BYTE_OFFSET:
+        hashes[:] = 0
+        now[MATCHED], now[START], now[LAST] = 0, now[BYTES], 0
+        now[DOC] += 1
+        return
+    x = token - BYTE_OFFSET
+    for k in range(order - 1, 0, -1):
+        hashes[k] = blend(hashes[k - 1], x + 1)
+    hashes[0] = blend(np.uint64(0), x + 1)
+    letter = x | 32
+    inside = 97 <= letter <= 122 or 48 <= x <= 57 or x >= 128
+    hashes[order] = blend(hashes[order], letter) if inside else np.uint64(0)
+    n = now[BYTES]
+    text[n] = x
+    now[LAST], now[BYTES] = x, n + 1
+    # the match goes on, or the last place of the same bytes may begin another
+    if now[MATCHED] and text[now[MATCH]] == x:
+        now[MATCHED] += 1
+        now[MATCH] += 1
+    else:
+        now[MATCHED] = 0
+    place = np.int64(hashes[order - 1] >> np.uint64(44))
+    if now[MATCHED] == 0 and m.places[place]:
+        before, length = m.places[place] - 1, 0
+        most = min(before, n - now[START], 31)  # it may not begin before this document does
+        while length <= most and text[before - length] == text[n - length]:
+            length += 1
+        if length >= order:
+            now[MATCHED], now[MATCH] = length, before + 1
+    m.places[place] = n + 1
+
+
+@kernel
+def fill(m, probs):
+    """Sums the network's mass below each node; returns the whole, the specials' share included."""
+    m.heap[256:] = probs[BYTE_OFFSET:] + TINY
+    for i in range(255, 0, -1):
+        m.heap[i] = m.heap[2 * i] + m.heap[2 * i + 1]
+    total = m.heap[1]
+    for i in range(BYTE_OFFSET):
+        total += probs[i] + TINY
+    return total
+
+
+@kernel
+def mixer_score(m, ids, probs, nats):
+    nodes, ones = np.zeros(8, np.int64), np.zeros(8)
+    for t in range(len(ids)):
+        total = fill(m, probs[t])
+        if ids[t] < BYTE_OFFSET:
+            p = (probs[t, ids[t]] + TINY) / total
+        else:
+            x, p = ids[t] - BYTE_OFFSET, m.heap[1] / total
+            for j in range(8):
+                nodes[j] = (x | 256) >> (8 - j)
+            find(m, 0, 0)
+            find(m, 1, nodes[4])
+            decide(m, nodes, ones)
+            for j in range(8):
+                p *= ones[j] if (x >> (7 - j)) & 1 else 1 - ones[j]
+            learn(m, x)
+        nats[t] = -math.log(p)
+        advance(m, ids[t])
+
+
+@kernel
+def mixer_distribution(m, probs, out):
+    """All 255 decisions: a leaf is the product that `mixer_score` forms, factor by factor."""
+    tree, ones, nodes = np.zeros(512), np.zeros(1), np.zeros(1, np.int64)
+    total = fill(m, probs)
+    tree[1] = m.heap[1] / total
+    find(m, 0, 0)
+    for top in range(1, 32):  # the first half of the byte, then the second below each of its values
+        if top >= 16:
+            find(m, 1, top)
+        for deeper in range(4 if top >= 16 else 1):
+            for node in range(top << deeper, (top + 1) << deeper):
+                nodes[0] = node
+                decide(m, nodes, ones)
+                tree[2 * node] = tree[node] * (1 - ones[0])
+                tree[2 * node + 1] = tree[node] * ones[0]
+    for i in range(len(out)):
+        out[i] = math.log((probs[i] + TINY) / total if i < BYTE_OFFSET else tree[256 - BYTE_OFFSET + i])
+
+
+@check
+def check_mixture(args: Hyperparameters) -> None:
+    forbid(args.ppm_weight and not njit, args, "ppm_weight", "install numba, or 0: only the network")
+    tokens = args.ppm_weight and args.vocab_size != 260
+    forbid(tokens, args, "vocab_size ppm_weight", "the mixture counts bytes: 260, or weight 0")
+    fixed = args.mix == "binary" and args.ppm_weight not in (0, 1)
+    forbid(fixed, args, "mix ppm_weight", "binary learns its weights: 0 or 1")
+
+
+class Mixture:
+    """The network's distributions mixed with those of counts, which start empty and learn what was scored.
+    `score` books a run of ids; a decoder asks for `distribution` and hands the id that it decodes to
+    `push`: the same numbers. A step uses what the ids before it taught, so each is a distribution over
+    the vocabulary and a function of the prefix. Ids are byte260's, log-probabilities fp32."""
+
+    def __init__(self, args: Hyperparameters):
+        self.binary, self.weight, order = args.mix == "binary", args.ppm_weight, args.ppm_order
+        # PPM: a root, and nothing met
+        now = np.zeros(13, np.int64)
+        now[[USED, CONTEXT, HERE, ORDER]] = 2, 1, 1, order
+        gate = np.zeros((2, 3, 256 * max(order + 1, 8)))
+        gate[1] = 0.01
+        self.state = PPM(np.zeros((2, 6), np.int32), now, gate, np.zeros(257, np.int64))
+        if not self.binary or not self.weight:
+            return
+        # binary: it begins as only the network
+        document = [(min(k, order) - 1, 1) for k in range(1, 5)] + [(order, 1)]
+        stream = [(k - 1, 0) for k in range(4, order + 1, 2)] + [(order, 0)]
+        n = len(document + stream)
+        weights = np.zeros((517, n + 2), np.float32)
+        weights[:5, 0] = 1
+        identity = np.float32(1 / (1 + np.exp(11.5 - np.arange(24))))
+        self.state = Mixer(
+            np.zeros((n, 1 << args.mix_rows, 16), np.uint32), np.array(document + stream),
+            np.zeros(order + 1, np.uint64), np.zeros(0, np.uint8), np.zeros(1 << 20, np.int64),
+            np.zeros(6, np.int64), weights, np.zeros((n, 128), np.float32), np.full(32, 0.75),
+            np.tile(identity, (65536, 1)), np.zeros(512), *np.zeros((3, 2, n), np.int64),
+            np.zeros((8, n + 2), np.int64), np.zeros((8, n + 4)))
+
+    def _make_room(self, ids: int) -> None:
+        """Arrays that grow with the text double, so that kernels never have to allocate."""
+        now, name = self.state.now, "text" if self.binary else "rows"
+        used = now[BYTES if self.binary else USED]
+        need = used + (ids if self.binary else ids * (now[ORDER] + 1))
+        if need > len(old := getattr(self.state, name)):
+            grown = np.zeros((max(need, 2 * len(old)), *old.shape[1:]), old.dtype)
+            grown[:used] = old[:used]
+            self.state = self.state._replace(**{name: grown})
+
+    def score(self, ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
+        """fp64 nats (n,) of ids (n,), given the network's log-probabilities (n, V) at each; learns them."""
+        ids, logprobs = np.asarray(ids, np.int64), np.ascontiguousarray(logprobs, np.float32)
+        if not self.weight:
+            return -np.take_along_axis(logprobs, ids[:, None], 1)[:, 0].astype(np.float64)
+        nats = np.zeros(len(ids))
+        self._make_room(len(ids))
+        if not self.binary:
+            ppm_score(self.state, ids, logprobs, logprobs.max(1), self.weight, nats)
+            return nats
+        for first in range(0, len(ids), 1024):  # probabilities that still fit a cache
+            part = slice(first, first + 1024)
+            mixer_score(self.state, ids[part], np.exp(logprobs[part]), nats[part])
+        return nats
+
+    def distribution(self, logprobs: np.ndarray) -> np.ndarray:
+        """fp64 log-probabilities (V,) of the next id, given the network's. Changes nothing."""
+        logprobs = np.ascontiguousarray(logprobs, np.float32)
+        out = logprobs.astype(np.float64)
+        if self.weight and self.binary:
+            mixer_distribution(self.state, np.exp(logprobs), out)
+        elif self.weight:
+            ppm_distribution(self.state, logprobs, logprobs.max(), self.weight, out)
+        return out
+
+    def push(self, token: int, logprobs: np.ndarray) -> None:
+        self.score(np.array([token]), logprobs[None])
+
+
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """(nats of each target ids[1:], {t: log-probabilities (V,) at target t, for t in positions})."""
-    args, ids, length = model.args, np.asarray(ids), model.args.eval_seq_len
+    """(nats of each target ids[1:], {t: log-probabilities (V,) at target t, for t in positions}).
+    """
+    args, ids, wanted = model.args, np.asarray(ids), set(positions)
     blocks = -(-len(ids) // args.eval_stride)  # a short text needs no full batch
-    batch = max(1, min(args.eval_batch_tokens // length, blocks))
-    wanted = np.unique(np.fromiter(positions, np.int64))
-    nats, vectors, mixture = np.zeros(max(len(ids) - 1, 0)), {}, Mixture(args)
+    batch = max(1, min(args.eval_batch_tokens // args.eval_seq_len, blocks))
+    plan = WindowPlan(args.eval_seq_len, args.eval_stride, batch)
     learner = TestTimeTraining(model) if args.ttt != "0" else None
-    for first, stop, logprobs, _ in scored(model, ids, length, args.eval_stride, batch, learner=learner):
-        at = first
-        for t in [*wanted[(wanted >= first) & (wanted < stop)], stop]:
-            nats[at:t] = mixture.score(ids[at + 1 : t + 1], logprobs[at - first : t - first].numpy())
+    nats, vectors, mixture = np.zeros(max(len(ids) - 1, 0)), {}, Mixture(args)
+    for first, stop, logprobs, _ in scored(model, ids, plan, learner=learner):
+        logprobs, begin = logprobs.cpu().numpy(), first
+        for t in [*sorted(wanted.intersection(range(first, stop))), stop]:
+            nats[begin:t] = mixture.score(ids[begin + 1 : t + 1], logprobs[begin - first : t - first])
             if t < stop:
-                vectors[int(t)] = mixture.distribution(logprobs[t - first].numpy())
-            at = t
+                vectors[t] = mixture.distribution(logprobs[t - first])
+            begin = t
     if learner is not None:
         learner.restore()
     return nats, vectors
@@ -2722,38 +2676,51 @@ class Evaluator:
         self.log(f"  ttt_chunk {learner.chunks} bpb:{bpb:.6f} updates:{learner.updates} "
                  f"infer:{seconds - learner.seconds:.1f}s adapt:{learner.seconds:.1f}s")
 
+    def spread(self, model: GPT, ids: Tensor, first: Tensor, span: int) -> Tensor:
+        """`logits`, the batch spread over ranks: each sees all of the stream, in its order."""
+        if (ranks := self.runtime.world_size) == 1:
+            return self.logits(model, ids, first, span)
+        ids, first = (x.chunk(ranks)[self.runtime.rank] for x in (ids, first))
+        mine = self.logits(model, ids, first, span)
+        full = mine.new_empty(len(mine) * ranks, *mine.shape[1:])
+        dist.all_gather_into_tensor(full, mine.contiguous())
+        return full
+
     def run(self, name: str, model: GPT, length: int, stride: int, learn: bool = False,
             mix: bool = False) -> dict:
-        """val_loss in nats a target, val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte.
-        With `mix` the same log-probabilities, mixed, become a second result, NAME_mix."""
-        args, runtime, start = self.args, self.runtime, time.perf_counter()
-        sums = torch.zeros(1 + mix, len(BYTE_CLASSES) + 1, dtype=torch.float64)
-        mixing = 0.0
+        """val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte. `mix`: NAME_mix as well."""
+        args, runtime, began = self.args, self.runtime, time.perf_counter()
+        classes = len(BYTE_CLASSES)
+        sums = torch.zeros(2, classes + 1, dtype=torch.float64)  # nats by class, and targets
+        mixture, mixing = Mixture(args) if mix else None, 0.0
 
-        def chunk_line(learner: TestTimeTraining) -> None:
-            if learner.chunks % 50 == 0 or learner.chunks <= 2:
-                nats = runtime.all_reduce(sums.clone())[0, :-1].sum() / math.log(2)
-                size = target_bytes(self.ids[: learner.chunks * args.ttt_chunk_tokens + 1], self.tables).sum()
-                infer = time.perf_counter() - start - learner.seconds
-                self.log(f"  ttt_chunk {learner.chunks} bpb:{nats / max(size, 1):.6f} "
-                         f"updates:{learner.updates} infer:{infer:.1f}s adapt:{learner.seconds:.1f}s")
-        batch, share = max(1, args.eval_batch_tokens // length), (runtime.rank, runtime.world_size)
-        learner = TestTimeTraining(model, self.losses, runtime, chunk_line) if learn else None
-        mixture, gather = (Mixture(args), runtime.gather) if mix else (None, None)
-        for first, stop, logprobs, nats in scored(model, self.ids, length, stride, batch, self.logits, share,
-                                                  name if runtime.main else "", learner, gather):
-            ids, parts = self.ids[first + 1 : stop + 1], [nats]
+        def report(learner: TestTimeTraining) -> None:
+            self.chunk_line(sums[0] / runtime.world_size, learner, time.perf_counter() - began)
+
+        learner = TestTimeTraining(model, self.losses, runtime, report) if learn else None
+        batch = max(1, args.eval_batch_tokens // length)
+        plan = WindowPlan(length, stride, batch * runtime.world_size)
+        blocks = scored(model, self.ids, plan, self.spread, learner)
+        for first, stop, logprobs, nats in progress_bar(blocks, len(self.ids) // stride, name, runtime.main):
+            parts, ids = [nats], self.ids[first + 1 : stop + 1]
             if mix:
                 mixing -= time.perf_counter()
-                parts.append(mixture.score(ids, logprobs.numpy()))
+                parts.append(mixture.score(ids, logprobs.cpu().numpy()))
                 mixing += time.perf_counter()
-            for row, values in zip(sums, parts):
-                row[:-1] += torch.from_numpy(np.bincount(self.classes[ids], values, minlength=len(row) - 1))
+            found = self.classes[ids]
+            for row, part in zip(sums, parts):
+                row[:-1] += torch.from_numpy(np.bincount(found, part, minlength=classes))
                 row[-1] += stop - first
-        sums = runtime.all_reduce(sums)
-        seconds = time.perf_counter() - start
-        for row, label in zip(sums, (name, f"{name}_mix")):
-            self.results[label] = self.result(label, row, length, stride, seconds)
+        targets, seconds = len(self.ids) - 1, time.perf_counter() - began
+        for row, label in zip(sums, (name, f"{name}_mix")[: 1 + mix]):
+            assert int(row[-1]) == targets, f"{label}: scored {int(row[-1])} targets of {targets}"
+            nats = float(row[:-1].sum())
+            by_class = zip(BYTE_CLASSES, row.tolist())
+            bits = {kind: total / math.log(2) for kind, total in by_class if total}
+            result = {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / self.bytes,
+                      "targets": targets, "bytes": self.bytes, "seconds": seconds,
+                      "seq_len": length, "stride": stride, "bits_by_class": bits}
+            self.results[label] = result | ({"prefix_bytes": self.prefix} if self.prefix else {})
         if mix:
             self.results[label] |= {"mixture": args.mix, "mix_seconds": mixing}
         if learner is not None:
@@ -2761,32 +2728,21 @@ class Evaluator:
             self.results[name] |= {"updates": learner.updates, "adapt_seconds": learner.seconds}
         return self.results[name]
 
-    def result(self, name: str, sums: Tensor, length: int, stride: int, seconds: float) -> dict:
-        """What `metrics.json` says of a pass, from its nats by byte class and its number of targets."""
-        targets = len(self.ids) - 1
-        assert int(sums[-1]) == targets, f"{name}: scored {int(sums[-1])} targets of {targets}"
-        nats = float(sums[:-1].sum())
-        bits = {label: float(total) / math.log(2) for label, total in zip(BYTE_CLASSES, sums) if total}
-        result = {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / self.bytes, "targets": targets,
-                  "bytes": self.bytes, "seconds": seconds, "seq_len": length, "stride": stride,
-                  "bits_by_class": bits}
-        if self.prefix:
-            result["prefix_bytes"] = self.prefix
-        return result
-
-    def report(self, name: str, model: GPT, stride: int | None = None, learn: bool = False,
-               mix: bool = False) -> dict:
-        """Runs a pass and prints its lines: non-overlapping windows, or sliding ones with a stride."""
+    def report(self, name: str, model: GPT, stride: int | None = None, learn: bool = False) -> dict:
+        """Runs a pass and prints its lines: non-overlapping windows or, with a stride, sliding, mixed."""
         length = self.args.eval_seq_len
-        found = self.run(name, model, length, stride or length, learn, mix)
-        extra = f" stride:{stride}" * bool(stride) + f" prefix:{self.prefix}" * bool(self.prefix)
-        for label in (name, f"{name}_mix") if mix else (name,):
+        mix = stride is not None and self.args.ppm_weight > 0 and self.runtime.main
+        self.run(name, model, length, stride or length, learn, mix)
+        extra = f" stride:{stride}" if stride else ""
+        extra += f" prefix:{self.prefix}" if self.prefix else ""
+        for label in (name, f"{name}_mix")[: 1 + mix]:
             result = self.results[label]
-            self.log(f"{label} val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}{extra} "
+            loss, bpb = result["val_loss"], result["val_bpb"]
+            self.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f}{extra} "
                      f"targets:{result['targets']} bytes:{result['bytes']} "
                      f"eval_time:{1e3 * result['seconds']:.0f}ms")
-            self.log(f"{label}_exact val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f}")
-        return found
+            self.log(f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
+        return self.results[name]
 
 
 # -----------------------------------------------------------------------------
@@ -2799,63 +2755,84 @@ class Stream:
     learns after the same chunks, and keeps keys and values of the window at hand."""
 
     def __init__(self, model: GPT):
-        self.model, self.ids = model, []
+        self.model = model
+        self.ids = []
         self.learner = TestTimeTraining(model) if model.args.ttt != "0" else None
-        self.block, self.start, self.past, self.known = -1, 0, None, None
-        self.read, self.states = [], {}  # the last pass: ids of its window with drafts; {position: its state}
-        self.mixture = Mixture(model.args)
+        self.block, self.start = -1, 0  # the window at hand: its number, where it begins
+        self.past = None
+        self.known = None  # log-probabilities of the next id
+        self.read = []  # by the last pass: the ids of its window, drafts among them
+        self.states = {}  # of the last pass, by position
 
     @property
     def updates(self) -> int:
         return self.learner.updates if self.learner else 0
 
     def logprobs(self) -> np.ndarray:
-        """fp64 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it first."""
-        return self.mixture.distribution(self.network())
-
-    def network(self) -> np.ndarray:
-        """The network's part, fp32."""
+        """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it."""
         if self.known is None:
-            self.known = self.rows(())[0]
+            self.known = self.ahead([])[0]
         return self.known
 
-    def ahead(self, drafts: list[int]):
-        """The same if `drafts` were to follow, the network in one pass: of the next id and of those behind
-        the first drafts, as many as the window takes. The mixture learns from an id before it says anything
-        of the next: push the draft before you ask on. What is pushed as drafted is not read again."""
-        for self.known in self.rows(drafts):
-            yield self.mixture.distribution(self.known)
-
     @torch.no_grad()
-    def rows(self, drafts: list[int]) -> np.ndarray:
+    def ahead(self, drafts: list[int]) -> np.ndarray:
+        """The same if `drafts` were to follow, in one pass: (n + 1, V) of the next id and of those
+        after each of the first n drafts, as many as the window takes. Pushed as drafted, an id is
+        not read again."""
         if not self.ids:
             raise ValueError("push the first id (BOS) before asking for the second")
-        args, device = self.model.args, self.model.tok_emb.weight.device
-        block, place = divmod(len(self.ids) - 1, args.eval_stride)
+        args, position = self.model.args, len(self.ids) - 1
+        block, place = divmod(position, args.eval_stride)
         if block != self.block:
             if self.learner:
-                self.learner.catch_up(np.array(self.ids), np.ones(len(self.ids) - 1, dtype=bool))
+                self.learner.catch_up(np.array(self.ids), np.ones(position, dtype=bool))
             self.block, self.past = block, KVCache(self.model)
             self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
+        # read all that the cache does not hold in one pass
         self.read = [*self.ids[self.start :], *drafts[: args.eval_stride - 1 - place]]
-        self.past.cut(len(self.ids) - 1 - self.start)
-        ids = torch.tensor([self.read], device=device)
+        self.past.cut(position - self.start)
+        ids = torch.tensor([self.read], device=self.model.tok_emb.weight.device)
         x = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
-        states = x[0, len(self.ids) - 1 - self.start - len(self.read) :]
-        self.states = dict(enumerate(states, len(self.ids) - 1))
+        states = x[0, position - self.start - len(self.read) :]
+        self.states = dict(enumerate(states, position))
         return self.model.head(states.float()).log_softmax(-1).cpu().numpy()
 
     def push(self, token: int) -> None:
-        if self.ids and self.mixture.weight:  # it learns from what the network thought
-            self.mixture.push(int(token), self.network())
-        at = len(self.ids) - self.start
-        if self.past is not None and self.read[at : at + 1] != [token]:
-            self.past.cut(at)
+        place = len(self.ids) - self.start
+        if self.past is not None and self.read[place : place + 1] != [token]:
+            self.past.cut(place)
         self.ids.append(int(token))
         self.known = None
 
 
-stream = Stream  # the name that every script of the family gives it
+class MixedStream(Stream):
+    """The stream through the mixture, which learns each id that is pushed."""
+
+    def __init__(self, model: GPT):
+        super().__init__(model)
+        self.mixture = Mixture(model.args)
+
+    def network(self) -> np.ndarray:
+        if self.known is None:
+            self.known = super().ahead([])[0]
+        return self.known
+
+    def logprobs(self) -> np.ndarray:
+        """fp64 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it."""
+        return self.mixture.distribution(self.network())
+
+    def ahead(self, drafts: list[int]):
+        """The same if `drafts` were to follow, one by one: push the draft before you ask on."""
+        for self.known in super().ahead(drafts):
+            yield self.mixture.distribution(self.known)
+
+    def push(self, token: int) -> None:
+        if self.ids and self.mixture.weight:
+            self.mixture.push(int(token), self.network())
+        super().push(token)
+
+
+stream = MixedStream  # the name that every script of the family gives it
 
 
 @check
@@ -2891,7 +2868,7 @@ def write(model: GPT, prompt: list[int], args: Hyperparameters) -> tuple[list[in
     """(MAX_NEW_TOKENS ids that go on from a prompt, passes).
     A pass reads the newest id and drafts after it; those that the model picks too join the text,
     and after them the id that it picks instead."""
-    reader, passes = Stream(model), 0
+    reader, passes = stream(model), 0
     for token in prompt:
         reader.push(token)
     while (made := len(reader.ids) - len(prompt)) < args.max_new_tokens:
@@ -2976,27 +2953,27 @@ class Trainer:
         self.optimizers = Optimizers(self.model, self.args, self.runtime)
         self.ema = EMA(self.model, self.args.ema_decay)
 
-    # One step
-
-    def micro_step(self, ids: Tensor, weights: Tensor) -> dict:
-        """Forward and backward of one micro-batch; gradients add up to those of the global batch's mean."""
-        sums = self.losses(self.model, ids, weights)
+    def micro_step(self, ids: Tensor, weights: Tensor, term_weights: dict, aux_inputs) -> dict:
+        """Forward and backward; gradients add up to those of the global batch's mean."""
+        sums = self.losses(self.model, ids, weights, aux_inputs)
         loss = sums["ce"] / (self.plan.rows * self.args.train_seq_len)
-        if "draft" in sums:
-            loss = loss + sums["draft"] / self.plan.rows
-        (loss * self.loss_scale).backward()
+        for name, weight in term_weights.items():
+            if weight and name in sums:
+                loss = loss + weight / (self.plan.rows // self.plan.group) * sums[name]
+        loss.backward()
         return {name: value.detach() for name, value in sums.items()}
 
     def train_step(self, ids: Tensor, weights: Tensor, progress: float) -> dict[str, Tensor]:
         """One optimizer step on a global batch; returns this rank's share of each summed term."""
-        if self.args.qat_start < 1:
-            self.set_rounding(progress >= self.args.qat_start)
-        parts = [self.micro_step(*batch) for batch in zip(ids, weights)]
-        norm = self.optimizers.reduce(1.0 / self.loss_scale)
-        if self.runtime.dtype != torch.float16 or self.adapt_loss_scale(norm):
-            self.optimizers.step(self.step, progress, norm)
-            if self.ema is not None:
-                self.ema.update(self.step)
+        term_weights, aux_inputs = {}, None
+        if self.model.aux is not None:
+            term_weights |= self.model.aux.weights(progress)
+            aux_inputs = self.model.aux.inputs(self.step, self.runtime.device)
+        term_weights["draft"] = 1.0
+        parts = [self.micro_step(*batch, term_weights, aux_inputs) for batch in zip(ids, weights)]
+        norm = self.optimizers.reduce()
+        self.optimizers.step(self.step, progress, norm)
+        self.ema.update(self.step)
         self.model.zero_grad()
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
@@ -3041,22 +3018,22 @@ class Trainer:
                 self.reserve, = self.runtime.from_main([seconds])
 
     @torch.no_grad()
-    def input_moments(self, batch: Tensor, sums: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds this rank's X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
-        sums = {} if sums is None else sums
-
         def add(names: list[str], x: Tensor) -> None:
             x = x.flatten(0, -2).float()
-            for name, product in zip(names, [x.T @ x] * len(names)):
+            product = x.T @ x
+            for name in names:
                 sums[name] = sums.get(name, 0) + product
+
+        readers = {CastedLinear: ("",), CausalSelfAttention: ("c_q.", "c_k.", "c_v.")}
         hooks = []
         for path, module in self.model.named_modules():
-            kind = {CastedLinear: ("",), CausalSelfAttention: ("c_q.", "c_k.", "c_v.")}.get(type(module), ())
-            if names := [f"{path}.{part}weight" for part in kind]:
-                hooks.append(module.register_forward_pre_hook(lambda _, x, names=names: add(names, x[0])))
+            if names := [f"{path}.{part}weight" for part in readers.get(type(module), ())]:
+                hook = lambda _, inputs, names=names: add(names, inputs[0])  # noqa: E731
+                hooks.append(module.register_forward_pre_hook(hook))
         for ids in batch:
-            x = self.model.hidden(ids[:, :-1], self.model.rotary_train)
-            add(["tok_emb.weight", "lm_head.weight"], x)
+            add(["tok_emb.weight"], self.model.hidden(ids[:, :-1], self.model.rotary_train))
         for hook in hooks:
             hook.remove()
         return sums
@@ -3094,44 +3071,48 @@ class Trainer:
         """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
         args, runtime = self.args, self.runtime
         loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
-        first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of the first non-finite loss
+        first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of a non-finite loss
         fences: deque = deque()
         started = time.perf_counter() - self.seconds
 
         def due(every: int) -> bool:
             return every > 0 and self.step % every == 0
+
         with contextlib.closing(loader.prefetch(runtime.device)) as batches:
             while True:
-                now = time.perf_counter() - started
-                slowest = max(now - self.seconds, 0.99 * self.slowest)
-                self.seconds, self.slowest, stop = runtime.from_main([now, slowest, float(self.signal)])
-                if stop:
-                    raise Stopped(int(stop))
+                self.agree_on_time(time.perf_counter() - started)
                 if (progress := self.progress()) >= 1.0:
                     break
                 ids, weights, state = next(batches)
                 terms = self.train_step(ids, weights, progress)
                 self.step, self.loader_state = self.step + 1, state
-                first_bad = torch.where(terms["ce"].isfinite(), first_bad, first_bad.clamp(max=self.step))
-                if runtime.device.type == "cuda":  # the CPU runs two steps ahead at most: an honest clock
+                bad = first_bad.clamp(max=self.step)
+                first_bad = torch.where(terms["ce"].isfinite(), first_bad, bad)
+                if runtime.device.type == "cuda":  # at most two steps ahead: an honest clock
                     fences.append(torch.cuda.current_stream().record_event())
                     if len(fences) > 2:
                         fences.popleft().synchronize()
-                shown = self.step <= 10 or self.step == args.iterations or due(args.train_log_every)
+                # losses leave the device only when a line is shown
+                edge = self.step <= 10 or self.step == args.iterations
+                shown = edge or due(args.train_log_every)
+                if shown or due(max(1, args.iterations // 400)):  # a smooth curve
+                    now = time.perf_counter() - started
+                    self.unwritten.append((self.step, now, progress, terms))
                 if shown or due(args.checkpoint_every):
                     self.refuse_non_finite(first_bad)
                 if shown:
-                    self.log_step(terms, time.perf_counter() - started, progress)
+                    self.log_step(self.write_steps())
                 if due(args.checkpoint_every):
                     self.seconds = time.perf_counter() - started
                     self.save("last")
-                if due(args.val_loss_every) and self.step < args.iterations:  # the end has its own
+                if due(args.val_loss_every) and self.step < args.iterations:
                     self.seconds = time.perf_counter() - started
                     self.validate(evaluator)
                     started = time.perf_counter() - self.seconds
         self.refuse_non_finite(first_bad)  # waits for the device
         self.seconds, = runtime.from_main([time.perf_counter() - started])
         runtime.clocks["training"] = self.seconds
+        self.write_steps()
 
     def refuse_non_finite(self, first_bad: Tensor) -> None:
         step = int(self.runtime.all_reduce(first_bad.clone(), dist.ReduceOp.MIN))
@@ -3173,15 +3154,12 @@ class Trainer:
             line |= self.model.aux.report(means)
         return line
 
-    def log_step(self, terms: dict[str, Tensor], seconds: float, progress: float) -> None:
-        total, *draft = self.runtime.all_reduce(torch.stack([x.float() for x in terms.values()])).tolist()
-        loss, extra = total / (self.plan.rows * self.args.train_seq_len), {}
-        if draft:
-            extra["draft"] = draft[0] / self.plan.rows
-        self.log(f"step:{self.step}/{self.args.iterations} train_loss:{loss:.4f} {self.timing(seconds)}"
-                 + "".join(f" {name}:{value:.5f}" for name, value in extra.items()))
-        self.log.metrics(step=self.step, train_loss=loss, train_seconds=seconds, progress=progress,
-                         rate=rate_at(progress, self.args), **extra)
+    def log_step(self, line: dict) -> None:
+        """Shows a line of `metrics.jsonl`."""
+        told = ("step", "train_loss", "train_seconds", "progress", "rate")
+        extra = [f" {name}:{value:.5f}" for name, value in line.items() if name not in told]
+        self.log(f"step:{self.step}/{self.args.iterations} train_loss:{line['train_loss']:.4f} "
+                 + self.timing(line["train_seconds"]) + "".join(extra))
 
     def validate(self, evaluator: Evaluator) -> None:
         """Scores the raw weights; the best so far are kept in `best.safetensors`."""
@@ -3329,16 +3307,16 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
             "ms_per_step": 1e3 * trainer.seconds / max(trainer.step, 1)}
 
 
-def score_artifact(path: str, args: Hyperparameters, runtime: Runtime, evaluator: Evaluator) -> None:
-    """Reloads the artifact into a new model and prints the final lines, non-overlapping and sliding."""
+def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
+                   evaluator: Evaluator) -> None:
+    """Reloads the artifact into a new model and prints the final lines."""
     model = load(path, runtime.device, args, runtime.dtype, runtime.attention)
     label = f"final_int{args.bits_by_class['mlp']}"
     evaluator.report(f"{label}_roundtrip", model)
-    mix = args.ppm_weight > 0
-    evaluator.report(f"{label}_sliding", model, args.eval_stride, mix=mix)
+    evaluator.report(f"{label}_sliding", model, args.eval_stride)
     if args.ttt != "0":
-        label += "_ttt" + "_off" * (not args.ttt_adapt)
-        evaluator.report(label, model, args.eval_stride, learn=True, mix=mix)
+        name = f"{label}_ttt" if args.ttt_adapt else f"{label}_ttt_off"
+        evaluator.report(name, model, args.eval_stride, learn=True)
 
 
 def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluator,
