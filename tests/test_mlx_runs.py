@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 mlx_or_skip()
 TWIN, TRUNK = ROOT / "train_gpt_mlx.py", ROOT / "train_gpt.py"
-SMALL = {"BIGRAM_VOCAB_SIZE": 0, "NGRAM_ORDERS": "2,3", "NGRAM_WORDS": 0, "VAL_BYTES": 600}
+SMALL = {"NGRAM_ORDERS": "2,3", "NGRAM_WORDS": 0, "VAL_BYTES": 600}
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def test_a_run_leaves_what_the_house_promises_and_the_trunk_agrees_on_its_score(
     run, inside, trunk, no_torch, tmp_path
 ):
     settings = {
-        "VAL_LOSS_EVERY": 3, "GRAD_REPORT_EVERY": 3, "JEPA_PHASE1_FRAC": 0, "DRAFT": 2,
-        "QAT_START": 0.5, "TTT": "sgd", "TTT_CHUNK_TOKENS": 512, "TTT_BATCH_ROWS": 4,
+        "VAL_LOSS_EVERY": 3, "JEPA_PHASE1_FRAC": 0, "DRAFT": 2,
+        "TTT": "sgd", "TTT_CHUNK_TOKENS": 512, "TTT_BATCH_ROWS": 4,
         "VAL_BYTES": 1500,
     }
     code, output, metrics = run(script=TWIN, PYTHONPATH=no_torch, **settings)
@@ -67,9 +67,6 @@ def test_a_run_leaves_what_the_house_promises_and_the_trunk_agrees_on_its_score(
         re.M,
     )
     assert re.search(r"^step:6/6 val_loss:\S+ val_bpb:\S+ train_time:\d+ms step_avg:\S+ms$", output, re.M)
-    reports = re.findall(r"^grad_report step:3 (\w+) .*blocks.attn:(\S+) .*aux.projector:(\S+)", output, re.M)
-    assert {name: float(attn) > 0 for name, attn, _ in reports} == {
-        "ce": True, "draft": False, "jepa_pred": False, "sigreg": False}
     assert losses(output)[-1] < losses(output)[0] - 0.3  # it learns
     code, output, theirs = inside(
         trunk, EVAL_ONLY=1, ARTIFACT=folder / "artifact.bin", TTT="sgd", VAL_BYTES=1500,
@@ -111,7 +108,7 @@ def test_stop_and_resume_equals_one_run_bit_for_bit_in_flat_memory(run, cut, tmp
 def test_two_ranks_give_the_losses_of_one(run, corpus, tmp_path):
     """By `mlx.launch`, as the README has it: MLX's ring over two ports of this machine."""
     settings = {
-        **SMALL, "JEPA_PHASE1_FRAC": 0, "JEPA_LAMBDA_MAX": 0.1, "JEPA_BACKBONE_GRAD": 1,
+        **SMALL, "JEPA_PHASE1_FRAC": 0, "JEPA_LAMBDA_MAX": 0.1,
         "ITERATIONS": 5, "TRAIN_LOG_EVERY": 1, "TTT": "sgd", "TTT_CHUNK_TOKENS": 256,
         "TTT_MODULES": "blocks.1,smear", "TTT_LR": 0.1,
     }
@@ -161,13 +158,12 @@ def test_help_and_half_precision(run):
         [sys.executable, str(TWIN), "--help"], capture_output=True, text=True, env=environment()
     )
     assert done.returncode == 0 and "MEMORY_LIMIT_MB" in done.stdout and "mlx.launch" in done.stdout
-    for dtype, name, ema in (("bf16", "bfloat16", 1), ("fp16", "float16", 0)):
-        code, output, metrics = run(
-            script=TWIN, **{**SMALL, "VAL_BYTES": 200}, NUM_LAYERS=2, QUANT_ROUND="nearest",
-            DTYPE=dtype, EMA_ENABLED=ema, ITERATIONS=4, JEPA_PHASE1_FRAC=0,
-        )
-        assert code == 0 and np.isfinite(metrics["val_bpb"]) and f" dtype:{name} " in output, output
-        assert losses(output)[-1] < losses(output)[0] - 0.3 and ("final_ema" in metrics["evals"]) == ema
+    code, output, metrics = run(
+        script=TWIN, **{**SMALL, "VAL_BYTES": 200}, NUM_LAYERS=2, QUANT_ROUND="nearest",
+        DTYPE="bf16", ITERATIONS=4, JEPA_PHASE1_FRAC=0,
+    )
+    assert code == 0 and np.isfinite(metrics["val_bpb"]) and " dtype:bfloat16 " in output, output
+    assert losses(output)[-1] < losses(output)[0] - 0.3
 
 
 def test_it_writes_from_a_text(trunk, twin, pair, tmp_path):
@@ -192,7 +188,7 @@ def test_bench_measures_the_twin():
         "--script", str(TWIN),
     ]
     env = environment(
-        QUANT_ROUND="nearest", EVAL_STRIDE=64, NGRAM_ORDERS=0, BIGRAM_VOCAB_SIZE=0,
+        QUANT_ROUND="nearest", EVAL_STRIDE=64, NGRAM_ORDERS=0,
         JEPA_CHUNK_SIZE=0,
     )
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
