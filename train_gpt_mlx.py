@@ -989,6 +989,24 @@ def quantise(weight: np.ndarray, bits: int, k: float, axis: int, rate: float = 0
 # -----------------------------------------------------------------------------
 
 
+def rms_norm(x: Tensor) -> Tensor:
+    return mx.fast.rms_norm(x, None, 1e-6)
+
+
+class CastedLinear(Module, nn.Linear):
+    """fp32 weight, multiplied in the dtype of the input; no bias. `watch` is shown the inputs."""
+
+    watch = None
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__(dim_in, dim_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.watch is not None:
+            self.watch(x)
+        return x @ self.weight.astype(x.dtype).T
+
+
 class LatentMLP(Module):
     """W2 silu(RMSNorm(W1 x)), no biases; the projector and the predictor of #832."""
 
@@ -1155,24 +1173,6 @@ class DraftHeads(Module):
 # -----------------------------------------------------------------------------
 # MODEL
 # -----------------------------------------------------------------------------
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    return mx.fast.rms_norm(x, None, 1e-6)
-
-
-class CastedLinear(Module, nn.Linear):
-    """fp32 weight, multiplied in the dtype of the input; no bias. `watch` is shown the inputs."""
-
-    watch = None
-
-    def __init__(self, dim_in: int, dim_out: int):
-        super().__init__(dim_in, dim_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.watch is not None:
-            self.watch(x)
-        return x @ self.weight.astype(x.dtype).T
 
 
 def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
