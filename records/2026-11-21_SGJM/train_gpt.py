@@ -806,7 +806,8 @@ class Dataset:
             digest.update(f"{path.name} {len(shard)}".encode())
             digest.update(shard[:4096].tobytes() + shard[-4096:].tobytes())
         documents = None if self.only_bytes else int((self.val == BOS_ID).sum())
-        told = ("source", "variant", "documents", "bytes", "val_text_sha256")
+        told = ("source", "source_notes", "variant", "documents", "bytes", "overlap",
+                "val_text_sha256")
         known = {key: self.manifest.get(key) for key in told}
         return {"name": self.path.name, **known, "train_shards": len(self.train_files),
                 "val_shards": len(self.val_files), "train_tokens": sum(map(len, self.train_shards)),
@@ -1286,6 +1287,7 @@ class SpeculativeHeads(nn.Module):
             return {}
         known, variance = max(means["known"], 1e-9), max(means["spread"], 1e-12)
         base = means["whole"] / known
+
         return {
             "drafter_loss": means["drafter"], "drafter_first": means["first"],
             "drafter_last": means["last"], "judge_mse": means["judge"],
@@ -1305,7 +1307,7 @@ def check_drafter(args: Hyperparameters) -> None:
     spare = args.drafter_dim % args.drafter_heads
     forbid(spare, args, "drafter_dim drafter_heads", "heads of whole width")
     too_long = args.block_size + 2 > args.train_seq_len
-    forbid(too_long, args, "block_size train_seq_len", "a row must hold the drafted ids")
+    forbid(too_long, args, "train_seq_len block_size", "a row must hold the drafted ids")
 
 
 # -----------------------------------------------------------------------------
@@ -1620,6 +1622,7 @@ class GPT(nn.Module):
         self.tok_emb = nn.Embedding(args.vocab_size, dim)
         learned = args.positions == "learned"
         self.pos_emb = nn.Embedding(args.max_seq_len, dim) if learned else None
+        # each nth block attends
         self.blocks = nn.ModuleList()
         attentions = 0
         for i in range(layers):
@@ -2354,6 +2357,7 @@ class Evaluator:
         args, runtime, began = self.args, self.runtime, time.perf_counter()
         classes = len(BYTE_CLASSES)
         sums = torch.zeros(classes + 1, dtype=torch.float64)  # nats by class, and targets
+        # every target once
         batch = max(1, args.eval_batch_tokens // length)
         plan = WindowPlan(length, stride, batch, runtime.rank, runtime.world_size)
         blocks = scored(model, self.ids, plan, self.logits)
@@ -2927,6 +2931,7 @@ def chosen(p: np.ndarray, offers: list[tuple], rng: np.random.Generator) -> int:
         if not p.any():  # p was q, but for rounding
             return token
         p = p / p.sum()
+
     sums = p.cumsum()
     return int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))
 
