@@ -1024,16 +1024,15 @@ def test_no_history_is_misuse(tmp_path, monkeypatch):
 # --- The real family ---
 
 
-# SGJM has been unfolded onto the rewritten trunk and not yet been shortened again.
-OVER_BUDGET = {("2026-11-21_SGJM", "lines")}
+# SGJM has not yet followed the rewritten trunk: its script is the one that its numbers were measured with.
+BEHIND = "2026-11-21_SGJM"
+FOLLOWING = [path for path in lineage.family.records() if path.name != BEHIND]
 
 
-@pytest.mark.parametrize("path", [ROOT, *lineage.family.records()], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [ROOT, *FOLLOWING], ids=lambda path: path.name)
 def test_the_real_family_keeps_its_rules(path):
     findings = lineage.check(path)
-    broken = {(rule, text) for rule, text in failures(findings)}
-    over = {(rule, text) for rule, text in broken if (path.name, rule) in OVER_BUDGET}
-    assert broken == over, "\n".join(map(str, findings))
+    assert not failures(findings), "\n".join(map(str, findings))
 
 
 def test_real_scripts_fall_into_symbols_and_back():
