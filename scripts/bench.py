@@ -21,6 +21,7 @@ does the same with a toy model on any device, to see that the command works befo
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import json
 import os
@@ -153,6 +154,10 @@ def measure(script: str, steps: int) -> dict:
     module = load_script(script)
     args = module.Hyperparameters(os.environ)
     runtime = module.Runtime(args)
+    takes = inspect.signature(module.pick_attention).parameters
+    if "args" in takes:  # scripts from before picked inside of Runtime
+        place = (runtime.device, runtime.dtype) if "device" in takes else (runtime.dtype,)
+        runtime.attention = module.pick_attention(args, *place)
     kit = (Torch if hasattr(module, "torch") else Mlx)(module, runtime)
     before = runtime.peak_memory_mb()
     trainer = module.Trainer(args, None, runtime, print)

@@ -397,7 +397,8 @@ def test_what_each_mixture_is_worth(model, corpus, tmp_path):
     (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))
     shard, = corpus.glob("*_val_*.bin")
     done = subprocess.run([sys.executable, RECORD / "mixtures.py", tmp_path / "model.bin", shard,
-                           "--targets", "3000", "--train", shard, "--train-ids", "2000", "--out", tmp_path / "out.json"],
+                           "--targets", "3000", "--train", shard, "--train-ids", "2000",
+                           "--out", tmp_path / "out.json"],
                           env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out.json").read_text())

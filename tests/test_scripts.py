@@ -16,7 +16,7 @@ def test_bench_measures_one_configuration():
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["step_ms"] > 0 and result["compile"] is False and result["parameters"] > 10_000
     blocks = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 2 * 32 * 64)
-    hashes = (5 * 8 + 8) * 32
+    hashes = 5 * 8 * 32
     flop = 6 * (blocks + hashes + 260 * 32) + 6 * 3 * 64 * 32
     assert result["flop_per_step"] == flop * 512
     assert result["ratio"] == pytest.approx(

@@ -392,9 +392,9 @@ CHANGES = {  # what is done to the record, the rule that has to fail, words of i
         "the runs had 6",
     ),
     "untold setting": (
-        replace("README.md", r"\bBIGRAM_VOCAB_SIZE=\d+", ""),
+        replace("README.md", r"\bNGRAM_BUCKETS=\d+", ""),
         "command",
-        "has no BIGRAM_VOCAB_SIZE, the runs had 256",
+        "has no NGRAM_BUCKETS, the runs had 512",
     ),
     "unknown setting": (
         replace("README.md", r"\bITERATIONS=6", r"\g<0> ITERATION=6"),

@@ -70,7 +70,6 @@ def test_plan_coders_and_curve_of_a_run(run, tmp_path, corpus):
         COMPRESSOR="rans",
         QUANT_ROUND="nearest",
         JEPA_CHUNK_SIZE=0,
-        BIGRAM_VOCAB_SIZE=0,
         MODEL_DIM=64,
         NGRAM_ORDERS="2,3",
         NGRAM_BUCKETS=256,
