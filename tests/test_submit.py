@@ -167,7 +167,7 @@ def test_fill_reproduces_the_numbers_of_the_records():
         if is_draft(folder.parent):
             continue
         record = submit.Record(folder.parent)
-        found = submit.measured(record.runs)
+        found = submit.measured(record.present)
         assert {key: record.submission[key] for key in found.keys() & record.submission.keys()} == {
             key: found[key] for key in found.keys() & record.submission.keys()}
         needed = {"val_loss", "val_bpb", "bytes_total", "bytes_code", "seeds", "seed_results", "hardware"}
