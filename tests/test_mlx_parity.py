@@ -296,16 +296,31 @@ def plain(script) -> dict[str, str]:
     return {name: symbol.text for name, symbol in script.by_name.items()}
 
 
-SHARED = """UserError Var Var.__init__ Var.parse Hyperparameters.__init__ Hyperparameters.RETIRED
-    Hyperparameters._parse_classes write_atomic Log progress_bar open_shard check_ids Dataset
-    Dataset._verify Dataset.fingerprint byte_tables target_bytes class_table BatchPlan
-    BatchPlan.make BatchPlan.slots Loader Loader._row_starts Loader._next_rows tensor_class
-    quant_plan nearest cheapest gptq quantise SMALL_TENSOR SCALE_FLOOR sigreg_floor
-    ChunkJEPA.weights ChunkJEPA.report rate_at ARTIFACT_MAGIC ARTIFACT_VERSION CHUNK CONTEXT_EDGES
-    Plane planes code_planes rans_encode rans_decode compressors pack unpack unpack_tensors
-    shipped_settings read_file windows TestTimeTraining.rows TestTimeTraining.catch_up
-    Evaluator.describe Evaluator.report Stream Stream.push picked Trainer.progress Trainer.validate
-    git_commit score_artifact"""
+SHARED = """UserError Var Var.__init__ Var.__set_name__ Var.accepted Var.convert Var.parse
+    TENSOR_CLASSES CHECKS check forbid Hyperparameters Hyperparameters.jepa_phase1_frac
+    Hyperparameters.jepa_phase2_frac Hyperparameters.beta1 Hyperparameters.beta2
+    Hyperparameters.RETIRED Hyperparameters.IGNORED Hyperparameters.__init__ Hyperparameters.vars
+    Hyperparameters.help Hyperparameters.settings Hyperparameters.shipped
+    Hyperparameters._refuse_retired_and_misspelt Hyperparameters._parse_orders
+    Hyperparameters._parse_classes write_atomic Runtime Runtime.clock Log Log.__init__
+    Log.__call__ Log.metrics progress_bar SHARD_MAGIC SHARD_VERSION HEADER_BYTES PAD_ID BOS_ID
+    BYTE_OFFSET BYTE_CLASSES check_ids open_shard sha256_file Dataset Dataset.__init__
+    Dataset._read_manifest Dataset._verify Dataset.fingerprint open_tokenizer byte_tables
+    target_bytes class_table check_batch BatchPlan BatchPlan.make BatchPlan.slots Loader
+    Loader.__init__ Loader._ordered Loader._row_starts Loader._next_rows SMALL_TENSOR SCALE_FLOOR
+    tensor_class quant_plan nearest cheapest gptq quantise CastedLinear.__init__
+    LatentMLP.__init__ sigreg_floor check_jepa ChunkJEPA.weights ChunkJEPA.report
+    ChunkJEPA.first_read check_draft DraftHeads.__init__ KVCache KVCache.cut check_heads
+    MLP.__init__ in_word check_ngrams HashEmbedding.WORD_REACH GPT.hidden rate_at RowAdagrad
+    Optimizers.GROUPS EMA ARTIFACT_MAGIC ARTIFACT_VERSION CHUNK CONTEXT_EDGES CONTEXT_LEVELS Plane
+    planes fresh_counts code_slices code_plane code_planes rans_encode rans_decode compressors
+    pack unpack_tensors unpack shipped_settings read_file check_windows windows WindowPlan
+    check_ttt TestTimeTraining TestTimeTraining.rows TestTimeTraining.catch_up Evaluator
+    Evaluator.describe Evaluator.report Stream Stream.__init__ Stream.updates Stream.logprobs
+    Stream.push stream check_generate picked generate Stopped run_folder check_calibration Trainer
+    Trainer.CHECKPOINTED Trainer.progress Trainer.agree_on_time Trainer.not_finite Trainer.timing
+    Trainer.means Trainer.log_step Trainer.validate Trainer.log_validation git_commit
+    run_until_done score_artifact"""
 
 
 def test_what_needs_no_framework_is_the_trunks_byte_for_byte():
