@@ -13,6 +13,7 @@ that first reads as many training bytes as the network did. MB/s is processor ti
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -42,12 +43,13 @@ def network_logprobs(script, artifact: str, ids: np.ndarray) -> np.ndarray:
     header, _ = script.unpack(script.read_file(artifact, "ARTIFACT"), artifact)
     args = script.shipped_settings(header, artifact, {"PPM_WEIGHT": "0"})
     runtime = script.Runtime(args)
-    model = script.load(artifact, runtime.device, args, runtime.dtype, runtime.attention)
+    attention = script.pick_attention(args, runtime.device, runtime.dtype)
+    model = script.load(artifact, runtime.device, args, runtime.dtype, attention)
 
     found = np.empty((len(ids) - 1, args.vocab_size), np.float32)
     rows = max(1, 16384 // args.eval_seq_len)
-    windows = script.scored(model, ids, args.eval_seq_len, args.eval_stride, rows, show="network")
-    for first, stop, logprobs, _ in windows:
+    plan = script.WindowPlan(args.eval_seq_len, args.eval_stride, rows)
+    for first, stop, logprobs, _ in script.scored(model, ids, plan):
         found[first:stop] = logprobs.float().cpu().numpy()
     return found
 
@@ -84,7 +86,7 @@ def mixture(script, mix: str = "binary", weight: float = 1.0, order: int = 6, ro
 
 def timed(found, ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, float]:
     """Nats of `ids`, and targets a second of processor time without compilation."""
-    found.copy().score(ids[:50], logprobs[:50])  # compiles
+    copy.deepcopy(found).score(ids[:50], logprobs[:50])  # compiles
     start = time.process_time()
     nats = found.score(ids, logprobs)
     return nats, len(ids) / (time.process_time() - start)
