@@ -444,12 +444,12 @@ def test_strangers_code_stays_in_its_folder(tmp_path, monkeypatch):
 
 
 # Planted in the trunk itself; the artifact is an honest one.
-LOGPROBS = "logprobs = logits(model, inputs, take, span).log_softmax(-1)\n"
+LOGPROBS = "logprobs = logits(model, inputs, position, targets.size(1)).log_softmax(-1)\n"
 PLANTED = {
     "attention that looks ahead": (
         "future",
         "C1/P1",
-        [("is_causal=where is None, ", "is_causal=False, ")],
+        [("is_causal=mask is None, ", "is_causal=False, ")],
     ),
     "logits that know the target": (
         "poison",
@@ -458,7 +458,7 @@ PLANTED = {
             (
                 LOGPROBS,
                 LOGPROBS
-                + "            logprobs = (logprobs + 0.1 * F.one_hot(wanted, "
+                + "            logprobs = (logprobs + 0.1 * F.one_hot(targets, "
                 "logprobs.size(-1))).log_softmax(-1)\n",
             )
         ],
@@ -468,9 +468,9 @@ PLANTED = {
         "C1/P1",
         [
             (
-                "        if at and learner is not None:\n            learner.catch_up(ids, seen)\n"
-                "        part = plan[at : at + chunk]\n",
-                "        part = plan[at : at + chunk]\n        seen[part[0, 1] : part[-1, 2]] = True\n"
+                "        if start and learner is not None:\n            learner.catch_up(ids, seen)\n"
+                "        part = rows[start : start + chunk]\n",
+                "        part = rows[start : start + chunk]\n        seen[part[0, 1] : part[-1, 2]] = True\n"
                 "        if learner is not None:\n            learner.catch_up(ids, seen)\n",
             )
         ],
