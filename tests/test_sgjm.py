@@ -189,18 +189,18 @@ def test_sizes_are_defaults_field_by_field():
     assert section.Hyperparameters({}).eval_stride == 64
     shipped = settings(NUM_LAYERS=3).shipped()
     assert section.Hyperparameters({"NUM_LAYERS": "0", "EVAL_STRIDE": "4"}, shipped).num_layers == 3
-    with pytest.raises(section.UserError, match="SIZE=25m contradicts the artifact"):
+    with pytest.raises(section.UserError, match="SIZE=25m: the artifact was made with smoke"):
         section.Hyperparameters({"SIZE": "25m"}, shipped)
 
 
 @pytest.mark.parametrize("overrides,message", [
-    ({"EVAL_SEQ_LEN": 48}, "EVAL_SEQ_LEN=48, TRAIN_SEQ_LEN=32: POSITIONS=learned"),
+    ({"EVAL_SEQ_LEN": 48}, "EVAL_SEQ_LEN=48, TRAIN_SEQ_LEN=32: learned positions"),
     ({"SIZE": "2m"}, "SIZE='2m' is not accepted"),
     ({"TRAIN_SEQ_LEN": 96, "TRAIN_BATCH_TOKENS": 96}, "TRAIN_SEQ_LEN=96, MAX_SEQ_LEN=64"),
     ({"VOCAB_SIZE": 258}, "VOCAB_SIZE=258"),
     ({"DRAFTER_HEADS": 3}, "DRAFTER_DIM=16, DRAFTER_HEADS=3"),
     ({"BLOCK_SIZE": 31}, "TRAIN_SEQ_LEN=32, BLOCK_SIZE=31"),
-    ({**HYBRID, "MAMBA_HEAD_DIM": 24}, "MODEL_DIM=32, MAMBA_HEAD_DIM=24"),
+    ({**HYBRID, "MAMBA_HEAD_DIM": 24}, "MODEL_DIM=32, MAMBA_EXPAND=2, MAMBA_HEAD_DIM=24"),
     ({"NGRAM_ORDERS": "2"}, "NGRAM_ORDERS='2' is retired"),
 ], ids=str)
 def test_impossible_settings_are_refused(overrides, message):
@@ -750,7 +750,7 @@ def test_heads_may_stay_in_the_artifact(run, tmp_path):
             tensors, section.Hyperparameters(None, header["config"] | {"EXPORT_HEADS": False})
         )
     )
-    with pytest.raises(section.UserError, match="its tensors are not those of its config"):
+    with pytest.raises(section.UserError, match="its tensors do not fit its config"):
         section.load(tmp_path / "odd.bin")
 
 

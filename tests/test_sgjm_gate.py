@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import test_sgjm
 import torch
-from test_sgjm import reports, section
+from family import load_script
+from test_sgjm import RECORD, reports, section
+
+tool = load_script(RECORD / "gate.py")
 
 SMALL = {"BLOCK_SIZE": 3, "EVAL_STRIDE": 16}  # beside those of the record's own tests
 # As many parameters as backbone and heads have, to a hundredth.
@@ -52,7 +55,7 @@ def text(count: int = 90) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"ATTN_EVERY_N": 2, "MAMBA_HEAD_DIM": 16, "MAMBA_STATE": 8}, BASELINE, {"EMA_ENABLED": 0}],
+    [{}, {"ATTN_EVERY_N": 2, "MAMBA_HEAD_DIM": 16, "MAMBA_STATE": 8}, BASELINE],
     ids=str,
 )
 def test_a_checkpoint_opens_as_its_average(tmp_path, overrides):
@@ -64,11 +67,10 @@ def test_a_checkpoint_opens_as_its_average(tmp_path, overrides):
     assert (model.aux is None) == ("ARCH" in overrides) and not model.training
     assert model.args.shipped() == args.shipped()
     raw = section.score(trainer.model, text())[0]
-    if trainer.ema is not None:
-        trainer.ema.apply()
+    trainer.ema.apply()
     wanted = section.score(trainer.model, text())[0]
     assert np.array_equal(section.score(model, text())[0], wanted)
-    assert (trainer.ema is None) == np.array_equal(raw, wanted)
+    assert not np.array_equal(raw, wanted)
     # What an artifact holds is the same model, rounded.
     tensors = {name: p.detach().numpy() for name, p in model.named_parameters()}
     packed = settings(EXPORT_HEADS=int(model.aux is not None), **overrides)
@@ -86,8 +88,8 @@ def test_files_that_are_no_models_are_refused_by_name(tmp_path):
     path = checkpoint(tmp_path, "a")
     meta, state = section.read_checkpoint(path, "RESUME")
     for key, value, words in (
-        ("model.norm.weight", torch.ones(3), "its tensors are not those of its config"),
-        ("ema.blocks.0.attn.c_q.weight", None, "its tensors are not those of its config"),
+        ("model.norm.weight", torch.ones(3), "its tensors do not fit its config"),
+        ("ema.blocks.0.attn.c_q.weight", None, "its tensors do not fit its config"),
     ):
         odd = (
             {**state, key: value}
@@ -110,7 +112,7 @@ def test_files_that_are_no_models_are_refused_by_name(tmp_path):
     ):
         with pytest.raises(section.UserError, match=words):
             section.settings_of(str(tmp_path / name), {}, "SGJM")
-    with pytest.raises(section.UserError, match="SGJM is empty"):
+    with pytest.raises(section.UserError, match="SGJM=FILE is not set"):
         section.settings_of("", {}, "SGJM")
 
 
@@ -153,7 +155,7 @@ def judged(path: str = "", value=None) -> dict[str, dict[str, dict]]:
         place[last] = value
     return {
         kind: {each["name"]: each for each in asked}
-        for kind, asked in section.conditions(**found).items()
+        for kind, asked in tool.conditions(**found).items()
     }
 
 
@@ -209,13 +211,13 @@ def test_divergence_and_the_nearest_state_are_those_of_the_formulas():
     from scipy.spatial.distance import jensenshannon
     p, q = torch.randn(2, 7, 11, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
     wanted = [jensenshannon(a.numpy(), b.numpy()) ** 2 for a, b in zip(p, q)]
-    np.testing.assert_allclose(section.divergence(p, q), wanted, atol=1e-6)
+    np.testing.assert_allclose(tool.divergence(p, q), wanted, atol=1e-6)
     one, other = torch.eye(2)
-    assert section.divergence(one, other).item() == pytest.approx(math.log(2))
+    assert tool.divergence(one, other).item() == pytest.approx(math.log(2))
     guess = torch.zeros(3, 1)
     right = torch.tensor([[1.0], [1.0], [1.0]])
     others = torch.tensor([[[2.0], [-3.0]], [[2.0], [-0.5]], [[1.0], [2.0]]])
-    assert section.closest(guess, right, others).tolist() == [True, False, False]  # a tie is no hit
+    assert tool.closest(guess, right, others).tolist() == [True, False, False]  # a tie is no hit
 
 
 def written(model, count: int, share: float = 0.7) -> np.ndarray:
@@ -232,7 +234,7 @@ def written(model, count: int, share: float = 0.7) -> np.ndarray:
 
 def honest(model, ids: np.ndarray, args) -> dict:
     """Of all windows of 32, one behind the other."""
-    return section.figures(model, model, ids, np.arange(0, len(ids) - 32, 32), args)[1]
+    return tool.figures(model, model, ids, np.arange(0, len(ids) - 32, 32), args)[1]
 
 
 @torch.no_grad()
@@ -290,7 +292,7 @@ def test_honest_figures_are_those_of_slow_loops(size, monkeypatch):
 def test_hard_negatives_are_near_in_time_and_neither_parent_nor_target(monkeypatch):
     model, seen = alive(), []
     monkeypatch.setattr(
-        section,
+        tool,
         "closest",
         lambda guess, right, others: seen.append((right, others)) or torch.ones(guess.shape[:-1]),
     )
@@ -317,13 +319,13 @@ def test_merging_is_precise_where_signatures_tell_the_prediction():
     for radius, wanted in (
         (0, 0), (1, 0), (2, 6 * 20 * 19 // 2), (6, 6 * 20 * 19 // 2), (64, 120 * 119 // 2),
     ):
-        found = section.merge_figures(signs, told, window, radius)
+        found = tool.merge_figures(signs, told, window, radius)
         slow = sum((signs[i] != signs[j]).sum() <= radius for i in range(120) for j in range(i))
         assert found["merged_pairs"] == slow and (slow == wanted or radius < 2)
         assert found["pairs"] == 120 * 119 // 2
-    found = section.merge_figures(signs, told, window, 6)
+    found = tool.merge_figures(signs, told, window, 6)
     low, high = found["interval"]
-    control = section.merge_figures(signs, told[torch.randperm(120, generator=generator)], window, 6)
+    control = tool.merge_figures(signs, told[torch.randperm(120, generator=generator)], window, 6)
     assert found["same_choice"][0] == 1 > found["same_choice"][1]
     assert found["advantage"] > 1e5
     assert low > 1e5
@@ -332,8 +334,8 @@ def test_merging_is_precise_where_signatures_tell_the_prediction():
     assert low < 1 < high < 1.5
     assert control["advantage"] == pytest.approx(1, abs=0.3)
     assert control["merged_pairs"] == found["merged_pairs"]
-    none = section.merge_figures(signs, told, window, 0)["interval"]
-    assert all(map(math.isnan, none)) or section.merge_figures(signs, told, window, 0)["merged_pairs"]
+    none = tool.merge_figures(signs, told, window, 0)["interval"]
+    assert all(map(math.isnan, none)) or tool.merge_figures(signs, told, window, 0)["merged_pairs"]
 
 
 @torch.no_grad()
@@ -343,7 +345,7 @@ def test_published_figures_are_computed_as_published(monkeypatch):
     # Accepts where the state's first number is positive
     monkeypatch.setattr(model.aux, "verdict", lambda parent, latent: parent[..., 0])
     starts = np.random.default_rng(1234).integers(400 - 32, size=12)
-    found, _ = section.figures(model, plain, ids, starts, args)
+    found, _ = tool.figures(model, plain, ids, starts, args)
     nats, yes = np.zeros(2), 0
     for start in starts:
         window = torch.from_numpy(ids[None, start : start + 33])
@@ -391,16 +393,15 @@ def test_a_judge_that_foresees_and_one_that_does_not():
 
 @pytest.fixture
 def judge(corpus, tmp_path, monkeypatch, capsys):
-    """judge(VAR=value, ...) -> (exit code, what was printed, gate.json or None) of the script's main."""
+    """judge(VAR=value, ...) -> (exit code, what was printed, gate.json or None) of the gate's main."""
     def judge(**overrides):
         wanted = {
             "EVAL_GATE": 1, "DATA_PATH": corpus, "RUNS_PATH": tmp_path / "runs", "RUN_ID": "gate",
             "VAL_BYTES": 2000, "GATE_BATCHES": 4, "DEVICE": "cpu", "DTYPE": "fp32", "COMPILE": 0,
             "EVAL_BATCH_TOKENS": 1024, "TRAIN_BATCH_TOKENS": 128, **overrides,
         }
-        monkeypatch.setattr(section.os, "environ", {key: str(value) for key, value in wanted.items()})
-        monkeypatch.setattr(section.sys, "argv", ["train_gpt.py"])
-        code, out = section.main(), capsys.readouterr()
+        monkeypatch.setattr(tool.os, "environ", {key: str(value) for key, value in wanted.items()})
+        code, out = tool.main(), capsys.readouterr()
         path = tmp_path / "runs" / "gate" / "gate.json"
         report = json.loads(path.read_text(), parse_constant=pytest.fail) if path.exists() else None
         return code, out.out + out.err, report
@@ -408,8 +409,8 @@ def judge(corpus, tmp_path, monkeypatch, capsys):
 
 
 def test_two_checkpoints_are_judged(judge, pair, monkeypatch):
-    real, seen = section.figures, []
-    monkeypatch.setattr(section, "figures", lambda *given: seen.append(given[3]) or real(*given))
+    real, seen = tool.figures, []
+    monkeypatch.setattr(tool, "figures", lambda *given: seen.append(given[3]) or real(*given))
     code, output, report = judge(SGJM=pair[0], BASELINE=pair[1])
     drawn, spread = seen
     assert drawn.min() >= 0 and drawn.max() < 2001 - 32 and len({*(drawn % 32)}) > 4  # as they come
@@ -471,7 +472,7 @@ def test_all_honest_conditions_make_exit_code_0(judge, pair, tmp_path, monkeypat
         key: HONEST[key]
         for key in ("bytes_per_pass", "jepa_top1_hard", "jepa_chance_hard", "merge", "control")
     }
-    monkeypatch.setattr(section, "figures", lambda *given, real=section.figures: (real(*given)[0], good))
+    monkeypatch.setattr(tool, "figures", lambda *given, real=tool.figures: (real(*given)[0], good))
     code, output, report = judge(SGJM=pair[0], BASELINE=pair[1], GATE_BENCH=bench)
     assert code == 0 and report["honest"]["gate_passed"] and report["honest"]["speed_up"] == 1.7, output
     assert "gate honest    passed" in output and not report["published"]["gate_passed"]
@@ -497,9 +498,9 @@ def test_what_cannot_be_measured_is_null(judge, pair, monkeypatch):
             None,
             torch.randn(*shape, 32, generator=torch.Generator().manual_seed(0)),
         )
-    monkeypatch.setattr(section.Drafter, "draft", far)
-    monkeypatch.setattr(section, "POOL", 12)
-    monkeypatch.setattr(section, "ENOUGH", 0)
+    monkeypatch.setattr(tool.script.Drafter, "draft", far)
+    monkeypatch.setattr(tool, "POOL", 12)
+    monkeypatch.setattr(tool, "ENOUGH", 0)
     code, _, report = judge(SGJM=pair[0], BASELINE=pair[1], GATE_RADIUS=0, VAL_BYTES=400)
     merge = report["honest"]["merge"]
     assert code == 1 and report["published"]["sgjm"]["merge_precision_js"] is None
@@ -540,8 +541,8 @@ def test_misuse_is_one_line_and_exit_code_2(judge, pair, tmp_path):
     (tmp_path / "bench.json").write_text('{"summary": {"greedy": {}}}')
     (tmp_path / "other.json").write_text('{"summary": {"greedy": {"ratio": 2}}, "artifact_sha256": "ab"}')
     for overrides, words in (
-        ({"SGJM": ""}, "SGJM is empty"),
-        ({"BASELINE": ""}, "BASELINE is empty"),
+        ({"SGJM": ""}, "SGJM=FILE is not set"),
+        ({"BASELINE": ""}, "BASELINE=FILE is not set"),
         ({"SGJM": tmp_path / "none.bin"}, "none.bin: No such file"),
         ({"SGJM": bare}, "no heads in it"),
         ({"BASELINE": pair[0]}, "ARCH=sgjm, where baseline is needed"),
@@ -551,7 +552,7 @@ def test_misuse_is_one_line_and_exit_code_2(judge, pair, tmp_path):
         ({"GATE_BENCH": tmp_path / "none.json"}, "GATE_BENCH="),
         ({"GATE_BENCH": tmp_path / "other.json"}, "measured with another file than"),
         ({"GATE_RADIUS": 65}, "GATE_RADIUS='65' is not accepted"),
-        ({"MODEL_DIM": 64}, "MODEL_DIM=64 contradicts"),
+        ({"MODEL_DIM": 64}, "MODEL_DIM=64: the artifact was made with 32"),
         ({"WORLD_SIZE": 2}, "EVAL_GATE=True, WORLD_SIZE=2: one process judges"),
     ):
         code, output, report = judge(**{"SGJM": pair[0], "BASELINE": pair[1], **overrides})
@@ -562,3 +563,21 @@ def test_misuse_is_one_line_and_exit_code_2(judge, pair, tmp_path):
         assert [
             line for line in output.splitlines() if line.startswith("error: ")
         ] == output.splitlines()[-1:]
+
+
+def test_the_script_starts_the_gate_with_the_same_variables(corpus, pair, tmp_path, monkeypatch, capfd):
+    wanted = {
+        "EVAL_GATE": 1, "SGJM": pair[0], "BASELINE": pair[1], "DATA_PATH": corpus, "RUNS_PATH": tmp_path,
+        "RUN_ID": "gate", "VAL_BYTES": 400, "GATE_BATCHES": 1, "DEVICE": "cpu", "DTYPE": "fp32",
+        "COMPILE": 0, "EVAL_BATCH_TOKENS": 1024, "TRAIN_BATCH_TOKENS": 128, "OMP_NUM_THREADS": 1,
+    }
+    for key, value in wanted.items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.setattr(section.sys, "argv", ["train_gpt.py"])
+    assert section.main() == 1 and "gate honest    failed: " in capfd.readouterr().out
+    report = json.loads((tmp_path / "gate" / "gate.json").read_text())
+    assert report["sgjm"]["file"] == pair[0]
+    assert report["script_sha256"] == section.sha256_file(RECORD / "train_gpt.py")
+    # a script that was copied without its folder says so
+    monkeypatch.setattr(section, "__file__", str(tmp_path / "train_gpt.py"))
+    assert section.main() == 2 and "gate.py is missing" in capfd.readouterr().err

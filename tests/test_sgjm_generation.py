@@ -645,15 +645,15 @@ def test_without_heads_drafts_come_from_the_text(command, tmp_path):
         code, out, err = command(GENERATE="abcabcabc", ARTIFACT=path, DRAFTER=drafter, MAX_NEW_TOKENS=30)
         assert code == 0
         assert len(out) == 30
-        assert err.count("no heads in it, drafts by prompt lookup alone") == 1
+        assert err.count("no heads in it, drafts only by prompt lookup") == 1
         assert "created:0" not in err
     code, _, err = command(GENERATE="abcabcabc", ARTIFACT=path, SPECULATE=0, MAX_NEW_TOKENS=5)
     assert code == 0 and "no heads" not in err and "passes:5 " in err and "created:0" in err
 
 
 @pytest.mark.parametrize("variables,message", [
-    ({"GENERATE": "a"}, "ARTIFACT is empty"),
-    ({"GENERATE_BENCH": 1}, "ARTIFACT is empty"),
+    ({"GENERATE": "a"}, "ARTIFACT=FILE is not set"),
+    ({"GENERATE_BENCH": 1}, "ARTIFACT=FILE is not set"),
     ({"GENERATE": "a", "ARTIFACT": "nothing.bin"}, "ARTIFACT=nothing.bin: No such file"),
     (
         {"GENERATE": "a", "ARTIFACT": "x", "MAX_NEW_TOKENS": 0},

@@ -1,19 +1,20 @@
-"""SGJM in MLX: the byte model with heads that draft, foresee and judge blocks of bytes, for Apple Silicon.
+"""SGJM in MLX: the byte model with heads that draft, foresee and judge blocks of bytes, for Macs.
 
-Parent: train_gpt.py beside it, symbol by symbol, with what train_gpt_mlx.py of the repository has for MLX.
-Idea:   the same sizes, variables, corpus, checkpoints and artifacts on another framework: a model that one of
-        the two scripts trained, the other scores, goes on training and writes with.
+Parent: train_gpt.py beside it, symbol by symbol, and for MLX train_gpt_mlx.py of the repository.
+Idea:   the same sizes, variables, shards, checkpoints and artifacts on another framework: a model
+        that one of the two scripts trained, the other scores, goes on training and writes with.
 
-Run:    python train_gpt_mlx.py --help                           every variable, its default and its reason
-        SIZE=25m-hybrid python train_gpt_mlx.py                  another size; any of its fields can be set
-        ARCH=baseline python train_gpt_mlx.py                    no heads, BASELINE_LAYERS blocks
-        mlx.launch --hosts IP,IP python train_gpt_mlx.py         several Macs, the same global batches
-        EVAL_ONLY=1 ARTIFACT=FILE python train_gpt_mlx.py        score an artifact of either script
-        GENERATE='def ' ARTIFACT=FILE python train_gpt_mlx.py    go on with a text; GENERATE_BENCH=1: how fast
+Run:    python train_gpt_mlx.py --help                      every variable and its reason
+        SIZE=25m-hybrid python train_gpt_mlx.py             another size; any field can be set
+        ARCH=baseline python train_gpt_mlx.py               no heads, BASELINE_LAYERS blocks
+        mlx.launch --hosts IP,IP python train_gpt_mlx.py    several Macs, the same batches
+        EVAL_ONLY=1 ARTIFACT=FILE python train_gpt_mlx.py   score an artifact of either script
+        GENERATE=TEXT ARTIFACT=FILE python train_gpt_mlx.py       go on from a text
+        GENERATE_BENCH=1 ARTIFACT=FILE python train_gpt_mlx.py    how fast: bench.json
 
-The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs mlx,
-numpy and safetensors; constriction is used if installed. The gate (EVAL_GATE) stays with the torch script,
-which reads this one's checkpoints.
+The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs
+mlx, numpy and safetensors, and uses constriction and tqdm if they are installed. The gate
+(EVAL_GATE) stays with the torch script, which reads this one's checkpoints.
 """
 
 from __future__ import annotations
@@ -39,10 +40,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.core import array as Tensor  # the trunk's word for it: signatures stay the same
+from mlx.core import array as Tensor  # the trunk's word: signatures stay
 from mlx.utils import tree_flatten, tree_unflatten
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
+
+constriction = None  # without it, LZMA takes the place of rANS
+with contextlib.suppress(ImportError):
+    import constriction
 
 # -----------------------------------------------------------------------------
 # HYPERPARAMETERS
@@ -50,16 +55,18 @@ from safetensors.numpy import save as safetensors_bytes
 
 
 class UserError(Exception):
-    """A mistake in the environment or in a file. `main` prints it as one line and exits with code 2."""
+    """A mistake in the environment or a file: `main` prints it as one line and exits with code 2.
+    """
 
 
 class Var:
-    """One environment variable, of its default's type; `why` is the unit and the reason. `ship` marks what an
-    artifact has to carry: "model" builds the network, "eval" only says how it is scored."""
+    """One environment variable, of its default's type; `why` is the unit and the reason.
+    `ship` marks what artifacts carry, to build the network ("model") or to score ("eval")."""
 
-    def __init__(self, default, why: str, *, low=None, high=None, choices=(), ship: str = ""):
-        self.default, self.why, self.low, self.high = default, why, low, high
-        self.choices, self.ship = choices, ship
+    def __init__(self, default, why: str, low=None, high=None, *, choices=(), ship: str = ""):
+        self.default, self.why = default, why
+        self.low, self.high, self.choices = low, high, choices
+        self.ship = ship
 
     def __set_name__(self, owner, name: str) -> None:
         self.name = name.upper()
@@ -67,25 +74,41 @@ class Var:
     def accepted(self) -> str:
         if self.choices:
             return " | ".join(self.choices)
-        kind = {bool: "0 | 1", int: "an integer", float: "a number", str: "a text"}[type(self.default)]
-        bounds = {"from": self.low, "to": self.high}
-        return kind + "".join(f" {word} {bound}" for word, bound in bounds.items() if bound is not None)
+        kinds = {bool: "0 | 1", int: "an integer", float: "a number", str: "a text"}
+        low = "" if self.low is None else f" from {self.low}"
+        high = "" if self.high is None else f" to {self.high}"
+        return kinds[type(self.default)] + low + high
+
+    def convert(self, text: str):
+        """The text as a value of the default's type; ValueError or KeyError where it is none."""
+        word = text.strip()
+        if isinstance(self.default, bool):
+            return {"0": False, "1": True, "false": False, "true": True}[word.lower()]
+        if isinstance(self.default, str):
+            return word if self.choices else text
+        return type(self.default)(word)
 
     def parse(self, text: str):
-        word, kind, words = text.strip(), type(self.default), {"0": 0, "1": 1, "false": 0, "true": 1}
         with contextlib.suppress(ValueError, KeyError):
-            value = bool(words[word.lower()]) if kind is bool else kind(word if self.choices else text)
-            low, high = (bound if bound is not None else value for bound in (self.low, self.high))
-            finite = kind is str or math.isfinite(value)
-            if finite and low <= value <= high and value in (self.choices or [value]):
+            value = self.convert(text)
+            if isinstance(value, str):
+                accepted = value in (self.choices or [value])
+            else:
+                low = value if self.low is None else self.low
+                high = value if self.high is None else self.high
+                accepted = math.isfinite(value) and low <= value <= high
+            if accepted:
                 return value
         raise UserError(f"{self.name}={text!r} is not accepted: {self.accepted()} ({self.why})")
 
 
+TENSOR_CLASSES = ("embed", "attn", "mlp", "ssm", "heads", "other")
+
 # The published sizes, field by field; the variable of a field's name overrides it.
-SIZED = ("model_dim", "num_layers", "num_heads", "ff_dim", "max_seq_len", "block_size", "drafter_layers",
-         "drafter_dim", "drafter_heads", "drafter_ff_dim", "judge_hidden", "verifier_hidden",
-         "baseline_layers", "attn_every_n", "mamba_state", "train_seq_len", "train_batch_tokens")
+SIZED = ("model_dim", "num_layers", "num_heads", "ff_dim", "max_seq_len",
+         "block_size", "drafter_layers", "drafter_dim", "drafter_heads", "drafter_ff_dim",
+         "judge_hidden", "verifier_hidden", "baseline_layers",
+         "attn_every_n", "mamba_state", "train_seq_len", "train_batch_tokens")
 SIZES = {
     "smoke": (64, 2, 2, 128, 64, 2, 1, 32, 2, 64, 64, 64, 3, 1, 64, 32, 128),
     "25m": (384, 10, 6, 1536, 512, 4, 2, 192, 4, 768, 512, 256, 11, 1, 64, 256, 4096),
@@ -95,165 +118,205 @@ SIZES = {
     "25m-hybrid": (384, 10, 6, 1536, 512, 4, 2, 192, 4, 768, 512, 256, 11, 8, 64, 256, 4096),
     "250m-hybrid": (1024, 14, 16, 4096, 1024, 4, 2, 512, 8, 2048, 2048, 1024, 18, 8, 128, 512, 2048),
 }
-ROW_GROUP = 4  # rows that lend each other negatives, where the batch divides by it; on any number of ranks
+ROW_GROUP = 4  # rows that lend each other negatives, where the batch divides by it
+
+CHECKS: list = []  # each section adds those of its features: a record keeps both or neither
+
+
+def check(function):
+    """Registers a function of the settings that forbids what cannot work."""
+    CHECKS.append(function)
+    return function
+
+
+def forbid(broken, args: Hyperparameters, names: str, reason: str) -> None:
+    """Where `broken`, raises UserError with the names and values of the settings in `names`."""
+    if broken:
+        values = ", ".join(f"{name.upper()}={getattr(args, name)}" for name in names.split())
+        raise UserError(f"{values}: {reason}")
 
 
 class Hyperparameters:
-    """Every setting of a run, read from the environment once; nothing below this class reads it again."""
+    """Every setting of a run, read from the environment once; nothing below reads it again."""
 
     _data = "Data"
-    data_path = Var("./data/datasets/fineweb10B_byte260", "folder of *_train_*.bin and *_val_*.bin shards")
-    vocab_size = Var(260, "260 = PAD BOS EOS UNK + 256 bytes; 256 = bytes alone", ship="model")
-    train_seq_len = Var(0, "tokens a training row; 0 = of SIZE", low=0, ship="model")
-    train_batch_tokens = Var(0, "tokens an optimizer step, over all ranks; 0 = of SIZE, in whole rows", low=0)
-    device_batch_tokens = Var(49152, "tokens a forward on one device: the one out-of-memory knob", low=1)
-    train_order = Var("sequential", "order of rows within an epoch", choices=("sequential", "shuffled"))
-    verify_data = Var("auto", "check shards by manifest.json; auto: up to 2 GB", choices=("auto", "0", "1"))
+    data_path = Var("./data/datasets/fineweb10B_byte260", "folder of shards")
+    vocab_size = Var(260, "260 = 4 special ids + 256 bytes; 256 = bytes", 256, 260, ship="model")
+    train_seq_len = Var(0, "tokens a training row; 0 = of SIZE", 0, ship="model")
+    train_batch_tokens = Var(0, "tokens a step, over all ranks; 0 = SIZE's, in whole rows", 0)
+    device_batch_tokens = Var(49152, "tokens a forward: the out-of-memory knob", 1)
+    train_order = Var("sequential", "of rows in an epoch", choices=("sequential", "shuffled"))
+    verify_data = Var("auto", "by manifest.json; auto: up to 2 GB", choices=("auto", "0", "1"))
+
     _model = "Model; 0 = of SIZE"
     size = Var("25m", "which published size", choices=tuple(SIZES), ship="model")
-    arch = Var("sgjm", "baseline: no heads, BASELINE_LAYERS blocks", choices=("sgjm", "baseline"),
-               ship="model")
-    num_layers = Var(0, "blocks of the backbone", low=0, ship="model")
-    baseline_layers = Var(0, "its blocks with ARCH=baseline", low=0, ship="model")
-    model_dim = Var(0, "width of the residual stream", low=0, ship="model")
-    num_heads = Var(0, "attention heads, each with its own keys and values", low=0, ship="model")
-    ff_dim = Var(0, "inner width of SwiGLU", low=0, ship="model")
+    arch = Var("sgjm", "baseline: no heads, BASELINE_LAYERS blocks",
+               choices=("sgjm", "baseline"), ship="model")
+    num_layers = Var(0, "blocks of the backbone", 0, ship="model")
+    baseline_layers = Var(0, "its blocks with ARCH=baseline", 0, ship="model")
+    model_dim = Var(0, "width of the residual stream", 0, ship="model")
+    num_heads = Var(0, "heads, each with its own keys and values", 0, ship="model")
+    ff_dim = Var(0, "inner width of SwiGLU", 0, ship="model")
     positions = Var("learned", "learned: a table, as published; rope: rotated queries and keys",
                     choices=("learned", "rope"), ship="model")
-    max_seq_len = Var(0, "rows of the table of learned positions", low=0, ship="model")
-    rope_base = Var(10000.0, "rotary base", low=1.0, ship="model")
-    rope_dims = Var(0, "rotated dimensions a head; 0 = all (#315)", low=0, ship="model")
-    init_std = Var(0.02, "std of matrices and embeddings at init", low=0.0)
-    attn_every_n = Var(0, "every nth block attends, others are Mamba-2; 1 = all attend", low=0, ship="model")
-    mamba_state = Var(0, "Mamba-2: numbers that each channel remembers", low=0, ship="model")
-    mamba_expand = Var(2, "Mamba-2: inner width / model width", low=1, ship="model")
-    mamba_d_conv = Var(4, "Mamba-2: taps of the convolution", low=2, ship="model")
-    mamba_head_dim = Var(64, "Mamba-2: channels that share a decay", low=1, ship="model")
-    mamba_chunk_size = Var(64, "Mamba-2: positions of a chunk, for speed alone", low=1, ship="model")
+    max_seq_len = Var(0, "rows of the table of learned positions", 0, ship="model")
+    rope_base = Var(10000.0, "rotary base", 1, ship="model")
+    rope_dims = Var(0, "rotated dimensions a head; 0 = all (#315)", 0, ship="model")
+    init_std = Var(0.02, "std of matrices and embeddings at init", 0)
+    attn_every_n = Var(0, "every nth block attends, others are Mamba-2", 0, ship="model")
+    mamba_state = Var(0, "Mamba-2: numbers that each channel remembers", 0, ship="model")
+    mamba_expand = Var(2, "Mamba-2: inner width / model width", 1, ship="model")
+    mamba_d_conv = Var(4, "Mamba-2: taps of the convolution", 2, ship="model")
+    mamba_head_dim = Var(64, "Mamba-2: channels that share a decay", 1, ship="model")
+    mamba_chunk_size = Var(64, "Mamba-2: positions a chunk, only for speed", 1, ship="model")
+
     _heads = "Drafter, judge and verifier; 0 = of SIZE"
-    block_size = Var(0, "bytes a draft", low=0, ship="model")
-    drafter_layers = Var(0, "blocks of the drafter", low=0, ship="model")
-    drafter_dim = Var(0, "its width", low=0, ship="model")
-    drafter_heads = Var(0, "its attention heads", low=0, ship="model")
-    drafter_ff_dim = Var(0, "inner width of its SwiGLU", low=0, ship="model")
-    judge_hidden = Var(0, "hidden width of the judge", low=0, ship="model")
-    verifier_hidden = Var(0, "hidden width of the verifier", low=0, ship="model")
-    token_weight = Var(1.0, "weight of the backbone's CE", low=0.0)
-    drafter_weight = Var(0.5, "weight of the drafter's CE", low=0.0)
-    jepa_weight = Var(0.25, "weight of the errors of judge and endpoint latent", low=0.0)
-    verifier_weight = Var(0.1, "weight of the verifier's loss", low=0.0)
+    block_size = Var(0, "bytes a draft", 0, ship="model")
+    drafter_layers = Var(0, "blocks of the drafter", 0, ship="model")
+    drafter_dim = Var(0, "its width", 0, ship="model")
+    drafter_heads = Var(0, "its attention heads", 0, ship="model")
+    drafter_ff_dim = Var(0, "inner width of its SwiGLU", 0, ship="model")
+    judge_hidden = Var(0, "hidden width of the judge", 0, ship="model")
+    verifier_hidden = Var(0, "hidden width of the verifier", 0, ship="model")
+    token_weight = Var(1.0, "weight of the backbone's CE", 0)
+    drafter_weight = Var(0.5, "weight of the drafter's CE", 0)
+    jepa_weight = Var(0.25, "weight of the errors of judge and endpoint latent", 0)
+    verifier_weight = Var(0.1, "weight of the verifier's loss", 0)
     heads_grad = Var(False, "the heads' losses reach the backbone, as published")
-    head_positions = Var(64, "positions a row at which heads are trained; 0 = all, as published", low=0)
+    head_positions = Var(64, "positions a row that train heads; 0 = all, as published", 0)
     export_heads = Var(False, "the heads stay in the artifact", ship="model")
+
     _optimizers = "Optimizers and schedule"
-    iterations = Var(9000, "optimizer steps at most", low=1)
-    max_wallclock_seconds = Var(600.0, "training time; 0 = no limit; progress = max(step, time)", low=0.0)
-    warmdown_iters = Var(3000, "steps (as a share of ITERATIONS) over which the rate falls", low=0)
-    min_lr = Var(0.0, "rate at the end, as a share of the peak", low=0.0, high=1.0)
-    warmup_steps = Var(2, "throw-away steps that compile every shape, outside the clock", low=0)
-    matrix_lr = Var(0.025, "Muon: matrices of blocks and heads", low=0.0)
-    muon_momentum = Var(0.99, "final momentum", low=0.0, high=0.9999)
-    muon_momentum_warmup_start = Var(0.92, "momentum at step 0", low=0.0, high=0.9999)
-    muon_momentum_warmup_steps = Var(1500, "steps from start to final momentum", low=0)
-    muon_backend_steps = Var(5, "Newton-Schulz steps", low=1)
-    muon_wd = Var(0.04, "decoupled weight decay of Muon, times its rate", low=0.0)
-    tied_embed_lr = Var(0.015, "AdamW: embeddings of bytes, positions and slots", low=0.0)
-    scalar_lr = Var(0.01, "AdamW: norms, biases, convolutions, decays", low=0.0)
-    adam_wd = Var(0.04, "decoupled weight decay of the embeddings", low=0.0)
-    beta1 = Var(0.9, "Adam", low=0.0, high=0.9999)
-    beta2 = Var(0.95, "Adam", low=0.0, high=0.99999)
-    adam_eps = Var(1e-8, "Adam", low=0.0)
-    grad_clip_norm = Var(0.3, "gradient norm after reduction, backbone and heads apart; 0 = no clip", low=0.0)
-    ema_enabled = Var(True, "score and export an average of the weights")
-    ema_decay = Var(0.997, "decay a step, reached as (1 + t) / (10 + t)", low=0.0, high=0.99999)
-    seed = Var(1337, "weights, shuffling and positions of the heads", low=0)
+    iterations = Var(9000, "optimizer steps at most", 1)
+    max_wallclock_seconds = Var(600.0, "training time; 0 = no limit", 0)
+    warmdown_iters = Var(3000, "steps over which the rate falls", 0)
+    min_lr = Var(0.0, "rate at the end, as a share of the peak", 0, 1)
+    warmup_steps = Var(2, "steps that compile, off the clock", 0)
+    matrix_lr = Var(0.025, "Muon: block matrices", 0)
+    muon_momentum = Var(0.99, "final momentum", 0, 0.9999)
+    muon_momentum_warmup_start = Var(0.92, "momentum at step 0", 0, 0.9999)
+    muon_momentum_warmup_steps = Var(1500, "steps from start to final momentum", 0)
+    muon_backend_steps = Var(5, "Newton-Schulz steps", 1)
+    muon_wd = Var(0.04, "Muon: decoupled weight decay", 0)
+    tied_embed_lr = Var(0.015, "AdamW: embeddings of bytes, positions and slots", 0)
+    scalar_lr = Var(0.01, "AdamW: norms, biases, convolutions, decays", 0)
+    adam_wd = Var(0.04, "weight decay of the embeddings", 0)
+    beta1 = Var(0.9, "Adam", 0, 0.9999)
+    beta2 = Var(0.95, "Adam", 0, 0.99999)
+    adam_eps = Var(1e-8, "Adam", 0)
+    grad_clip_norm = Var(0.3, "gradient norm of backbone, of heads; 0 = no clip", 0)
+    ema_decay = Var(0.997, "of the average that is scored", 0, 0.99999)
+    seed = Var(1337, "of weights, order and positions of the heads", 0)
+
     _artifact = "Artifact"
     bits = Var("embed:8,attn:7,mlp:7,ssm:7,heads:7,other:7", "bit width by tensor class")
-    quant_k = Var("embed:8,attn:10,mlp:10,ssm:10,heads:10,other:10", "k by tensor class: the size knob")
+    quant_k = Var("embed:8,attn:10,mlp:10,ssm:10,heads:10,other:10",
+                  "step = k * std / top: the size knob")
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
-    gptq_batches = Var(4, "training batches behind them, on the training clock", low=1)
+    gptq_batches = Var(4, "training batches for these", 1)
     compressor = Var("auto", "auto keeps the smallest", choices=("auto", "rans", "lzma"))
-    artifact_budget_bytes = Var(16_000_000, "code + model, decimal bytes; 0 = no limit", low=0)
+    artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit", 0)
+
     _evaluation = "Evaluation"
-    eval_seq_len = Var(0, "window length; 0 = TRAIN_SEQ_LEN", low=0, ship="eval")
-    eval_stride = Var(0, "targets scored a window in the sliding pass; 0 = a quarter", low=0, ship="eval")
-    eval_batch_tokens = Var(0, "tokens a scoring forward; 0 = DEVICE_BATCH_TOKENS", low=0)
-    val_bytes = Var(0, "score only this prefix of the validation text; 0 = all", low=0)
-    val_loss_every = Var(0, "validation of the raw weights every so many steps; 0 = at the end only", low=0)
-    eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", low=0.0)
+    eval_seq_len = Var(0, "window length; 0 = TRAIN_SEQ_LEN", 0, ship="eval")
+    eval_stride = Var(0, "targets a window of the sliding pass; 0 = a quarter", 0, ship="eval")
+    eval_batch_tokens = Var(0, "tokens a forward; 0 = DEVICE_BATCH_TOKENS", 0)
+    val_bytes = Var(0, "validates only on this prefix; 0 = all", 0)
+    val_loss_every = Var(0, "steps between validations; 0 = only at the end", 0)
+    eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
     eval_only = Var(False, "score ARTIFACT and nothing else")
-    artifact = Var("", "path for EVAL_ONLY and GENERATE; for the latter a checkpoint, too")
+    artifact = Var("", "path for EVAL_ONLY; for GENERATE a checkpoint, too")
+
     _generation = "Generation"
-    generate = Var("", "a text, or its file, to go on from, with the model in ARTIFACT")
-    generate_bench = Var(False, "speed with and without drafts: bench.json; GENERATE: also a folder, JSON")
-    bench_repeats = Var(3, "its runs of each kind, in turn", low=1)
-    max_new_tokens = Var(256, "bytes to write", low=1)
-    temperature = Var(0.0, "0 = greedy", low=0.0)
-    speculate = Var(True, "read drafts too: the same text at temperature 0, above it the same distribution")
-    drafter = Var("both", "suffix: what followed a like text before", choices=("heads", "suffix", "both"))
-    draft_branches = Var(4, "blocks that the heads draft", low=1, high=64)
-    draft_budget = Var(16, "drafted bytes a pass; a hybrid reads a chain of them", low=1, high=63)
-    draft_byte_cost = Var(0.1, "time of one more byte in a pass / of a plain step; less on GPUs", low=0.0)
-    draft_cost = Var(0.0, "time of a draft / of a pass; 0 = measured: SEED may not repeat a text", low=0.0)
-    keep_top_k = Var(4, "drafts read in a pass", low=1)
-    judge_weight = Var(1.0, "of the judge's score beside log-probabilities, where drafts are ranked", low=0.0)
-    merge_radius = Var(4, "bits of 64 in which drafts may differ of which one is read", low=0, high=64)
+    generate = Var("", "a text, or its file, that ARTIFACT goes on from")
+    generate_bench = Var(False, "speed: bench.json; GENERATE: also a folder, JSON")
+    bench_repeats = Var(3, "its runs of each kind, in turn", 1)
+    max_new_tokens = Var(256, "ids to write", 1)
+    temperature = Var(0.0, "0 = greedy", 0)
+    speculate = Var(True, "read drafts too: the same text, or the same distribution")
+    drafter = Var("both", "suffix: what followed a like text before",
+                  choices=("heads", "suffix", "both"))
+    draft_branches = Var(4, "blocks that the heads draft", 1, 64)
+    draft_budget = Var(16, "drafted bytes a pass; a hybrid reads a chain of them", 1, 63)
+    draft_byte_cost = Var(0.1, "time of a byte more in a pass / of a plain step", 0)
+    draft_cost = Var(0.0, "time of a draft / of a pass; 0 = measured: texts may differ", 0)
+    keep_top_k = Var(4, "drafts read in a pass", 1)
+    judge_weight = Var(1.0, "of the judge's error where drafts are ranked", 0)
+    merge_radius = Var(4, "bits of 64 in which drafts may differ of which one is read", 0, 64)
+
     _run = "Run"
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
     runs_path = Var("./runs", "where runs are kept")
     resume = Var("", "auto, or a checkpoint file")
-    checkpoint_every = Var(0, "steps between checkpoints; 0 = only on a signal", low=0)
-    train_log_every = Var(200, "steps between log lines; the first ten are always shown", low=1)
-    device = Var("auto", "gpu: Metal, or CUDA in MLX's build for it", choices=("auto", "cpu", "gpu"))
-    dtype = Var("auto", "of activations; weights stay fp32", choices=("auto", "fp32", "bf16"))
-    compile = Var("auto", "auto: on GPUs; CPUs take minutes to build kernels", choices=("auto", "0", "1"))
+    checkpoint_every = Var(0, "steps between checkpoints; 0 = on a signal", 0)
+    train_log_every = Var(200, "steps between log lines, after the first ten", 1)
+    device = Var("auto", "gpu: Metal, or CUDA in MLX's build", choices=("auto", "cpu", "gpu"))
+    dtype = Var("auto", "of activations; weights are fp32", choices=("auto", "fp32", "bf16"))
+    compile = Var("auto", "auto: on GPUs, not on CPUs", choices=("auto", "0", "1"))
     attention = Var("auto", "first rung", choices=("auto", "sdpa", "math"))
-    memory_limit_mb = Var(0, "memory that MLX may hold before it waits and frees; 0 = its own limit", low=0)
-    strict_env = Var(True, "refuse variables that look misspelt; 0 = only warn")
+    memory_limit_mb = Var(0, "memory that MLX may hold; 0 = its own limit", 0)
+    strict_env = Var(True, "refuse misspelt variables; 0 = only warn")
     _launcher = "Ranks: mlx.launch tells MLX, not this script"
-    world_size = Var(1, "torchrun's: `mlx.launch` starts this script on several Macs", low=1, high=1)
+    world_size = Var(1, "torchrun's: `mlx.launch` starts this script on several Macs", 1, 1)
 
-    # Published variables of ideas that are gone: {name: (values that mean off, reason)}; () = ignored.
+    # Variables of ideas that are gone: {name: (values that mean off, reason)}.
     RETIRED = {
-        **dict.fromkeys(("SWA_ENABLED", "MTP_NUM_HEADS", "QAT_ENABLED", "LATE_QAT", "JEPA_CHUNK_SIZE",
-                         "NGRAM_ORDERS", "BIGRAM_VOCAB_SIZE", "DOC_MASK", "TTT"), (("0",), "not here")),
-        "EVAL_GATE": (("0",), "train_gpt.py judges, checkpoints of this script too"),
-        **dict.fromkeys(("SGJM", "BASELINE", "GATE_BENCH", "GATE_BATCHES", "GATE_RADIUS"),
-                        ((), "belongs to EVAL_GATE")),
-        "TRAIN_ALIGN": (("stream",), "rows are cut from the stream"),
-        "TOKENIZER_PATH": (("",), "this model reads bytes"),
-        "VAL_BATCH_SIZE": ((), "EVAL_BATCH_TOKENS took its place and does not change the score"),
-        "CONTROL_TENSOR_NAME_PATTERNS": ((), "tensors are sorted by shape and module, not by name patterns"),
+        "SWA_ENABLED": ("0", "EMA took its place"),
+        "EMA_ENABLED": ("1", "EMA_DECAY=0 scores the last weights"),
+        "TIE_EMBEDDINGS": ("1", "an untied head costs bytes"),
+        "MTP_NUM_HEADS": ("0", "the drafter took its place"),
+        "BIGRAM_VOCAB_SIZE": ("0", "this model embeds single bytes"),
+        "NGRAM_ORDERS": ("0", "see BIGRAM_VOCAB_SIZE"),
+        "QUANT_CLIP": ("std", "QUANT_K sets every step; a search lost at equal size"),
+        "QAT_START": ("1 1.0", "GPTQ took its place; see BytePatchJEPA"),
+        "QAT_ENABLED": ("0", "see QAT_START"),
+        "LATE_QAT": ("0", "see QAT_START"),
+        "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
+        "GRAD_REPORT_EVERY": ("0", "no result used it"),
+        "JEPA_CHUNK_SIZE": ("0", "judge and drafter took its place"),
+        "DOC_MASK": ("0", "rows are short"),
+        "TTT": ("0", "not measured with these heads"),
+        "TOKENIZER_PATH": ("none", "this model reads bytes"),
+        "EVAL_GATE": ("0", "train_gpt.py judges, checkpoints of this script too"),
     }
+    IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
+               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE",
+               "SGJM", "BASELINE", "GATE_BENCH", "GATE_BATCHES", "GATE_RADIUS")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
-        """Reads `environ`. `shipped`, the settings in an artifact, replaces the defaults of what it names."""
+        """Reads `environ`; `shipped`, settings in an artifact, replaces the defaults it names."""
         environ = {name: text for name, text in (environ or {}).items()
-                   if name.lower() not in SIZED or text.strip() != "0"}
+                   if name.lower() not in SIZED or text.strip() != "0"}  # 0 is SIZE's: as if unset
         self.warnings: list[str] = []
         self._refuse_retired_and_misspelt(environ)
+        # environment, else artifact, else default
         for name, var in self.vars().items():
             value = (shipped or {}).get(var.name, var.default)
             if environ.get(var.name, "") != "":
                 value = var.parse(environ[var.name])
                 if shipped and var.ship == "model" and value != shipped[var.name]:
-                    raise UserError(f"{var.name}={value} contradicts the artifact, which was made with "
-                                    f"{shipped[var.name]}: leave it unset")
+                    raise UserError(f"{var.name}={value}: the artifact was made with "
+                                    f"{shipped[var.name]}; leave it unset")
             setattr(self, name, value)
+        # of SIZE, where 0 is left
         for name, number in zip(SIZED, SIZES[self.size]):
             setattr(self, name, getattr(self, name) or number)
         rows = max(1, self.train_batch_tokens // self.train_seq_len)
         self.row_group = math.gcd(rows, ROW_GROUP)
         if not environ.get("TRAIN_BATCH_TOKENS"):
             self.train_batch_tokens = rows * self.train_seq_len
+        # what several settings together mean
+        self.trains = not shipped
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         self.eval_stride = self.eval_stride or max(1, self.eval_seq_len // 4)
         self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
+
         others = self.eval_only, self.generate_bench, self.generate
-        if shipped or not any(others):  # else the file's settings are still to come
-            self._check(trains=not shipped)
+        if shipped or not any(others):  # they need an artifact's
+            for function in CHECKS:
+                function(self)
 
     @classmethod
     def vars(cls) -> dict[str, Var]:
@@ -264,12 +327,16 @@ class Hyperparameters:
         lines = [__doc__.strip()]
         for name, item in vars(cls).items():
             if isinstance(item, Var):
-                default = int(item.default) if isinstance(item.default, bool) else item.default
-                lines.append(f"  {item.name:<28} {default!s:<14} {item.why} [{item.accepted()}]")
+                default = item.default
+                default = int(default) if isinstance(default, bool) else default
+                told = f"{item.why} [{item.accepted()}]"
+                lines.append(f"  {item.name:<28} {default!s:<14} {told}")
             elif isinstance(item, str) and not name.startswith("__"):
                 lines.append(f"\n{item}")
-        lines.append("\nAccepted from published command lines, without effect")
-        lines += [f"  {name:<28} {why}" for name, (_, why) in cls.RETIRED.items()]
+        lines.append("\nAccepted from older command lines, without effect")
+        for name, (off, why) in cls.RETIRED.items():
+            lines.append(f"  {name}={off.split()[0]:<24} {why}")
+        lines.append("  " + " ".join(cls.IGNORED))
         return "\n".join(lines)
 
     def settings(self) -> dict:
@@ -277,16 +344,19 @@ class Hyperparameters:
 
     def shipped(self) -> dict:
         """What an artifact must carry to be rebuilt and scored."""
-        return {var.name: getattr(self, name) for name, var in self.vars().items() if var.ship}
+        settings = self.settings()
+        return {var.name: settings[var.name] for var in self.vars().values() if var.ship}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
-        known = {var.name for var in self.vars().values()} | set(self.RETIRED)
+        known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED}
         for name, value in environ.items():
             if name in self.RETIRED:
                 off, why = self.RETIRED[name]
-                if off and value not in ("", *off):
-                    raise UserError(f"{name}={value!r} is retired: {why}; unset it or use {' or '.join(off)}")
-            elif name not in known and (near := difflib.get_close_matches(name, known, 1, cutoff=0.87)):
+                if value not in ("", *off.split()):
+                    raise UserError(f"{name}={value!r} is retired: {why}; unset it")
+                continue
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.87)
+            if near and name not in known:
                 message = f"{name} is not a variable of this script; did you mean {near[0]}?"
                 if environ.get("STRICT_ENV", "1") != "0":
                     raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
@@ -294,47 +364,18 @@ class Hyperparameters:
 
     def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
         """`embed:8,mlp:6` -> {"embed": 8, ...}; classes that are not named keep the default."""
-        var, values = self.vars()[name], {}
+        var = self.vars()[name]
+        values = {}
         for part in f"{var.default},{getattr(self, name)}".split(","):
             key, _, number = part.strip().partition(":")
             values[key] = low - 1
             with contextlib.suppress(ValueError):
                 values[key] = kind(number)
             if key not in TENSOR_CLASSES or not low <= values[key] <= high:
-                raise UserError(f"{var.name}: {part.strip()!r} is not accepted: CLASS:NUMBER with CLASS in "
-                                f"{'|'.join(TENSOR_CLASSES)} and NUMBER from {low} to {high}")
+                classes = "|".join(TENSOR_CLASSES)
+                raise UserError(f"{var.name}: {part.strip()!r} is not accepted: CLASS:NUMBER, "
+                                f"CLASS in {classes}, NUMBER from {low} to {high}")
         return values
-
-    def _check(self, trains: bool) -> None:
-        """Refuses combinations that cannot work, with both values in the message."""
-        head_dim, rope = self.model_dim // self.num_heads, self.rope_dims
-        spare = trains and self.train_batch_tokens % self.train_seq_len
-        learned = self.positions == "learned"
-        calibrates = self.quant_round == "gptq" and self.max_wallclock_seconds and not self.eval_only
-        inner = self.mamba_expand * self.model_dim
-        problems = [
-            (self.vocab_size not in (256, 260), "vocab_size", "data_path", "accepted are 260 and 256"),
-            (self.model_dim % self.num_heads, "model_dim", "num_heads", "no whole width for a head"),
-            (self.drafter_dim % self.drafter_heads, "drafter_dim", "drafter_heads", "no width for a head"),
-            (not learned and head_dim % 2, "model_dim", "num_heads",
-             f"head width {head_dim} is odd, rotary needs pairs"),
-            (rope % 2 or rope > head_dim, "rope_dims", "num_heads", f"odd or wider than a head, {head_dim}"),
-            (self.attn_every_n > 1 and inner % self.mamba_head_dim, "model_dim", "mamba_head_dim",
-             f"of {inner} channels no whole heads"),
-            (learned and self.train_seq_len > self.max_seq_len, "train_seq_len", "max_seq_len",
-             "the table of positions is shorter"),
-            (learned and self.eval_seq_len > self.train_seq_len, "eval_seq_len", "train_seq_len",
-             "POSITIONS=learned has no position that was not trained; POSITIONS=rope does"),
-            (self.train_seq_len < self.block_size + 2, "train_seq_len", "block_size", "no room for a draft"),
-            (spare, "train_batch_tokens", "train_seq_len", "the batch is not a whole number of rows"),
-            (self.eval_stride > self.eval_seq_len, "eval_stride", "eval_seq_len", "the stride skips targets"),
-            (calibrates and not self.warmup_steps, "warmup_steps", "quant_round", "calibration is untimed"),
-            (self.eval_only and not self.artifact, "eval_only", "artifact", "which artifact?"),
-        ]
-        for bad, *names, why in problems:
-            if bad:
-                pair = ", ".join(f"{name.upper()}={getattr(self, name)}" for name in names)
-                raise UserError(f"{pair}: {why}")
 
 
 # -----------------------------------------------------------------------------
@@ -361,16 +402,18 @@ def pick_device(name: str) -> mx.Device:
     seen = [kind for kind in there if there[kind]]
     name = seen[0] if name == "auto" else name
     if not there.get(name):
-        raise UserError(f"DEVICE={name} is not there: mlx {mx.__version__} sees {', '.join(seen)}")
+        seen = ", ".join(seen)
+        raise UserError(f"DEVICE={name} is not there: mlx {mx.__version__} sees {seen}")
     return mx.Device(getattr(mx, name))
 
 
 class Runtime:
-    """Device, dtype, ranks and attention backend: what the machine offers, decided once."""
+    """Device, dtype, ranks and clocks: what the machine offers, decided once."""
 
     def __init__(self, args: Hyperparameters):
         self.group = mx.distributed.init()  # of one process, unless mlx.launch started it
-        self.rank, self.world_size = self.group.rank(), self.group.size()
+        self.rank = self.group.rank()
+        self.world_size = self.group.size()
         self.main = self.rank == 0
         self.clocks: dict[str, float] = {}  # seconds by phase
         self.notes: list[str] = []
@@ -379,12 +422,10 @@ class Runtime:
         mx.set_default_device(self.device)
         self.dtype = self._pick_dtype(args)
         self.compile = self._pick_compile(args)
+        self.attention = "sdpa"  # runs everywhere; `main` asks for the best rung
+        # what is missing, and what is limited
         if args.memory_limit_mb:
             self._limit_memory(args.memory_limit_mb * 2**20)
-        head_dim = args.model_dim // args.num_heads
-        self.attention = pick_attention(args.attention, self.dtype, head_dim)
-        self.notes.append(f"attention:{self.attention} compile:{int(self.compile)} "
-                          f"dtype:{str(self.dtype).removeprefix('mlx.core.')} device:{self.device_name()}")
         if not constriction and args.compressor in ("auto", "rans"):
             self.notes.append("compressor: constriction is missing, LZMA instead of rANS")
 
@@ -396,7 +437,7 @@ class Runtime:
     def _pick_compile(self, args: Hyperparameters) -> bool:
         if args.compile != "auto":
             return args.compile == "1"
-        return self.device == mx.gpu  # CPUs: a C++ compiler builds 150 kernels, minutes for a sixth of a step
+        return self.device == mx.gpu  # on CPUs kernels take minutes to build
 
     def _limit_memory(self, limit: int) -> None:
         """Bytes beyond which MLX frees its cache and waits for work in flight; half of it may be cache. Metal
@@ -409,7 +450,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def clock(self, phase: str):
-        """Adds what the block takes to a phase; nothing is on two clocks at once."""
+        """Adds what the block takes to a phase; phases do not overlap."""
         start = time.perf_counter()
         yield
         self.clocks[phase] = self.clocks.get(phase, 0.0) + time.perf_counter() - start
@@ -418,6 +459,10 @@ class Runtime:
         if self.device == mx.gpu:
             return str(mx.device_info().get("device_name", "gpu"))
         return f"cpu ({platform.machine()}, mlx)"
+
+    def describe(self) -> str:
+        return (f"attention:{self.attention} compile:{int(self.compile)} "
+                f"dtype:{str(self.dtype).removeprefix('mlx.core.')} device:{self.device_name()}")
 
     def all_reduce(self, values, op=np.sum) -> np.ndarray:
         """float64 numbers over ranks. They travel as bits: GPUs have no float64 here."""
@@ -449,20 +494,23 @@ class Runtime:
 
 
 class Module(nn.Module):
-    """MLX's module under the trunk's names: `forward` is the call, parameters are listed in torch's order."""
+    """MLX's module under the trunk's names: `forward` is the call, parameters are in torch's order."""
 
     def __call__(self, *args, **kwargs):
         return self.forward(*args, **kwargs)
 
     def named_parameters(self) -> dict[str, Tensor]:
-        """A module's own arrays, then those of the modules inside it, in the order in which they were made;
-        frozen ones are what torch calls buffers."""
+        """A module's own arrays, then those of the modules inside it, in the order in which they were
+        made; frozen ones are what torch calls buffers."""
         return dict(named_arrays(self))
 
 
 def named_arrays(module, prefix: str = ""):
     frozen = getattr(module, "_no_grad", ())
-    items = dict(enumerate(module)) if isinstance(module, list) else {k: module[k] for k in module}
+    if isinstance(module, list):
+        items = dict(enumerate(module))
+    else:
+        items = {key: module[key] for key in module}
     for name, value in items.items():
         if isinstance(value, Tensor) and name not in frozen:
             yield f"{prefix}{name}", value
@@ -477,8 +525,8 @@ def update_parameters(model: nn.Module, params: dict[str, Tensor]) -> None:
 
 
 def functional(model: nn.Module, method):
-    """method(model, ...) as a function of all of the model's arrays in front, which it leaves as they were:
-    what MLX needs to trace a graph."""
+    """method(model, ...) as a function of all of the model's arrays in front, which it leaves as they
+    were: MLX can trace a graph only of such a function."""
     def call(arrays: dict, *rest):
         kept = model.parameters()
         model.update(arrays)
@@ -490,8 +538,8 @@ def functional(model: nn.Module, method):
 
 
 def compiled(method):
-    """method(model, ...) through one compiled graph for every model of the same settings (trained, averaged,
-    reloaded): the first one traces it, arrays go in with each call."""
+    """method(model, ...) through one compiled graph for every model of the same settings (trained,
+    averaged, reloaded): the first one traces it, arrays go in with each call."""
     graph = None
 
     def call(model: nn.Module, *rest):
@@ -499,43 +547,6 @@ def compiled(method):
         graph = graph or mx.compile(functional(model, method))
         return graph(model.parameters(), *rest)
     return call
-
-
-def causal_mask(docs: Tensor, queries: int) -> Tensor:
-    """docs (B, T), the document of each position -> (B, 1, queries, T): what the last `queries` see."""
-    at = mx.arange(docs.shape[1])
-    return (docs[:, None, -queries:, None] == docs[:, None, None]) & (at[-queries:, None] >= at)
-
-
-def math_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
-    """Causal attention spelt out: q (B, H, T, d), k, v (B, K, T, d) -> (B, H, T, d); where: causal_mask."""
-    k, v = (mx.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
-    scores = (q @ k.swapaxes(2, 3)).astype(mx.float32) * q.shape[-1] ** -0.5
-    where = causal_mask(mx.zeros((1, k.shape[2])), q.shape[2]) if where is None else where
-    weights = mx.softmax(mx.where(where, scores, -mx.inf), axis=-1).astype(v.dtype)
-    return weights @ v
-
-
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
-    """The same through MLX's kernel. q may be the last positions of k and v alone."""
-    mask = "causal" if where is None else where
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
-
-
-ATTENTION = {"sdpa": sdpa_attention, "math": math_attention}
-
-
-def pick_attention(wanted: str, dtype: mx.Dtype, dim: int) -> str:
-    """The first rung, from `wanted` down, that runs forward and backward here and agrees with `math`."""
-    ladder = list(ATTENTION)[0 if wanted == "auto" else list(ATTENTION).index(wanted) :]
-    for name in ladder:
-        with contextlib.suppress(Exception):  # a chip that it refuses, an old signature
-            q, k = (mx.random.normal((1, n, 128, dim), key=mx.random.key(n)).astype(dtype) for n in (2, 1))
-            grad = mx.grad(lambda q, name=name, k=k: ATTENTION[name](q, k, k).sum())(q)
-            close = mx.allclose(ATTENTION[name](q, k, k), math_attention(q, k, k), atol=3e-2)
-            if (close & mx.isfinite(grad).all()).item():
-                return name
-    raise UserError(f"ATTENTION={wanted}: no rung of {ladder} runs on {mx.default_device()} in {dtype}")
 
 
 class Log:
@@ -558,34 +569,113 @@ class Log:
         self(json.dumps(values), False, "metrics.jsonl")
 
 
+def progress_bar(items, total: int, name: str, show: bool):
+    """tqdm on a terminal, plain iteration elsewhere."""
+    if show:
+        with contextlib.suppress(ImportError):  # a bar is a comfort, not a need
+            from tqdm import tqdm
+            return tqdm(items, total=total, desc=name, disable=None, leave=False)
+    return items
+
+
+# -----------------------------------------------------------------------------
+# ATTENTION
+# -----------------------------------------------------------------------------
+# The rungs of a ladder, fastest first: q (B, H, T, d) and k, v (B, K, T, d) -> (B, H, T, d).
+# `mask` is None for plain causal attention, else (..., queries, keys), True where one is seen.
+
+
+def causal_mask(docs: Tensor, queries: int) -> Tensor:
+    """docs (B, T), the document of each position -> (B, 1, queries, T) for the last `queries`."""
+    positions = mx.arange(docs.shape[1])
+    same_document = docs[:, None, -queries:, None] == docs[:, None, None]
+    return same_document & (positions[-queries:, None] >= positions)
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Causal attention spelt out, the reference that every other rung must agree with."""
+    k, v = (mx.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    scores = (q @ k.swapaxes(2, 3)).astype(mx.float32) * q.shape[-1] ** -0.5
+    if mask is None:
+        mask = causal_mask(mx.zeros((1, k.shape[2])), q.shape[2])
+    weights = mx.softmax(mx.where(mask, scores, -mx.inf), axis=-1).astype(v.dtype)
+    return weights @ v
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """MLX's kernel. q may be only the last positions of k and v."""
+    mask = "causal" if mask is None else mask
+    scale = q.shape[-1] ** -0.5
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+ATTENTION = {"sdpa": sdpa_attention, "math": math_attention}
+
+
+def agrees_with_math(rung: str, dtype: mx.Dtype, dim: int) -> bool:
+    """Whether a rung runs both ways here, with heads `dim` wide, and computes what `math` does."""
+    shapes = {n: (1, n, 128, dim) for n in (2, 1)}
+    q, k = (mx.random.normal(shapes[n], key=mx.random.key(n)).astype(dtype) for n in (2, 1))
+    grad = mx.grad(lambda q: ATTENTION[rung](q, k, k).sum())(q)
+    out, wanted = ATTENTION[rung](q, k, k), math_attention(q, k, k)
+    close = mx.allclose(out, wanted, atol=3e-2)
+    return (close & mx.isfinite(grad).all()).item()
+
+
+def pick_attention(args: Hyperparameters, dtype: mx.Dtype) -> str:
+    """The first rung, from ATTENTION down, that works here."""
+    rungs = list(ATTENTION)
+    first = 0 if args.attention == "auto" else rungs.index(args.attention)
+    dim = args.model_dim // args.num_heads
+    for rung in rungs[first:]:
+        with contextlib.suppress(Exception):  # a chip that it refuses, an old signature
+            if agrees_with_math(rung, dtype, dim):
+                return rung
+    device, rungs = mx.default_device(), ", ".join(rungs[first:])
+    raise UserError(f"ATTENTION={args.attention}: none of {rungs} runs on {device} in {dtype}")
+
+
 # -----------------------------------------------------------------------------
 # DATA
 # -----------------------------------------------------------------------------
 
-SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
-PAD_ID, BOS_ID, BYTE_OFFSET, SHARD_VOCAB = 0, 1, 4, 260
-BYTE_CLASSES = ("lower", "upper", "digit", "space", "newline", "punctuation", "non-ascii", "special")
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_BYTES = 1024
+PAD_ID, BOS_ID, BYTE_OFFSET = 0, 1, 4
+SHARD_VOCAB = 260  # ids of byte260
+BYTE_CLASSES = ("lower", "upper", "digit", "space", "newline", "punctuation", "non-ascii",
+                "special", "token")
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
+    if ids.size and (top := int(ids.max())) >= vocab_size:
+        raise UserError(f"{path}: id {top} is outside VOCAB_SIZE={vocab_size}: another tokenizer?")
 
 
 def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.ndarray:
-    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then `count` uint16 ids, of
-    which the first `checked` (None: all) are held against the vocabulary at once."""
+    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then `count`
+    uint16 ids.
+
+    The first `checked` ids (None: all) are held against the vocabulary at once."""
     size = path.stat().st_size
     if size < HEADER_BYTES:
         raise UserError(f"{path}: {size} bytes is too short for a shard header of {HEADER_BYTES}")
     header = np.fromfile(path, dtype="<i4", count=256)
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path}: header {header[:2]} is not a shard's, {SHARD_MAGIC} {SHARD_VERSION}")
-    if header[2] != (room := (size - HEADER_BYTES) / 2):
-        raise UserError(f"{path}: the header promises {header[2]} ids, the file has room for {room:g}")
+        wanted = f"{SHARD_MAGIC} {SHARD_VERSION}"
+        raise UserError(f"{path}: header {header[:2]} is not a shard's, {wanted}")
+    room = (size - HEADER_BYTES) / 2
+    if header[2] != room:
+        raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room:g}")
+
     ids = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
     check_ids(ids[:checked], vocab_size, path)
     return ids
 
 
-def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
-    if ids.size and (top := int(ids.max())) >= vocab_size:
-        raise UserError(f"{path}: id {top} is outside VOCAB_SIZE={vocab_size}: other tokenizer, or damaged")
+def sha256_file(path: Path) -> str:
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()  # mapped: it may be large
 
 
 class Dataset:
@@ -594,16 +684,18 @@ class Dataset:
     def __init__(self, args: Hyperparameters, verify: bool):
         self.path = Path(args.data_path)
         if not self.path.is_dir():
-            raise UserError(f"DATA_PATH={args.data_path} is not a folder: `python data/prepare.py` makes one")
+            raise UserError(f"DATA_PATH={self.path} is no folder: data/prepare.py makes one")
         self.train_files = sorted(self.path.glob("*_train_*.bin"))
         self.val_files = sorted(self.path.glob("*_val_*.bin"))
         if not self.val_files or not (self.train_files or args.eval_only):
-            missing = "_val_" if not self.val_files else "_train_"
-            raise UserError(f"DATA_PATH={self.path} holds no *{missing}*.bin; data/prepare.py makes them")
-        self.vocab_size = args.vocab_size
+            missing = "_train_" if self.val_files else "_val_"
+            raise UserError(f"DATA_PATH={self.path} has no *{missing}*.bin: see data/prepare.py")
+        # training shards stay on disk, the validation text is read whole
+        self.vocab_size = SHARD_VOCAB
+        self.only_bytes = args.vocab_size < SHARD_VOCAB
         self.manifest = self._read_manifest()
         if "caseops" in self.manifest:
-            raise UserError(f"DATA_PATH={self.path}: CaseOps ids, whose bytes only their sidecars know")
+            raise UserError(f"DATA_PATH={self.path}: CaseOps ids, this script reads no sidecars")
         self.train_shards = [self._open(path, 1 << 20) for path in self.train_files]
         self.val = np.concatenate([self._open(path) for path in self.val_files])
         if verify:
@@ -612,9 +704,11 @@ class Dataset:
             raise UserError(f"{self.val_files[0]}: {len(self.val)} ids leave no validation target")
 
     def _open(self, path: Path, checked: int | None = None) -> np.ndarray:
-        """A byte260 shard; with VOCAB_SIZE=256 its bytes alone."""
-        ids = open_shard(path, SHARD_VOCAB, checked)
-        return ids if self.vocab_size == SHARD_VOCAB else ids[ids >= BYTE_OFFSET] - BYTE_OFFSET
+        """A byte260 shard; with VOCAB_SIZE=256 only its bytes, of ids that are all checked."""
+        if not self.only_bytes:
+            return open_shard(path, self.vocab_size, checked)
+        ids = open_shard(path, self.vocab_size)
+        return ids[ids >= BYTE_OFFSET] - BYTE_OFFSET
 
     def _read_manifest(self) -> dict:
         path = self.path / "manifest.json"
@@ -625,8 +719,8 @@ class Dataset:
             shards = {str(entry["file"]): str(entry["sha256"]) for entry in manifest["shards"]}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a manifest of data/prepare.py ({error!r})") from None
-        if manifest.get("vocab_size", SHARD_VOCAB) != SHARD_VOCAB:
-            raise UserError(f"{path}: of {manifest['vocab_size']} ids, where byte260 has {SHARD_VOCAB}")
+        if (size := manifest.get("vocab_size", self.vocab_size)) != self.vocab_size:
+            raise UserError(f"{path}: made for VOCAB_SIZE={size}, not {self.vocab_size}")
         return {**manifest, "sha256": shards}
 
     def _verify(self, mode: str) -> None:
@@ -635,27 +729,25 @@ class Dataset:
         if not self.manifest or mode == "0" or (mode == "auto" and size > 2_000_000_000):
             return
         for path in files:
-            wanted, found = self.manifest["sha256"].get(path.name, "nothing"), sha256_file(path)
+            wanted = self.manifest["sha256"].get(path.name, "nothing")
+            found = sha256_file(path)
             if wanted != found:
-                raise UserError(f"{path}: sha256 {found[:16]}... where the manifest has {wanted[:16]}")
+                raise UserError(f"{path}: sha256 {found[:16]}, the manifest has {wanted[:16]}")
 
     def fingerprint(self) -> dict:
         """What a reader needs to know that two runs saw the same text."""
         digest = hashlib.sha256(self.val.tobytes())
-        for path, shard in zip(self.train_files, self.train_shards):  # the ends: all of it could take minutes
+        for path, shard in zip(self.train_files, self.train_shards):  # all of it takes long
             digest.update(f"{path.name} {len(shard)}".encode())
             digest.update(shard[:4096].tobytes() + shard[-4096:].tobytes())
-        documents = int((self.val == BOS_ID).sum()) if self.vocab_size == SHARD_VOCAB else None
-        names = "source", "source_notes", "variant", "documents", "bytes", "overlap"
-        known = {key: self.manifest.get(key) for key in names}
+        documents = None if self.only_bytes else int((self.val == BOS_ID).sum())
+        told = ("source", "source_notes", "variant", "documents", "bytes", "overlap",
+                "val_text_sha256")
+        known = {key: self.manifest.get(key) for key in told}
         return {"name": self.path.name, **known, "train_shards": len(self.train_files),
                 "val_shards": len(self.val_files), "train_tokens": sum(map(len, self.train_shards)),
                 "val_tokens": len(self.val), "val_documents": documents,
                 "sha256": digest.hexdigest()}
-
-
-def sha256_file(path: Path) -> str:
-    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()  # mapped: shards may be large
 
 
 def byte_tables(args: Hyperparameters) -> np.ndarray:
@@ -664,24 +756,39 @@ def byte_tables(args: Hyperparameters) -> np.ndarray:
 
 
 def target_bytes(ids: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    """Bytes of each target ids[1:], an int64 array of len(ids) - 1."""
+    """Bytes of each target ids[1:], int64, by `byte_tables`."""
     return tables[ids[1:]]
 
 
 def class_table(vocab_size: int) -> np.ndarray:
     """Class of each id, an index into BYTE_CLASSES, for the bits-by-class report."""
-    def name_of(byte: int) -> str:
+    names = ["special"] * (vocab_size - 256)
+    for byte in range(256):
         text = chr(byte)
         tests = {"non-ascii": byte > 127, "newline": text in "\r\n", "space": text.isspace(),
                  "digit": text.isdigit(), "lower": text.islower(), "upper": text.isupper()}
-        return next((name for name, found in tests.items() if found), "punctuation")
-    names = ["special"] * (vocab_size - 256) + [name_of(byte) for byte in range(256)]
+        found = [name for name in tests if tests[name]]
+        names.append(found[0] if found else "punctuation")
     return np.array([BYTE_CLASSES.index(name) for name in names])
 
 
+@check
+def check_vocabulary(args: Hyperparameters) -> None:
+    odd = args.vocab_size not in (256, SHARD_VOCAB)
+    forbid(odd, args, "vocab_size", "260, or 256 for only bytes; no tokenizer is read")
+
+
+@check
+def check_batch(args: Hyperparameters) -> None:
+    spare = args.trains and args.train_batch_tokens % args.train_seq_len
+    forbid(spare, args, "train_batch_tokens train_seq_len", "a batch is whole rows")
+
+
 class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
-    """How a global batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group` rows.
-    Every rank runs the same shapes: slots beyond the batch repeat its first group with weight 0."""
+    """How a global batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group`
+    rows.
+
+    Ranks run the same shapes: slots beyond the batch repeat its first group with weight 0."""
 
     @classmethod
     def make(cls, args: Hyperparameters, world_size: int) -> BatchPlan:
@@ -690,7 +797,8 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
         total = rows // group
         at_most = max(1, args.device_batch_tokens // (args.train_seq_len * group))
         micro_steps = -(-total // (world_size * at_most))
-        return cls(rows, group, -(-total // (world_size * micro_steps)), micro_steps, world_size)
+        groups = -(-total // (world_size * micro_steps))
+        return cls(rows, group, groups, micro_steps, world_size)
 
     def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers inside the global batch for one forward, and a weight for each."""
@@ -701,26 +809,30 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
 
 
 class Loader:
-    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in an order that does not depend on the number of ranks.
-    `state` is the position of the next row: {"epoch", "shard", "row"}; it belongs to the checkpoint."""
+    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in an order that ranks do not change.
+    `state`, of the checkpoint, is the position of the next row: {"epoch", "shard", "row"}."""
 
-    def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int, state=None):
-        self.data, self.args, self.plan, self.rank, self.length = data, args, plan, rank, args.train_seq_len
+    def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int,
+                 state: dict | None = None):
+        self.data, self.args, self.plan, self.rank = data, args, plan, rank
+        self.length = args.train_seq_len
         self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
         self._starts: tuple[tuple, np.ndarray] = ((), np.zeros(0, np.int64))
         if (most := max(map(len, data.train_shards))) <= self.length:
-            raise UserError(f"TRAIN_SEQ_LEN={self.length} is longer than every training shard ({most} ids)")
+            raise UserError(f"TRAIN_SEQ_LEN={self.length}: no training shard has over {most} ids")
 
     def _ordered(self, items: np.ndarray, *key: int) -> np.ndarray:
-        shuffled = self.args.train_order == "shuffled"
-        return np.random.default_rng([self.args.seed, *key]).permutation(items) if shuffled else items
+        if self.args.train_order == "sequential":
+            return items
+        return np.random.default_rng([self.args.seed, *key]).permutation(items)
 
     def _row_starts(self, epoch: int, index: int) -> np.ndarray:
-        """Where the rows of a shard begin."""
-        if self._starts[0] == (epoch, index):
-            return self._starts[1]
-        last = len(self.data.train_shards[index]) - self.length - 1  # a row needs one id more for its targets
-        starts = np.arange(0, last + 1, self.length)
+        """Where the rows of a shard begin: one after the other."""
+        key, starts = self._starts
+        if key == (epoch, index):
+            return starts
+        shard = self.data.train_shards[index]  # a row needs one id more for its targets
+        starts = np.arange(0, len(shard) - self.length, self.length)
         self._starts = ((epoch, index), self._ordered(starts, epoch, index))
         return self._starts[1]
 
@@ -731,30 +843,36 @@ class Loader:
             order = self._ordered(np.arange(len(self.data.train_shards)), state["epoch"])
             index = int(order[state["shard"]])
             starts = self._row_starts(state["epoch"], index)
-            take = starts[state["row"] : state["row"] + count - len(rows)]
-            rows += [(index, int(start)) for start in take]
-            state["row"] += len(take)
+            taken = starts[state["row"] : state["row"] + count - len(rows)]
+            rows += [(index, int(start)) for start in taken]
+            state["row"] += len(taken)
             if state["row"] >= len(starts):
-                state["row"], state["shard"] = 0, state["shard"] + 1
+                state["row"] = 0
+                state["shard"] += 1
             if state["shard"] == len(order):
-                state["shard"], state["epoch"] = 0, state["epoch"] + 1
+                state["shard"] = 0
+                state["epoch"] += 1
         return rows
 
     def next(self) -> tuple[np.ndarray, np.ndarray, dict]:
-        """This rank's part: ids (micro_steps, rows, T + 1), weights (micro_steps, rows), state after it."""
-        plan, rows = self.plan, self._next_rows(self.plan.rows)
-        batch = np.empty((plan.micro_steps, plan.groups * plan.group, self.length + 1), np.int32)
-        weights = np.empty(batch.shape[:2], np.float32)
+        """This rank's ids (micro_steps, rows, T + 1), weights (micro_steps, rows), next state."""
+        plan = self.plan
+        rows = self._next_rows(plan.rows)
+        shape = plan.micro_steps, plan.groups * plan.group
+        batch = np.empty((*shape, self.length + 1), np.int32)
+        weights = np.empty(shape, np.float32)
         for micro in range(plan.micro_steps):
             numbers, weights[micro] = plan.slots(micro, self.rank)
             for slot, number in enumerate(numbers):
                 index, start = rows[number]
-                batch[micro, slot] = self.data.train_shards[index][start : start + self.length + 1]
+                shard = self.data.train_shards[index]
+                batch[micro, slot] = shard[start : start + self.length + 1]
         check_ids(batch, self.data.vocab_size, self.data.path)
         return batch, weights, dict(self.state)
 
     def prefetch(self):
-        """Iterates over `next()` from a thread, two batches ahead; arrays are made where they are used."""
+        """Iterates over `next()` from a thread, two batches ahead; arrays are made where they are used.
+        """
         with ThreadPoolExecutor(1) as thread:
             ahead = deque(thread.submit(self.next) for _ in range(2))
             while True:
@@ -767,16 +885,20 @@ class Loader:
 # QUANTISER
 # -----------------------------------------------------------------------------
 
-TENSOR_CLASSES = ("embed", "attn", "mlp", "ssm", "heads", "other")
 SMALL_TENSOR = 4096  # elements; below it a tensor stays fp16
 SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
 
 
 def tensor_class(name: str) -> str:
-    if name.startswith(("tok_emb", "pos_emb", "aux.")):
-        return "heads" if name.startswith("aux.") else "embed"
-    kinds = {"attn": ".attn.", "mlp": ".mlp.", "ssm": "_proj."}
-    return next((kind for kind, part in kinds.items() if part in name), "other")
+    if name.startswith("aux."):
+        return "heads"
+    if name.startswith(("tok_emb", "pos_emb")):
+        return "embed"
+    if ".attn." in name:
+        return "attn"
+    if ".mlp." in name:
+        return "mlp"
+    return "ssm" if "_proj." in name else "other"
 
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
@@ -791,40 +913,45 @@ def nearest(x: np.ndarray, top: int) -> np.ndarray:
 
 
 def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
-    """Full-Hessian GPTQ (Frantar et al. 2022) of x (R, C), a matrix whose rows are in units of their steps.
-    Columns in the order of falling input power; the error of each is spread over those still to come by the
-    inverse of the damped hessian = X^T X (C, C). (Weighing bits against error here lost to a wider step.)"""
+    """Full-Hessian GPTQ (Frantar et al. 2022) of x (R, C), its rows in units of their steps.
+
+    Columns go in the order of falling input power; the error of each is spread over those to come
+    by the inverse of the damped hessian = X^T X (C, C)."""
     power = np.diag(hessian)
     order = np.argsort(-power, kind="stable")
     damped = hessian[np.ix_(order, order)].astype(np.float64)
     damped[np.diag_indices(len(order))] += 0.01 * power.mean() + 1e-12
-    factor = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)  # upper U, inverse = U^T U
-    left, q = x[:, order].copy(), np.empty_like(x)
+    factor = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    # blocks of columns: errors reach later blocks once
+    left = x[:, order].copy()
+    q = np.empty_like(x)
     for start in range(0, x.shape[1], 128):
         stop = min(start + 128, x.shape[1])
         errors = np.empty((len(x), stop - start), np.float32)
         for j in range(start, stop):
-            q[:, order[j]] = chosen = nearest(left[:, j], top)
-            errors[:, j - start] = error = (left[:, j] - chosen) / factor[j, j]
+            chosen = nearest(left[:, j], top)
+            error = (left[:, j] - chosen) / factor[j, j]
             left[:, j:stop] -= error[:, None] * factor[j, j:stop]
+            q[:, order[j]] = chosen
+            errors[:, j - start] = error
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     return q
 
 
 def quantise(weight: np.ndarray, bits: int, k: float, axis: int,
              hessian: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds to integers of `bits` bits with one fp16 step for each slice along `axis`: q * step ~ weight.
+    """Rounds to integers q of `bits` bits, an fp16 step a slice along `axis`: q * step ~ weight.
 
-    step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394); a Gaussian then costs about
-    log2(top / k) + 2.05 bits a weight, so k sets the size. Steps have an epsilon floor.
-    Rounding: by `gptq` with a hessian (C, C), else to the nearest.
-    Returns q, int8 of weight's shape, and step, fp16 with size 1 on `axis`. NumPy: backends pack alike."""
+    step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394). A Gaussian then costs about
+    log2(top / k) + 2.05 bits a weight, so k sets the size. Steps have an epsilon floor, not 1 / top
+    (defect G2 of #832). Rounding: by `gptq` with a hessian (C, C), else to the nearest. Returns q,
+    int8 of weight's shape, and step, fp16 with size 1 on `axis`. NumPy: backends pack alike."""
     top = 2 ** (bits - 1) - 1
     weight = np.asarray(weight, dtype=np.float32)
     step = k / top * weight.std(axis=axis, keepdims=True, dtype=np.float64)
     step = np.maximum(step, SCALE_FLOOR).astype(np.float16).astype(np.float32)
     x = weight / step
-    q = gptq(x, hessian, top) if hessian is not None else nearest(x, top)
+    q = nearest(x, top) if hessian is None else gptq(x, hessian, top)
     return q.astype(np.int8), step.astype(np.float16)
 
 
@@ -833,8 +960,27 @@ def quantise(weight: np.ndarray, bits: int, k: float, axis: int,
 # -----------------------------------------------------------------------------
 
 
+class CastedLinear(Module, nn.Linear):
+    """fp32 weight, multiplied in the dtype of the input; no bias. `watch` is shown the inputs."""
+
+    watch = None
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__(dim_in, dim_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.watch is not None:
+            self.watch(x)
+        return x @ self.weight.astype(x.dtype).T
+
+
 def silu(x: Tensor) -> Tensor:
     return x * mx.sigmoid(x)  # nn.silu is compiled, whatever COMPILE says
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    # nn.log_softmax is compiled, whatever COMPILE says
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 class LatentMLP(Module):
@@ -842,12 +988,15 @@ class LatentMLP(Module):
 
     def __init__(self, dim_in: int, hidden: int, dim_out: int):
         super().__init__()
-        self.fc1, self.bias1 = CastedLinear(dim_in, hidden), mx.zeros(hidden)
-        self.fc2, self.bias2 = CastedLinear(hidden, dim_out), mx.zeros(dim_out)
+        self.fc1 = CastedLinear(dim_in, hidden)
+        self.bias1 = mx.zeros(hidden)
+        self.fc2 = CastedLinear(hidden, dim_out)
+        self.bias2 = mx.zeros(dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x) + self.bias1.astype(x.dtype)
-        return self.fc2(x * (1 + mx.erf(x / math.sqrt(2))) / 2) + self.bias2.astype(x.dtype)
+        inner = x * (1 + mx.erf(x / math.sqrt(2))) / 2
+        return self.fc2(inner) + self.bias2.astype(x.dtype)
 
 
 class SlotCache:
@@ -863,34 +1012,41 @@ class SlotCache:
         self.layers[layer], self.length = (k, v), k.shape[2]
         return k, v
 
+    def branch(self, count: int) -> None:
+        """Each row becomes `count` equal ones."""
+        self.layers = {layer: tuple(mx.repeat(x, count, 0) for x in pair)
+                       for layer, pair in self.layers.items()}
+
 
 class Drafter(Module):
-    """Drafts BLOCK_SIZE bytes behind a state of the backbone, and the latent of where they end.
+    """Drafts the BLOCK_SIZE bytes after a state of the backbone, and the latent of their end.
 
-    A causal stack over b + 1 slots: slot 0 holds u + Q_0, slot i holds u + Q_i + E(d_i), u = W_in parent.
-    Slots 0 ... b - 1 give the logits of d_1 ... d_b, through E again, slot b the endpoint latent. The
-    published one has no E: its slots do not know what was drafted before them, so that blocks are incoherent,
-    and all branches of a state end in the same latent."""
+    A causal stack over b + 1 slots: slot 0 holds u + Q_0, slot i holds u + Q_i + E(d_i), where
+    u = W_in parent. Slots 0 ... b - 1 give the logits of d_1 ... d_b, through E again, slot b the
+    endpoint latent. The published one has no E: its slots do not know the bytes drafted before
+    them, so that blocks are incoherent and all branches of a state end in the same latent."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
-        self.size, dim = args.block_size, args.drafter_dim
+        self.size = args.block_size
+        dim = args.drafter_dim
         self.enter = CastedLinear(args.model_dim, dim)
         self.slot_emb = mx.zeros((self.size + 1, dim))
         self.tok_emb = nn.Embedding(args.vocab_size, dim)
-        self.blocks = [Block(dim, args.drafter_heads, args.drafter_ff_dim, i, "math")
-                       for i in range(args.drafter_layers)]
+        size = dim, args.drafter_heads, args.drafter_ff_dim
+        self.blocks = [Block(*size, i, "math") for i in range(args.drafter_layers)]
         self.norm = RMSNorm(dim)
         self.latent = CastedLinear(dim, args.model_dim)
 
     def slots(self, parents: Tensor, tokens: Tensor, past: SlotCache | None = None) -> Tensor:
-        """parents (N, D), tokens (N, n) drafted so far -> states of slots 0 ... n (N, n + 1, e). If `past`
-        knows slots, tokens are those behind them, and n slots come back."""
-        given, known = self.tok_emb.weight[tokens], past.length if past else 0
+        """parents (N, D), tokens (N, n) drafted so far -> states of slots 0 ... n (N, n + 1, e).
+        If `past` knows slots, tokens are those after them, and n slots come back."""
+        known = past.length if past else 0
+        drafted = self.tok_emb.weight[tokens]
         if known == 0:
-            given = mx.pad(given, ((0, 0), (1, 0), (0, 0)))
-        at = self.slot_emb[known : known + given.shape[1]]
-        x = self.enter(parents)[:, None] + (at + given).astype(parents.dtype)
+            drafted = mx.pad(drafted, ((0, 0), (1, 0), (0, 0)))
+        place = self.slot_emb[known : known + drafted.shape[1]]
+        x = self.enter(parents)[:, None] + (place + drafted).astype(parents.dtype)
         for block in self.blocks:
             x = block(x, None, None, past)
         return self.norm(x)
@@ -901,40 +1057,48 @@ class Drafter(Module):
     def draft(self, parents: Tensor, branches: int, temperature: float = 0.0,
               generator: np.random.Generator | None = None,
               given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """parents (N, D) -> k branches of each: tokens (N, k, b), log-probabilities of every slot at this
-        temperature (at 1 if it is 0) (N, k, b, V), endpoint latents (N, k, D).
-        All branches begin with `given` (N, n < b) where it is known. The bytes behind it differ: the k most
-        likely at temperature 0, else drawn in turn without replacement. Later bytes are the most likely ones,
-        or drawn."""
+        """parents (N, D) -> k branches of each: tokens (N, k, b), log-probabilities of each slot at
+        this temperature (at 1 if it is 0) (N, k, b, V), endpoint latents (N, k, D).
+
+        All branches begin with `given` (N, n < b) where it is known. The bytes after it differ: the
+        k most likely at temperature 0, else drawn in turn without replacement. Later bytes are the
+        most likely ones, or drawn."""
         tokens = mx.zeros((len(parents), 0), mx.int32) if given is None else given
-        heat, first, past = temperature or 1.0, tokens.shape[1], SlotCache()
+        heat, first = temperature or 1.0, tokens.shape[1]
+        past = SlotCache()
         x = self.slots(parents, tokens, past)
         logits = self.head(x)  # (N, then N * k, slots so far, V)
+
         for i in range(first, self.size):
-            keys, count = logits[:, -1] / heat, branches if i == first else 1
-            if temperature:  # the largest of logits + Gumbel noise are a sample without replacement
-                keys = keys + mx.array(generator.gumbel(size=keys.shape).astype(np.float32))
-            chosen = mx.argsort(-keys, axis=-1)[:, :count].astype(mx.int32).reshape(-1, 1)
+            keys = logits[:, -1] / heat
+            if temperature:  # the largest of logits + Gumbel noise: drawn without replacement
+                noise = generator.gumbel(size=keys.shape)
+                keys = keys + mx.array(noise.astype(np.float32))
+            best = mx.argsort(-keys, axis=-1)[:, : branches if i == first else 1]
+            chosen = best.astype(mx.int32).reshape(-1, 1)
             if i == first:
-                past.layers = {layer: tuple(mx.repeat(x, count, 0) for x in pair)
-                               for layer, pair in past.layers.items()}
-                parents, tokens, logits = (mx.repeat(x, count, 0) for x in (parents, tokens, logits))
-            tokens, x = mx.concatenate((tokens, chosen), 1), self.slots(parents, chosen, past)
+                past.branch(branches)
+                parents, tokens, logits = (
+                    mx.repeat(part, branches, 0) for part in (parents, tokens, logits))
+            tokens = mx.concatenate((tokens, chosen), 1)
+            x = self.slots(parents, chosen, past)
             logits = mx.concatenate((logits, self.head(x)), 1)
-        found = tokens, log_softmax(logits[:, :-1] / heat), self.latent(x[:, -1])
-        return tuple(mx.stop_gradient(mx.unflatten(part, 0, (-1, branches))) for part in found)
+        laws = log_softmax(logits[:, :-1] / heat)
+        found = tokens, laws, self.latent(x[:, -1])
+        found = (mx.unflatten(part, 0, (-1, branches)) for part in found)
+        return tuple(mx.stop_gradient(part) for part in found)
 
 
 def accepted(tokens: Tensor, text: Tensor, best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What greedy verification says of drafts, as far as one forward over the text can tell.
 
-    tokens (..., k, b) drafted, text (..., b) the true bytes, best (..., b) the backbone's choice at each of
-    them -> three of (..., k): 1 where all b are accepted; 1 where that is known; how many are known to be.
-    What the backbone would choose behind a draft is known while the draft is the text: one that it accepts
-    although the text goes on otherwise has an unknown end."""
+    tokens (..., k, b) drafted, text (..., b) the true bytes, best (..., b) the backbone's choice at
+    each of them -> three of (..., k): 1 where all b are accepted; 1 where that is known; how many
+    are known to be. The backbone's choice after a draft is known while the draft is the text: one
+    that it accepts although the text goes on otherwise has an unknown end."""
     text, best = text[..., None, :], best[..., None, :]
-    same = mx.cumprod((tokens == text).astype(mx.int32), -1)[..., :-1]
-    told = mx.concatenate((mx.ones_like(tokens[..., :1]), same), -1) > 0
+    is_text = mx.cumprod((tokens == text).astype(mx.int32), -1)
+    told = mx.concatenate((mx.ones_like(tokens[..., :1]), is_text[..., :-1]), -1) > 0
     agrees = told & (tokens == best)
     whole = agrees.all(-1)
     known = whole | (told & mx.logical_not(agrees)).any(-1)
@@ -946,107 +1110,137 @@ class SpeculativeHeads(Module):
     """Drafter, judge and verifier, trained on states of the backbone beside it.
 
     The interface that a record replaces, and nothing else of the script:
-      inputs(step, device)    what a step's losses need from outside the graph, equal on all ranks
+      inputs(step, device)    what losses need from outside the graph, equal on all ranks
       forward(..., inputs)    {name: (groups,) loss}
       weights(progress)       {name: weight of that term beside CE}
       report(means)           what the step line says about the mean terms
-      exported()              prefixes of the parameters that the artifact keeps
 
-    With parent p = h[t], text d = ids[t + 1 ... t + b] and future f = stop-gradient h[t + b], the state that
-    has read all of d (published: one byte less):
+    With parent p = h[t], text d = ids[t + 1 ... t + b] and future f = stop-gradient h[t + b], the
+    state that has read all of d (published: one byte less):
       drafter   CE of d, each slot given the bytes before it
       jepa      (|judge(p) - f|^2 + |endpoint latent(p, d) - f|^2) / 2, means over channels
-      verifier  BCE of verifier(p, latent). The drafter's two best branches at t are labelled by whether the
-                backbone accepts them, and left out where that is unknown (`accepted`): what it rejects is a
-                negative. With equal weight, negatives by kind: the state of another time, and that of
-                another row, never p itself, never f
-    HEADS_GRAD=0 stops all of them at h; 1, as published, lets them shape the backbone (and collapse its
-    states: `latent_var` shows it)."""
+      verifier  BCE of verifier(p, latent). The drafter's two best branches at t are labelled by
+                whether the backbone accepts them (a negative is a draft that it rejects), and left
+                out where that is unknown (`accepted`). With equal weight, negatives by kind: the
+                state of another time, and that of another row, never p itself, never f
+    HEADS_GRAD=0 stops all of them at h; 1, as published, lets them shape the backbone (and collapse
+    its states: `latent_var` shows it)."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
-        self.args, dim = args, args.model_dim
+        self.args = args
+        dim = args.model_dim
         self.drafter = Drafter(args)
         self.judge = LatentMLP(dim, args.judge_hidden, dim)
         self.verifier = LatentMLP(2 * dim, args.verifier_hidden, 1)
 
     def inputs(self, step: int) -> Tensor | None:
-        """(2, K) from seed and step alone: the positions at which heads are trained, and for each that of a
-        state before, inside or behind its draft: not its own, not the draft's end."""
+        """(2, K), from only seed and step: the positions at which heads are trained, and for each
+        that of a state before, inside or after its draft: not its own, not the draft's end."""
         args, size, length = self.args, self.args.block_size, self.args.train_seq_len
         if not any(self.weights(0.0).values()):
             return None
-        generator, room = np.random.default_rng([args.seed, step]), length - size
-        at = np.sort(generator.permutation(room)[: args.head_positions or room])
-        other = at[:, None] + np.array(sorted({-1, size - 1, size + 1, 3 * size} - {0, size}))
-        chance = np.where((other < 0) | (other >= length), -1.0, generator.random(other.shape))
-        best = np.take_along_axis(other, chance.argmax(1)[:, None], 1)[:, 0]
-        return mx.array(np.stack((at, best)).astype(np.int32))
+        generator = np.random.default_rng([args.seed, step])
+        room = length - size
+        order = generator.permutation(room)
+        positions = np.sort(order[: args.head_positions or room])
+
+        shifts = sorted({-1, size - 1, size + 1, 3 * size} - {0, size})
+        others = positions[:, None] + np.array(shifts)
+        chance = generator.random(others.shape)
+        outside = (others < 0) | (others >= length)
+        best = np.where(outside, -1.0, chance).argmax(1)[:, None]
+        others = np.take_along_axis(others, best, 1)[:, 0]
+        return mx.array(np.stack((positions, others)).astype(np.int32))
 
     def verdict(self, parent: Tensor, latent: Tensor) -> Tensor:
-        """parent and latent (..., D) -> logits (...) that the backbone accepts the draft that ends there."""
+        """parent, latent (..., D) -> logits (...) that a draft which ends there is accepted."""
         pair = mx.concatenate((mx.broadcast_to(parent, latent.shape), latent), -1)
         return self.verifier(pair).squeeze(-1).astype(mx.float32)
 
-    def forward(self, hidden: Tensor, best: Tensor, ids: Tensor, inputs: Tensor) -> dict[str, Tensor]:
-        """hidden (B, T, D), best (B, T) the backbone's choices, ids (B, T + 1) -> terms per group of rows."""
-        args, (at, other), group = self.args, inputs, self.args.row_group
-        states, near = mx.stop_gradient(hidden), at[:, None] + mx.arange(args.block_size)
-        parent = (hidden if args.heads_grad else states)[:, at]  # (B, K, D)
-        text = ids[:, near + 1]  # (B, K, b)
-        future = states[:, at + args.block_size]
+    def forward(self, hidden: Tensor, best: Tensor, ids: Tensor, inputs: Tensor) -> dict:
+        """hidden (B, T, D), best (B, T) the backbone's choices, ids (B, T + 1) -> terms per group
+        of rows."""
+        args, group = self.args, self.args.row_group
+        positions, others = inputs
+        states = mx.stop_gradient(hidden)
+        ahead = positions[:, None] + mx.arange(args.block_size)
+        parent = (hidden if args.heads_grad else states)[:, positions]  # (B, K, D)
+        text = ids[:, ahead + 1]  # (B, K, b)
+        future = states[:, positions + args.block_size]
+        wanted = future.astype(mx.float32)
 
         def mean(x: Tensor) -> Tensor:
             return x.astype(mx.float32).reshape(len(ids) // group, -1).mean(1)
+        # drafter and judge
         slots = self.drafter.slots(parent.flatten(0, 1), text.flatten(0, 1))
         slots = mx.unflatten(slots, 0, text.shape[:2])
         logits = self.drafter.head(slots[:, :, :-1])  # (B, K, b, V)
         nats = nn.losses.cross_entropy(logits, text)
-        judge, endpoint = (mean((guess.astype(mx.float32) - future.astype(mx.float32)).square())
-                           for guess in (self.judge(parent), self.drafter.latent(slots[:, :, -1])))
-        spread = future.astype(mx.float32).reshape(len(judge), -1, future.shape[-1]).var(1).mean(-1)
-
+        guesses = self.judge(parent), self.drafter.latent(slots[:, :, -1])
+        judge, endpoint = (mean((x.astype(mx.float32) - wanted).square()) for x in guesses)
+        spread = wanted.reshape(len(judge), -1, future.shape[-1]).var(1).mean(-1)
+        # verifier
         drafts = self.drafter.draft(mx.stop_gradient(parent).flatten(0, 1), 2)
         tokens, _, latents = (mx.unflatten(part, 0, text.shape[:2]) for part in drafts)
-        whole, known, taken = accepted(tokens, text, best[:, near])  # (B, K, 2)
+        whole, known, taken = accepted(tokens, text, best[:, ahead])  # (B, K, 2)
         real = self.verdict(parent[:, :, None], latents)
-        strange = [states[:, other]]
+        strange = [states[:, others]]
         if group > 1:  # the same times of the next row
-            strange.append(mx.roll(mx.unflatten(future, 0, (-1, group)), 1, 1).flatten(0, 1))
-        fake = mx.logaddexp(mx.stack([self.verdict(parent, latent) for latent in strange], 1), 0.0)
+            groups = mx.unflatten(future, 0, (-1, group))
+            strange.append(mx.roll(groups, 1, 1).flatten(0, 1))
+        verdicts = [self.verdict(parent, x) for x in strange]
+        fake = mx.logaddexp(mx.stack(verdicts, 1), 0.0)
         wrong = known * nn.losses.binary_cross_entropy(real, whole, reduction="none")
         wrong = mean(wrong) / mx.maximum(mean(known), 1e-6)
-        terms = {"drafter": mean(nats), "jepa": (judge + endpoint) / 2, "verifier": (wrong + mean(fake)) / 2}
-        shown = {"first": mean(nats[..., 0]), "last": mean(nats[..., -1]), "judge": judge,
-                 "endpoint": endpoint, "spread": spread, "known": mean(known), "whole": mean(whole),
-                 "right": mean(known * ((real > 0) == (whole > 0))), "greedy_known": mean(known[..., 0]),
-                 "greedy_whole": mean(whole[..., 0]), "greedy_bytes": mean(taken[..., 0])}
+
+        terms = {"drafter": mean(nats), "jepa": (judge + endpoint) / 2,
+                 "verifier": (wrong + mean(fake)) / 2}
+        shown = {
+            "first": mean(nats[..., 0]), "last": mean(nats[..., -1]),
+            "judge": judge, "endpoint": endpoint, "spread": spread,
+            "known": mean(known), "whole": mean(whole),
+            "right": mean(known * ((real > 0) == (whole > 0))),
+            "greedy_known": mean(known[..., 0]), "greedy_whole": mean(whole[..., 0]),
+            "greedy_bytes": mean(taken[..., 0]),
+        }
         return terms | {name: mx.stop_gradient(value) for name, value in shown.items()}
 
     def weights(self, progress: float) -> dict[str, float]:
         args = self.args
-        return {"drafter": args.drafter_weight, "jepa": args.jepa_weight, "verifier": args.verifier_weight}
+        return {"drafter": args.drafter_weight, "jepa": args.jepa_weight,
+                "verifier": args.verifier_weight}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
-        """drafter_*: nats a byte, of all slots, the first, the last; *_r2 of judge and endpoint latent, and
-        latent_var, the variance of what they foresee; verifier_acc on labelled drafts and verifier_base, that
-        of the better constant answer; of greedy drafts draft_accepted, the accepted share of those whose end
-        is known, draft_unknown, the share of the others, draft_bytes, accepted bytes, as far as known."""
+        """drafter_*: nats a byte, of all slots, the first, the last. *_r2 of judge and endpoint
+        latent, and latent_var, the variance of what they foresee. verifier_acc on labelled drafts
+        and verifier_base, that of the better constant answer. Of greedy drafts draft_accepted, the
+        accepted share of those whose end is known, draft_unknown, the share of the others, and
+        draft_bytes, accepted bytes, as far as known."""
         if not means:
             return {}
         known, variance = max(means["known"], 1e-9), max(means["spread"], 1e-12)
         base = means["whole"] / known
-        return {"drafter_loss": means["drafter"], "drafter_first": means["first"],
-                "drafter_last": means["last"], "judge_mse": means["judge"],
-                "judge_r2": 1 - means["judge"] / variance, "endpoint_r2": 1 - means["endpoint"] / variance,
-                "latent_var": means["spread"],
-                "verifier_loss": means["verifier"], "verifier_acc": means["right"] / known,
-                "verifier_base": max(base, 1 - base), "draft_bytes": means["greedy_bytes"],
-                "draft_accepted": means["greedy_whole"] / max(means["greedy_known"], 1e-9),
-                "draft_unknown": 1 - means["greedy_known"]}
 
-    def exported(self) -> tuple[str, ...]:
-        return ("",) if self.args.export_heads else ()
+        return {
+            "drafter_loss": means["drafter"], "drafter_first": means["first"],
+            "drafter_last": means["last"], "judge_mse": means["judge"],
+            "judge_r2": 1 - means["judge"] / variance,
+            "endpoint_r2": 1 - means["endpoint"] / variance,
+            "latent_var": means["spread"], "verifier_loss": means["verifier"],
+            "verifier_acc": means["right"] / known,
+            "verifier_base": max(base, 1 - base), "draft_bytes": means["greedy_bytes"],
+            "draft_accepted": means["greedy_whole"] / max(means["greedy_known"], 1e-9),
+            "draft_unknown": 1 - means["greedy_known"],
+        }
+
+
+@check
+def check_drafter(args: Hyperparameters) -> None:
+    spare = args.drafter_dim % args.drafter_heads
+    forbid(spare, args, "drafter_dim drafter_heads", "heads of whole width")
+    too_long = args.block_size + 2 > args.train_seq_len
+    forbid(too_long, args, "train_seq_len block_size", "a row must hold the drafted ids")
 
 
 # -----------------------------------------------------------------------------
@@ -1064,24 +1258,12 @@ class RMSNorm(Module, nn.RMSNorm):
         return mx.fast.rms_norm(x, self.weight.astype(x.dtype), self.eps)
 
 
-class CastedLinear(Module, nn.Linear):
-    """fp32 weight, multiplied in the dtype of the input; no bias. `watch` is shown the inputs."""
-
-    watch = None
-
-    def __init__(self, dim_in: int, dim_out: int):
-        super().__init__(dim_in, dim_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.watch is not None:
-            self.watch(x)
-        return x @ self.weight.astype(x.dtype).T
-
-
 def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
-    """Periods of the rotated pairs of dimensions, in positions a radian: (r / 2,), r the rotated dimensions.
-    From float64: nn.RoPE's are exponentials in fp32, whose last digits long rows multiply by thousands.
-    Windows longer than TRAIN_SEQ_LEN grow the base by (length / train_seq_len)^(r / (r - 2)) (NTK)."""
+    """Periods of the rotated pairs of dimensions, in positions a radian: (r / 2,), r the rotated ones.
+
+    From float64: nn.RoPE's are exponentials in fp32, whose last digits long rows multiply by
+    thousands. Windows longer than TRAIN_SEQ_LEN grow the base by
+    (length / train_seq_len)^(r / (r - 2)) (NTK scaling)."""
     dims = args.rope_dims or args.model_dim // args.num_heads
     base = args.rope_base
     if length > args.train_seq_len and dims > 2:
@@ -1090,38 +1272,118 @@ def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
 
 
 def rotate(x: Tensor, rotary: Tensor, first: int | Tensor = 0) -> Tensor:
-    """Half-split rotary on the first dimensions of x (B, H, T, d), whose positions begin at `first`, or are
-    those (T,), B being 1; rotary as of `rotary_tables`. The other way round than MLX: hence the sign."""
+    """Half-split rotary on the first dimensions of x (B, H, T, d), whose positions begin at `first`,
+    or are those (T,), B being 1; rotary as of `rotary_tables`. The torch script turns pairs the
+    other way round than MLX: hence the sign."""
     each = isinstance(first, Tensor)
-    x = mx.fast.rope(x.swapaxes(0, 2) if each else x, 2 * rotary.size, traditional=False, base=None,
-                     scale=-1.0, offset=first, freqs=rotary)
+    x = x.swapaxes(0, 2) if each else x
+    x = mx.fast.rope(x, 2 * rotary.size, traditional=False, base=None, scale=-1.0,
+                     offset=first, freqs=rotary)
     return x.swapaxes(0, 2) if each else x
 
 
+class KVCache:
+    """What decoding goes on from: keys and values of a window's positions, states of its Mamba
+    blocks.
+
+    `rewind` takes positions back. Attention can forget any; a Mamba block only those whose states
+    it kept: each one of the last read, if that had KEPT positions at most, else the one after."""
+
+    KEPT = 64
+
+    def __init__(self, model: GPT):
+        args, self.dtype = model.args, model.dtype
+        head_dim = args.model_dim // args.num_heads
+        self.mambas = [block for block in model.blocks if isinstance(block, MambaBlock)]
+        attentions = len(model.blocks) - len(self.mambas)
+        shape = (1, args.num_heads, args.eval_seq_len, head_dim)
+        self.layers = [[mx.zeros(shape, self.dtype)] * 2 for _ in range(attentions)]
+        self.rewind(0)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes keys and values of new positions (1, K, n, d); returns those of all."""
+        start, stop = mx.array([self.length]), self.length + k.shape[2]
+        kept = [mx.slice_update(old, new, start, (2,))
+                for old, new in zip(self.layers[layer], (k, v))]
+        self.layers[layer] = kept
+        return kept[0][:, :, :stop], kept[1][:, :, :stop]
+
+    def resume(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Inputs of a Mamba block's convolution and its state, both after the last position."""
+        mixed, states = self.tails[layer]
+        return mixed[:, 1 - self.mambas[layer].taps :], states[-1]
+
+    def keep(self, layer: int, mixed: Tensor, states: list[Tensor]) -> None:
+        """mixed (1, taps - 1 + n, C), and n + 1 states, the first that after `first` positions."""
+        self.tails[layer] = mixed, states
+
+    def advance(self, count: int) -> None:
+        """`count` positions have been read."""
+        self.first = self.length if count <= self.KEPT else self.length + count
+        self.length += count
+
+    def gather(self, start: int, rows: list[int]) -> None:
+        """Of what was read after `start` positions keeps only these rows: a path of a tree."""
+        if rows != list(range(len(rows))):
+            path, first = mx.array([start + row for row in rows]), mx.array([start])
+            self.layers = [[mx.slice_update(x, x[:, :, path], first, (2,)) for x in pair]
+                           for pair in self.layers]
+        self.rewind(start + len(rows))
+
+    def rewind(self, length: int) -> None:
+        """Forgets all after the first `length` positions: 0, or any from `first` on."""
+        if length == 0:
+            starts = [block.start(1, self.dtype) for block in self.mambas]
+            self.tails = [(tail, [state]) for tail, state in starts]
+            self.first = self.length = 0
+        elif not (self.first if self.mambas else 0) <= length <= self.length:
+            raise ValueError(f"cannot go back to {length} of {self.length} positions, "
+                             f"only to {self.first}")
+        kept = length - self.first + 1
+        self.tails = [(mixed[:, : block.taps - 2 + kept], states[:kept])
+                      for block, (mixed, states) in zip(self.mambas, self.tails)]
+        self.length = length
+
+
+@check
+def check_heads(args: Hyperparameters) -> None:
+    head_dim, spare = divmod(args.model_dim, args.num_heads)
+    forbid(spare, args, "model_dim num_heads", "heads of whole width")
+    odd = args.positions == "rope" and head_dim % 2
+    forbid(odd, args, "model_dim num_heads", f"a head of {head_dim}: rotary needs pairs")
+    unfit = args.rope_dims % 2 or args.rope_dims > head_dim
+    forbid(unfit, args, "rope_dims num_heads", f"an even number, at most a head's {head_dim}")
+
+
 class CausalSelfAttention(Module):
-    """Each head has keys and values of its own. `layer` counts the attention of a stack, for its cache.
-    `rotary`: the tables and the positions, as `rotate` takes them."""
+    """Each head has keys and values of its own. `layer` counts the attentions of a stack; `rotary`
+    holds the tables and the positions, as `rotate` takes them."""
+
     watch = None
 
     def __init__(self, dim: int, heads: int, layer: int, attention: str):
         super().__init__()
-        self.layer, self.head_dim = layer, dim // heads
+        self.layer = layer
+        self.head_dim = dim // heads
         self.c_q = CastedLinear(dim, dim)
         self.c_k = CastedLinear(dim, dim)
         self.c_v = CastedLinear(dim, dim)
         self.proj = CastedLinear(dim, dim)
         self.attend = ATTENTION[attention]
 
-    def forward(self, x: Tensor, rotary: tuple | None, where=None, past: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple | None, mask=None, past=None) -> Tensor:
         if self.watch is not None:
             self.watch(x)
-        weight = mx.concatenate([layer.weight for layer in (self.c_q, self.c_k, self.c_v)])
+        layers = self.c_q, self.c_k, self.c_v
+        weight = mx.concatenate([layer.weight for layer in layers])
         parts = mx.split(x @ weight.astype(x.dtype).T, 3, axis=-1)  # one wide product
         q, k, v = (mx.unflatten(part, -1, (-1, self.head_dim)).swapaxes(1, 2) for part in parts)
         if rotary is not None:  # (B, H, T, d)
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        k, v = past.extend(self.layer, k, v) if past else (k, v)
-        return self.proj(self.attend(q, k, v, where).swapaxes(1, 2).flatten(2))
+        if past is not None:
+            k, v = past.extend(self.layer, k, v)
+        y = self.attend(q, k, v, mask)
+        return self.proj(y.swapaxes(1, 2).flatten(2))
 
 
 class MLP(Module):
@@ -1140,20 +1402,24 @@ class MLP(Module):
 class Block(Module):
     def __init__(self, dim: int, heads: int, hidden: int, layer: int, attention: str):
         super().__init__()
-        self.attn_norm, self.attn = RMSNorm(dim), CausalSelfAttention(dim, heads, layer, attention)
-        self.mlp_norm, self.mlp = RMSNorm(dim), MLP(dim, hidden)
+        self.attn_norm = RMSNorm(dim)
+        self.attn = CausalSelfAttention(dim, heads, layer, attention)
+        self.mlp_norm = RMSNorm(dim)
+        self.mlp = MLP(dim, hidden)
 
-    def forward(self, x: Tensor, rotary: tuple | None, where=None, past: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rotary, where, past)
+    def forward(self, x: Tensor, rotary: tuple | None, mask=None, past=None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rotary, mask, past)
         return x + self.mlp(self.mlp_norm(x))
 
 
 def ssd_steps(x: Tensor, dt: Tensor, rate: Tensor, write: Tensor, read: Tensor,
               state: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The recurrence itself: S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t, from `state` on.
+    """The recurrence itself, from `state` on: S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t =
+    S_t C_t.
 
-    x (B, T, H, P), dt (B, T, H), A = rate (H,) < 0, B and C = write and read (B, T, N), state (B, H, P, N),
-    all fp32 -> y (B, T, H, P), and the states before the first position and after each."""
+    x (B, T, H, P), dt (B, T, H), A = rate (H,) < 0, B and C = write and read (B, T, N), state
+    (B, H, P, N), all fp32 -> y (B, T, H, P), and the states before the first position and after
+    each."""
     fall = mx.exp(dt * rate)[..., None, None]
     new = mx.einsum("bth,bthp,btn->bthpn", dt, x, write)
     states = [state]
@@ -1162,65 +1428,85 @@ def ssd_steps(x: Tensor, dt: Tensor, rate: Tensor, write: Tensor, read: Tensor,
     return mx.einsum("bthpn,btn->bthp", mx.stack(states[1:], 1), read), states
 
 
+def decay(sums: Tensor) -> Tensor:
+    """sums (..., n) -> (..., n, n): exp(sums_t - sums_s) for s <= t, else 0."""
+    past = mx.tri(sums.shape[-1], dtype=mx.bool_)
+    return mx.exp(mx.where(past, sums[..., None] - sums[..., None, :], -mx.inf))
+
+
 def ssd(x: Tensor, dt: Tensor, rate: Tensor, write: Tensor, read: Tensor, state: Tensor,
         size: int) -> tuple[Tensor, Tensor]:
-    """`ssd_steps` in chunks of `size` positions, all at once (Dao & Gu 2024, section 6) -> y, the last state.
+    """`ssd_steps` in chunks of `size` positions, all at once (Dao & Gu 2024, section 6) -> y, the
+    last state.
 
     With c_t the sum of log decays from a chunk's start to t, y_t = exp(c_t) S C_t + sum_{s<=t}
-    exp(c_t - c_s) (C_t . B_s) dt_s x_s, where S, the state before the chunk, sums over the chunks before."""
+    exp(c_t - c_s) (C_t . B_s) dt_s x_s, where S, the state before the chunk, sums over the chunks
+    before."""
     length = x.shape[1]
-    x, dt, write, read = (
-        mx.unflatten(mx.pad(part, [(0, 0), (0, -length % size)] + [(0, 0)] * (part.ndim - 2)), 1, (-1, size))
-        for part in (dt[..., None] * x, dt, write, read))  # (B, C, L, ...); dt 0: no step
-    x, log = x.swapaxes(2, 3), (dt * rate).swapaxes(2, 3).cumsum(-1)  # (B, C, H, L, P) and (B, C, H, L)
-    ends = mx.pad(log[..., -1].cumsum(1), ((0, 0), (1, 0), (0, 0))).swapaxes(1, 2)  # (B, H, C + 1)
 
-    def decay(sums: Tensor) -> Tensor:
-        """(..., n) -> (..., n, n): exp(sums_t - sums_s) for s <= t, else 0."""
-        past = mx.tri(sums.shape[-1], dtype=mx.bool_)
-        return mx.exp(mx.where(past, sums[..., None] - sums[..., None, :], -mx.inf))
-    left = mx.exp(log[..., -1:] - log)[..., None] * x  # what is left of each input at its chunk's end
+    def chunks(part: Tensor) -> Tensor:
+        """(B, T, ...) -> (B, C, L, ...); the last chunk is filled with 0: dt 0 changes nothing."""
+        padding = [(0, 0), (0, -length % size)] + [(0, 0)] * (part.ndim - 2)
+        return mx.unflatten(mx.pad(part, padding), 1, (-1, size))
+
+    x, dt, write, read = (chunks(part) for part in (dt[..., None] * x, dt, write, read))
+    x = x.swapaxes(2, 3)  # (B, C, H, L, P)
+    log = (dt * rate).swapaxes(2, 3).cumsum(-1)  # (B, C, H, L)
+    ends = mx.pad(log[..., -1].cumsum(1), ((0, 0), (1, 0), (0, 0))).swapaxes(1, 2)  # (B, H, C + 1)
+    # states before each chunk, and after the last
+    left = mx.exp(log[..., -1:] - log)[..., None] * x  # of each input at its chunk's end
     sums = mx.concatenate((state[:, None], mx.einsum("bchlp,bcln->bchpn", left, write)), 1)
-    states = mx.einsum("bhzc,bchpn->bzhpn", decay(ends), sums)  # before each chunk, and behind the last
+    states = mx.einsum("bhzc,bchpn->bzhpn", decay(ends), sums)
+    # outputs, from the own chunk and from those before
     y = ((read @ write.swapaxes(2, 3))[:, :, None] * decay(log)) @ x
-    y = y + mx.exp(log)[..., None] * mx.einsum("bcln,bchpn->bchlp", read, states[:, :-1])
+    before = mx.einsum("bcln,bchpn->bchlp", read, states[:, :-1])
+    y = y + mx.exp(log)[..., None] * before
     return y.swapaxes(2, 3).flatten(1, 2)[:, :length], states[:, -1]
 
 
 class MambaBlock(Module):
-    """A whole block of Mamba-2: (z, x, B, C, dt) = W_in RMSNorm(u); x, B and C through a causal convolution
-    and silu; the recurrence of `ssd_steps` and a skip D x; u + W_out RMSNorm(y silu(z)).
+    """A whole block of Mamba-2: (z, x, B, C, dt) = W_in RMSNorm(u); x, B and C through a causal
+    convolution and silu; the recurrence of `ssd_steps` and a skip D x; u + W_out RMSNorm(y silu(z)).
 
-    dt = softplus(. + bias) starts log-uniform in [1e-3, 0.1], A in -[1, 16], as Mamba-2 has it. The published
-    variant convolves x alone, adds x B^T without dt and decays it at once, S_t = a (S_{t-1} + x B^T), has no
-    norm before W_out, and begins with dt = ln 2, A = -1 ... -H: its head h keeps 2^-h of the current input,
-    so that most heads are all but dead and the others remember a few bytes."""
+    dt = softplus(. + bias) starts log-uniform in [1e-3, 0.1], A in -[1, 16], as Mamba-2 has it. The
+    published variant convolves only x, adds x B^T without dt and decays it at once,
+    S_t = a (S_{t-1} + x B^T), has no norm before W_out, and begins with dt = ln 2, A = -1 ... -H:
+    its head h keeps 2^-h of the current input, so that most heads are all but dead and the others
+    remember a few bytes."""
 
     def __init__(self, args: Hyperparameters, layer: int):
         super().__init__()
-        inner, state, taps = args.mamba_expand * args.model_dim, args.mamba_state, args.mamba_d_conv
-        self.layer, self.taps, self.chunk = layer, taps, args.mamba_chunk_size
-        self.heads, self.widths = inner // args.mamba_head_dim, (inner, inner + 2 * state)
+        inner, state = args.mamba_expand * args.model_dim, args.mamba_state
+        self.layer, self.chunk = layer, args.mamba_chunk_size
+        self.taps = args.mamba_d_conv
+        self.heads = inner // args.mamba_head_dim
+        self.widths = (inner, inner + 2 * state)  # of z; of x, B and C
         self.state_shape = self.heads, args.mamba_head_dim, state
+
         self.norm = RMSNorm(args.model_dim)
         self.in_proj = CastedLinear(args.model_dim, sum(self.widths) + self.heads)
-        self.conv_weight = mx.zeros((self.widths[1], taps))
+        self.conv_weight = mx.zeros((self.widths[1], self.taps))
         self.conv_bias = mx.zeros(self.widths[1])
-        self.dt_bias, self.A_log, self.D = (mx.ones(self.heads) for _ in range(3))
+        self.dt_bias = mx.ones(self.heads)
+        self.A_log = mx.ones(self.heads)
+        self.D = mx.ones(self.heads)
         self.out_norm = RMSNorm(inner)
         self.out_proj = CastedLinear(inner, args.model_dim)
 
-    def forward(self, x: Tensor, rotary: tuple | None, where=None, past: KVCache | None = None) -> Tensor:
-        inner, wide = self.widths
-        z, mixed, dt = mx.split(self.in_proj(self.norm(x)), (inner, inner + wide), axis=-1)
+    def forward(self, x: Tensor, rotary: tuple | None, mask=None, past=None) -> Tensor:
+        width, mixed_width = self.widths
+        edges = width, width + mixed_width
+        z, mixed, dt = mx.split(self.in_proj(self.norm(x)), edges, axis=-1)
         tail, state = past.resume(self.layer) if past else self.start(len(x), x.dtype)
         mixed = mx.concatenate((tail, mixed), 1)  # (B, taps - 1 + T, I + 2N)
-        weight, bias = self.conv_weight[..., None].astype(x.dtype), self.conv_bias.astype(x.dtype)
-        seen = silu(mx.conv1d(mixed, weight, groups=wide) + bias).astype(mx.float32)
-        inner, *sides = mx.split(seen, (inner, inner + self.state_shape[2]), axis=-1)
+        weight = self.conv_weight[..., None].astype(x.dtype)
+        bias = self.conv_bias.astype(x.dtype)
+        seen = silu(mx.conv1d(mixed, weight, groups=mixed_width) + bias).astype(mx.float32)
+        inner, write, read = mx.split(seen, (width, width + self.state_shape[2]), axis=-1)
         inner = mx.unflatten(inner, -1, self.state_shape[:2])  # (B, T, H, P)
+
         dt = mx.logaddexp(dt.astype(mx.float32) + self.dt_bias, 0.0)
-        parts = inner, dt, -mx.exp(self.A_log), *sides, state
+        parts = inner, dt, -mx.exp(self.A_log), write, read, state
         if past and x.shape[1] <= past.KEPT:
             y, states = ssd_steps(*parts)
             past.keep(self.layer, mixed, states)
@@ -1237,83 +1523,51 @@ class MambaBlock(Module):
         return tail, mx.zeros((batch, *self.state_shape))
 
 
-class KVCache:
-    """What decoding goes on from: keys and values of a window's positions, states of its Mamba blocks.
+@check
+def check_mamba(args: Hyperparameters) -> None:
+    inner = args.mamba_expand * args.model_dim
+    spare = args.attn_every_n > 1 and inner % args.mamba_head_dim
+    forbid(spare, args, "model_dim mamba_expand mamba_head_dim", f"whole heads in {inner} channels")
 
-    `rewind` takes positions back. Attention can forget any; a Mamba block only as far as it kept its states:
-    each one of the last read, if that had KEPT positions at most, else the one behind it."""
 
-    KEPT = 64
-
-    def __init__(self, model: GPT):
-        args, self.dtype = model.args, model.dtype
-        window = 1, args.num_heads, args.eval_seq_len, args.model_dim // args.num_heads
-        self.mambas = [block for block in model.blocks if isinstance(block, MambaBlock)]
-        attends = len(model.blocks) - len(self.mambas)
-        self.layers = [[mx.zeros(window, self.dtype)] * 2 for _ in range(attends)]
-        self.rewind(0)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes keys and values of new positions (1, K, n, d); returns those of all."""
-        at, stop = mx.array([self.length]), self.length + k.shape[2]
-        kept = [mx.slice_update(old, new, at, (2,)) for old, new in zip(self.layers[layer], (k, v))]
-        self.layers[layer] = kept
-        return kept[0][:, :, :stop], kept[1][:, :, :stop]
-
-    def resume(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Inputs of a Mamba block's convolution and its state, both behind the last position."""
-        mixed, states = self.tails[layer]
-        return mixed[:, 1 - self.mambas[layer].taps :], states[-1]
-
-    def keep(self, layer: int, mixed: Tensor, states: list[Tensor]) -> None:
-        """mixed (1, taps - 1 + n, C), and n + 1 states, the first of them that after `first` positions."""
-        self.tails[layer] = mixed, states
-
-    def advance(self, count: int) -> None:
-        """`count` positions have been read."""
-        self.first = self.length if count <= self.KEPT else self.length + count
-        self.length += count
-
-    def gather(self, start: int, rows: list[int]) -> None:
-        """Of what was read behind `start` positions keeps these rows alone: a path of a tree, in order."""
-        if rows != list(range(len(rows))):
-            at, where = mx.array([start + row for row in rows]), mx.array([start])
-            self.layers = [[mx.slice_update(x, x[:, :, at], where, (2,)) for x in pair]
-                           for pair in self.layers]
-        self.rewind(start + len(rows))
-
-    def rewind(self, length: int) -> None:
-        """Forgets what was read behind the first `length` positions: 0, or any from `first` on."""
-        if length == 0:
-            self.tails = [(tail, [state]) for tail, state in
-                          (block.start(1, self.dtype) for block in self.mambas)]
-            self.first = self.length = 0
-        elif not (self.first if self.mambas else 0) <= length <= self.length:
-            raise ValueError(f"cannot go back to {length} of {self.length} positions, only to {self.first}")
-        kept = length - self.first + 1
-        self.tails = [(mixed[:, : block.taps - 2 + kept], states[:kept])
-                      for block, (mixed, states) in zip(self.mambas, self.tails)]
-        self.length = length
+@check
+def check_positions(args: Hyperparameters) -> None:
+    learned = args.positions == "learned"
+    too_long = learned and args.train_seq_len > args.max_seq_len
+    forbid(too_long, args, "train_seq_len max_seq_len", "the table of positions is shorter")
+    untrained = learned and args.eval_seq_len > args.train_seq_len
+    forbid(untrained, args, "eval_seq_len train_seq_len",
+           "learned positions end with the training row; POSITIONS=rope goes on")
 
 
 class GPT(Module):
-    """The network. `losses` gives every loss term of a batch in one forward, `logits` what scoring needs."""
+    """The network: `losses` gives all loss terms of a batch in one forward, `logits` scores.
+    """
 
-    def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype: mx.Dtype = mx.float32):
+    def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype=mx.float32):
         super().__init__()
-        self.args, self.dtype, dim = args, dtype, args.model_dim
+        self.args, self.dtype = args, dtype
+        dim = args.model_dim
         layers = args.num_layers if args.arch == "sgjm" else args.baseline_layers
-        attends = [(i + 1) % args.attn_every_n == 0 for i in range(layers)]
         self.tok_emb = nn.Embedding(args.vocab_size, dim)
-        self.pos_emb = nn.Embedding(args.max_seq_len, dim) if args.positions == "learned" else None
-        self.blocks = [Block(dim, args.num_heads, args.ff_dim, sum(attends[:i]), attention) if attends[i]
-                       else MambaBlock(args, i - sum(attends[:i])) for i in range(layers)]
+        learned = args.positions == "learned"
+        self.pos_emb = nn.Embedding(args.max_seq_len, dim) if learned else None
+        # each nth block attends
+        self.blocks = []
+        attentions = 0
+        for i in range(layers):
+            if (i + 1) % args.attn_every_n == 0:
+                block = Block(dim, args.num_heads, args.ff_dim, attentions, attention)
+                self.blocks.append(block)
+                attentions += 1
+            else:
+                self.blocks.append(MambaBlock(args, i - attentions))
         self.norm = RMSNorm(dim)
         self.aux = SpeculativeHeads(args) if args.arch == "sgjm" else None
         self.set_rotary()
 
     def set_rotary(self) -> None:
-        """Tables for training and scoring windows, which may have different lengths; None if learned."""
+        """Tables for training and scoring windows, which may have different lengths; or None."""
         self.rotary_train = self.rotary_eval = None
         if self.pos_emb is None:
             self.rotary_train = rotary_tables(self.args.train_seq_len, self.args)
@@ -1321,66 +1575,82 @@ class GPT(Module):
             self.freeze(recurse=False, keys=["rotary_train", "rotary_eval"])
 
     def init_weights(self, seed: int) -> None:
-        """Normal matrices and embeddings, as published; Mamba's own tensors as in Mamba-2. The heads come
-        last: the backbone is the same without them."""
+        """Normal matrices and embeddings, as published; Mamba's own tensors as in Mamba-2. The
+        heads come last: the backbone is the same without them."""
         mx.random.seed(seed)
         found = {}
         for name, p in self.named_parameters().items():
-            kind, bound = name.rpartition(".")[2], p.shape[-1] ** -0.5
+            kind = name.rpartition(".")[2]
             if kind == "A_log":
                 found[name] = mx.log(mx.random.uniform(1, 16, p.shape))
             elif kind == "dt_bias":
                 dt = mx.exp(mx.random.uniform(math.log(1e-3), math.log(0.1), p.shape))
                 found[name] = dt + mx.log(-mx.expm1(-dt))  # the inverse of softplus
             elif kind == "conv_weight":
+                bound = p.shape[1] ** -0.5
                 found[name] = mx.random.uniform(-bound, bound, p.shape)
             elif p.ndim == 2:
                 found[name] = mx.random.normal(p.shape, scale=self.args.init_std)
+
         update_parameters(self, found)
         mx.eval(self.parameters())
 
     def hidden(self, ids: Tensor, rotary: Tensor | None, past: KVCache | None = None,
                tree: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """ids (B, T) -> normalised states (B, T, D). With `past`, ids (1, n) are those that follow it; with
-        `tree`, of which each attention sees its own path alone: depths (n,) from 0, and sees (n, n)."""
-        known, where = past.length if past else 0, None
-        first = known if tree is None else known + tree[0]
+        """ids (B, T) -> states (B, T, D), as the head reads them, normalised.
+
+        With `past`, ids (1, n) are those that follow it. With `tree`, each sees only its own path:
+        depths (n,) from 0, and who sees whom (n, n)."""
+        known = past.length if past else 0
+        if tree is None:
+            first, positions = known, slice(known, known + ids.shape[1])
+        else:
+            first = positions = known + tree[0]
         x = self.tok_emb.weight[ids]
         if self.pos_emb is not None:
-            x = x + self.pos_emb.weight[slice(known, known + ids.shape[1]) if tree is None else first]
-        if tree is not None:
-            where = mx.pad(tree[1], ((0, 0), (known, 0)), constant_values=True)[None, None]
-        x, rotary = x.astype(self.dtype), None if rotary is None else (rotary, first)
+            x = x + self.pos_emb.weight[positions]
+        x = x.astype(self.dtype)
+
+        mask = self.attention_mask(ids, past, tree)
+        rotary = None if rotary is None else (rotary, first)
         for block in self.blocks:
-            x = block(x, rotary, where, past)
+            x = block(x, rotary, mask, past)
         if past:
             past.advance(ids.shape[1])
         return self.norm(x)
 
+    def attention_mask(self, ids: Tensor, past: KVCache | None, tree: tuple | None):
+        """The `mask` of the attention rungs: None where plain causal attention is wanted, which
+        here holds for the last positions of a window, too."""
+        if past is None or tree is None:
+            return None
+        return mx.pad(tree[1], ((0, 0), (past.length, 0)), constant_values=True)[None, None]
+
     def exported(self) -> dict[str, Tensor]:
-        """Parameters that scoring needs, by name; what only training uses never reaches an artifact."""
-        kept = () if self.aux is None else tuple(f"aux.{prefix}" for prefix in self.aux.exported())
-        found = self.named_parameters().items()
-        return {n: p for n, p in found if not n.startswith("aux.") or n.startswith(kept)}
+        """Parameters that scoring needs, by name; the heads with EXPORT_HEADS=1."""
+        named, heads = self.named_parameters().items(), self.args.export_heads
+        return {name: p for name, p in named if heads or not name.startswith("aux.")}
 
     def head(self, x: Tensor) -> Tensor:
         """States -> logits in fp32."""
         return (x @ self.tok_emb.weight.astype(x.dtype).T).astype(mx.float32)
 
-    def losses(self, ids: Tensor, weights: Tensor, aux_inputs: Tensor | None) -> dict[str, Tensor]:
-        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats over all targets, and auxiliary terms."""
-        x = self.hidden(ids[:, :-1], self.rotary_train)
+    def losses(self, ids: Tensor, weights: Tensor, aux_inputs=None) -> dict[str, Tensor]:
+        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats of all targets, other terms."""
+        x, terms = self.hidden(ids[:, :-1], self.rotary_train), {}
         logits = self.head(x)
-        sums = {"ce": (nn.losses.cross_entropy(logits, ids[:, 1:]).sum(1) * weights).sum()}
-        best = mx.stop_gradient(logits).argmax(-1)
-        terms = {} if aux_inputs is None else self.aux(x, best, ids, aux_inputs)
-        for name, value in terms.items():  # one value a group; the weights inside a group are equal
+        nats = nn.losses.cross_entropy(logits, ids[:, 1:])
+        sums = {"ce": (nats.sum(1) * weights).sum()}
+        if aux_inputs is not None:
+            best = mx.stop_gradient(logits).argmax(-1)
+            terms = self.aux(x, best, ids, aux_inputs)
+        for name, value in terms.items():  # one value a group, whose weights are equal
             sums[name] = (value * weights.reshape(len(value), -1).mean(1)).sum()
         return sums
 
-    def gradients(self, params: dict[str, Tensor], shares: dict[str, Tensor], ids: Tensor, weights: Tensor,
-                  aux_inputs: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(sums of `losses`, {name: gradient of the sums, each times its share} for each of `params`), fp32.
+    def gradients(self, params: dict[str, Tensor], shares: dict[str, Tensor], ids: Tensor,
+                  weights: Tensor, aux_inputs: Tensor | None) -> tuple[dict, dict]:
+        """(sums of `losses`, {name: gradient of the sums, each times its share, for `params`}), fp32.
         A term without a share, not one with a share of 0, costs no backward."""
         def weighted(params: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             update_parameters(self, params)
@@ -1390,11 +1660,12 @@ class GPT(Module):
         update_parameters(self, params)
         return sums, found
 
-    def logits(self, ids: Tensor, take: Tensor, span: int) -> Tensor:
-        """fp32 logits (B, span, V) of positions take[b] ... take[b] + span - 1 in row b of ids (B, T)."""
+    def logits(self, ids: Tensor, first: Tensor, span: int) -> Tensor:
+        """fp32 (B, span, V) of positions first[b] ... first[b] + span - 1 in row b of ids (B, T)."""
         x = self.hidden(ids, self.rotary_eval)
-        where = take[:, None] + mx.arange(span)
-        return self.head(mx.take_along_axis(x, where[..., None], axis=1).astype(mx.float32))
+        positions = first[:, None] + mx.arange(span)
+        x = mx.take_along_axis(x, positions[..., None], axis=1)
+        return self.head(x.astype(mx.float32))
 
 
 # Functions of the class: a compiled graph takes their place where it pays.
@@ -1406,42 +1677,61 @@ training_gradients, scoring_logits = GPT.gradients, GPT.logits
 # -----------------------------------------------------------------------------
 
 
+def rate_at(progress: float, args: Hyperparameters) -> float:
+    """Share of the peak rate at `progress` in [0, 1]: flat, then linear down to MIN_LR, reached at
+    1.
+
+    Progress is max(step share, time share), so the rate is at its floor at the end whichever limit
+    ends the run (#832 stopped at 17 % of its peak, defect A4)."""
+    fall = args.warmdown_iters / args.iterations
+    left = min(1.0, (1.0 - progress) / fall) if fall else 1.0
+    return args.min_lr + (1.0 - args.min_lr) * max(0.0, left)
+
+
 def newton_schulz(matrices: Tensor, steps: int, dtype: mx.Dtype) -> Tensor:
-    """Each matrix of (n, r, c) becomes about U V^T of its SVD: the quintic iteration of Muon (K. Jordan)."""
+    """Each of (n, r, c) becomes about U V^T of its SVD: the quintic iteration of Muon (K. Jordan)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.swapaxes(1, 2) if tall else matrices).astype(dtype)
     x = x / (mx.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.swapaxes(1, 2)
-        x = mx.addmm(x, mx.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        polynomial = mx.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = mx.addmm(x, polynomial, x, beta=a)
     return (x.swapaxes(1, 2) if tall else x).astype(mx.float32)
 
 
 class Muon:
-    """Momentum, then orthogonalisation: every update of a matrix has singular values near 1, times its rate.
+    """Momentum, then orthogonalisation: singular values of an update are near 1, times its rate.
 
     Matrices of equal shape form one stack; every rank works on all of them.
-    update = NS(g + mu m), m <- mu m + g; p <- (1 - rate wd) p - rate sqrt(max(1, r / c)) update.
-    By hand: mlx.optimizers.Muon weighs the gradient by 1 - mu, which is another method while mu warms up,
-    adds the decay to the gradient instead of the weight, and takes one matrix at a time."""
+    update = NS(g + mu m), m <- mu m + g;
+    p <- (1 - rate wd) p - rate sqrt(max(1, r / c)) update.
+    By hand, since mlx.optimizers.Muon weighs the gradient by 1 - mu, which is another method
+    while mu warms up, adds the decay to the gradient instead of the weight, and takes one
+    matrix at a time."""
 
     def __init__(self, params: dict[str, Tensor], args: Hyperparameters, dtype: mx.Dtype):
-        self.args, self.dtype = args, mx.bfloat16 if dtype == mx.bfloat16 else mx.float32
+        self.args = args
+        self.dtype = mx.bfloat16 if dtype == mx.bfloat16 else mx.float32
         shapes = dict.fromkeys(p.shape for p in params.values())
-        stacks = [[name for name, p in params.items() if p.shape == shape] for shape in shapes]
-        self.stacks = sorted(stacks, key=lambda members: -len(members) * params[members[0]].size)
+        stacks = [[name for name, p in params.items() if p.shape == shape]
+                  for shape in shapes]
+        self.stacks = sorted(stacks, key=lambda names: -len(names) * params[names[0]].size)
 
     def step(self, params: dict, grads: dict, state: dict, rate: Tensor, momentum: Tensor) -> dict:
         """The weights after a step; `state` is brought forward in place."""
         found = {}
         for i, members in enumerate(self.stacks):
             share = mx.stack([grads[name] for name in members])
-            buffer = state[f"muon.{i}"] = momentum * state[f"muon.{i}"] + share
-            update = newton_schulz(share + momentum * buffer, self.args.muon_backend_steps, self.dtype)
+            buffer = momentum * state[f"muon.{i}"] + share
+            state[f"muon.{i}"] = buffer
+            share = share + momentum * buffer
+            update = newton_schulz(share, self.args.muon_backend_steps, self.dtype)
             factor = max(1.0, share.shape[1] / share.shape[2]) ** 0.5
             for name, part in zip(members, update):
-                found[name] = (1 - rate * self.args.muon_wd) * params[name] - rate * factor * part
+                kept = (1 - rate * self.args.muon_wd) * params[name]
+                found[name] = kept - rate * factor * part
         return found
 
     def state(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -1451,40 +1741,55 @@ class Muon:
 
 
 class Optimizers:
-    """Which parameter goes where, one step for all of them, and what a checkpoint needs of them.
+    """Every optimizer: one step for all of them, and what a checkpoint needs.
 
-    | kind   | parameters                                                 | method | rate          |
-    |--------|------------------------------------------------------------|--------|---------------|
-    | matrix | 2-D weights of blocks and heads                            | Muon   | MATRIX_LR     |
-    | embed  | embeddings of bytes and positions; the drafter's own       | AdamW  | TIED_EMBED_LR |
-    | scalar | norms, biases, convolutions, A_log, D                      | AdamW  | SCALAR_LR     |
+    group    parameters                                       optimizer  rate
+    matrix   2-D weights of blocks and heads                  Muon       MATRIX_LR
+    embed    embeddings of bytes and positions, the drafter's AdamW      TIED_EMBED_LR
+    scalar   norms, biases, convolutions, A_log, D            AdamW      SCALAR_LR, no decay
 
-    Backbone and heads are two parts, each with stacks and a gradient norm of its own: with HEADS_GRAD=0 the
-    backbone's weights do not depend on whether there are heads. (Published: AdamW for all, one rate, betas
-    0.9 and 0.95, weight decay 0.1 on every parameter, one gradient norm, of 1.)"""
+    Backbone and heads are two parts, each with stacks and a gradient norm of its own: with
+    HEADS_GRAD=0 the backbone's weights do not depend on whether there are heads. (Published: AdamW
+    for all, one rate, betas 0.9 and 0.95, weight decay 0.1 on every parameter, one gradient norm,
+    of 1.)
+
+    `moments`, the state of all of them, has the names that the torch script's checkpoints give."""
+
+    GROUPS = ("matrix", "embed", "scalar")
 
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
-        parts: dict[bool, dict[str, dict[str, Tensor]]] = {}
-        for name, p in model.named_parameters().items():
-            kinds = parts.setdefault(name.startswith("aux."), {"matrix": {}, "embed": {}, "scalar": {}})
-            kinds[self.group_of(name, p)][name] = p
-        self.muons = [Muon(kinds["matrix"], args, runtime.dtype) for kinds in parts.values()]
+        params = model.named_parameters()
+        parts: dict[bool, dict[str, list[str]]] = {}
+        for name, p in params.items():
+            fresh = {group: [] for group in self.GROUPS}
+            groups = parts.setdefault(name.startswith("aux."), fresh)
+            groups[self.group_of(name, p)].append(name)
+        self.muons = []
+        for groups in parts.values():
+            matrices = {name: params[name] for name in groups["matrix"]}
+            self.muons.append(Muon(matrices, args, runtime.dtype))
         self.muon = self.muons[0]
-        rates = {"embed": args.tied_embed_lr, "scalar": args.scalar_lr}
-        betas, decay = [args.beta1, args.beta2], args.adam_wd
-        self.adam = [(optim.AdamW(rate, betas, args.adam_eps, decay * (key == "embed"), bias_correction=True),
-                      rate, list(kinds[key])) for kinds in parts.values() for key, rate in rates.items()]
-        self.order = [name for *_, names in self.adam for name in names]  # of AdamW's parameters
-        self.parts = [[name for names in kinds.values() for name in names] for kinds in parts.values()]
+
+        rates = {"embed": (args.tied_embed_lr, args.adam_wd), "scalar": (args.scalar_lr, 0.0)}
+        betas = [args.beta1, args.beta2]
+        self.adam = []  # (AdamW, its peak rate, names)
+        for groups in parts.values():
+            for group, (rate, decay) in rates.items():
+                adam = optim.AdamW(rate, betas, args.adam_eps, decay, bias_correction=True)
+                self.adam.append((adam, rate, groups[group]))
+        self.order = [name for *_, names in self.adam for name in names]  # AdamW's
+        self.parts = [[name for names in groups.values() for name in names]
+                      for groups in parts.values()]
         self.apply = mx.compile(self.update) if runtime.compile else self.update
         self.fresh()
 
     def fresh(self) -> None:
         """Moments as before the first step."""
         params = self.model.named_parameters()
-        self.moments = {f"part{i}.{key}": value for i, muon in enumerate(self.muons)
-                        for key, value in muon.state(params).items()}
+        self.moments = {}
+        for i, muon in enumerate(self.muons):
+            self.moments |= {f"part{i}.{key}": value for key, value in muon.state(params).items()}
         for i, name in enumerate(self.order):
             self.moments[f"adam.{i}.step"] = mx.zeros(())
             for key in ("exp_avg", "exp_avg_sq"):
@@ -1503,33 +1808,44 @@ class Optimizers:
         return grads, mx.sqrt(mx.stack(squares))
 
     def step(self, step: int, progress: float, grads: dict[str, Tensor], norm: Tensor) -> None:
-        args, fall = self.args, rate_at(progress, self.args)
+        args = self.args
+        rate = rate_at(progress, args)
         warm = min(1.0, step / max(args.muon_momentum_warmup_steps, 1e-9))
         momentum = (1 - warm) * args.muon_momentum_warmup_start + warm * args.muon_momentum
-        numbers = {"norm": norm, "matrix": mx.array(args.matrix_lr * fall), "momentum": mx.array(momentum),
-                   "adam": [mx.array(rate * fall) for _, rate, _ in self.adam]}
-        params, self.moments = self.apply(self.model.named_parameters(), grads, self.moments, numbers)
+        numbers = {"norm": norm, "matrix": mx.array(args.matrix_lr * rate),
+                   "momentum": mx.array(momentum),
+                   "adam": [mx.array(peak * rate) for _, peak, _ in self.adam]}
+        params, self.moments = self.apply(
+            self.model.named_parameters(), grads, self.moments, numbers)
         update_parameters(self.model, params)
 
     def update(self, params: dict, grads: dict, moments: dict, numbers: dict) -> tuple[dict, dict]:
-        """(weights, moments) after a step: a function of arrays alone, to be compiled."""
+        """(weights, moments) after a step: a function of only arrays, to be compiled."""
         moments, found = dict(moments), {}
-        clips = mx.minimum((self.args.grad_clip_norm or math.inf) / (numbers["norm"] + 1e-6), 1.0)
-        grads = {name: clips[i] * grads[name] for i, part in enumerate(self.parts) for name in part}
+        longest = self.args.grad_clip_norm or math.inf
+        clips = mx.minimum(longest / (numbers["norm"] + 1e-6), 1.0)
+        grads = {name: clips[i] * grads[name]
+                 for i, part in enumerate(self.parts) for name in part}
         for i, muon in enumerate(self.muons):
             state = {key.removeprefix(f"part{i}."): value for key, value in moments.items()}
             found |= muon.step(params, grads, state, numbers["matrix"], numbers["momentum"])
-            moments |= {f"part{i}.{key}": state[key] for key in state if f"part{i}.{key}" in moments}
+            mine = [key for key in moments if key.startswith(f"part{i}.")]
+            moments |= {key: state[key.removeprefix(f"part{i}.")] for key in mine}
+
         for (adam, _, names), rate in zip(self.adam, numbers["adam"]):
-            at = {name: f"adam.{self.order.index(name)}" for name in names}
-            adam.state = {"step": moments[f"{at[names[0]]}.step"], "learning_rate": rate}
-            adam.state |= {name: {"m": moments[f"{key}.exp_avg"], "v": moments[f"{key}.exp_avg_sq"]}
-                           for name, key in at.items()}
-            found |= adam.apply_gradients({name: grads[name] for name in names},
-                                          {name: params[name] for name in names})
-            for name, key in at.items():
-                moments |= {f"{key}.step": adam.state["step"], f"{key}.exp_avg": adam.state[name]["m"],
-                            f"{key}.exp_avg_sq": adam.state[name]["v"]}
+            keys = {name: f"adam.{self.order.index(name)}" for name in names}
+            # MLX's state of a group, from the torch script's names and back
+            adam.state = {"step": moments[f"{keys[names[0]]}.step"], "learning_rate": rate}
+            for name, key in keys.items():
+                mean, square = (moments[f"{key}.{part}"] for part in ("exp_avg", "exp_avg_sq"))
+                adam.state[name] = {"m": mean, "v": square}
+            mine = {name: grads[name] for name in keys}
+            theirs = {name: params[name] for name in keys}
+            found |= adam.apply_gradients(mine, theirs)
+            for name, key in keys.items():
+                moments[f"{key}.step"] = adam.state["step"]
+                moments[f"{key}.exp_avg"] = adam.state[name]["m"]
+                moments[f"{key}.exp_avg_sq"] = adam.state[name]["v"]
         return found, moments
 
     def state(self) -> dict[str, Tensor]:
@@ -1540,25 +1856,20 @@ class Optimizers:
         self.moments = {name: state[name] for name in self.moments}
 
 
-def rate_at(progress: float, args: Hyperparameters) -> float:
-    """Share of the peak rate at `progress` in [0, 1]: flat, then linear down to MIN_LR, reached at 1.
-    Progress is max(step share, time share), so the rate is at its floor at the end whichever limit ends the
-    run (#832 stopped at 17 % of its peak, defect A4)."""
-    fall = args.warmdown_iters / args.iterations
-    left = min(1.0, (1.0 - progress) / fall) if fall else 1.0
-    return args.min_lr + (1.0 - args.min_lr) * max(0.0, left)
-
-
 class EMA:
-    """fp32 average of the weights; decay min(EMA_DECAY, (1 + t) / (10 + t)): short runs leave the init."""
+    """fp32 average of the weights; decay min(EMA_DECAY, (1 + t) / (10 + t)): it forgets the init.
+    """
 
     def __init__(self, model: GPT, decay: float):
-        self.decay, self.model, self.average = decay, model, model.named_parameters()
+        self.decay = decay
+        self.model = model
+        self.average = model.named_parameters()
 
     def update(self, step: int) -> None:
         share = 1.0 - min(self.decay, (1 + step) / (10 + step))
         live = self.model.named_parameters()
-        self.average = {name: old + share * (live[name] - old) for name, old in self.average.items()}
+        for name, old in self.average.items():
+            self.average[name] = old + share * (live[name] - old)
 
     def apply(self) -> None:
         """From here on the model holds the average."""
@@ -1569,72 +1880,85 @@ class EMA:
 # ARTIFACT
 # -----------------------------------------------------------------------------
 
-# magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of a JSON header, payload
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 2
-
-constriction = None  # rANS -> LZMA
-with contextlib.suppress(ImportError):
-    import constriction
+# magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of JSON, payload
+ARTIFACT_MAGIC = b"GOLFLM\r\n"
+ARTIFACT_VERSION = 2
 
 CHUNK = 1024  # symbols coded under one state of the models
-CONTEXT_EDGES = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512])  # 16 * |q|
+CONTEXT_EDGES = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64,
+                          91, 128, 181, 256, 362, 512])  # of 16 * |q|
+CONTEXT_LEVELS = len(CONTEXT_EDGES) + 1
 
-# Integers in [-top, top] as they lie in the raw payload, a byte each: slices x places. `model` names what
-# they share statistics with; every `period` slices the history of a place begins anew.
+# Integers in [-top, top] as they lie in the raw payload, a byte each: slices x places. Planes of
+# one `model` share statistics; every `period` slices the history of a place begins anew.
 Plane = namedtuple("Plane", "model top slices places period")
 
 
 def planes(entries: list) -> list[Plane]:
-    """Layout of the raw payload: the quantised tensors, then low and high bytes of all fp16 numbers."""
+    """Layout of the raw payload: quantised tensors, then low and high bytes of all fp16 numbers."""
     found, halves = [], 0
     for name, shape, bits, axis in entries:
-        slices, model = math.prod(shape) // (shape[axis] if bits else 1), f"{tensor_class(name)}{bits}"
+        slices = math.prod(shape) // (shape[axis] if bits else 1)
         halves += slices
         if bits:
+            top = 2 ** (bits - 1) - 1
             period = slices if len(shape) < 3 else shape[-1]
-            found.append(Plane(model, 2 ** (bits - 1) - 1, slices, shape[axis], period))
+            found.append(Plane(f"{tensor_class(name)}{bits}", top, slices, shape[axis], period))
     return found + [Plane(f"half{i}", 128, 1, halves, 1) for i in range(2)]
 
 
+def fresh_counts(top: int) -> np.ndarray:
+    """What a model has counted before its first symbol: (4 ages x CONTEXT_LEVELS, 2 top + 1).
+    A row is a two-sided geometric distribution with the mean |q| of its context."""
+    mean = np.tile(np.append(CONTEXT_EDGES, 724), 4)[:, None] / 16
+    mean[:CONTEXT_LEVELS] = 4  # age 0: no slice before
+    fall = np.repeat(mean / (mean + 1), top, 1)
+    fall = np.multiply.accumulate(fall, axis=1)  # not `**`: its last bit differs by machine
+    shares = np.hstack((fall[:, ::-1], np.ones_like(mean), fall)) / (2 * mean + 1)
+    return 24 * shares + 0.02
+
+
+def code_slices(block: np.ndarray, contexts: np.ndarray, counts: np.ndarray, top, code) -> None:
+    """Codes slices (slices, places) of a plane, CHUNK places at a time, each context as one run."""
+    for left in range(0, block.shape[1], CHUNK):
+        here = contexts[left : left + CHUNK]
+        for context in np.unique(here):
+            columns = left + np.flatnonzero(here == context)
+            part = block[:, columns]
+            table = counts[context]
+            model = constriction.stream.model.Categorical(table, perfect=False)
+            symbols = code(part.ravel(), model, top)
+            block[:, columns] = symbols.reshape(part.shape)
+            table += np.bincount(symbols.astype(np.int64) + top, minlength=len(table))
+
+
+def code_plane(block: np.ndarray, plane: Plane, counts: np.ndarray, code) -> None:
+    """Codes block (slices, places), as many slices at a time as fill a CHUNK."""
+    group = max(1, min(plane.period, CHUNK // plane.places))
+    for begin in range(0, plane.slices, plane.period):
+        end = min(begin + plane.period, plane.slices)
+        total = np.zeros(plane.places, np.int64)
+        counts /= 16
+        for first in range(begin, end, group):
+            part, seen = block[first : min(first + group, end)], first - begin
+            level = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
+            age = min(seen.bit_length(), 3)  # 0, 1, 2 to 3, more slices
+            code_slices(part, level + age * CONTEXT_LEVELS, counts, plane.top, code)
+            total += np.abs(part.astype(np.int64)).sum(0)
+
+
 def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
-    """Walks over `raw` (int8) in coding order: code(symbols, model, top) returns the symbols, which are
-    written back; a decoder is handed what it has to fill.
-    A symbol's context is the mean |q| of its place (column of a matrix, bucket of a table) in the slices
-    before, and how many these are. Each (model, context) counts what it has seen, so no table is sent; it
-    begins with a two-sided geometric distribution of the context's mean, and with every tensor old counts
-    shrink. Only integers and correctly rounded operations: any machine agrees."""
+    """Walks over `raw` (int8) in coding order; code(symbols, model, top) replaces the symbols.
+
+    A symbol's context is the mean |q| of its place (column or bucket) in the slices before, and how
+    many these are. Each (model, context) counts what it has seen, so no table is sent; with every
+    tensor old counts shrink. Integers and correctly rounded operations: any machine agrees."""
     models: dict[str, np.ndarray] = {}
     ends = np.cumsum([plane.slices * plane.places for plane in layout])
     for plane, block in zip(layout, np.split(raw, ends)):
-        block = block.reshape(plane.slices, plane.places)
         if plane.model not in models:
-            mean = np.tile(np.append(CONTEXT_EDGES, 724), 4)[:, None] / 16  # by level, by age
-            mean[: len(CONTEXT_EDGES) + 1] = 4  # no slice before
-            fall = np.repeat(mean / (mean + 1), plane.top, 1)
-            fall = np.multiply.accumulate(fall, axis=1)  # not `**`, whose last bit differs between machines
-            shares = np.hstack((fall[:, ::-1], np.ones_like(mean), fall)) / (2 * mean + 1)
-            models[plane.model] = 24 * shares + 0.02
-        counts = models[plane.model]
-        group = max(1, min(plane.period, CHUNK // plane.places))
-        for begin in range(0, plane.slices, plane.period):
-            seen, total = 0, np.zeros(plane.places, np.int64)
-            counts /= 16
-            end = min(begin + plane.period, plane.slices)
-            for first in range(begin, end, group):
-                context = np.searchsorted(CONTEXT_EDGES, 16 * total // max(seen, 1), side="right")
-                context += min(seen.bit_length(), 3) * (len(CONTEXT_EDGES) + 1)  # age: 0, 1, 2 to 3, more
-                last = min(first + group, end)
-                for left in range(0, plane.places, CHUNK):
-                    here = context[left : left + CHUNK]
-                    for level in np.unique(here):
-                        table, columns = counts[level], left + np.flatnonzero(here == level)
-                        part = block[first:last, columns]
-                        model = constriction.stream.model.Categorical(table, perfect=False)
-                        symbols = code(part.ravel(), model, plane.top)
-                        block[first:last, columns] = symbols.reshape(part.shape)
-                        table += np.bincount(symbols.astype(np.int64) + plane.top, minlength=len(table))
-                seen += last - first
-                total += np.abs(block[first:last].astype(np.int64)).sum(0)
+            models[plane.model] = fresh_counts(plane.top)
+        code_plane(block.reshape(plane.slices, plane.places), plane, models[plane.model], code)
 
 
 def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:
@@ -1643,6 +1967,7 @@ def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:
     def code(symbols: np.ndarray, model, top: int) -> np.ndarray:
         jobs.append((symbols.astype(np.int32) + top, model))
         return symbols
+
     code_planes(np.frombuffer(bytearray(raw), np.int8), layout, code)
     for symbols, model in reversed(jobs):  # a stack: what goes in last comes out first
         coder.encode_reverse(symbols, model)
@@ -1652,85 +1977,77 @@ def rans_encode(raw: bytes, layout: list[Plane]) -> bytes:
 def rans_decode(blob: bytes, layout: list[Plane]) -> bytes:
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(blob, "<u4").astype(np.uint32))
     raw = np.empty(sum(plane.slices * plane.places for plane in layout), np.int8)
-    code_planes(raw, layout, lambda old, model, top: (coder.decode(model, len(old)) - top).astype(np.int8))
+
+    def code(symbols: np.ndarray, model, top: int) -> np.ndarray:
+        return (coder.decode(model, len(symbols)) - top).astype(np.int8)
+
+    code_planes(raw, layout, code)
     if not coder.is_empty():
         raise ValueError("the payload is longer than its layout")
     return raw.tobytes()
 
 
 def compressors() -> dict[str, tuple]:
-    """{name: (compress, decompress)} of what is installed; both take bytes and the payload's layout."""
+    """{name: (compress, decompress)}, installed ones; both take bytes and the payload's layout."""
     found = {"lzma": (lambda raw, _: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
                       lambda blob, _: lzma.decompress(blob))}
-    return found | ({"rans": (rans_encode, rans_decode)} if constriction else {})
+    if constriction:
+        found["rans"] = rans_encode, rans_decode
+    return found
 
 
 def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
-    """Bytes of the artifact by tensor class, before training: with the entropy of a rounded normal."""
+    """Bytes of the artifact by tensor class, before training: the entropy of a rounded normal."""
     plan = dict.fromkeys(TENSOR_CLASSES, 0)
     for name, p in model.exported().items():
-        kind, (bits, axis) = tensor_class(name), quant_plan(name, p.shape, args)
+        kind = tensor_class(name)
+        bits, axis = quant_plan(name, p.shape, args)
         weight_bits = 16.0
         if bits:
             top = 2 ** (bits - 1) - 1
-            at = [(i + 0.5) * args.k_by_class[kind] / top / math.sqrt(2) for i in range(-top, top)]
-            shares = np.diff([0, *(0.5 + 0.5 * math.erf(x) for x in at), 1]) + 1e-30
-            weight_bits = float(-(shares * np.log2(shares)).sum()) + 16 / p.shape[axis]
+            k = args.k_by_class[kind]
+            edges = [(i + 0.5) * k / top / math.sqrt(2) for i in range(-top, top)]
+            shares = np.diff([0, *(0.5 + 0.5 * math.erf(edge) for edge in edges), 1]) + 1e-30
+            entropy = -(shares * np.log2(shares)).sum()
+            weight_bits = entropy + 16 / p.shape[axis]
         plan[kind] += int(p.size * weight_bits / 8)
     return plan
 
 
-def pack(tensors: dict[str, np.ndarray], args: Hyperparameters, hessians: dict | None = None) -> bytes:
-    """Quantises and compresses: one self-describing file, no pickle.
-    Tensors of at least 2 dimensions and SMALL_TENSOR elements become integers with a step a row, the rest
-    fp16. Payload: all integers, then the fp16 numbers: all low bytes, all high bytes.
+def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> bytes:
+    """Quantises by `quant_plan` and compresses in the order of `planes`: one self-describing file,
+    no pickle.
+
     `hessians` {name: (C, C)} of the matrices that GPTQ is to round."""
     entries, codes, halves = [], [], []
     for name, weight in tensors.items():
-        kind, (bits, axis) = tensor_class(name), quant_plan(name, weight.shape, args)
+        kind = tensor_class(name)
+        bits, axis = quant_plan(name, weight.shape, args)
         entries.append([name, list(weight.shape), bits, axis])
         if bits:
-            q, weight = quantise(weight, bits, args.k_by_class[kind], axis, (hessians or {}).get(name))
+            hessian = (hessians or {}).get(name)
+            q, weight = quantise(weight, bits, args.k_by_class[kind], axis, hessian)
             codes.append(np.moveaxis(q, axis, -1).tobytes())
         halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
     raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
+    # the smallest of the coders that are allowed
     there = compressors()
     wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
     names = [name for name in sorted(there) if wanted in ("auto", name)]
     if not names:
-        raise UserError(f"COMPRESSOR={wanted} is not installed; there is {', '.join(sorted(there))}")
+        raise UserError(f"COMPRESSOR={wanted} is not installed; use {' or '.join(sorted(there))}")
     blobs = {name: there[name][0](raw, planes(entries)) for name in names}
     name = min(names, key=lambda name: len(blobs[name]))
     header = {"config": args.shipped(), "tensors": entries, "compressor": name}
     header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little") + header + blobs[name]
+    body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little")
+    body += header + blobs[name]
     return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body
 
 
-def unpack(blob: bytes, where: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """The inverse of `pack`: (header, {name: fp32 array}). Raises UserError that names the file `where`."""
-    if blob[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
-        raise UserError(f"{where}: not an artifact of this family (it begins with {blob[:8]!r})")
-    body = blob[len(ARTIFACT_MAGIC) + 32 :]
-    if hashlib.sha256(body).digest() != blob[len(ARTIFACT_MAGIC) : len(ARTIFACT_MAGIC) + 32]:
-        raise UserError(f"{where}: its sha256 does not match: truncated or altered")
-    version, length = int.from_bytes(body[:2], "little"), int.from_bytes(body[2:6], "little")
-    if version != ARTIFACT_VERSION:
-        raise UserError(f"{where}: format version {version}, this script reads {ARTIFACT_VERSION}")
-    try:
-        header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
-        if header["compressor"] not in compressors():
-            raise UserError(f"{where}: packed with {header['compressor']}, which is not installed")
-        raw = compressors()[header["compressor"]][1](body[6 + length :], planes(header["tensors"]))
-        return header, unpack_tensors(header["tensors"], raw)
-    except UserError:
-        raise
-    except Exception as error:  # each decoder has its own kinds
-        raise UserError(f"{where}: its header contradicts its payload ({error!r})") from None
-
-
 def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
-    *ends, length = np.cumsum([plane.slices * plane.places for plane in planes(entries)], dtype=np.int64)
+    sizes = [plane.slices * plane.places for plane in planes(entries)]
+    *ends, length = np.cumsum(sizes, dtype=np.int64)
     if len(raw) != length:
         raise ValueError(f"{len(raw) - length} bytes left over")
     *codes, low, high = np.split(np.frombuffer(raw, np.int8), ends)
@@ -1746,40 +2063,66 @@ def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
     return tensors
 
 
-def shipped_settings(header: dict, where: str, environ: dict[str, str] | None = None) -> Hyperparameters:
-    """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's own)."""
+def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """The inverse of `pack`: (header, {name: fp32 array}); UserError names the file, `path`."""
+    start = len(ARTIFACT_MAGIC)
+    if blob[:start] != ARTIFACT_MAGIC:
+        raise UserError(f"{path}: not an artifact of this family (it begins with {blob[:8]!r})")
+    digest, body = blob[start : start + 32], blob[start + 32 :]
+    if hashlib.sha256(body).digest() != digest:
+        raise UserError(f"{path}: its sha256 does not match: truncated or altered")
+    version = int.from_bytes(body[:2], "little")
+    length = int.from_bytes(body[2:6], "little")
+    if version != ARTIFACT_VERSION:
+        raise UserError(f"{path}: format version {version}, this script reads {ARTIFACT_VERSION}")
+    # all that a damaged file can break
+    try:
+        header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
+        if header["compressor"] not in compressors():
+            raise UserError(f"{path}: packed with {header['compressor']}, which is not installed")
+        _, decompress = compressors()[header["compressor"]]
+        raw = decompress(body[6 + length :], planes(header["tensors"]))
+        return header, unpack_tensors(header["tensors"], raw)
+    except UserError:
+        raise
+    except Exception as error:  # each decoder has its own kinds
+        raise UserError(f"{path}: its header contradicts its payload ({error!r})") from None
+
+
+def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hyperparameters:
+    """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's)."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
-        raise UserError(f"{where}: its config lacks {missing[0]}")
+        raise UserError(f"{path}: its config lacks {missing[0]}")
     return Hyperparameters(environ, header["config"])
 
 
-def read_file(path: str | Path, what: str) -> bytes:
+def read_file(path: str | Path, variable: str) -> bytes:
     if not path:
-        raise UserError(f"{what}=FILE is not set")
+        raise UserError(f"{variable}=FILE is not set")
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{what}={path}: {error.strerror}") from None
+        raise UserError(f"{variable}={path}: {error.strerror}") from None
 
 
-def load(artifact_path: str | Path, device: str | mx.Device = "cpu", args: Hyperparameters | None = None,
+def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None = None,
          dtype: mx.Dtype = mx.float32, attention: str = "sdpa") -> GPT:
-    """The scoring model, from an artifact alone; `args` of the same model may change how it is scored."""
+    """The scoring model, only from an artifact; `args` may change how it scores."""
     header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
     args = args or shipped_settings(header, str(artifact_path))
     mx.set_default_device(pick_device(device) if isinstance(device, str) else device)
     model = GPT(args, attention, dtype)
     wanted = {(name, p.shape) for name, p in model.exported().items()}
     if odd := wanted ^ {(name, array.shape) for name, array in tensors.items()}:
-        raise UserError(f"{artifact_path}: its tensors are not those of its config, first {min(odd)}")
+        raise UserError(f"{artifact_path}: its tensors do not fit its config, first {min(odd)}")
     update_parameters(model, {name: mx.array(array) for name, array in tensors.items()})
     if not args.export_heads:
         model.aux = None
     return model
 
 
-def read_checkpoint(path: str | Path, what: str, parts: tuple[str, ...] = ("",)) -> tuple[dict, dict]:
+def read_checkpoint(path: str | Path, variable: str, parts: tuple = ("",)) -> tuple[dict, dict]:
     """(metadata, {name: array} of the names that begin with one of `parts`) of a checkpoint."""
     try:
         with safe_open(path, "np") as file:
@@ -1787,25 +2130,24 @@ def read_checkpoint(path: str | Path, what: str, parts: tuple[str, ...] = ("",))
             names = [key for key in file.keys() if key.startswith(parts)]  # noqa: SIM118
             return meta, {key: mx.array(file.get_tensor(key)) for key in names}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{what}={path}: not a checkpoint of this script ({error})") from None
+        raise UserError(f"{variable}={path}: not a checkpoint of this script ({error})") from None
 
 
 def settings_of(path: str | Path, environ: dict[str, str] | None = None,
-                what: str = "ARTIFACT") -> Hyperparameters:
-    """The settings in the artifact or checkpoint that `what` names, with what `environ` may change."""
-    if not path:
-        raise UserError(f"{what} is empty: a checkpoint or an artifact is needed")
+                variable: str = "ARTIFACT") -> Hyperparameters:
+    """The settings in an artifact or a checkpoint, with what `environ` may change."""
     if Path(path).suffix == ".safetensors":
-        return shipped_settings(read_checkpoint(path, what, ())[0], str(path), environ)
-    return shipped_settings(unpack(read_file(path, what), str(path))[0], str(path), environ)
+        meta, _ = read_checkpoint(path, variable, ())
+        return shipped_settings(meta, str(path), environ)
+    header, _ = unpack(read_file(path, variable), str(path))
+    return shipped_settings(header, str(path), environ)
 
 
-def open_model(path: str | Path, device: str | mx.Device = "cpu",
-               args: Hyperparameters | None = None) -> GPT:
-    """The model in an artifact or a checkpoint (best, last, final.safetensors), in fp32, to be evaluated.
+def open_model(path: str | Path, device="cpu", args: Hyperparameters | None = None) -> GPT:
+    """The model in an artifact or a checkpoint (best, last, final.safetensors), fp32, to evaluate.
 
-    Of a checkpoint: the average of the weights where it has one, as an artifact is made of it, and the heads,
-    which an artifact has with EXPORT_HEADS=1 alone (`model.aux` is None where there are none)."""
+    Of a checkpoint: the average of the weights where it has one, as an artifact is made of it, and
+    the heads, which an artifact has only with EXPORT_HEADS=1 (else `model.aux` is None)."""
     if Path(path).suffix != ".safetensors":
         return load(path, device, args)
     _, state = read_checkpoint(path, "checkpoint", ("model.", "ema."))
@@ -1815,7 +2157,7 @@ def open_model(path: str | Path, device: str | mx.Device = "cpu",
     model = GPT(args or settings_of(path))
     wanted = {(name, p.shape) for name, p in model.named_parameters().items()}
     if odd := wanted ^ {(name, array.shape) for name, array in found.items()}:
-        raise UserError(f"{path}: its tensors are not those of its config, first {min(odd)}")
+        raise UserError(f"{path}: its tensors do not fit its config, first {min(odd)}")
     update_parameters(model, found)
     return model
 
@@ -1825,107 +2167,142 @@ def open_model(path: str | Path, device: str | mx.Device = "cpu",
 # -----------------------------------------------------------------------------
 
 
+@check
+def check_windows(args: Hyperparameters) -> None:
+    skips = args.eval_stride > args.eval_seq_len
+    forbid(skips, args, "eval_stride eval_seq_len", "the stride skips targets")
+
+
 def windows(targets: int, length: int, stride: int) -> np.ndarray:
-    """Rows (start, first, stop): ids[start : start + length] are read to score targets first ... stop - 1.
-    Target t is the id t + 1 of the stream. The stream is cut into blocks of `stride` targets; each block is
-    scored by the window that ends with it (the first windows start at 0), so every target, the tail included,
-    is scored exactly once, with at least length - stride ids of context where there are so many."""
+    """Rows (start, first, stop): ids[start : start + length] score targets first ... stop - 1.
+
+    Target t is the id t + 1 of the stream. The stream is cut into blocks of `stride` targets; each
+    is scored by the window that ends with it (the first windows start at 0), so every target, the
+    tail included, counts once, after at least length - stride ids where there are so many."""
     first = np.arange(0, targets, stride)
     stop = np.minimum(first + stride, targets)
     start = np.maximum(first + stride - length, 0)
-    assert (stop - first).sum() == targets and (first >= start).all() and (stop - start <= length).all()
+    assert (stop - first).sum() == targets
+    assert (first >= start).all() and (stop - start <= length).all()
     return np.stack((start, first, stop), axis=1)
 
 
-def log_softmax(logits: Tensor) -> Tensor:
-    # nn.log_softmax is compiled, whatever COMPILE says
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defaults=(0, 1))):
+    """How a text is read: windows of `length` ids for `stride` targets each, `batch` a forward, and
+    of these a rank's share."""
 
-
-def scored(model: GPT, ids: np.ndarray, length: int, stride: int, batch: int, logits=scoring_logits,
-           share: tuple[int, int] = (0, 1)):
-    """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) for each block of stop - first targets.
-    `share` = (rank, ranks) keeps a rank's part of the batches. The only path from weights to a score."""
-    plan, span = windows(len(ids) - 1, length, stride), min(stride, length)
-    for start_at in range(share[0] * batch, len(plan), share[1] * batch):
-        rows = plan[start_at : start_at + batch]
-        inputs = np.full((batch, length), PAD_ID, np.int32)  # one shape: compiled once
-        wanted, take = np.zeros((batch, span), np.int32), np.zeros(batch, np.int32)
+    def tensors(self, ids: np.ndarray, rows: np.ndarray) -> list[Tensor]:
+        """Inputs (batch, length), first scored positions (batch,) and targets (batch, stride) of a
+        batch. One shape, whatever the text: compiled once."""
+        inputs = np.full((self.batch, self.length), PAD_ID, np.int32)
+        position = np.zeros(self.batch, np.int32)
+        targets = np.zeros((self.batch, min(self.stride, self.length)), np.int32)
         for i, (start, first, stop) in enumerate(rows):
-            text = ids[start : min(start + length, len(ids) - 1)]
+            text = ids[start : min(start + self.length, len(ids) - 1)]
             inputs[i, : len(text)] = text
-            wanted[i, : stop - first] = ids[first + 1 : stop + 1]
-            take[i] = first - start
-        inputs, take, wanted = (mx.array(x) for x in (inputs, take, wanted))
-        logprobs = log_softmax(logits(model, inputs, take, span))
-        nats = -mx.take_along_axis(logprobs, wanted[..., None], axis=-1).squeeze(-1)
-        mx.eval(nats, logprobs)  # here, or graphs of windows behind would stay in memory
+            position[i] = first - start
+            targets[i, : stop - first] = ids[first + 1 : stop + 1]
+        return [mx.array(x) for x in (inputs, position, targets)]
+
+
+def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits):
+    """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) of each block of n targets.
+
+    This is the only path from weights to a score."""
+    rows = windows(len(ids) - 1, plan.length, plan.stride)
+    for number in range(plan.rank, -(-len(rows) // plan.batch), plan.ranks):
+        batch = rows[number * plan.batch : (number + 1) * plan.batch]
+        inputs, position, targets = plan.tensors(ids, batch)
+        logprobs = log_softmax(logits(model, inputs, position, targets.shape[1]))
+        found = mx.take_along_axis(logprobs, targets[..., None], axis=-1)
+        nats = -found.squeeze(-1)
+        mx.eval(nats, logprobs)  # now, or graphs of earlier windows stay in memory
         nats = np.array(nats).astype(np.float64)
-        for i, (_, first, stop) in enumerate(rows):
+        for i, (_, first, stop) in enumerate(batch):
             yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
 
 
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """(nats of each target ids[1:], {t: log-probabilities (V,) at target t, for t in positions})."""
-    args, ids, wanted, length = model.args, np.asarray(ids), set(positions), model.args.eval_seq_len
-    batch = max(1, args.eval_batch_tokens // length)
+    args, ids, wanted = model.args, np.asarray(ids), set(positions)
+    blocks = -(-len(ids) // args.eval_stride)  # a short text needs no full batch
+    batch = max(1, min(args.eval_batch_tokens // args.eval_seq_len, blocks))
+    plan = WindowPlan(args.eval_seq_len, args.eval_stride, batch)
     nats, vectors = np.zeros(max(len(ids) - 1, 0)), {}
-    for first, stop, logprobs, part in scored(model, ids, length, args.eval_stride, batch):
+    for first, stop, logprobs, part in scored(model, ids, plan):
         nats[first:stop] = part
         vectors |= {t: np.array(logprobs[t - first]) for t in wanted if first <= t < stop}
     return nats, vectors
 
 
 class Evaluator:
-    """Scores a model on the validation stream: one line in the log, one entry in `metrics.json` a pass."""
+    """Scores models on the validation stream: a line in the log, an entry in `metrics.json` a pass.
+    """
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
-        self.args, self.runtime, self.log = args, runtime, log
+        self.args, self.runtime = args, runtime
+        self.log = log
         self.logits = scoring_logits
-        ids, self.prefix = data.val, 0
-        sizes = target_bytes(ids, byte_tables(args))
-        if args.val_bytes and args.val_bytes < sizes.sum():
-            targets = int(np.searchsorted(np.cumsum(sizes), args.val_bytes)) + 1
-            ids, sizes, self.prefix = ids[: targets + 1], sizes[:targets], args.val_bytes
-        self.ids, self.bytes = ids, int(sizes.sum())
-        if not self.bytes:
-            raise UserError(f"{data.val_files[0]}: the validation targets stand for no byte at all")
         self.classes = class_table(args.vocab_size)
         self.results: dict[str, dict] = {}
+        # VAL_BYTES cuts the text after the target that reaches it
+        ids = data.val
+        sizes = target_bytes(ids, byte_tables(args))
+        self.prefix = args.val_bytes if args.val_bytes < sizes.sum() else 0
+        if self.prefix:
+            targets = int(np.searchsorted(np.cumsum(sizes), args.val_bytes)) + 1
+            ids, sizes = ids[: targets + 1], sizes[:targets]
+        self.ids = ids
+        self.bytes = int(sizes.sum())
+        if not self.bytes:
+            raise UserError(f"{data.val_files[0]}: its targets stand for no byte at all")
 
-    def describe(self) -> str:
-        prefix = f" prefix:{self.prefix}" * bool(self.prefix)
-        return f"val: targets:{len(self.ids) - 1} bytes:{self.bytes}{prefix}"
+    def describe(self, manifest: dict) -> str:
+        original = manifest.get("val_bytes") or self.bytes
+        note = ""
+        if self.prefix:
+            note = f" prefix:{self.prefix}"
+        elif original != self.bytes:
+            note = f" (original text {original}: normalised, the targets' own bytes divide)"
+        return f"val: targets:{len(self.ids) - 1} bytes:{self.bytes}{note}"
 
     def run(self, name: str, model: GPT, length: int, stride: int) -> dict:
-        """val_loss in nats a target, val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte."""
-        args, runtime, start = self.args, self.runtime, time.perf_counter()
-        sums = np.zeros(len(BYTE_CLASSES) + 1)
-        batch, share = max(1, args.eval_batch_tokens // length), (runtime.rank, runtime.world_size)
-        for first, stop, _, nats in scored(model, self.ids, length, stride, batch, self.logits, share):
-            classes = self.classes[self.ids[first + 1 : stop + 1]]
-            sums[:-1] += np.bincount(classes, nats, minlength=len(BYTE_CLASSES))
+        """val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte."""
+        args, runtime, began = self.args, self.runtime, time.perf_counter()
+        classes = len(BYTE_CLASSES)
+        sums = np.zeros(classes + 1)  # nats by class, and targets
+        # every target once
+        batch = max(1, args.eval_batch_tokens // length)
+        plan = WindowPlan(length, stride, batch, runtime.rank, runtime.world_size)
+        blocks = scored(model, self.ids, plan, self.logits)
+        count = len(self.ids) // (stride * runtime.world_size)
+        for first, stop, _, nats in progress_bar(blocks, count, name, runtime.main):
+            found = self.classes[self.ids[first + 1 : stop + 1]]
+            sums[:-1] += np.bincount(found, nats, minlength=classes)
             sums[-1] += stop - first
         targets, sums = len(self.ids) - 1, runtime.all_reduce(sums)
         assert int(sums[-1]) == targets, f"{name}: scored {int(sums[-1])} targets of {targets}"
         nats = float(sums[:-1].sum())
-        bits = {label: float(total) / math.log(2) for label, total in zip(BYTE_CLASSES, sums) if total}
-        result = {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / self.bytes, "targets": targets,
-                  "bytes": self.bytes, "seconds": time.perf_counter() - start, "seq_len": length,
-                  "stride": stride, "bits_by_class": bits}
-        if self.prefix:
-            result["prefix_bytes"] = self.prefix
+        by_class = zip(BYTE_CLASSES, sums.tolist())
+        bits = {label: total / math.log(2) for label, total in by_class if total}
+        result = {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / self.bytes,
+                  "targets": targets, "bytes": self.bytes, "seconds": time.perf_counter() - began,
+                  "seq_len": length, "stride": stride, "bits_by_class": bits}
+        result |= {"prefix_bytes": self.prefix} if self.prefix else {}
         self.results[name] = result
         return result
 
     def report(self, name: str, model: GPT, stride: int | None = None) -> dict:
-        """Runs a pass and prints its line: non-overlapping windows, or sliding ones with a stride."""
+        """Runs a pass and prints its line: non-overlapping windows or, with a stride, sliding."""
         length = self.args.eval_seq_len
         result = self.run(name, model, length, stride or length)
-        extra = f" stride:{stride}" * bool(stride) + f" prefix:{self.prefix}" * bool(self.prefix)
-        self.log(f"{name} val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}{extra} targets:"
-                 f"{result['targets']} bytes:{result['bytes']} eval_time:{1e3 * result['seconds']:.0f}ms")
-        self.log(f"{name}_exact val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f}")
+        extra = f" stride:{stride}" if stride else ""
+        extra += f" prefix:{self.prefix}" if self.prefix else ""
+        loss, bpb = result["val_loss"], result["val_bpb"]
+        self.log(f"{name} val_loss:{loss:.4f} val_bpb:{bpb:.4f}{extra} "
+                 f"targets:{result['targets']} bytes:{result['bytes']} "
+                 f"eval_time:{1e3 * result['seconds']:.0f}ms")
+        self.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
         return result
 
 
@@ -1935,27 +2312,30 @@ class Evaluator:
 
 
 class Stream:
-    """The scorer, one id at a time: what a decoder can follow. Reads the same windows as `score` and keeps
-    what is known of the window at hand; ids that were pushed are read together when it is asked."""
+    """The scorer, one id at a time, for a decoder to follow: it reads the same windows as `score`
+    and keeps what is known of the window at hand; pushed ids are read together when it is asked."""
 
     def __init__(self, model: GPT):
         self.model, self.ids = model, []
-        self.start, self.past, self.known = 0, KVCache(model), None
+        self.start = 0  # where the window at hand begins
+        self.past = KVCache(model)
+        self.known = None  # log-probabilities of the next id
 
     def logprobs(self) -> np.ndarray:
-        """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it first."""
+        """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it."""
         if not self.ids:
             raise ValueError("push the first id (BOS) before asking for the second")
-        if self.known is None:
-            args = self.model.args
-            block = (len(self.ids) - 1) // args.eval_stride
-            start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
-            if start != self.start:
-                self.start = start
-                self.past.rewind(0)
-            ids = mx.array([self.ids[start + self.past.length :]], mx.int32)
-            x = self.model.hidden(ids, self.model.rotary_eval, self.past)
-            self.known = np.array(log_softmax(self.model.head(x[0, -1].astype(mx.float32))))
+        if self.known is not None:
+            return self.known
+        args = self.model.args
+        block = (len(self.ids) - 1) // args.eval_stride
+        start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
+        if start != self.start:
+            self.start = start
+            self.past.rewind(0)
+        ids = mx.array([self.ids[start + self.past.length :]], mx.int32)
+        x = self.model.hidden(ids, self.model.rotary_eval, self.past)
+        self.known = np.array(log_softmax(self.model.head(x[0, -1].astype(mx.float32))))
         return self.known
 
     def push(self, token: int) -> None:
@@ -1969,39 +2349,49 @@ NEAR_TIE = 1e-4  # logits closer than this are ordered by the rounding of a pass
 
 
 class Draft:
-    """A node of the speculation graph: `ids` drafted to follow `parent`, None for the text; as in that, an id
-    is a character. `start` is the length of its true prefix. Of each id: the law that it was drawn with (V,),
-    None without chance; the drafter's log-probability; its kind, the key of `Generator.rates`. Of its end:
-    what judge and verifier think of it, and its signature."""
+    """A node of the speculation graph: `ids` drafted to follow `parent`, None for the text; as in
+    that, an id is a character. `start` is the length of its true prefix.
+
+    Of each id: the law that it was drawn with (V,), None without chance; the drafter's
+    log-probability; its kind, the key of `Generator.rates`. Of its end: what judge and verifier
+    think of it, and its signature."""
 
     def __init__(self, parent: Draft | None, start: int, ids: str, laws: list, logs: list[float],
                  kinds: list[tuple[str, int]], bonus: float = 0.0, bits: int | None = None):
-        self.parent, self.start, self.end, self.ids = parent, start, start + len(ids), ids
-        self.laws, self.logs, self.kinds, self.bonus, self.bits = laws, logs, kinds, bonus, bits
-        self.state, self.score, self.alias = "created", 0.0, None
+        self.parent, self.ids = parent, ids
+        self.start, self.end = start, start + len(ids)
+        self.laws, self.logs, self.kinds = laws, logs, kinds
+        self.bonus, self.bits = bonus, bits
+        self.state, self.score = "created", 0.0
+        self.alias = None  # the better draft that it merged with
         self.path: list[Place] = []  # in the tree of a pass, from the place before it
 
     def through(self, text: str) -> str:
         """The text as it would be with the draft."""
-        return (self.parent.through(text) if self.parent else text[: self.start]) + self.ids
+        before = self.parent.through(text) if self.parent else text[: self.start]
+        return before + self.ids
 
 
 class SpeculationGraph:
     """Drafts ahead of a text, and which of them a pass of the backbone reads.
 
-    created -> scored -> verified | pruned | merged -> committed | expired, or, still ahead, scored again.
-    Two drafts merge if they end at the same length in latents whose signatures (SimHash, Charikar 2002: signs
-    of 64 products with Gaussian vectors) differ in few bits: the better one is read, the other points to it
-    and keeps its own prefix. Edges lead to longer prefixes, pointers to equal ones: no cycle. (Published:
-    nodes forget what came before them, merging drops bytes, and one can merge with its own ancestor.)"""
+    created -> scored -> verified | pruned | merged -> committed | expired, or, still ahead, scored
+    again. Two drafts merge if they end at the same length in latents whose signatures (SimHash,
+    Charikar 2002: signs of 64 products with Gaussian vectors) differ in few bits: the better one is
+    read, the other points to it and keeps its own prefix. Edges lead to longer prefixes, pointers
+    to equal ones: no cycle. (Published: nodes forget what came before them, merging drops bytes,
+    and one can merge with its own ancestor.)"""
 
-    AFTER = {"created": ("scored",), "scored": ("verified", "pruned", "merged"),
-             **dict.fromkeys(("verified", "pruned", "merged"), ("scored", "committed", "expired")),
-             "committed": (), "expired": ()}
+    AFTER = {
+        "created": ("scored",), "scored": ("verified", "pruned", "merged"),
+        **dict.fromkeys(("verified", "pruned", "merged"), ("scored", "committed", "expired")),
+        "committed": (), "expired": (),
+    }
 
     def __init__(self, dim: int, keep: int, radius: int):
         self.planes = np.random.default_rng(42).standard_normal((dim, 64), np.float32)
-        self.keep, self.radius, self.alive = keep, radius, []  # elder ones first
+        self.keep, self.radius = keep, radius
+        self.alive: list[Draft] = []  # elder ones first
         self.counts = dict.fromkeys(self.AFTER, 0)  # how often a draft came into a state
 
     def add(self, *fields) -> Draft:
@@ -2019,30 +2409,38 @@ class SpeculationGraph:
         signs = latents @ self.planes >= 0
         return np.packbits(signs, axis=1).view(">u8")[:, 0].tolist()
 
+    def alike(self, a: Draft, b: Draft) -> bool:
+        if a.end != b.end or None in (a.bits, b.bits):
+            return False
+        return (a.bits ^ b.bits).bit_count() <= self.radius
+
     def choose(self, length: int) -> list[Draft]:
-        """The best drafts ahead of a text of `length` ids, without those that look like a better one; what is
-        left of older drafts takes no new one's place."""
-        kept: list[Draft] = []
+        """The best drafts ahead of a text of `length` ids, without those that look like a better
+        one; what is left of older drafts takes no new one's place."""
         for draft in self.alive:
             self.move(draft, "scored")
             before = draft.parent.score if draft.start > length else 0.0
-            draft.score = before + sum(draft.logs[max(length - draft.start, 0) :]) + draft.bonus
+            ahead = draft.logs[max(length - draft.start, 0) :]
+            draft.score = before + sum(ahead) + draft.bonus
+
+        kept: list[Draft] = []
         for draft in sorted(self.alive, key=lambda draft: -draft.score):
-            near = (other for other in kept if other.end == draft.end and None not in (other.bits, draft.bits)
-                    and (other.bits ^ draft.bits).bit_count() <= self.radius)
-            draft.alias = next(near, None)
-            free = draft.start < length or sum(other.start >= length for other in kept) < self.keep
-            if draft.alias is None and free:
+            better = (other for other in kept if self.alike(other, draft))
+            draft.alias = next(better, None)
+            fresh = sum(other.start >= length for other in kept)
+            if draft.alias is not None:
+                self.move(draft, "merged")
+            elif draft.start < length or fresh < self.keep:
                 kept.append(draft)
             else:
-                self.move(draft, "pruned" if draft.alias is None else "merged")
+                self.move(draft, "pruned")
         return kept
 
     def settle(self, text: str) -> None:
         """What the text has taken as a whole is committed, what it went away from expires."""
         for draft in self.alive:
-            orphan, seen = draft.parent and draft.parent.state == "expired", text[draft.start : draft.end]
-            if orphan or not draft.ids.startswith(seen):
+            orphan = draft.parent and draft.parent.state == "expired"
+            if orphan or not draft.ids.startswith(text[draft.start : draft.end]):
                 self.move(draft, "expired")
             elif draft.end <= len(text):
                 self.move(draft, "committed")
@@ -2050,13 +2448,16 @@ class SpeculationGraph:
 
 
 class Place:
-    """An id in the tree of a pass: its root is the last id of the text, drafts with a common prefix share it.
-    `offers` are the ids drafted to follow it, in the order of drawing: (id, law, kind)."""
+    """An id in the tree of a pass: its root is the last id of the text, drafts with a common prefix
+    share it. `offers` are the ids drafted to follow it, in the order of drawing: (id, law, kind)."""
 
     def __init__(self, token: int, above: Place | None = None):
-        self.id, self.above, self.depth = token, above, above.depth + 1 if above else 0
-        self.row, self.chance = -1, float(above is None)  # not read; that the text comes by
-        self.children, self.offers = {}, []
+        self.id, self.above = token, above
+        self.depth = above.depth + 1 if above else 0
+        self.row = -1  # not read
+        self.chance = float(above is None)  # that the text comes by
+        self.children: dict[int, Place] = {}
+        self.offers: list[tuple] = []
 
     def offer(self, token: int, law: np.ndarray | None, kind: tuple, rate: float) -> Place:
         """`token` may follow, and does so at this rate: its place."""
@@ -2067,7 +2468,7 @@ class Place:
 
 
 def tree_mask(read: list[Place]) -> tuple[Tensor, Tensor] | None:
-    """(depths (n,), who sees whom (n, n)) of places in the order of their rows; None for a chain."""
+    """(depths (n,), who sees whom (n, n)) of places in the order of rows; None for a chain."""
     if read[-1].depth == len(read) - 1:
         return None
     sees = np.eye(len(read), dtype=bool)
@@ -2077,61 +2478,81 @@ def tree_mask(read: list[Place]) -> tuple[Tensor, Tensor] | None:
 
 
 def repeated(text: str, limit: int) -> tuple[int, str]:
-    """Prompt lookup: (length, from 3 to 32, of the longest end of `text` that stands in it before; `limit`
-    characters that followed the last time), or (0, "")."""
-    low, high, length, after = 3, min(32, len(text) - 1), 0, 0
-    while low <= high:  # what has a long end twice has a short one twice
+    """Prompt lookup: (length, from 3 to 32, of the longest end of `text` that stands in it before;
+    `limit` characters that followed the last time), or (0, "")."""
+    low, high = 3, min(32, len(text) - 1)
+    length, after = 0, 0
+    while low <= high:  # a text with a long end twice has each shorter one twice
         n = (low + high) // 2
-        if (found := text.rfind(text[-n:], 0, -1)) < 0:
+        found = text.rfind(text[-n:], 0, -1)
+        if found < 0:
             high = n - 1
         else:
-            low, length, after = n + 1, n, found + n
+            low = n + 1
+            length, after = n, found + n
+    if not length:
+        return 0, ""
     period = len(text) - after  # where it is shorter than `limit`, the text goes round
-    return length, (text[after:] * (limit // period + 1))[:limit] if length else ""
+    return length, (text[after:] * (limit // period + 1))[:limit]
 
 
 def chosen(p: np.ndarray, offers: list[tuple], rng: np.random.Generator) -> int:
-    """An id with probabilities p (V,), one of `offers` if it can be: (id, law, ...) in the order of drawing.
+    """An id with probabilities p (V,), one of `offers` if it can be: (id, law, ...) in the order of
+    drawing.
 
-    Rejection, offer by offer (Leviathan et al. 2023; for trees Miao et al. 2024): x, drawn with q, is taken
-    with probability min(1, p(x) / q(x)); else p becomes (p - q)+, normalised. The law of a draw without
-    replacement is q without its elder siblings; None, no draw at all, has q(x) = 1."""
+    Rejection, offer by offer (Leviathan et al. 2023; for trees Miao et al. 2024): x, drawn with q,
+    is taken with probability min(1, p(x) / q(x)); else p becomes (p - q)+, normalised. The law of a
+    draw without replacement is q without its elder siblings; None, no draw at all, has q(x) = 1."""
     for token, law, *_ in offers:
-        if rng.random() * (1.0 if law is None else law[token]) < p[token]:
+        q = 1.0 if law is None else law[token]
+        if rng.random() * q < p[token]:
             return token
-        p = np.where(np.arange(len(p)) == token, 0.0, p) if law is None else np.maximum(p - law, 0.0)
+        if law is None:
+            p = np.where(np.arange(len(p)) == token, 0.0, p)
+        else:
+            p = np.maximum(p - law, 0.0)
         if not p.any():  # p was q, but for rounding
             return token
         p = p / p.sum()
+
     sums = p.cumsum()
     return int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))
 
 
 class Generator:
-    """Goes on with a text. A pass of the backbone reads its last id and drafts behind it; those that the
-    backbone would have written itself join the text, and behind them the id that it predicts: the heads draft
-    what follows that one. When the window is full, its last half is read again, with drafts or without.
+    """Goes on from a text. A pass of the backbone reads its last id and drafts after it; those that
+    the backbone would have written itself join the text, and after them the id that it predicts: the
+    heads draft what follows that one. When the window is full, its last half is read again, with
+    drafts or without.
 
-    At temperature 0 the text is that of decoding without drafts, above it has the same distribution, whatever
-    is read: ids drawn to follow a prefix are put to the test in the order of drawing when the text reaches
-    that prefix, be it some passes later. (Forgetting what was not read would favour what the graph prefers.)
-    An id is read if its chance, by how drafts of its kind fared of late, is DRAFT_BYTE_COST or more; the
-    heads draft in one pass of 64 alone while what they win of late does not pay for their time."""
+    At temperature 0 the text is that of decoding without drafts, above it has the same
+    distribution, whatever is read: ids drawn to follow a prefix are put to the test in the order of
+    drawing when the text reaches that prefix, be it some passes later. (Forgetting what was not read
+    would favour what the graph prefers.) An id is read if its chance, by how drafts of its kind
+    fared of late, is DRAFT_BYTE_COST or more; the heads draft only in one pass of 64 while what they
+    win of late does not pay for their time."""
 
     def __init__(self, model: GPT, ids: list[int], seed: int, speculate: bool, temperature: float):
         args = model.args
-        self.model, self.args, self.text, self.temperature = model, args, "".join(map(chr, ids)), temperature
-        self.past, self.window, self.start, self.state = KVCache(model), args.eval_seq_len, 0, None
-        self.rng, self.noise = (np.random.default_rng(key) for key in (seed, [seed, 1]))
+        self.model, self.args, self.temperature = model, args, temperature
+        self.text = "".join(map(chr, ids))
+        self.past, self.window = KVCache(model), args.eval_seq_len
+        self.start = 0  # where the window begins in the text
+        self.state = None  # of the place before the last id
+        self.rng = np.random.default_rng(seed)
+        self.noise = np.random.default_rng([seed, 1])
         self.graph = SpeculationGraph(args.model_dim, args.keep_top_k, args.merge_radius)
-        self.heads = model.aux if speculate and args.drafter != "suffix" and args.block_size > 1 else None
+
+        by_heads = speculate and args.drafter != "suffix" and args.block_size > 1
+        self.heads = model.aux if by_heads else None
         self.suffix = speculate and (args.drafter != "heads" or self.heads is None)
         self.rates = {("heads", i): (i + 0.5) / 8 for i in range(8)}
         self.rates |= {("suffix", i): 1 - 0.5 / (i + 1) for i in range(8)}
-        self.worth, self.cost = 1.0, args.draft_cost or 0.25  # of a draft by the heads: ids won, time
+        self.worth = 1.0  # ids that a draft by the heads wins
+        self.cost = args.draft_cost or 0.25  # its time
         self.seconds, self.drafting, self.reading = 0.0, 0.0, 0.0
-        self.read, self.taken = np.zeros((2, args.draft_budget + 1), np.int64)  # passes, by depth of drafts
-        self.gaps: dict[int, float] = {}  # at temperature 0: {place in the text: best logit - the second}
+        self.read, self.taken = np.zeros((2, args.draft_budget + 1), np.int64)  # by depth of drafts
+        self.gaps: dict[int, float] = {}  # at temperature 0: {place: best logit - the second}
 
     def write(self, count: int) -> str:
         """`count` ids more. The clock stands while the prompt is read."""
@@ -2143,12 +2564,13 @@ class Generator:
         self.seconds += time.perf_counter() - began
         return self.text[-count:]
 
-    def states(self, ids: list[int], mask: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def states(self, ids: list[int], tree: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(n, D) of ids that follow the cache, which takes them up."""
-        return self.model.hidden(mx.array([ids], mx.int32), self.model.rotary_eval, self.past, mask)[0]
+        ids = mx.array([ids], mx.int32)
+        return self.model.hidden(ids, self.model.rotary_eval, self.past, tree)[0]
 
     def catch_up(self) -> None:
-        """Reads what lies before the last id and is not in the cache."""
+        """Reads all before the last id that is not in the cache."""
         while len(self.text) - 1 - self.start >= self.window:
             self.start += self.window - self.window // 2
             self.past.rewind(0)
@@ -2166,16 +2588,17 @@ class Generator:
         self.past.gather(known, path)
         self.graph.settle(self.text)
         self.state = x[path[-1] : path[-1] + 1]
-        times = drafted - began, time.perf_counter() - drafted
-        self.drafting, self.reading = self.drafting + times[0], self.reading + times[1]
+
+        drafting, reading = drafted - began, time.perf_counter() - drafted
+        self.drafting, self.reading = self.drafting + drafting, self.reading + reading
         if self.tried and not self.args.draft_cost:
-            self.cost += 0.2 * (min(times[0] / times[1], 4.0) - self.cost)
+            self.cost += 0.2 * (min(drafting / reading, 4.0) - self.cost)
         self.read[: 1 + max(place.depth for place in read)] += 1
         self.taken[: len(path)] += 1
 
     def plan(self, most: int) -> list[Place]:
-        """What a pass reads that is to give `most` ids at most, by rows: the last id, and ids of drafts."""
-        args, root, length = self.args, Place(ord(self.text[-1])), len(self.text)
+        """The places that a pass for at most `most` ids reads, by rows: the last id, and drafts."""
+        args, length = self.args, len(self.text)
         ends = [draft.end for draft in self.graph.alive if draft.kinds[0][0] == "suffix"]
         if self.suffix and most > 1 and max(ends, default=0) < length + args.draft_budget // 2:
             self.look_up(None)
@@ -2183,46 +2606,70 @@ class Generator:
         self.tried = self.heads is not None and self.state is not None and most > 1 and due
         if self.tried:
             self.draft(length)
+
+        root = self.tree(length)
+        kept = self.graph.choose(length)
+        paths = kept[:1] if self.past.mambas else kept  # Mamba's states follow a chain
+        read = self.rows(root, paths, most)
+        for draft in kept:
+            self.graph.move(draft, "verified" if draft.path[-1].row >= 0 else "pruned")
+        return read
+
+    def tree(self, length: int) -> Place:
+        """The tree of all drafts ahead -> its root, the last id."""
+        root = Place(ord(self.text[-1]))
         for draft in self.graph.alive:
             draft.path = [root if draft.start <= length else draft.parent.path[-1]]
             parts = list(zip(map(ord, draft.ids), draft.laws, draft.kinds))
             for token, law, kind in parts[max(length - draft.start, 0) :]:
                 draft.path.append(draft.path[-1].offer(token, law, kind, self.rates[kind]))
-        kept, read, root.row = self.graph.choose(length), [root], 0
+        return root
+
+    def rows(self, root: Place, drafts: list[Draft], most: int) -> list[Place]:
+        """Gives rows to the root and to places of drafts that are likely enough to be worth it."""
+        args, length = self.args, len(self.text)
+        root.row, read = 0, [root]
         room = min(args.draft_budget + 1, self.window - self.past.length)
-        for draft in kept[: 1 if self.past.mambas else None]:  # whose states follow a chain
-            for place in (*(draft.parent.path if draft.start > length else ()), *draft.path):
-                if place.row < 0:
-                    if len(read) == room or place.depth == most or place.chance < args.draft_byte_cost:
-                        break
-                    place.row = len(read)
-                    read.append(place)
-        for draft in kept:
-            self.graph.move(draft, "verified" if draft.path[-1].row >= 0 else "pruned")
+        for draft in drafts:
+            before = draft.parent.path if draft.start > length else []
+            for place in [*before, *draft.path]:
+                if place.row >= 0:
+                    continue
+                if len(read) == room or place.depth == most or place.chance < args.draft_byte_cost:
+                    break
+                place.row = len(read)
+                read.append(place)
         return read
 
     def draft(self, length: int) -> None:
         """Adds the heads' blocks to the graph, and what the best of them calls up."""
-        args, given = self.args, mx.array([[ord(self.text[-1])]], mx.int32)
-        found = self.heads.drafter.draft(self.state, args.draft_branches, self.temperature, self.noise, given)
+        args = self.args
+        last = mx.array([[ord(self.text[-1])]], mx.int32)
+        found = self.heads.drafter.draft(
+            self.state, args.draft_branches, self.temperature, self.noise, last)
         ends = found[2][0]
-        foreseen = (self.heads.judge(self.state) - ends).astype(mx.float32).square().mean(-1)
-        bonus = -mx.logaddexp(-self.heads.verdict(self.state, ends), 0.0) - args.judge_weight * foreseen
-        tokens, logprobs, latents = (np.array(part[0].astype(kind)) for part, kind in zip(
-            found, (mx.int32, mx.float32, mx.float32)))  # (k, b), (k, b, V), (k, D)
+        kinds = mx.int32, mx.float32, mx.float32
+        parts = (np.array(part[0].astype(kind)) for part, kind in zip(found, kinds))
+        tokens, logprobs, latents = parts  # (k, b), (k, b, V), (k, D)
         logs = np.take_along_axis(logprobs, tokens[..., None], -1)[:, 1:, 0].tolist()
         laws = np.exp(logprobs[:, 1:].astype(np.float64))
         for i, law in enumerate(laws[:, 0]):  # drawn without replacement
             law[tokens[:i, 1]] = 0.0
         laws /= laws.sum(-1, keepdims=True)
+
+        foreseen = (self.heads.judge(self.state) - ends).astype(mx.float32).square().mean(-1)
+        verdict = -mx.logaddexp(-self.heads.verdict(self.state, ends), 0.0)
+        bonus = verdict - args.judge_weight * foreseen
         kinds = [[("heads", min(int(8 * math.exp(log)), 7)) for log in row] for row in logs]
-        parts = zip(tokens[:, 1:].tolist(), laws, logs, kinds, bonus.tolist(), self.graph.signatures(latents))
-        drafts = [self.graph.add(None, length, "".join(map(chr, block)), list(law), *rest)
-                  for block, law, *rest in parts]
+        blocks = ["".join(map(chr, block)) for block in tokens[:, 1:].tolist()]
+        parts = zip(blocks, map(list, laws), logs, kinds, bonus.tolist(),
+                    self.graph.signatures(latents))
+        drafts = [self.graph.add(None, length, *part) for part in parts]
         if self.suffix:
             self.look_up(max(drafts, key=lambda draft: sum(draft.logs) + draft.bonus))
 
     def look_up(self, parent: Draft | None) -> None:
+        """Adds what followed the same end before, of the text or of the text with a draft."""
         text = self.text if parent is None else parent.through(self.text)
         match, ids = repeated(text, self.args.draft_budget)
         kinds = [("suffix", min((match + i - 3) // 4, 7)) for i in range(len(ids))]
@@ -2231,7 +2678,7 @@ class Generator:
             self.graph.add(parent, len(text), ids, [None] * len(ids), logs, kinds)
 
     def walk(self, place: Place | None, logits: np.ndarray) -> list[int]:
-        """Adds to the text what the backbone takes, and the id behind it; the rows that it went by."""
+        """Adds to the text the ids that the backbone takes, and the id after them -> their rows."""
         path, won = [], 0
         while place is not None and place.row >= 0:
             path.append(place.row)
@@ -2240,46 +2687,63 @@ class Generator:
                 p = np.exp((scores - scores.max()).astype(np.float64) / self.temperature)
                 token = chosen(p / p.sum(), offers, self.rng)
             else:
-                token, best = int(scores.argmax()), np.partition(scores, -2)[-2:]
-                self.gaps[len(self.text)] = float(best[1] - best[0])
+                token = int(scores.argmax())
+                second, best = np.partition(scores, -2)[-2:]
+                self.gaps[len(self.text)] = float(best - second)
+
             for drafted, _, kind in offers:
                 self.rates[kind] += 0.05 * ((drafted == token) - self.rates[kind])
-            self.text, place = self.text + chr(token), place.children.get(token)
-            by = {kind[0] for drafted, _, kind in offers if drafted == token}
-            won += by == {"heads"} and place.row >= 0
-        self.worth += 0.2 * self.tried * (won - self.worth)
+            self.text += chr(token)
+            place = place.children.get(token)
+            drafters = {kind[0] for drafted, _, kind in offers if drafted == token}
+            won += drafters == {"heads"} and place.row >= 0
+        if self.tried:
+            self.worth += 0.2 * (won - self.worth)
         return path
 
 
 def looping(text: str) -> float:
-    """Share of a text that repeats what stands some ids before, for twice as many ids, and 8 at least."""
-    ids, found = np.array(list(map(ord, text))), np.zeros(len(text), bool)
+    """Share of a text that repeats the text some ids before, for twice as many ids, at least 8."""
+    ids = np.array(list(map(ord, text)))
+    found = np.zeros(len(text), bool)
     for period in range(1, len(ids) // 3 + 1):
-        edges = np.flatnonzero(np.diff(np.pad((ids[period:] == ids[:-period]).astype(int), 1)))
+        same = (ids[period:] == ids[:-period]).astype(int)
+        edges = np.flatnonzero(np.diff(np.pad(same, 1)))
         for start, stop in zip(edges[::2], edges[1::2]):
             if stop - start >= max(2 * period, 8):
                 found[start : stop + period] = True
     return float(found.mean())
 
 
+def summed_up(writers: list[Generator], prompt: list[int], count: int) -> dict:
+    """Medians and means of runs that wrote `count` ids each after a prompt."""
+    read = sum(writer.read for writer in writers).tolist()
+    taken = sum(writer.taken for writer in writers).tolist()
+    seconds = sum(writer.seconds for writer in writers)
+    made = [writer.text[len(prompt) :] for writer in writers]
+    speeds = [count / writer.seconds for writer in writers]
+    return {
+        "bytes_per_second": float(np.median(speeds)),
+        "bytes_per_pass": len(writers) * count / read[0],
+        "acceptance": [a / n for a, n in zip(taken[1:], read[1:]) if n],  # by depth, where read
+        "drafting": sum(writer.drafting for writer in writers) / seconds,
+        "verification": sum(writer.reading for writer in writers) / seconds,
+        "looping": float(np.mean([looping(text) for text in made])),
+        "drafts": {state: sum(writer.graph.counts[state] for writer in writers)
+                   for state in SpeculationGraph.AFTER},
+    }
+
+
 def measured(model: GPT, prompt: list[int], temperature: float) -> dict:
-    """Plain and speculative decoding of a prompt in turn, BENCH_REPEATS times each: medians and means."""
-    args, runs, report = model.args, {"ar": [], "speculation": []}, {}
+    """Plain and speculative decoding of a prompt in turn, BENCH_REPEATS times each."""
+    args, runs = model.args, {"ar": [], "speculation": []}
     for repeat in range(args.bench_repeats):
         for name, writers in runs.items():
-            writers.append(Generator(model, prompt, args.seed + repeat, name != "ar", temperature))
+            seed, speculate = args.seed + repeat, name != "ar"
+            writers.append(Generator(model, prompt, seed, speculate, temperature))
             writers[-1].write(args.max_new_tokens)
-    for name, writers in runs.items():
-        read, taken = sum(w.read for w in writers).tolist(), sum(w.taken for w in writers).tolist()
-        seconds = sum(w.seconds for w in writers)
-        report[name] = {
-            "bytes_per_second": float(np.median([args.max_new_tokens / w.seconds for w in writers])),
-            "bytes_per_pass": len(writers) * args.max_new_tokens / read[0],
-            "acceptance": [a / n for a, n in zip(taken[1:], read[1:]) if n],  # by depth, where one was read
-            "drafting": sum(w.drafting for w in writers) / seconds,
-            "verification": sum(w.reading for w in writers) / seconds,
-            "looping": float(np.mean([looping(w.text[len(prompt) :]) for w in writers])),
-            "drafts": {key: sum(w.graph.counts[key] for w in writers) for key in SpeculationGraph.AFTER}}
+    report = {name: summed_up(writers, prompt, args.max_new_tokens)
+              for name, writers in runs.items()}
     report["ratio"] = report["speculation"]["bytes_per_second"] / report["ar"]["bytes_per_second"]
     if temperature == 0:  # where the texts part, if they do
         parted = [(a, len(os.path.commonprefix((a.text, b.text)))) for a, b in zip(*runs.values())]
@@ -2289,64 +2753,88 @@ def measured(model: GPT, prompt: list[int], temperature: float) -> dict:
     return report
 
 
+def own_prompts() -> dict[str, bytes]:
+    """Four kinds of text, 256 bytes each, that every machine has."""
+    code = Path(difflib.__file__).read_bytes()
+    prose = " ".join(difflib.SequenceMatcher.__doc__.split())
+    rows = [b"  row %d: yes, no, yes\n" % (i % 3) for i in range(12)]
+    noise = np.random.default_rng(0).integers(0, 256, 256, np.uint8)
+    found = {"prose": prose.encode(), "code": code[code.index(b"def _plain_replace") :],
+             "repetitive": b"".join(rows), "random": noise.tobytes()}
+    return {name: text[:256] for name, text in found.items()}
+
+
 def read_prompts(args: Hyperparameters) -> dict[str, bytes]:
-    """{name: prompt} of GENERATE: text, file, folder of files, JSON; without: four kinds of 256 bytes."""
-    path, found = Path(args.generate), {"prompt": os.fsencode(args.generate)}
+    """{name: prompt} of GENERATE: a text, a file, a folder of files or JSON; else `own_prompts`."""
     if not args.generate:
-        code, prose = Path(difflib.__file__).read_bytes(), " ".join(difflib.SequenceMatcher.__doc__.split())
-        found = {"prose": prose.encode(), "code": code[code.index(b"def _plain_replace") :],
-                 "repetitive": b"".join(b"  row %d: yes, no, yes\n" % (i % 3) for i in range(12)),
-                 "random": np.random.default_rng(0).integers(0, 256, 256, np.uint8).tobytes()}
-        return {name: text[:256] for name, text in found.items()}
+        return own_prompts()
+    path, found = Path(args.generate), {"prompt": os.fsencode(args.generate)}
     with contextlib.suppress(OSError, ValueError, AttributeError):  # no such path, no such JSON
-        files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.is_file()]
+        files = [path] if path.is_file() else filter(Path.is_file, sorted(path.iterdir()))
         found = {file.stem: file.read_bytes() for file in files}
         if path.suffix == ".json":
-            found = {name: text.encode() for name, text in json.loads(found[path.stem]).items()}
+            texts = json.loads(found[path.stem])
+            found = {name: text.encode() for name, text in texts.items()}
     return found
 
 
-def generate(args: Hyperparameters, runtime: Runtime) -> int:
-    """Writes what follows GENERATE to stdout and numbers to stderr; with GENERATE_BENCH bench.json."""
-    model, special = open_model(args.artifact, runtime.device, args), args.vocab_size - 256
-    prompts = {name: [BOS_ID] * (special > 0) + [byte + special for byte in text]
-               for name, text in read_prompts(args).items()}
-    if not all(prompts.values()) or len(prompts) != 1 and not (prompts and args.generate_bench):
+def generate(args: Hyperparameters, runtime: Runtime, folder: Path) -> int:
+    """Writes what follows GENERATE to stdout, and numbers to stderr; one rank of several does.
+    With GENERATE_BENCH it writes bench.json into `folder`."""
+    if not runtime.main:
+        return 0
+    model = open_model(args.artifact, runtime.device, args)
+    special = args.vocab_size - 256
+    start = [BOS_ID] if special else []
+    texts = read_prompts(args)
+    prompts = {name: [*start, *(byte + special for byte in text)] for name, text in texts.items()}
+    too_many = len(prompts) > 1 and not args.generate_bench
+    if not prompts or too_many or not all(prompts.values()):
         raise UserError(f"GENERATE={args.generate}: {len(prompts)} prompts, or an empty one")
     if model.aux is None and args.speculate and args.drafter != "suffix":
-        print(f"{args.artifact}: no heads in it, drafts by prompt lookup alone", file=sys.stderr)
+        print(f"{args.artifact}: no heads in it, drafts only by prompt lookup", file=sys.stderr)
     if args.generate_bench:
-        return bench(model, prompts, runtime, Log(run_folder(args)))
-    writer = Generator(model, *prompts.values(), args.seed, args.speculate, args.temperature)
-    ids = map(ord, writer.write(args.max_new_tokens))
-    text, passes = bytes(i - special for i in ids if i >= special), int(writer.read[0])
-    sys.stdout.buffer.write(text.decode(errors="replace").encode() if sys.stdout.isatty() else text)
-    print(f"\nbytes:{len(text)} passes:{passes} bytes_per_pass:{args.max_new_tokens / passes:.2f} "
-          f"bytes_per_second:{args.max_new_tokens / writer.seconds:.1f} "
-          + " ".join(f"{state}:{count}" for state, count in writer.graph.counts.items()), file=sys.stderr)
+        return bench(model, prompts, runtime, Log(folder))
+
+    prompt, = prompts.values()
+    writer = Generator(model, prompt, args.seed, args.speculate, args.temperature)
+    made = list(map(ord, writer.write(args.max_new_tokens)))
+    passes = int(writer.read[0])
+    text = bytes(i - special for i in made if i >= special)
+    shown = text.decode(errors="replace").encode() if sys.stdout.isatty() else text
+    sys.stdout.buffer.write(shown)
+    states = " ".join(f"{state}:{count}" for state, count in writer.graph.counts.items())
+    print(f"\nbytes:{len(text)} passes:{passes} bytes_per_pass:{len(made) / passes:.2f} "
+          f"bytes_per_second:{len(made) / writer.seconds:.1f} {states}", file=sys.stderr)
     return 0
 
 
 def bench(model: GPT, prompts: dict[str, list[int]], runtime: Runtime, log: Log) -> int:
-    """bench.json: each prompt greedy and at temperature 1; exit code 1 where a greedy text is another one."""
+    """bench.json: each prompt greedy and at temperature 1; exit code 1 if drafts change a text."""
     args, found, summary = model.args, {}, {}
     for speculate in (False, True):  # outside the clock
         Generator(model, next(iter(prompts.values())), 0, speculate, 0.0).write(8)
     for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        found[kind] = {name: measured(model, prompt, temperature) for name, prompt in prompts.items()}
+        found[kind] = {name: measured(model, prompt, temperature)
+                       for name, prompt in prompts.items()}
         for name, result in found[kind].items():
-            speeds = [result[way]["bytes_per_second"] for way in ("ar", "speculation")]
-            log(f"bench {kind} {name} ar:{speeds[0]:.1f} speculation:{speeds[1]:.1f} bytes/s "
-                f"ratio:{result['ratio']:.2f} bytes_per_pass:{result['speculation']['bytes_per_pass']:.2f}")
+            plain, ours = result["ar"], result["speculation"]
+            log(f"bench {kind} {name} ar:{plain['bytes_per_second']:.1f} "
+                f"speculation:{ours['bytes_per_second']:.1f} bytes/s "
+                f"ratio:{result['ratio']:.2f} bytes_per_pass:{ours['bytes_per_pass']:.2f}")
         ratios = [result["ratio"] for result in found[kind].values()]
         summary[kind] = {"ratio": math.prod(ratios) ** (1 / len(ratios))}
-    summary["greedy"] |= {key: sum(result[key] for result in found["greedy"].values())
-                          for key in ("near_ties", "mismatches")}
+
+    for key in ("near_ties", "mismatches"):
+        summary["greedy"][key] = sum(result[key] for result in found["greedy"].values())
     log(f"bench {json.dumps(summary)}")
-    report = {"summary": summary, **found, "settings": args.settings(), "device": runtime.device_name(),
-              "dtype": str(model.dtype), "mlx": mx.__version__,
-              "heads": model.aux is not None, "artifact_sha256": sha256_file(Path(args.artifact)),
-              "script_sha256": sha256_file(Path(__file__))}
+    report = {
+        "summary": summary, **found, "settings": args.settings(),
+        "device": runtime.device_name(), "dtype": str(model.dtype), "mlx": mx.__version__,
+        "heads": model.aux is not None,
+        "artifact_sha256": sha256_file(Path(args.artifact)),
+        "script_sha256": sha256_file(Path(__file__)),
+    }
     write_atomic(log.folder / "bench.json", json.dumps(report, indent=1, allow_nan=False).encode())
     return int(summary["greedy"]["mismatches"] > 0)
 
@@ -2360,71 +2848,97 @@ class Stopped(Exception):
     """SIGTERM or Ctrl-C: the checkpoint is written, the message says how to go on."""
 
 
+def run_folder(args: Hyperparameters) -> Path:
+    return Path(args.runs_path) / args.run_id
+
+
 def torch_rng_state(seed: int) -> np.ndarray:
-    """What torch.get_rng_state() is after manual_seed(seed), (5056,) uint8: the trunk asks for one. The seed,
-    numbers left, "seeded", the next number's place, 624 words of MT19937, 40 bytes of spare normals."""
+    """The bytes of torch.get_rng_state() after manual_seed(seed), (5056,) uint8: the trunk asks for
+    them. The seed, numbers left, "seeded", the next number's place, 624 words of MT19937, and 40
+    bytes of spare normals."""
     words = np.random.RandomState(seed % 2**32).get_state()[1]
     head = np.array([seed % 2**64], "<u8"), np.array([1, 1, 0, 0], "<i4")
     parts = *head, words.astype("<u8"), np.zeros(40, np.uint8)
     return np.concatenate([part.view(np.uint8) for part in parts])
 
 
+@check
+def check_calibration(args: Hyperparameters) -> None:
+    limited = args.quant_round == "gptq" and args.max_wallclock_seconds and not args.eval_only
+    untimed = limited and not args.warmup_steps
+    forbid(untimed, args, "quant_round max_wallclock_seconds warmup_steps",
+           "gptq with a time limit needs WARMUP_STEPS >= 1: warm-up times the calibration")
+
+
 class Trainer:
-    """Model, optimizers, average, loader and clock: all that a checkpoint holds, and one step of training."""
+    """All that a checkpoint holds, and one step of training."""
+
+    CHECKPOINTED = ("step", "seconds", "best", "loader_state")
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
         self.args, self.data, self.runtime, self.log = args, data, runtime, log
         self.plan = BatchPlan.make(args, runtime.world_size)
         self.model = GPT(args, runtime.attention, runtime.dtype)
         self.model.init_weights(args.seed)
+
         self.gradients, self.logits = training_gradients, scoring_logits
         if runtime.compile:
-            self.gradients, self.logits = compiled(training_gradients), compiled(scoring_logits)
-        self.loader_state, self.signal = None, 0
-        self.step, self.seconds, self.best = 0, 0.0, math.inf  # of this run and the runs that it resumes
+            self.gradients = compiled(training_gradients)
+            self.logits = compiled(scoring_logits)
+        self.loader_state = None
+        self.signal = 0
+        self.step, self.seconds, self.best = 0, 0.0, math.inf  # resumed runs included
         self.slowest = 0.0  # seconds of the slowest step, slowly forgotten
         self.reserve = 0.0  # seconds that calibration will take of the training clock
+        self.unwritten: list[tuple] = []  # steps whose losses are still to be written
         self.optimizers = Optimizers(self.model, args, runtime)
         self.fresh_optimizers()
 
     def fresh_optimizers(self) -> None:
         self.optimizers.fresh()
-        self.ema = EMA(self.model, self.args.ema_decay) if self.args.ema_enabled else None
+        self.ema = EMA(self.model, self.args.ema_decay)
 
-    def micro_step(self, ids: Tensor, weights: Tensor, aux_inputs, aux_weights: dict[str, float]) -> tuple:
-        """Sums and gradients of one micro-batch; gradients add up to those of the global batch's mean."""
+    def micro_step(self, ids: Tensor, weights: Tensor, term_weights: dict, aux_inputs) -> tuple:
+        """Sums and gradients; gradients add up to those of the global batch's mean."""
+        groups = self.plan.rows // self.plan.group
         shares = {"ce": self.args.token_weight / (self.plan.rows * self.args.train_seq_len)}
-        shares |= {name: weight / (self.plan.rows // self.plan.group)
-                   for name, weight in aux_weights.items() if weight}
+        for name, weight in term_weights.items():
+            if weight:
+                shares[name] = weight / groups
         shares = {name: mx.array(share) for name, share in shares.items()}
-        return self.gradients(self.model, self.model.named_parameters(), shares, ids, weights, aux_inputs)
+        params = self.model.named_parameters()
+        return self.gradients(self.model, params, shares, ids, weights, aux_inputs)
 
     def train_step(self, ids: Tensor, weights: Tensor, progress: float) -> dict[str, float]:
-        """One optimizer step on a global batch; returns this rank's share of each summed term. Every
-        micro-batch is computed before the next one's graph is made: a step takes the memory of one."""
-        aux = self.model.aux
-        aux_inputs = aux.inputs(self.step) if aux is not None else None
-        aux_weights = aux.weights(progress) if aux is not None else {}
+        """One optimizer step on a global batch; returns this rank's share of each summed term.
+
+        Every micro-batch is computed before the next one's graph is made: the memory of one."""
+        term_weights, aux_inputs = {}, None
+        if self.model.aux is not None:
+            term_weights |= self.model.aux.weights(progress)
+            aux_inputs = self.model.aux.inputs(self.step)
+
         sums, grads = [], {}
         for batch in zip(ids, weights):
-            part, more = self.micro_step(*batch, aux_inputs, aux_weights)
-            grads = {name: grads[name] + grad if grads else grad for name, grad in more.items()}
+            part, more = self.micro_step(*batch, term_weights, aux_inputs)
+            for name, grad in more.items():
+                grads[name] = grads[name] + grad if name in grads else grad
             mx.eval(grads, part)
             sums.append(part)
-        self.optimizers.step(self.step, progress, *self.optimizers.reduce(grads))
-        if self.ema is not None:
-            self.ema.update(self.step)
-        mx.eval(self.model.parameters(), self.optimizers.state(), self.ema.average if self.ema else [])
+        grads, norm = self.optimizers.reduce(grads)
+        self.optimizers.step(self.step, progress, grads, norm)
+        self.ema.update(self.step)
+        mx.eval(self.model.parameters(), self.optimizers.state(), self.ema.average)
         return {name: sum(part[name].item() for part in sums) for name in sums[0]}
 
     def warm_up(self) -> None:
-        """Compiles every shape on made-up ids, then puts weights and optimizers back bit for bit."""
+        """Compiles every shape on made-up ids, then puts everything back bit for bit."""
         if not self.args.warmup_steps:
             return
         kept = self.model.named_parameters()
         try:
             self.try_shapes()
-        except Exception as error:  # whatever the compiler did not like: the same work runs without it
+        except Exception as error:  # whatever the compiler refused runs without it
             if not self.runtime.compile:
                 raise
             self.log(f"compile: failed ({type(error).__name__}), running eager")
@@ -2436,32 +2950,39 @@ class Trainer:
 
     def try_shapes(self) -> None:
         args, generator = self.args, np.random.default_rng(0)
-        shape = (self.plan.micro_steps, self.plan.groups * self.plan.group, args.train_seq_len + 1)
+        rows = self.plan.groups * self.plan.group
+        shape = (self.plan.micro_steps, rows, args.train_seq_len + 1)
         for _ in range(args.warmup_steps):
-            ids = mx.array(generator.integers(BYTE_OFFSET, args.vocab_size, shape, np.int32))
+            ids = generator.integers(BYTE_OFFSET, args.vocab_size, shape, np.int32)
+            ids = mx.array(ids)
             self.train_step(ids, mx.ones(shape[:2]), 0.0)
-        length, batch = args.eval_seq_len, max(1, args.eval_batch_tokens // args.eval_seq_len)
+        # scoring shapes: one window, and the sliding ones
+        length = args.eval_seq_len
         for stride in sorted({length, args.eval_stride}):
-            list(scored(self.model, np.full(2, BOS_ID), length, stride, batch, self.logits))
+            plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
+            list(scored(self.model, np.full(2, BOS_ID), plan, self.logits))
         if args.quant_round == "gptq":
             for _ in range(2):  # the second time is the one to go by
                 start = time.perf_counter()
                 self.input_moments(ids, {})
                 seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
-                self.reserve, = self.runtime.from_main([seconds])  # ranks must agree on when to stop
+                self.reserve, = self.runtime.from_main([seconds])
 
     def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds this rank's X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
         def add(names: list[str], x: Tensor) -> None:
             x = x.flatten(0, -2).astype(mx.float32)
-            for name, product in zip(names, [x.T @ x] * len(names)):
+            product = x.T @ x
+            for name in names:
                 sums[name] = sums.get(name, 0) + product
+
+        readers = {CastedLinear: ("",), CausalSelfAttention: ("c_q.", "c_k.", "c_v.")}
         for path, module in self.model.named_modules():
-            kind = {CastedLinear: ("",), CausalSelfAttention: ("c_q.", "c_k.", "c_v.")}.get(type(module), ())
-            if names := [f"{path}.{part}weight" for part in kind]:
+            if names := [f"{path}.{part}weight" for part in readers.get(type(module), ())]:
                 module.watch = lambda x, names=names: add(names, x)
         for ids in batch:
-            add(["tok_emb.weight"], self.model.hidden(ids[:, :-1], self.model.rotary_train))
+            x = self.model.hidden(ids[:, :-1], self.model.rotary_train)
+            add(["tok_emb.weight"], x)
             mx.eval(sums)
         for module in self.model.modules():
             module.watch = None
@@ -2472,55 +2993,73 @@ class Trainer:
         start, sums = time.perf_counter(), {}
         batches = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
         for _ in range(self.args.gptq_batches):
-            self.input_moments(mx.array(batches.next()[0]), sums)
-        hessians = {name: np.array(total) for name, total in self.runtime.sum_arrays(sums).items()}
+            ids, _, _ = batches.next()
+            self.input_moments(mx.array(ids), sums)
+        sums = self.runtime.sum_arrays(sums)
         self.seconds, = self.runtime.from_main([self.seconds + time.perf_counter() - start])
-        return hessians
+        return {name: np.array(total) for name, total in sums.items()}
 
     def progress(self) -> float:
-        """Share of the run that is behind: of the steps or of the seconds, whichever is larger. Twice the
-        slowest of late steps, and the time for calibration, stay unused: nothing may end after the limit."""
-        cap = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
-        by_time = self.seconds / max(cap, 1e-9) if self.args.max_wallclock_seconds else 0.0
-        return min(1.0, max(self.step / self.args.iterations, by_time))
+        """Share of the run that is done, of the steps or of the seconds. Twice the slowest of late
+        steps, and the time for calibration, stay unused: nothing may end after the limit."""
+        by_steps, by_time = self.step / self.args.iterations, 0.0
+        if self.args.max_wallclock_seconds:
+            usable = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
+            by_time = self.seconds / max(usable, 1e-9)
+        return min(1.0, max(by_steps, by_time))
+
+    def agree_on_time(self, now: float) -> None:
+        """Takes rank 0's clock and signal; raises Stopped on every rank at the same step."""
+        slowest = max(now - self.seconds, 0.99 * self.slowest)
+        agreed = self.runtime.from_main([now, slowest, float(self.signal)])
+        self.seconds, self.slowest, stop = agreed
+        if stop:
+            self.write_steps()
+            raise Stopped(int(stop))
 
     def run(self, evaluator: Evaluator) -> None:
         """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
         args, runtime = self.args, self.runtime
         loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
-        first_bad = math.inf  # step of the first non-finite loss
+        first_bad = math.inf  # step of a non-finite loss
         started = time.perf_counter() - self.seconds
 
         def due(every: int) -> bool:
             return every > 0 and self.step % every == 0
+
         with contextlib.closing(loader.prefetch()) as batches:
             while True:
-                now = time.perf_counter() - started
-                slowest = max(now - self.seconds, 0.99 * self.slowest)
-                self.seconds, self.slowest, stop = runtime.from_main([now, slowest, float(self.signal)])
-                if stop:
-                    raise Stopped(int(stop))
+                self.agree_on_time(time.perf_counter() - started)
                 if (progress := self.progress()) >= 1.0:
                     break
                 ids, weights, state = next(batches)
                 terms = self.train_step(ids, weights, progress)
                 self.step, self.loader_state = self.step + 1, state
-                first_bad = first_bad if math.isfinite(terms["ce"]) else min(first_bad, self.step)
-                shown = self.step <= 10 or self.step == args.iterations or due(args.train_log_every)
+                if not math.isfinite(terms["ce"]):
+                    first_bad = min(first_bad, self.step)
+                # ranks sum their losses only when a line is shown
+                edge = self.step <= 10 or self.step == args.iterations
+                shown = edge or due(args.train_log_every)
+                if shown or due(max(1, args.iterations // 400)):  # a smooth curve
+                    now = time.perf_counter() - started
+                    memory = runtime.peak_memory_mb(since_last=True)
+                    self.unwritten.append((self.step, now, progress, terms, memory))
                 if shown or due(args.checkpoint_every):
                     self.refuse_non_finite(first_bad)
                 if shown:
-                    self.log_step(terms, time.perf_counter() - started, progress)
+                    self.log_step(self.write_steps())
                 if due(args.checkpoint_every):
                     self.seconds = time.perf_counter() - started
                     self.save("last")
-                if due(args.val_loss_every) and self.step < args.iterations:  # the end has its own
+                if due(args.val_loss_every) and self.step < args.iterations:
                     self.seconds = time.perf_counter() - started
                     self.validate(evaluator)
                     started = time.perf_counter() - self.seconds
+
         self.refuse_non_finite(first_bad)
         self.seconds, = runtime.from_main([time.perf_counter() - started])
         runtime.clocks["training"] = self.seconds
+        self.write_steps()
 
     def refuse_non_finite(self, first_bad: float) -> None:
         step = float(self.runtime.all_reduce(first_bad, np.min))
@@ -2529,28 +3068,49 @@ class Trainer:
 
     def not_finite(self, step: int, what: str) -> UserError:
         last = run_folder(self.args) / "last.safetensors"
-        good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
-        return UserError(f"step {step}: {what} is not finite; {good}")
+        good = last if last.exists() else "none"
+        return UserError(f"step {step}: {what} is not finite; the last good checkpoint: {good}")
 
     def timing(self, seconds: float) -> str:
-        return f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(self.step, 1):.2f}ms"
+        average = 1e3 * seconds / max(self.step, 1)
+        return f"train_time:{1e3 * seconds:.0f}ms step_avg:{average:.2f}ms"
 
-    def log_step(self, terms: dict[str, float], seconds: float, progress: float) -> None:
-        names = sorted(terms)
-        sums = self.runtime.all_reduce([terms[name] for name in names]).tolist()
-        means = {name: total / (self.plan.rows // self.plan.group) for name, total in zip(names, sums)}
-        loss = means.pop("ce") / (self.plan.group * self.args.train_seq_len)
-        extra = self.model.aux.report(means) if self.model.aux is not None else {}
-        self.log(f"step:{self.step}/{self.args.iterations} train_loss:{loss:.4f} {self.timing(seconds)}"
-                 + "".join(f" {name}:{value:.5f}" for name, value in extra.items()))
-        self.log.metrics(step=self.step, train_loss=loss, train_seconds=seconds, progress=progress,
-                         rate=rate_at(progress, self.args), **extra,
-                         peak_mem_mb=self.runtime.peak_memory_mb(since_last=True))
+    def write_steps(self) -> dict:
+        """Writes the waiting steps to `metrics.jsonl`, one sum over ranks -> the newest."""
+        if not self.unwritten:
+            return {}
+        parts = [step[3][name] for step in self.unwritten for name in sorted(step[3])]
+        values = deque(self.runtime.all_reduce(parts).tolist())
+        for step, seconds, progress, terms, memory in self.unwritten:
+            sums = {name: values.popleft() for name in sorted(terms)}
+            line = {"step": step, **self.means(sums)}
+            line |= {"train_seconds": seconds, "progress": progress}
+            line["rate"] = rate_at(progress, self.args)
+            self.log.metrics(**line, peak_mem_mb=memory)
+        self.unwritten.clear()
+        return line
+
+    def means(self, sums: dict[str, float]) -> dict[str, float]:
+        """Terms of a step, summed over ranks -> what its line says."""
+        groups = self.plan.rows // self.plan.group
+        means = {name: total / groups for name, total in sums.items()}
+        line = {"train_loss": means.pop("ce") / (self.plan.group * self.args.train_seq_len)}
+        if self.model.aux is not None:
+            line |= self.model.aux.report(means)
+        return line
+
+    def log_step(self, line: dict) -> None:
+        """Shows a line of `metrics.jsonl`."""
+        told = ("step", "train_loss", "train_seconds", "progress", "rate")
+        extra = [f" {name}:{value:.5f}" for name, value in line.items() if name not in told]
+        self.log(f"step:{self.step}/{self.args.iterations} train_loss:{line['train_loss']:.4f} "
+                 + self.timing(line["train_seconds"]) + "".join(extra))
 
     def validate(self, evaluator: Evaluator) -> None:
         """Scores the raw weights; the best so far are kept in `best.safetensors`."""
         with self.runtime.clock("validation"):
-            result = evaluator.run("raw", self.model, self.args.eval_seq_len, self.args.eval_seq_len)
+            length = self.args.eval_seq_len
+            result = evaluator.run("raw", self.model, length, length)
         self.log_validation(result)
         if result["val_bpb"] < self.best:
             self.best = result["val_bpb"]
@@ -2561,23 +3121,21 @@ class Trainer:
                  f"val_bpb:{result['val_bpb']:.4f} {self.timing(self.seconds)}")
         self.log.metrics(step=self.step, val_loss=result["val_loss"], val_bpb=result["val_bpb"])
 
-    # Checkpoints
-
-    CHECKPOINTED = ("step", "seconds", "best", "loader_state")
-
     def save(self, name: str) -> None:
-        """Weights, average, optimizers, loader position and clock: one safetensors file, atomically, under
-        the trunk's names. Every draw has the step or the place in its key: `rng.cpu` is there for torch."""
+        """All that a run needs to go on from here, under the trunk's names: one file, atomically.
+        Every draw has the step or the place in its key: `rng.cpu` is there for torch."""
         tensors = {f"model.{key}": p for key, p in self.model.named_parameters().items()}
-        if self.ema is not None:
-            tensors |= {f"ema.{key}": p for key, p in self.ema.average.items()}
-        tensors = {key: np.array(value) for key, value in {**tensors, **self.optimizers.state()}.items()}
+        tensors |= {f"ema.{key}": p for key, p in self.ema.average.items()}
+        tensors |= self.optimizers.state()
+        tensors = {key: np.array(value) for key, value in tensors.items()}
         tensors["rng.cpu"] = torch_rng_state(self.args.seed)
-        for key, value in tensors.items():  # a loss is that of the weights before its step: look at these too
+
+        for key, value in tensors.items():  # a loss tells only of the weights before its step
             if not np.isfinite(value).all():
                 raise self.not_finite(self.step, key)
         if self.runtime.main:
-            meta = {key: getattr(self, key) for key in self.CHECKPOINTED} | {"config": self.args.shipped()}
+            meta = {key: getattr(self, key) for key in self.CHECKPOINTED}
+            meta["config"] = self.args.shipped()
             blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
             write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
 
@@ -2585,54 +3143,43 @@ class Trainer:
         """Goes on from a checkpoint, of the torch script too."""
         meta, state = read_checkpoint(path, "RESUME")
         for key, value in self.args.shipped().items():
-            if meta["config"].get(key) != value:
-                raise UserError(f"RESUME={path}: made with {key}={meta['config'].get(key)}, not {value}")
-        if self.ema is not None and not any(key.startswith("ema.") for key in state):
-            raise UserError(f"RESUME={path}: made with EMA_ENABLED=0, this run has 1")
+            if (other := meta["config"].get(key)) != value:
+                raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+        # weights and average
         names = list(self.model.named_parameters())
         update_parameters(self.model, {name: state[f"model.{name}"] for name in names})
-        if self.ema is not None:
-            self.ema.average = {name: state[f"ema.{name}"] for name in names}
+        self.ema.average = {name: state[f"ema.{name}"] for name in names}
         self.optimizers.load_state(state)
         for key in self.CHECKPOINTED:
             setattr(self, key, meta[key])
         self.log(f"resume:{path} step:{self.step} train_time:{1e3 * self.seconds:.0f}ms")
 
 
-def run_folder(args: Hyperparameters) -> Path:
-    return Path(args.runs_path) / args.run_id
-
-
 def git_commit() -> str:
+    folder = Path(__file__).resolve().parent
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent, timeout=10,
-                              capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, timeout=10,
+                              capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     return "unknown"
 
 
 def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
-    """Source, versions, settings and data: the log alone says what ran."""
+    """Source, versions, settings and data: nothing but the log is needed to know what ran."""
     log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
-    versions = f"python:{platform.python_version()} mlx:{mx.__version__} numpy:{np.__version__}"
-    warnings = [f"warning: {warning}" for warning in args.warnings]
-    for line in [*warnings, f"{versions} commit:{git_commit()}", *runtime.notes]:
+    for warning in args.warnings:
+        log(f"warning: {warning}")
+    log(f"python:{platform.python_version()} mlx:{mx.__version__} numpy:{np.__version__} "
+        f"commit:{git_commit()}")
+    for line in [*runtime.notes, runtime.describe()]:
         log(line)
     log("settings " + json.dumps(args.settings()), console=False)
     log("data " + json.dumps(fingerprint))
 
 
-def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, evaluator: Evaluator) -> dict:
-    """Training, the scores of raw and averaged weights, the artifact; returns what `metrics.json` says."""
-    trainer = Trainer(args, data, runtime, log)
-    params = sum(p.size for p in trainer.model.named_parameters().values())
-    log(f"model_params:{params} world_size:{runtime.world_size} micro_steps:{trainer.plan.micro_steps} "
-        f"micro_batch_rows:{trainer.plan.groups * trainer.plan.group} seed:{args.seed}")
-    plan, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
-    log(f"size_plan:{sum(plan.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
-        + " ".join(f"{kind}:{size}" for kind, size in plan.items()))
-    with runtime.clock("warm-up"):
-        trainer.warm_up()
-    evaluator.logits = trainer.logits
+def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
+    """Trains from the start or a checkpoint; a signal leaves one behind and raises Stopped."""
+    args = trainer.args
     last = run_folder(args) / "last.safetensors"
     if args.resume and (args.resume != "auto" or last.exists()):
         trainer.restore(last if args.resume == "auto" else Path(args.resume))
@@ -2642,18 +3189,17 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, eval
         trainer.run(evaluator)
     except Stopped as stopped:
         trainer.save("last")
-        log(f"stopped by {signal.Signals(stopped.args[0]).name} at step {trainer.step}; {last} is written, "
-            f"RUN_ID={args.run_id} RESUME=auto goes on from there")
+        name = signal.Signals(stopped.args[0]).name
+        trainer.log(f"stopped by {name} at step {trainer.step}; {last} is written, "
+                    f"RUN_ID={args.run_id} RESUME=auto goes on from there")
         raise
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    with runtime.clock("validation"):
-        trainer.log_validation(evaluator.report("final_raw", trainer.model))
-        trainer.save("final")
-    if trainer.ema is not None:
-        trainer.ema.apply()
-        with runtime.clock("validation"):
-            evaluator.report("final_ema", trainer.model)
+
+
+def write_artifact(trainer: Trainer) -> tuple[Path, int]:
+    """(artifact.bin of the weights that the model holds, how many numbers are in it)."""
+    args, runtime = trainer.args, trainer.runtime
     with runtime.clock("calibration"):
         hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
     with runtime.clock("compression"):
@@ -2663,39 +3209,77 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log, eval
             write_atomic(artifact, pack(tensors, args, hessians))
         runtime.all_reduce(0)  # the others wait for the file
     shipped = sum(map(np.size, tensors.values()))
-    log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
-    return {"artifact": str(artifact), "params": params, "params_shipped": shipped, "steps": trainer.step,
-            "train_seconds": trainer.seconds, "ms_per_step": 1e3 * trainer.seconds / max(trainer.step, 1)}
+    trainer.log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
+    return artifact, shipped
 
 
-def score_artifact(path: str, args: Hyperparameters, runtime: Runtime, evaluator: Evaluator) -> None:
-    """Reloads the artifact into a new model and prints the final lines, non-overlapping and sliding."""
+def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
+          evaluator: Evaluator) -> dict:
+    """Training, scores of raw and averaged weights, the artifact -> entries of `metrics.json`."""
+    trainer = Trainer(args, data, runtime, log)
+    plan, named = trainer.plan, trainer.model.named_parameters()
+    params = sum(p.size for p in named.values())
+    log(f"model_params:{params} world_size:{runtime.world_size} micro_steps:{plan.micro_steps} "
+        f"micro_batch_rows:{plan.groups * plan.group} seed:{args.seed}")
+    sizes, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
+    log(f"size_plan:{sum(sizes.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
+        + " ".join(f"{kind}:{size}" for kind, size in sizes.items()))
+    # compile off the clock, then train
+    with runtime.clock("warm-up"):
+        trainer.warm_up()
+    evaluator.logits = trainer.logits
+    run_until_done(trainer, evaluator)
+    # score the weights as they are, then their average
+    with runtime.clock("validation"):
+        trainer.log_validation(evaluator.report("final_raw", trainer.model))
+        trainer.save("final")
+    trainer.ema.apply()
+    with runtime.clock("validation"):
+        evaluator.report("final_ema", trainer.model)
+
+    artifact, shipped = write_artifact(trainer)
+    return {"artifact": str(artifact), "params": params, "params_shipped": shipped,
+            "steps": trainer.step, "train_seconds": trainer.seconds,
+            "ms_per_step": 1e3 * trainer.seconds / max(trainer.step, 1)}
+
+
+def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
+                   evaluator: Evaluator) -> None:
+    """Reloads the artifact into a new model and prints the final lines."""
     model = load(path, runtime.device, args, runtime.dtype, runtime.attention)
     label = f"final_int{args.bits_by_class['mlp']}"
     evaluator.report(f"{label}_roundtrip", model)
     evaluator.report(f"{label}_sliding", model, args.eval_stride)
 
 
-def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluator, summary: dict) -> int:
-    """Checks the budgets, writes `metrics.json`, prints the closing block; returns the exit code."""
-    headline, code = list(evaluator.results)[-1], len(Path(__file__).read_bytes())
+def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluator,
+           summary: dict) -> int:
+    """Checks the budgets, writes `metrics.json`, prints the closing block -> the exit code."""
+    headline = list(evaluator.results)[-1]
+    code = len(Path(__file__).read_bytes())
     total = code + os.path.getsize(summary["artifact"])
     seconds = {"train_seconds": 0.0, "eval_seconds": runtime.clocks["evaluation"]} | summary
-    limits = [("ARTIFACT_BUDGET_BYTES", args.artifact_budget_bytes, total),
-              ("MAX_WALLCLOCK_SECONDS", args.max_wallclock_seconds, seconds["train_seconds"]),
-              ("EVAL_BUDGET_SECONDS", args.eval_budget_seconds, seconds["eval_seconds"])]
-    broken = [f"{name}={limit} is broken: {value:.3f}" for name, limit, value in limits if 0 < limit < value]
+    spent = {"artifact_budget_bytes": total, "max_wallclock_seconds": seconds["train_seconds"],
+             "eval_budget_seconds": seconds["eval_seconds"]}
+    broken = [f"{name.upper()}={getattr(args, name)} is broken: {value:.3f}"
+              for name, value in spent.items() if 0 < getattr(args, name) < value]
+    # what the tables of READMEs are made of
     metrics = {
-        "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline, "bytes_code": code,
-        "bytes_model": total - code, "bytes_total": total, **seconds, "peak_mem_mb": runtime.peak_memory_mb(),
-        "seed": args.seed, "script_sha256": sha256_file(Path(__file__)), "git_commit": git_commit(),
-        "device": runtime.device_name(), "world_size": runtime.world_size, "mlx": mx.__version__,
-        "clocks": runtime.clocks, "broken_budgets": broken, "evals": evaluator.results,
-        "settings": args.settings()}
+        "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline,
+        "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **seconds,
+        "peak_mem_mb": runtime.peak_memory_mb(), "seed": args.seed,
+        "script_sha256": sha256_file(Path(__file__)), "git_commit": git_commit(),
+        "device": runtime.device_name(), "world_size": runtime.world_size,
+        "mlx": mx.__version__, "clocks": runtime.clocks, "broken_budgets": broken,
+        "evals": evaluator.results, "settings": args.settings(),
+    }
     write_atomic(log.folder / "metrics.json", json.dumps(metrics, indent=1).encode())
-    shown = [f"{key}: {value}" for key, value in metrics.items() if not isinstance(value, (dict, list))]
-    for line in shown + [f"budget: {line}" for line in broken]:
-        log(line)
+
+    for key, value in metrics.items():
+        if not isinstance(value, (dict, list)):
+            log(f"{key}: {value}")
+    for line in broken:
+        log(f"budget: {line}")
     return 3 if broken else 0
 
 
@@ -2706,21 +3290,25 @@ def main() -> int:
     runtime = None
     try:
         if sys.argv[1:]:
-            raise UserError(f"{sys.argv[1]!r}: settings are environment variables, `--help` lists them")
+            raise UserError(f"{sys.argv[1]!r}: settings are environment variables, see --help")
         args = Hyperparameters(os.environ)
         if args.eval_only or args.generate or args.generate_bench:
             args = settings_of(args.artifact, os.environ)
         runtime = Runtime(args)
+        # from here on all ranks write to one folder
         started, = runtime.from_main([time.time()])
-        args.run_id = args.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{args.seed}", time.localtime(started))
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
+        args.run_id = args.run_id or f"{stamp}-seed{args.seed}"
         if args.generate or args.generate_bench:
-            return generate(args, runtime) if runtime.main else 0
+            return generate(args, runtime, run_folder(args))
+        runtime.attention = pick_attention(args, runtime.dtype)
         data = Dataset(args, verify=runtime.main)
         log = Log(run_folder(args) if runtime.main else None)
         fingerprint = data.fingerprint()
         log_header(log, args, runtime, fingerprint)
         evaluator = Evaluator(args, data, runtime, log)
-        log(evaluator.describe())
+        log(evaluator.describe(data.manifest))
+
         summary = {"artifact": args.artifact, "dataset": fingerprint}
         if not args.eval_only:
             summary |= train(args, data, runtime, log, evaluator)
