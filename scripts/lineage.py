@@ -526,7 +526,9 @@ def check(folder: Path, root: Path = ROOT) -> list[Finding]:
     verdict("environment", environment(script), "read only in HYPERPARAMETERS")
     verdict("imports", repository_imports(script, root), "nothing of the repository")
     dying: dict[bool, list[Place]] = {True: [], False: []}
-    for name, certain in dead(script).items():
+    beside = [] if path.parent == root else sorted(path.parent.glob("*.py"))
+    companions = [ast.parse(file.read_bytes()) for file in beside if not file.name.startswith("train_gpt")]
+    for name, certain in dead(script, companions).items():
         symbol = script.by_name.get(name) or script.by_name["imports"]
         dying[certain and not frozen].append((symbol.first, f"nothing that runs reaches {name}"))
     for certain, level in ((True, "FAIL"), (False, "WARN")):

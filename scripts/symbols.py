@@ -16,7 +16,7 @@ import io
 import re
 import symtable
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -314,13 +314,17 @@ def used_in_earlier_section(script: Script) -> dict[str, tuple[Symbol, str, str]
     return found
 
 
-def dead(script: Script) -> dict[str, bool]:
+def dead(script: Script, companions: Iterable[ast.Module] = ()) -> dict[str, bool]:
     """{name: certain} of what neither `main` nor a tool of the family reaches.
+
+    `companions` are the other programs of a record's folder: the attributes they read are in use.
 
     By names alone: a namesake in use keeps a symbol alive. Functions, classes and methods are certain, but
     not a method that a foreign base class may call; fields, constants and imports are not.
     """
     names, attributes = {"main", "load", "score", "stream"}, {"logprobs", "push"}  # what tools call
+    for tree in companions:
+        attributes |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     functions = {node.name for node in script.tree.body if isinstance(node, FUNCTION)}
     for node in script.tree.body:  # a decorator of the script may hand a function on: a registry
         decorators = {ast.unparse(part) for part in getattr(node, "decorator_list", ())}

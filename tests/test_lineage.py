@@ -760,6 +760,15 @@ def test_dead_symbols_fail_and_uncertain_ones_warn(family):
     assert [f.where for f in findings if f.level == "FAIL"] == [f"records/A/train_gpt.py:{line}"]
 
 
+def test_a_program_beside_the_script_keeps_its_settings_alive(family):
+    source = replaced("    depth = Var(2)  # blocks\n", "    depth = Var(2)  # blocks\n    radius = Var(6)\n")
+    folder = family.record("A", source, ["Hyperparameters.radius"])
+    assert failures(lineage.check(folder, family.root), "WARN") == [("dead", "nothing that runs reaches "
+                                                                     "Hyperparameters.radius")]
+    (folder / "gate.py").write_text("def near(args):\n    return args.radius\n")
+    assert failures(lineage.check(folder, family.root), "WARN") == []
+
+
 def test_numbers_of_another_script_are_stale(family):
     folder = family.record("A", TRUNK)
     (folder / "train_gpt.py").write_text(TRUNK.replace("The trunk.", "Another."))

@@ -407,7 +407,7 @@ def tune_allocator() -> None:
 
 @check
 def check_ranks(args: Hyperparameters) -> None:
-    forbid(args.rank >= args.world_size, args, "rank world_size", "torchrun sets both")
+    forbid(args.rank >= args.world_size, args, "rank world_size", "let torchrun set both")
 
 
 class Runtime:
@@ -881,7 +881,7 @@ def class_table(vocab_size: int) -> np.ndarray:
 @check
 def check_batch(args: Hyperparameters) -> None:
     spare = args.trains and args.train_batch_tokens % args.train_seq_len
-    forbid(spare, args, "train_batch_tokens train_seq_len", "a batch is whole rows")
+    forbid(spare, args, "train_batch_tokens train_seq_len", "must be a multiple of a row")
 
 
 class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
@@ -1115,13 +1115,13 @@ class LatentMLP(nn.Module):
 
 
 def sigreg(latents: Tensor, directions: Tensor, knots: int, blind: bool = False) -> Tensor:
-    """Sketched test that latents are N(0, I): distance of characteristic functions along random
-    directions.
+    """Sketched test for N(0, I): distance of characteristic functions along random directions.
 
     latents (G, N, d): G samples of N latents; directions (d, P), unit columns. Returns (G,) in
     fp32: the mean over P of sum_k w_k [(mean cos t_k p - phi_k)^2 + (mean sin t_k p)^2], phi_k =
     exp(-t_k^2 / 2), t on [0.2, 3], w_k = phi_k / sum(phi). Nothing is standardised, so a wrong
-    scale costs (defect A5 of #832). After LeJEPA's SIGReg (Balestriero & LeCun 2025) and #696.
+    scale costs (defect A5 of #832).
+    After LeJEPA's SIGReg (Balestriero & LeCun 2025) and #696.
     `blind` is #832's own, which standardises each dimension and has equal w_k."""
     t = torch.linspace(0.2, 3.0, knots, device=latents.device)
     phi = torch.exp(-0.5 * t * t)
@@ -1148,10 +1148,10 @@ def check_jepa(args: Hyperparameters) -> None:
     chunk = args.jepa_chunk_size
     for name in ("train_seq_len", "eval_seq_len", "eval_stride"):
         spare = chunk and getattr(args, name) % chunk
-        forbid(spare, args, f"{name} jepa_chunk_size", "whole chunks")
+        forbid(spare, args, f"{name} jepa_chunk_size", "must be a multiple of the chunk")
     rows = args.train_batch_tokens // args.train_seq_len
     spare = chunk and args.trains and rows % args.jepa_sigreg_group
-    forbid(spare, args, "train_batch_tokens jepa_sigreg_group", "a batch is whole groups of rows")
+    forbid(spare, args, "train_batch_tokens jepa_sigreg_group", "must hold whole groups of rows")
     total = args.jepa_phase1_frac + args.jepa_phase2_frac
     forbid(total > 1, args, "jepa_phase1_frac jepa_phase2_frac", "together at most 1")
 
@@ -1364,12 +1364,12 @@ class KVCache:
 @check
 def check_heads(args: Hyperparameters) -> None:
     head_dim, spare = divmod(args.model_dim, args.num_heads)
-    forbid(spare, args, "model_dim num_heads", "heads of whole width")
+    forbid(spare, args, "model_dim num_heads", "must be a multiple of the heads")
     spare = args.num_heads % args.num_kv_heads
-    forbid(spare, args, "num_heads num_kv_heads", "groups of equal size")
-    forbid(head_dim % 2, args, "model_dim num_heads", f"a head of {head_dim}: rotary needs pairs")
+    forbid(spare, args, "num_heads num_kv_heads", "must be a multiple of the kv heads")
+    forbid(head_dim % 2, args, "model_dim num_heads", f"a head's width, {head_dim}, must be even")
     unfit = args.rope_dims % 2 or args.rope_dims > head_dim
-    forbid(unfit, args, "rope_dims num_heads", f"an even number, at most a head's {head_dim}")
+    forbid(unfit, args, "rope_dims num_heads", f"the first must be even, at most {head_dim}")
 
 
 class CausalSelfAttention(nn.Module):
@@ -1466,7 +1466,7 @@ def hash_mix(state: Tensor, symbol: Tensor) -> Tensor:
 @check
 def check_ngrams(args: Hyperparameters) -> None:
     spare = args.ngram_dim % args.ngram_hashes
-    forbid(spare, args, "ngram_dim ngram_hashes", "the tables share the width equally")
+    forbid(spare, args, "ngram_dim ngram_hashes", "must be a multiple of the hashes")
 
 
 class HashEmbedding(nn.Module):
@@ -1475,7 +1475,7 @@ class HashEmbedding(nn.Module):
     The contexts: the last n ids for each n in `orders`; with `words` 1 the word so far, with 2 also
     that and the word before it (after PAQ). Each owns a row in each of `hashes` tables of width
     dim / hashes: two rarely share all of their rows. Nothing before the last BOS counts. Only the
-    tables start at zero: with the projection at zero too both stayed dead in #832 (A1)."""
+    tables start at zero: in #832 both did, and stayed dead (A1)."""
 
     SALTS = (0x297A2D39, 0x1B873593, 0x6C078965, 0x5D588B65)  # 31 bits: products fit an int64
     WORD_REACH = 20  # ids that a word context looks back
@@ -1687,10 +1687,9 @@ training_losses, scoring_logits = GPT.losses, GPT.logits
 
 
 def rate_at(progress: float, args: Hyperparameters) -> float:
-    """Share of the peak rate at `progress` in [0, 1]: flat, then linear down to MIN_LR, reached at
-    1.
+    """Share of the peak rate at `progress` in [0, 1]: flat, then linear to MIN_LR at 1.
 
-    Progress is max(step share, time share), so the rate is at its floor at the end whichever limit
+    Progress is max(step share, time share), so the rate ends at its floor whichever limit
     ends the run (#832 stopped at 17 % of its peak, defect A4)."""
     fall = args.warmdown_iters / args.iterations
     left = min(1.0, (1.0 - progress) / fall) if fall else 1.0
@@ -2183,7 +2182,7 @@ def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None =
 @check
 def check_windows(args: Hyperparameters) -> None:
     skips = args.eval_stride > args.eval_seq_len
-    forbid(skips, args, "eval_stride eval_seq_len", "the stride skips targets")
+    forbid(skips, args, "eval_stride eval_seq_len", "a stride beyond the window skips targets")
 
 
 def windows(targets: int, length: int, stride: int) -> np.ndarray:
@@ -2252,7 +2251,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
 @check
 def check_ttt(args: Hyperparameters) -> None:
     spare = args.ttt != "0" and args.ttt_chunk_tokens % args.eval_stride
-    forbid(spare, args, "ttt_chunk_tokens eval_stride", "a chunk is whole windows")
+    forbid(spare, args, "ttt_chunk_tokens eval_stride", "must be a multiple of the stride")
 
 
 class TestTimeTraining:

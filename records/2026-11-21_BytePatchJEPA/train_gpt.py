@@ -152,14 +152,15 @@ class Hyperparameters:
     patch_size = Var(8, "most ids of a patch; 0 = only the decoder", 0, ship="model")
     patch_split = Var("space", "space: a space or newline ends a patch too",
                       choices=("fixed", "space"), ship="model")
-    patch_condition = Var("latent", "the decoder gets the predicted latent, the encoder's state or both",
+    patch_condition = Var("latent", "the decoder gets: the predicted latent, the encoder's state, both",
                           choices=("latent", "context", "both"), ship="model")
     logit_softcap = Var(30.0, "cap * tanh(logits / cap); 0 = none", 0, ship="model")
     qk_gain_init = Var(1.5, "initial gain a head on normalised queries", ship="model")
     rope_base = Var(10000.0, "rotary base", 1, ship="model")
     rope_dims = Var(0, "rotated dimensions a head; 0 = all (#315)", 0, ship="model")
     ln_scale = Var(True, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
-    xsa_last_n = Var(4, "last layers of a stack that drop their own value (XSA, #265)", 0, ship="model")
+    xsa_last_n = Var(4, "last layers of a stack that drop their own value (XSA, #265)",
+                     0, ship="model")
     resid_mix = Var(True, "blocks mix in the embedding", ship="model")
     draft = Var(0, "ids that draft heads guess; 0 = none", 0, 16, ship="model")
 
@@ -419,7 +420,7 @@ def tune_allocator() -> None:
 
 @check
 def check_ranks(args: Hyperparameters) -> None:
-    forbid(args.rank >= args.world_size, args, "rank world_size", "torchrun sets both")
+    forbid(args.rank >= args.world_size, args, "rank world_size", "let torchrun set both")
 
 
 class Runtime:
@@ -859,7 +860,7 @@ def class_table(vocab_size: int) -> np.ndarray:
 @check
 def check_batch(args: Hyperparameters) -> None:
     spare = args.trains and args.train_batch_tokens % args.train_seq_len
-    forbid(spare, args, "train_batch_tokens train_seq_len", "a batch is whole rows")
+    forbid(spare, args, "train_batch_tokens train_seq_len", "must be a multiple of a row")
 
 
 class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
@@ -1156,15 +1157,14 @@ def knots_and_weights(knots: int, device=None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sigreg(latents: Tensor, share: Tensor, directions: Tensor, knots: int) -> Tensor:
-    """Sketched test that latents are N(0, I): distance of characteristic functions along random
-    directions.
+    """Sketched test for N(0, I): distance of characteristic functions along random directions.
 
     latents (G, N, d): G samples of N latents; share (G, N): weight of each, 1 / n or 0; directions
     (d, P), unit columns. Returns (G,) in fp32: SIGREG_ROWS times the mean over P of sum_k w_k
     [(mean cos t_k p - phi_k)^2 + (mean sin t_k p)^2], t, phi and w as of `knots_and_weights`.
     Nothing is standardised, so a wrong scale costs. A sample of #696 is one patch position of 32
-    rows, here it is all patches of a group of rows: the same force, less noise. After LeJEPA's
-    SIGReg (Balestriero & LeCun 2025)."""
+    rows, here it is all patches of a group of rows: the same force, less noise.
+    After LeJEPA's SIGReg (Balestriero & LeCun 2025)."""
     t, phi, weights = knots_and_weights(knots, latents.device)
     angles = (latents.float() @ directions.float())[..., None] * t  # (G, N, P, K)
     cos = torch.einsum("gn,gnpk->gpk", share, angles.cos())
@@ -1182,7 +1182,7 @@ def sigreg_floor(samples: Tensor, knots: int) -> Tensor:
 def check_jepa(args: Hyperparameters) -> None:
     rows = args.train_batch_tokens // args.train_seq_len
     spare = args.patch_size and args.trains and rows % args.sigreg_group
-    forbid(spare, args, "train_batch_tokens sigreg_group", "a batch is whole groups of rows")
+    forbid(spare, args, "train_batch_tokens sigreg_group", "must hold whole groups of rows")
 
 
 class PatchJEPA(nn.Module):
@@ -1199,7 +1199,8 @@ class PatchJEPA(nn.Module):
     zhat_{c+1} = predictor(h_c), a learned zhat_0; losses |zhat_c - sg(z_c)|^2 for c > 0, and SIGReg
     on z, which reaches the embedding. CE trains the predictor too. After c patches the decoder gets
     W zhat_c (PATCH_CONDITION=latent), or V h_{c-1}, 0 before the first (context), or their sum
-    (both). SIGReg pools fixed groups of rows, whatever the ranks."""
+    (both).
+    SIGReg pools fixed groups of rows, whatever the ranks."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
@@ -1385,22 +1386,22 @@ class KVCache(StackCache):
 @check
 def check_heads(args: Hyperparameters) -> None:
     head_dim, spare = divmod(args.model_dim, args.num_heads)
-    forbid(spare, args, "model_dim num_heads", "heads of whole width")
+    forbid(spare, args, "model_dim num_heads", "must be a multiple of the heads")
     spare = args.num_heads % args.num_kv_heads
-    forbid(spare, args, "num_heads num_kv_heads", "groups of equal size")
-    forbid(head_dim % 2, args, "model_dim num_heads", f"a head of {head_dim}: rotary needs pairs")
+    forbid(spare, args, "num_heads num_kv_heads", "must be a multiple of the kv heads")
+    forbid(head_dim % 2, args, "model_dim num_heads", f"a head's width, {head_dim}, must be even")
     unfit = args.rope_dims % 2 or args.rope_dims > head_dim
-    forbid(unfit, args, "rope_dims num_heads", f"an even number, at most a head's {head_dim}")
+    forbid(unfit, args, "rope_dims num_heads", f"the first must be even, at most {head_dim}")
 
 
 @check
 def check_decoder_heads(args: Hyperparameters) -> None:
     head_dim, spare = divmod(args.model_dim, args.decoder_heads)
-    forbid(spare, args, "model_dim decoder_heads", "heads of whole width")
+    forbid(spare, args, "model_dim decoder_heads", "must be a multiple of the heads")
     odd = head_dim % 2
-    forbid(odd, args, "model_dim decoder_heads", f"a head of {head_dim}: rotary needs pairs")
+    forbid(odd, args, "model_dim decoder_heads", f"a head's width, {head_dim}, must be even")
     unfit = args.rope_dims > head_dim
-    forbid(unfit, args, "rope_dims decoder_heads", f"an even number, at most a head's {head_dim}")
+    forbid(unfit, args, "rope_dims decoder_heads", f"the first must be even, at most {head_dim}")
 
 
 class CausalSelfAttention(nn.Module):
@@ -1703,10 +1704,9 @@ training_losses, scoring_logits = GPT.losses, GPT.logits
 
 
 def rate_at(progress: float, args: Hyperparameters) -> float:
-    """Share of the peak rate at `progress` in [0, 1]: flat, then linear down to MIN_LR, reached at
-    1.
+    """Share of the peak rate at `progress` in [0, 1]: flat, then linear to MIN_LR at 1.
 
-    Progress is max(step share, time share), so the rate is at its floor at the end whichever limit
+    Progress is max(step share, time share), so the rate ends at its floor whichever limit
     ends the run (#832 stopped at 17 % of its peak, defect A4)."""
     fall = args.warmdown_iters / args.iterations
     left = min(1.0, (1.0 - progress) / fall) if fall else 1.0
@@ -2172,7 +2172,7 @@ def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None =
 @check
 def check_windows(args: Hyperparameters) -> None:
     skips = args.eval_stride > args.eval_seq_len
-    forbid(skips, args, "eval_stride eval_seq_len", "the stride skips targets")
+    forbid(skips, args, "eval_stride eval_seq_len", "a stride beyond the window skips targets")
 
 
 def windows(targets: int, length: int, stride: int) -> np.ndarray:
@@ -2241,7 +2241,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
 @check
 def check_ttt(args: Hyperparameters) -> None:
     spare = args.ttt != "0" and args.ttt_chunk_tokens % args.eval_stride
-    forbid(spare, args, "ttt_chunk_tokens eval_stride", "a chunk is whole windows")
+    forbid(spare, args, "ttt_chunk_tokens eval_stride", "must be a multiple of the stride")
 
 
 class TestTimeTraining:

@@ -781,7 +781,7 @@ def check_vocabulary(args: Hyperparameters) -> None:
 @check
 def check_batch(args: Hyperparameters) -> None:
     spare = args.trains and args.train_batch_tokens % args.train_seq_len
-    forbid(spare, args, "train_batch_tokens train_seq_len", "a batch is whole rows")
+    forbid(spare, args, "train_batch_tokens train_seq_len", "must be a multiple of a row")
 
 
 class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
@@ -1238,7 +1238,7 @@ class SpeculativeHeads(Module):
 @check
 def check_drafter(args: Hyperparameters) -> None:
     spare = args.drafter_dim % args.drafter_heads
-    forbid(spare, args, "drafter_dim drafter_heads", "heads of whole width")
+    forbid(spare, args, "drafter_dim drafter_heads", "must be a multiple of the heads")
     too_long = args.block_size + 2 > args.train_seq_len
     forbid(too_long, args, "train_seq_len block_size", "a row must hold the drafted ids")
 
@@ -1348,11 +1348,11 @@ class KVCache:
 @check
 def check_heads(args: Hyperparameters) -> None:
     head_dim, spare = divmod(args.model_dim, args.num_heads)
-    forbid(spare, args, "model_dim num_heads", "heads of whole width")
+    forbid(spare, args, "model_dim num_heads", "must be a multiple of the heads")
     odd = args.positions == "rope" and head_dim % 2
-    forbid(odd, args, "model_dim num_heads", f"a head of {head_dim}: rotary needs pairs")
+    forbid(odd, args, "model_dim num_heads", f"a head's width, {head_dim}, must be even")
     unfit = args.rope_dims % 2 or args.rope_dims > head_dim
-    forbid(unfit, args, "rope_dims num_heads", f"an even number, at most a head's {head_dim}")
+    forbid(unfit, args, "rope_dims num_heads", f"the first must be even, at most {head_dim}")
 
 
 class CausalSelfAttention(Module):
@@ -1678,10 +1678,9 @@ training_gradients, scoring_logits = GPT.gradients, GPT.logits
 
 
 def rate_at(progress: float, args: Hyperparameters) -> float:
-    """Share of the peak rate at `progress` in [0, 1]: flat, then linear down to MIN_LR, reached at
-    1.
+    """Share of the peak rate at `progress` in [0, 1]: flat, then linear to MIN_LR at 1.
 
-    Progress is max(step share, time share), so the rate is at its floor at the end whichever limit
+    Progress is max(step share, time share), so the rate ends at its floor whichever limit
     ends the run (#832 stopped at 17 % of its peak, defect A4)."""
     fall = args.warmdown_iters / args.iterations
     left = min(1.0, (1.0 - progress) / fall) if fall else 1.0
@@ -2170,7 +2169,7 @@ def open_model(path: str | Path, device="cpu", args: Hyperparameters | None = No
 @check
 def check_windows(args: Hyperparameters) -> None:
     skips = args.eval_stride > args.eval_seq_len
-    forbid(skips, args, "eval_stride eval_seq_len", "the stride skips targets")
+    forbid(skips, args, "eval_stride eval_seq_len", "a stride beyond the window skips targets")
 
 
 def windows(targets: int, length: int, stride: int) -> np.ndarray:

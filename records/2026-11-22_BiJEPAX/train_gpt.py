@@ -388,7 +388,7 @@ def tune_allocator() -> None:
 
 @check
 def check_ranks(args: Hyperparameters) -> None:
-    forbid(args.rank >= args.world_size, args, "rank world_size", "torchrun sets both")
+    forbid(args.rank >= args.world_size, args, "rank world_size", "let torchrun set both")
 
 
 class Runtime:
@@ -898,7 +898,7 @@ def class_table(vocab_size: int) -> np.ndarray:
 @check
 def check_batch(args: Hyperparameters) -> None:
     spare = args.trains and args.train_batch_tokens % args.train_seq_len
-    forbid(spare, args, "train_batch_tokens train_seq_len", "a batch is whole rows")
+    forbid(spare, args, "train_batch_tokens train_seq_len", "must be a multiple of a row")
 
 
 class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
@@ -1250,12 +1250,12 @@ class KVCache:
 @check
 def check_heads(args: Hyperparameters) -> None:
     head_dim, spare = divmod(args.model_dim, args.num_heads)
-    forbid(spare, args, "model_dim num_heads", "heads of whole width")
+    forbid(spare, args, "model_dim num_heads", "must be a multiple of the heads")
     spare = args.num_heads % args.num_kv_heads
-    forbid(spare, args, "num_heads num_kv_heads", "groups of equal size")
-    forbid(head_dim % 2, args, "model_dim num_heads", f"a head of {head_dim}: rotary needs pairs")
+    forbid(spare, args, "num_heads num_kv_heads", "must be a multiple of the kv heads")
+    forbid(head_dim % 2, args, "model_dim num_heads", f"a head's width, {head_dim}, must be even")
     unfit = args.rope_dims % 2 or args.rope_dims > head_dim
-    forbid(unfit, args, "rope_dims num_heads", f"an even number, at most a head's {head_dim}")
+    forbid(unfit, args, "rope_dims num_heads", f"the first must be even, at most {head_dim}")
 
 
 class CausalSelfAttention(nn.Module):
@@ -2008,7 +2008,7 @@ def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None =
 @check
 def check_windows(args: Hyperparameters) -> None:
     skips = args.eval_stride > args.eval_seq_len
-    forbid(skips, args, "eval_stride eval_seq_len", "the stride skips targets")
+    forbid(skips, args, "eval_stride eval_seq_len", "a stride beyond the window skips targets")
 
 
 def windows(targets: int, length: int, stride: int) -> np.ndarray:
@@ -2521,7 +2521,7 @@ def check_documents(args: Hyperparameters) -> None:
 @check
 def check_ttt(args: Hyperparameters) -> None:
     spare = args.ttt != "0" and args.ttt_chunk_tokens % args.eval_stride
-    forbid(spare, args, "ttt_chunk_tokens eval_stride", "a chunk is whole windows")
+    forbid(spare, args, "ttt_chunk_tokens eval_stride", "must be a multiple of the stride")
 
 
 class TestTimeTraining:
