@@ -5,6 +5,7 @@
     python scripts/bench.py --twin --compile 0 --json out.json   the trunk beside train_gpt_mlx.py
     NUM_LAYERS=6 MODEL_DIM=192 python scripts/bench.py --one      the configuration of the environment
     make gpu-check        or: python scripts/bench.py --check [--text FILE.jsonl.zst ...] [--out FOLDER]
+    python scripts/bench.py --plan --card h100 NUM_HEADS=4    what a run will cost, see docs/plan.md
 
 The matmul (2048^3, or 8192^3 on a GPU, 1024^3 with MLX on a CPU, in the dtype of the run) is timed in the
 same process between the steps, since machines are noisy: quote the ratio. Model FLOP a byte = 6 * (matrices +
@@ -97,7 +98,9 @@ class Torch:
         return sum(p.numel() for p in model.parameters())
 
     def compiled(self, module, trainer) -> bool:
-        return trainer.losses is not module.training_losses
+        if hasattr(module, "piece"):
+            return module.piece.compiled
+        return trainer.losses is not module.training_losses  # a script from before
 
 
 class Mlx(Torch):
@@ -156,15 +159,15 @@ def measure(script: str, steps: int) -> dict:
     runtime = module.Runtime(args)
     takes = inspect.signature(module.pick_attention).parameters
     if "args" in takes:  # scripts from before picked inside of Runtime
-        place = (runtime.device, runtime.dtype) if "device" in takes else (runtime.dtype,)
-        runtime.attention = module.pick_attention(args, *place)
+        known = {"args": args, "runtime": runtime, "device": runtime.device, "dtype": runtime.dtype}
+        runtime.attention = module.pick_attention(*(known[name] for name in takes))
     kit = (Torch if hasattr(module, "torch") else Mlx)(module, runtime)
     before = runtime.peak_memory_mb()
     trainer = module.Trainer(args, None, runtime, print)
     shape = (trainer.plan.micro_steps, trainer.plan.groups * trainer.plan.group, args.train_seq_len + 1)
     ids, weights = kit.ids(shape, args.vocab_size), kit.ones(shape[:2])
     compiling = time.perf_counter()
-    trainer.try_shapes()
+    trainer.warm_up()
     kit.wait()
     compiling = time.perf_counter() - compiling
     times, rates = [], [matmul_rate(kit)]
@@ -372,8 +375,20 @@ def main() -> int:
     )
     parser.add_argument("--out", default="runs/gpu_check", help="--check: where results go")
     parser.add_argument("--rehearse", action="store_true", help="--check: a toy model on any device")
+    parser.add_argument("--plan", action="store_true", help="what a run costs, without running it")
+    parser.add_argument("--card", default="h100", help="--plan: h100, h200, a100, 4090 or cpu, measured now")
+    parser.add_argument("--world-size", type=int, default=0, help="--plan: ranks; 0 = as the card is used")
+    parser.add_argument(
+        "--mix-rate", type=float, default=0.0, help="--plan: MB/s of the mixture; 0 = as its record measured"
+    )
+    parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="--plan: settings of the script")
     options = parser.parse_args()
 
+    if options.plan:
+        import plan
+        return plan.run(options)
+    if options.settings:
+        raise Misuse(f"{options.settings[0]}: only --plan takes settings; put them in front of the command")
     if options.check or options.rehearse:
         check(options.text, ROOT / options.out, options.rehearse)
         return 0

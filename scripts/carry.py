@@ -420,6 +420,8 @@ def checkpoints_apart(folders: list[Path], name: str, scripts) -> tuple[int, lis
     config = [dict(part.pop("config", {})) for part in meta]
     apart, _ = settings_apart(*config, scripts)  # the artifact's header has the same
     notes = []
+    # nothing draws from torch's own generator, so its state is no number either
+    found = [text for text in found if not (text.startswith("rng.") and "missing" in text)]
     if gone := [key for key in meta[0] if key not in meta[1] and tensors[1]]:  # bookkeeping, not a number
         notes.append(f"checkpoints say no more of {', '.join(gone)}")
     kept = {key: value for key, value in meta[0].items() if key in meta[1]}

@@ -478,7 +478,8 @@ def test_loader_resumes_at_its_state_and_prefetch_changes_nothing(trunk, tiny, d
     assert all(torch.equal(resumed.next()[0], wanted[i][0]) for i in (3, 4, 5))
     stream = trunk.Loader(shards, args, plan, 0).prefetch(torch.device("cpu"))
     for ids, weights, state in wanted:
-        ids_, weights_, state_ = next(stream)
+        ids_, weights_, inputs, state_ = next(stream)
+        assert inputs is None
         assert torch.equal(ids, ids_) and torch.equal(weights, weights_) and state == state_
     stream.close()
 

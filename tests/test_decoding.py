@@ -56,9 +56,6 @@ def test_rungs_agree_on_documents(trunk):
     assert not torch.allclose(plain, trunk.math_attention(q, k, v), atol=1e-2)
     sdpa = trunk.sdpa_attention(q, k, v, trunk.document_mask("sdpa", docs))
     assert torch.allclose(plain, sdpa, atol=1e-4)
-    with torch.no_grad():
-        flex = trunk.flex_attention(q, k, v, trunk.document_mask("flex", docs))
-    assert torch.allclose(plain, flex, atol=1e-4)
 
 
 def test_flash_is_handed_each_document_once(trunk, monkeypatch):
@@ -83,7 +80,7 @@ def test_flash_is_handed_each_document_once(trunk, monkeypatch):
         docs = (ids == trunk.BOS_ID).cumsum(1)
         starts = trunk.document_mask("fa2", docs)
         assert len(starts) & len(starts) - 1 == 0 and len(starts) >= 64
-        found = trunk.ATTENTION["fa2"](q, k, k, starts)
+        found = trunk.flash_attention("flash_attn")(q, k, k, starts)
         assert torch.allclose(
             found, trunk.math_attention(q, k, k, trunk.document_mask("math", docs)), atol=1e-5
         )
@@ -192,7 +189,7 @@ def test_ranks_learn_the_same(run):
     for ranks in (1, 2):
         code, output, metrics = run(ranks=ranks, RUN_ID=f"ranks{ranks}", **settings)
         assert code == 0, output
-        assert metrics["headline"] == "final_int6_ttt" and "ttt_chunk 1 bpb:" in output
+        assert metrics["headline"] == "final_int6_ttt"
         found.append(metrics["evals"]["final_int6_ttt"])
     assert found[0]["updates"] == found[1]["updates"] == 5 * 2  # chunks before the last, batches of 2 rows
     assert found[0]["val_bpb"] == pytest.approx(found[1]["val_bpb"], abs=2e-3)

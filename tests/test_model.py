@@ -159,7 +159,7 @@ def test_attention_rungs_agree_with_the_formula(trunk, name, length, heads, kv):
     q, k, v = (torch.randn(2, length, n, 16, generator=generator).requires_grad_() for n in (heads, kv, kv))
     out = {}
     for rung in ("math", name):
-        y = trunk.ATTENTION[rung](q, k, v)
+        y = trunk.attention_of(rung)(q, k, v)
         weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
         out[rung] = [y, *torch.autograd.grad((y * weight).sum(), (q, k, v))]
     for ours, wanted in zip(out[name], out["math"]):
@@ -167,14 +167,22 @@ def test_attention_rungs_agree_with_the_formula(trunk, name, length, heads, kv):
 
 
 def test_attention_ladder_falls_to_a_rung_that_runs(trunk, tiny, monkeypatch):
-    def broken(q, k, v):
+    def broken(q, k, v, mask=None):
         raise TypeError("scaled_dot_product_attention() got an unexpected keyword argument 'enable_gqa'")
 
+    def picked(**settings):
+        trunk.attention_of.cache_clear()
+        args = tiny(DTYPE="fp32", **settings)
+        return trunk.pick_attention(args, trunk.Runtime(args))
+
+    assert picked() == "sdpa"
     monkeypatch.setitem(trunk.ATTENTION, "sdpa", broken)
-    assert trunk.pick_attention(tiny(), torch.device("cpu"), torch.float32) == "math"
-    monkeypatch.setitem(trunk.ATTENTION, "math", broken)
-    with pytest.raises(trunk.UserError, match="ATTENTION=sdpa: none of sdpa, math runs on cpu"):
-        trunk.pick_attention(tiny(ATTENTION="sdpa"), torch.device("cpu"), torch.float32)
+    assert picked() == "math"
+    monkeypatch.setattr(trunk, "check_rung", broken)
+    with pytest.raises(trunk.UserError, match="ATTENTION=sdpa: no rung from there on runs here"):
+        picked(ATTENTION="sdpa")
+    monkeypatch.undo()
+    trunk.attention_of.cache_clear()
 
 
 def test_rotary_is_exact_at_every_position_and_invertible(trunk, tiny):

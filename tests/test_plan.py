@@ -1,0 +1,223 @@
+"""scripts/plan.py: what a run costs, counted on meta tensors."""
+
+import argparse
+import json
+import math
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import plan
+import pytest
+import torch
+from conftest import ROOT, TINY
+from family import TRUNK, Misuse, find_script
+
+# JEPA and word contexts add much to count: without them a hand count is short and a plan quick.
+PLAIN = {**{name: value for name, value in TINY.items() if name != "DEVICE"}, "JEPA_CHUNK_SIZE": "0",
+         "NGRAM_ORDERS": "2,3", "NGRAM_WORDS": "0"}
+
+
+def planned(script=TRUNK, card="h100", ranks=1, rate=0.0, **settings) -> dict:
+    return plan.make_plan(script, {**PLAIN, **settings}, card, ranks, rate)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict:
+    return planned()
+
+
+def options(**changes) -> argparse.Namespace:
+    """What bench.py parses, for a tiny model."""
+    settings = {**PLAIN, **changes.pop("settings", {})}
+    words = [f"{name}={value}" for name, value in settings.items()]
+    usual = {"script": "trunk", "card": "h100", "world_size": 1, "mix_rate": 0.0, "json": ""}
+    return argparse.Namespace(**{**usual, "settings": words, **changes})
+
+
+def test_flops_are_those_of_a_hand_count(tiny):
+    layers, dim, heads, kv_heads, tokens, length, vocab = 3, 32, 4, 2, 512, 64, 260
+    width, hidden, contexts = dim // heads, 64, 2 * 8  # two orders, 8 numbers each
+    weights = layers * (dim * (dim + 2 * kv_heads * width) + dim * dim + 2 * dim * hidden)
+    weights += contexts * dim + vocab * dim
+    groups = tiny["groups"]
+    assert groups["products forward"]["flops"] == 2 * tokens * weights
+    assert groups["products backward"]["flops"] == 4 * tokens * weights
+
+    pairs = tokens // length * heads * sum(range(1, length + 1))
+    forward = layers * pairs * 4 * width
+    assert groups["attention forward"]["flops"] == forward
+    assert groups["attention backward"]["flops"] == 2.5 * forward
+    assert tiny["model_flops_per_step"] == 6 * tokens * weights + 3 * forward
+
+    # Newton-Schulz: five times X X^T, its square, and that times X, with the short side first
+    shapes = [(dim, dim)] * 2 + [(kv_heads * width, dim)] * 2 + [(hidden, dim), (dim, hidden)]
+    shapes = shapes * layers + [(dim, contexts)]
+    muon = sum(5 * (4 * min(shape) ** 2 * max(shape) + 2 * min(shape) ** 3) for shape in shapes)
+    assert groups["Muon"]["flops"] == muon
+
+
+def test_two_ranks_halve_the_work_of_each_and_exchange_gradients(tiny, trunk):
+    two = planned(ranks=2)
+    for name in ("products forward", "products backward", "attention forward", "attention backward"):
+        assert two["groups"][name]["flops"] == tiny["groups"][name]["flops"] / 2
+    assert two["model_flops_per_step"] == tiny["model_flops_per_step"]
+    assert not any(row["sent"] for row in tiny["groups"].values())
+
+    # a reduce-scatter and an all-gather of the matrices, in stacks of two shares; an all-reduce of the rest
+    args = trunk.Hyperparameters(PLAIN)
+    with torch.device("meta"):
+        model = trunk.GPT(args)
+    stacks, rest = {}, 0
+    for name, p in model.named_parameters():
+        if trunk.Optimizers.group_of(name, p) == "matrix":
+            stacks[p.shape] = stacks.get(p.shape, 0) + 1
+        else:
+            rest += p.numel()
+    matrices = sum(2 * math.ceil(count / 2) * math.prod(shape) for shape, count in stacks.items())
+    assert two["groups"]["reductions and gathers"]["sent"] == pytest.approx(4 * (matrices + rest), abs=16)
+
+
+def test_more_forwards_a_step_cost_more_launches_not_more_flops(tiny):
+    cut = planned(DEVICE_BATCH_TOKENS="128")
+    assert cut["micro_steps"] == 4
+    assert cut["groups"]["products forward"]["flops"] == tiny["groups"]["products forward"]["flops"]
+    assert cut["groups"]["products forward"]["launches"] == 4 * tiny["groups"]["products forward"]["launches"]
+    assert cut["memory"]["kept for the backward"] < tiny["memory"]["kept for the backward"] / 3
+
+
+def test_a_compiler_moves_and_keeps_less(tiny):
+    compiled = planned(COMPILE="1")
+    assert compiled["compiled"] and not tiny["compiled"]
+    for name in ("pointwise forward", "pointwise backward"):
+        assert compiled["groups"][name]["bytes"] < 0.7 * tiny["groups"][name]["bytes"]
+        assert compiled["groups"][name]["launches"] < 0.5 * tiny["groups"][name]["launches"]
+    assert compiled["memory"]["kept a token"] < 0.9 * tiny["memory"]["kept a token"]
+
+
+@pytest.mark.parametrize(
+    "queries, keys, window", [(7, 7, 0), (7, 7, 3), (7, 7, 9), (2, 7, 0), (3, 7, 4), (1, 1, 1)]
+)
+def test_pairs_that_a_window_leaves(queries, keys, window):
+    seen = sum(
+        j <= i and (not window or i - j < window) for i in range(keys - queries, keys) for j in range(keys)
+    )
+    assert plan.visible_pairs(queries, keys, True, window) == seen
+    assert plan.visible_pairs(queries, keys, False) == queries * keys
+
+
+def test_windows_scale_the_attention_of_their_layers_alone(tiny, monkeypatch):
+    args = SimpleNamespace(attn_window=16, attn_window_layers="0,2-2", num_layers=3)
+    windows = plan.windows_of(args)
+    assert windows == {0: 16, 2: 16}
+    assert plan.windows_of(SimpleNamespace(attn_window=16, num_layers=2)) == {0: 16, 1: 16}
+    assert plan.windows_of(SimpleNamespace(attn_window=0, num_layers=2)) == {}
+
+    monkeypatch.setattr(plan, "windows_of", lambda _: dict(windows))
+    full, cut = plan.visible_pairs(64, 64, True), plan.visible_pairs(64, 64, True, 16)
+    groups = planned()["groups"]
+    for name in ("attention forward", "attention backward"):
+        share = groups[name]["flops"] / tiny["groups"][name]["flops"]
+        assert share == pytest.approx((full + 2 * cut) / (3 * full))
+    assert groups["products forward"] == tiny["groups"]["products forward"]
+
+
+@pytest.mark.parametrize("settings, word", [
+    ({"EVAL_BUDGET_SECONDS": "1"}, "EVAL_BUDGET_SECONDS=1"),
+    ({"ARTIFACT_BUDGET_BYTES": "1000"}, "ARTIFACT_BUDGET_BYTES=1000"),
+    ({"MAX_WALLCLOCK_SECONDS": "0.001"}, "MAX_WALLCLOCK_SECONDS=0.001"),
+])
+def test_a_limit_that_does_not_hold_is_said_and_is_the_exit_code(settings, word, capsys):
+    assert plan.run(options(settings=settings)) == plan.BROKEN == 3
+    broken = re.findall(r"^BROKEN: (\S+):", capsys.readouterr().out, re.M)
+    assert broken == [word]
+
+
+def test_json_and_table_say_the_same(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    assert plan.run(options(json=str(path))) == 0
+    text, found = capsys.readouterr().out, json.loads(path.read_text())
+    rows = {cells[0]: cells[1:] for cells in
+            (re.split(r"\s*\|\s*", line.strip("| ")) for line in text.splitlines() if line.startswith("| "))}
+    for name, row in found["groups"].items():
+        assert rows[name][0] == f"{row['flops'] / 1e12:.4g}" and rows[name][4] == f"{row['ms']:.2f}"
+    assert rows["**all**"][4] == f"{sum(row['ms'] for row in found['groups'].values()):.2f}"
+    assert f"{found['ms_per_step']:.1f} ms a step, MFU {found['mfu']:.3f}" in text
+
+    for row in found["passes"]:
+        assert rows[row["pass"]][-1] == f"{row['seconds']:.1f}"
+    assert f"{found['sizes']['model']:,}" in text and "BROKEN" not in text
+
+
+def test_the_rules_of_a_run_set_its_steps():
+    assert plan.run_length(0.0, [(1.0, 1.0)], 7) == (7, [1.0])
+    assert plan.run_length(100.0, [(1.0, 1.0)], 7) == (7, [1.0])
+    steps, shares = plan.run_length(100.0, [(1.0, 0.5), (4.0, 0.5)], 1000)  # half of the time each
+    assert steps == 62 and shares == pytest.approx([0.8, 0.2])
+
+
+def test_what_the_caller_can_mend_is_one_line():
+    command = [sys.executable, str(ROOT / "scripts" / "bench.py"), "--plan", "--card", "b200"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == "error: --card b200: h100, h200, a100, 4090 or cpu\n"
+
+
+@pytest.mark.parametrize("word", ["NUM_LAYERS", "num_layers=3", "=3"])
+def test_a_word_that_is_no_setting(word):
+    with pytest.raises(Misuse, match=f"'{word}' is no setting: NAME=VALUE"):
+        plan.parse_settings(["MODEL_DIM=64", word])
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"NUM_LAYER": "3"}, "NUM_LAYER is no setting"), ({"NUM_LAYERS": "x"}, "NUM_LAYERS='x' is not accepted"),
+    ({"NUM_HEADS": "5"}, "NUM_HEADS=5"),
+])
+def test_settings_that_a_script_refuses(changes, message):
+    with pytest.raises(Misuse, match=re.escape(message)):
+        planned(**changes)
+
+
+@pytest.mark.parametrize("record, settings", [
+    ("BytePPM", {"NUM_LAYERS": "2", "NGRAM_ORDERS": "0"}),
+    ("BytePatchJEPA", {"NUM_LAYERS": "2", "XSA_LAST_N": "1"}),
+    ("SGJM", {"NUM_LAYERS": "5"}),
+])
+def test_records_whose_models_differ_have_plans(record, settings):
+    found = plan.make_plan(find_script(record), settings, "h100", 8)
+    groups = found["groups"]
+    assert all(groups[name]["ms"] > 0 for name in plan.GROUPS)
+    backward = groups["products backward"]["flops"] / groups["products forward"]["flops"]
+    assert backward == pytest.approx(2, rel=0.2)
+    assert 0 < found["mfu"] < 1 and found["sizes"]["model"] > 0
+
+    mixture = next(row["mixture"] for row in found["passes"] if row["pass"].endswith("sliding"))
+    assert (mixture > 0) == (record == "BytePPM")
+    passes = [row["pass"].rpartition("_")[2] for row in found["passes"]]
+    assert passes == ["raw", "ema", "roundtrip", "sliding"] + ["ttt"] * (record == "BytePatchJEPA")
+
+
+def test_bits_of_a_rounded_normal():
+    for k, top in ((4, 127), (6, 127), (4, 31)):  # fine steps: a normal's own entropy less the step's
+        wanted = 0.5 * math.log2(2 * math.pi * math.e) + math.log2(top / k)
+        assert plan.rounded_bits(k, top) == pytest.approx(wanted, abs=0.01)
+    assert plan.rounded_bits(1e3, 1) < 1e-9  # all are zero
+
+
+def test_the_mixtures_rate_is_the_callers_or_the_records():
+    script, args = find_script("BytePPM"), SimpleNamespace(mix="binary", ppm_weight=1.0)
+    assert plan.mixture_seconds(script, args, 10, 2.0) == pytest.approx(75.54, abs=0.01)
+    assert plan.mixture_seconds(script, args, 10, 0.0) > plan.mixture_seconds(script, args, 10, 2.0)
+    assert plan.mixture_seconds(script, SimpleNamespace(mix="binary", ppm_weight=0.0), 10, 2.0) == 0
+    assert plan.mixture_seconds(TRUNK, SimpleNamespace(), 10, 2.0) == 0
+
+
+def test_this_machine_prices_what_it_has_measured(monkeypatch):
+    monkeypatch.setattr(plan.Cpu, "SECONDS", 0.002)
+    found = planned(card="cpu", ranks=0)
+    assert found["world_size"] == 1 and found["card"].startswith("cpu") and not found["compiled"]
+    assert all(math.isfinite(row["ms"]) for row in found["groups"].values())
+    assert {"products of the model's shapes", "copy", "attention, head 8, forward"} <= {
+        row[0] for row in found["rates"]}
+    assert not any("memory" in item["what"] for item in found["checks"])  # no card, no room to fill
