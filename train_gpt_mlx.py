@@ -13,7 +13,7 @@ Run:    python train_gpt_mlx.py --help                       every variable and 
         GENERATE=TEXT ARTIFACT=FILE python train_gpt_mlx.py  go on from a text, or from a file's
 
 The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs
-mlx, numpy and safetensors, and uses constriction, sentencepiece and tqdm if they are installed.
+mlx, numpy and safetensors, and uses constriction and sentencepiece if they are installed.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ with contextlib.suppress(ImportError):
 
 
 class UserError(Exception):
-    """A mistake in the environment or a file: `main` prints it as one line and exits with code 2.
-    """
+    """A mistake in a setting or a file: one line and exit code 2."""
 
 
 class Var:
@@ -200,13 +199,13 @@ class Hyperparameters:
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
     gptq_batches = Var(4, "training batches for these", 1)
     quant_rate = Var("embed:0,ngram:0.116,attn:0,mlp:0,other:0", "price of a bit in squared steps")
-    compressor = Var("auto", "auto keeps the smallest", choices=("auto", "rans", "lzma"))
+    compressor = Var("auto", "auto: rans if it is installed", choices=("auto", "rans", "lzma"))
     artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit", 0)
 
     _evaluation = "Evaluation"
     eval_seq_len = Var(0, "window length; 0 = TRAIN_SEQ_LEN", 0, ship="eval")
     eval_stride = Var(512, "targets a window of the sliding pass", 1, ship="eval")
-    eval_batch_tokens = Var(0, "tokens a forward; 0 = DEVICE_BATCH_TOKENS", 0)
+    eval_batch_tokens = Var(0, "tokens a forward; 0 = as training, up to 32768", 0)
     val_bytes = Var(0, "validates only on this prefix; 0 = all", 0)
     val_loss_every = Var(0, "steps between validations; 0 = only at the end", 0)
     eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
@@ -264,7 +263,7 @@ class Hyperparameters:
                "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
-        """Reads `environ`; `shipped`, settings in an artifact, replaces the defaults it names."""
+        """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
         environ = environ or {}
         self.warnings: list[str] = []
         self._refuse_retired_and_misspelt(environ)
@@ -284,7 +283,8 @@ class Hyperparameters:
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
         self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
-        self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
+        most = min(self.device_batch_tokens, 32768)  # eight ranks share a chunk of TTT evenly
+        self.eval_batch_tokens = self.eval_batch_tokens or most
 
         if shipped or not (self.eval_only or self.generate):  # they need an artifact's
             for function in CHECKS:
@@ -305,10 +305,8 @@ class Hyperparameters:
                 lines.append(f"  {item.name:<28} {default!s:<14} {told}")
             elif isinstance(item, str) and not name.startswith("__"):
                 lines.append(f"\n{item}")
-        lines.append("\nAccepted from older command lines, without effect")
-        for name, (off, why) in cls.RETIRED.items():
-            lines.append(f"  {name}={off.split()[0]:<24} {why}")
-        lines.append("  " + " ".join(cls.IGNORED))
+        old = " ".join([*cls.RETIRED, *cls.IGNORED])
+        lines.append(f"\nAccepted from older command lines where they mean off: {old}")
         return "\n".join(lines)
 
     def settings(self) -> dict:
@@ -552,15 +550,6 @@ class Log:
         self(json.dumps(values), False, "metrics.jsonl")
 
 
-def progress_bar(items, total: int, name: str, show: bool):
-    """tqdm on a terminal, plain iteration elsewhere."""
-    if show:
-        with contextlib.suppress(ImportError):  # a bar is a comfort, not a need
-            from tqdm import tqdm
-            return tqdm(items, total=total, desc=name, disable=None, leave=False)
-    return items
-
-
 # -----------------------------------------------------------------------------
 # ATTENTION
 # -----------------------------------------------------------------------------
@@ -569,7 +558,7 @@ def progress_bar(items, total: int, name: str, show: bool):
 
 
 def causal_mask(docs: Tensor, queries: int) -> Tensor:
-    """docs (B, T), the document of each position -> (B, 1, queries, T) for the last `queries`."""
+    """docs (B, T), a position's document -> (B, 1, queries, T) for the last `queries`."""
     positions = mx.arange(docs.shape[1])
     same_document = docs[:, None, -queries:, None] == docs[:, None, None]
     return same_document & (positions[-queries:, None] >= positions)
@@ -596,7 +585,7 @@ ATTENTION = {"sdpa": sdpa_attention, "math": math_attention}
 
 
 def agrees_with_math(rung: str, dtype: mx.Dtype, dim: int, doc_mask: bool) -> bool:
-    """Whether a rung runs both ways here, with heads `dim` wide, and computes what `math` does."""
+    """Whether a rung runs both ways here, with heads `dim` wide, as `math` does."""
     shapes = {n: (1, n, 128, dim) for n in (2, 1)}
     q, k = (mx.random.normal(shapes[n], key=mx.random.key(n)).astype(dtype) for n in (2, 1))
     mask = causal_mask(mx.arange(128)[None] // 50, 128) if doc_mask else None
@@ -637,8 +626,7 @@ def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
 
 
 def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.ndarray:
-    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then `count`
-    uint16 ids.
+    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then uint16 ids.
 
     The first `checked` ids (None: all) are held against the vocabulary at once."""
     size = path.stat().st_size
@@ -684,7 +672,7 @@ class Dataset:
         if verify:
             self._verify(args.verify_data)
         if len(self.val) < 2:
-            raise UserError(f"{self.val_files[0]}: {len(self.val)} ids leave no validation target")
+            raise UserError(f"{self.val_files[0]}: {len(self.val)} ids leave no target")
 
     def _read_manifest(self) -> dict:
         path = self.path / "manifest.json"
@@ -794,8 +782,7 @@ def check_batch(args: Hyperparameters) -> None:
 
 
 class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
-    """How a global batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group`
-    rows.
+    """How a batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group` rows.
 
     Ranks run the same shapes: slots beyond the batch repeat its first group with weight 0."""
 
@@ -909,7 +896,7 @@ def tensor_class(name: str) -> str:
 
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
-    """(bits, axis of a step's slice): the last, but a hash table's buckets; (0, 0): stays fp16."""
+    """(bits, axis of a step's slice: a table's buckets, else the last); (0, 0): fp16."""
     if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR:
         return 0, 0
     kind = tensor_class(name)
@@ -1097,8 +1084,7 @@ class ChunkJEPA(Module):
         return directions / mx.linalg.norm(directions, axis=0)
 
     def forward(self, hidden: Tensor, inputs: Tensor | None = None) -> tuple[Tensor, dict]:
-        """hidden (B, T, D). A tail shorter than a chunk is fed like any chunk: a decoder that stops
-        inside one agrees with the scorer (#832 feeds it nothing). Terms are per group of rows."""
+        """state (..., D) of a position or link, embedded token (..., D) -> (..., D)."""
         args, size, latent = self.args, self.chunk, self.args.jepa_latent_dim
         batch, length, dim = hidden.shape
         full = length // size  # whole chunks, C below
@@ -1199,8 +1185,7 @@ def rotate(x: Tensor, rotary: Tensor, first: int = 0) -> Tensor:
 
 
 class KVCache:
-    """Keys, values and last states of a window's positions read so far: decoding goes on from them.
-    """
+    """Keys, values and last states of the positions that decoding has read."""
 
     def __init__(self, model: GPT):
         args = model.args
@@ -1310,7 +1295,7 @@ class Block(Module):
 
 
 class SmearGate(Module):
-    """x_t <- (1 - g) x_t + g x_{t-1}, a learned gate a channel; a BOS takes nothing from before."""
+    """x_t <- (1 - g) x_t + g x_{t-1}, a learned gate a channel; none into a BOS."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -1347,7 +1332,7 @@ def check_ngrams(args: Hyperparameters) -> None:
 
 
 class HashEmbedding(Module):
-    """Learned embeddings of several contexts of each id, side by side in front of one projection.
+    """Learned embeddings of several contexts of each id, before one projection.
 
     The contexts: the last n ids for each n in `orders`; with `words` 1 the word so far, with 2 also
     that and the word before it (after PAQ). Each owns a row in each of `hashes` tables of width
@@ -1430,7 +1415,7 @@ class GPT(Module):
         self.freeze(recurse=False, keys=["rotary_train", "rotary_eval"])
 
     def init_weights(self, seed: int) -> None:
-        """Small embeddings, orthogonal matrices, zero output projections: blocks are identity."""
+        """Small embeddings, orthogonal matrices, zero output projections."""
         mx.random.seed(seed)
         normal = nn.init.normal(0, self.args.tied_embed_init_std)
         orthogonal = nn.init.orthogonal()
@@ -1495,7 +1480,7 @@ class GPT(Module):
         return x
 
     def injected(self, x: Tensor, past: KVCache | None) -> Tensor:
-        """New states x (B, T, D) with the auxiliary's injection, which reads earlier ones too."""
+        """New states x (B, T, D) with the auxiliary's injection."""
         if past is None:
             return self.aux(x)[0]
         known = past.states.shape[1]
@@ -1510,7 +1495,7 @@ class GPT(Module):
         return rms_norm(x)
 
     def exported(self) -> dict[str, Tensor]:
-        """Parameters that scoring needs, by name; those of training only stay out of artifacts."""
+        """Parameters that scoring needs, by name: an artifact holds no others."""
         return self.named_parameters()
 
     def head(self, x: Tensor, frozen: bool = False) -> Tensor:
@@ -1522,7 +1507,7 @@ class GPT(Module):
         return cap * mx.tanh(logits / cap) if cap else logits
 
     def losses(self, ids: Tensor, weights: Tensor, aux_inputs=None) -> dict[str, Tensor]:
-        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats of all targets, other terms."""
+        """ids (B, T + 1), weights (B,) -> weighted sums: "ce" in nats, other terms."""
         x, terms = self.states(ids[:, :-1], self.rotary_train), {}
         if self.aux is not None:
             x, terms = self.aux(x, aux_inputs)
@@ -1632,8 +1617,7 @@ class Muon:
 class RowAdagrad:
     """Adagrad with one accumulator a row: p <- p - rate * g / sqrt(sum over steps of mean(g^2)).
 
-    A row of a hash table is met a few times in a run: its rate falls with its own count, and rows
-    that a step does not touch stay."""
+    A row of a hash table is met a few times in a run: its rate falls with its own count."""
 
     def __init__(self, names: list[str], args: Hyperparameters):
         self.names = names
@@ -1761,8 +1745,7 @@ class Optimizers:
 
 
 class EMA:
-    """fp32 average of the weights; decay min(EMA_DECAY, (1 + t) / (10 + t)): it forgets the init.
-    """
+    """fp32 average of the weights; the decay min(EMA_DECAY, (1 + t) / (10 + t))."""
 
     def __init__(self, model: GPT, decay: float):
         self.decay = decay
@@ -1799,7 +1782,7 @@ Plane = namedtuple("Plane", "model top slices places period")
 
 
 def planes(entries: list) -> list[Plane]:
-    """Layout of the raw payload: quantised tensors, then low and high bytes of all fp16 numbers."""
+    """Layout of the payload: quantised tensors, then bytes of fp16 numbers."""
     found, halves = [], 0
     for name, shape, bits, axis in entries:
         slices = math.prod(shape) // (shape[axis] if bits else 1)
@@ -1823,7 +1806,7 @@ def fresh_counts(top: int) -> np.ndarray:
 
 
 def code_slices(block: np.ndarray, contexts: np.ndarray, counts: np.ndarray, top, code) -> None:
-    """Codes slices (slices, places) of a plane, CHUNK places at a time, each context as one run."""
+    """Codes (slices, places) of a plane, a context of each CHUNK as one run."""
     for left in range(0, block.shape[1], CHUNK):
         here = contexts[left : left + CHUNK]
         for context in np.unique(here):
@@ -1891,34 +1874,11 @@ def rans_decode(blob: bytes, layout: list[Plane]) -> bytes:
     return raw.tobytes()
 
 
-def compressors() -> dict[str, tuple]:
-    """{name: (compress, decompress)}, installed ones; both take bytes and the payload's layout."""
-    found = {"lzma": (lambda raw, _: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
-                      lambda blob, _: lzma.decompress(blob))}
-    if constriction:
-        found["rans"] = rans_encode, rans_decode
-    return found
-
-
-def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
-    """Bytes of the artifact by tensor class, before training.
-
-    Matrices are normal enough for the entropy of a rounded normal; hash tables are heavy-tailed and
-    took 0.83 of it in measured runs (README, Size plan)."""
-    plan = dict.fromkeys(TENSOR_CLASSES, 0)
-    for name, p in model.exported().items():
-        kind = tensor_class(name)
-        bits, axis = quant_plan(name, p.shape, args)
-        weight_bits = 16.0
-        if bits:
-            top = 2 ** (bits - 1) - 1
-            k = args.k_by_class[kind]
-            edges = [(i + 0.5) * k / top / math.sqrt(2) for i in range(-top, top)]
-            shares = np.diff([0, *(0.5 + 0.5 * math.erf(edge) for edge in edges), 1]) + 1e-30
-            entropy = -(shares * np.log2(shares)).sum() * (0.83 if kind == "ngram" else 1)
-            weight_bits = entropy + 16 / p.shape[axis]
-        plan[kind] += int(p.size * weight_bits / 8)
-    return plan
+COMPRESSORS = {  # (compress, decompress), of bytes and the layout of the payload
+    "rans": (rans_encode, rans_decode),
+    "lzma": (lambda raw, _: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+             lambda blob, _: lzma.decompress(blob)),
+}
 
 
 def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> bytes:
@@ -1937,18 +1897,13 @@ def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> 
             codes.append(np.moveaxis(q, axis, -1).tobytes())
         halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
     raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
-    # the smallest of the coders that are allowed
-    there = compressors()
-    wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
-    names = [name for name in sorted(there) if wanted in ("auto", name)]
-    if not names:
-        raise UserError(f"COMPRESSOR={wanted} is not installed; use {' or '.join(sorted(there))}")
-    blobs = {name: there[name][0](raw, planes(entries)) for name in names}
-    name = min(names, key=lambda name: len(blobs[name]))
+
+    name = "rans" if constriction and args.compressor != "lzma" else "lzma"
+    payload = COMPRESSORS[name][0](raw, planes(entries))
     header = {"config": args.shipped(), "tensors": entries, "compressor": name}
     header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little")
-    body += header + blobs[name]
+    body += header + payload
     return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body
 
 
@@ -1985,9 +1940,9 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     # all that a damaged file can break
     try:
         header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
-        if header["compressor"] not in compressors():
-            raise UserError(f"{path}: packed with {header['compressor']}, which is not installed")
-        _, decompress = compressors()[header["compressor"]]
+        if header["compressor"] == "rans" and not constriction:
+            raise UserError(f"{path}: packed by rANS: `pip install constriction` reads it")
+        _, decompress = COMPRESSORS[header["compressor"]]
         raw = decompress(body[6 + length :], planes(header["tensors"]))
         return header, unpack_tensors(header["tensors"], raw)
     except UserError:
@@ -2053,8 +2008,7 @@ def windows(targets: int, length: int, stride: int) -> np.ndarray:
 
 
 class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defaults=(0, 1))):
-    """How a text is read: windows of `length` ids for `stride` targets each, `batch` a forward, and
-    of these a rank's share."""
+    """How a text is read: windows of `length` ids for `stride` targets each, `batch` a forward."""
 
     def tensors(self, ids: np.ndarray, rows: np.ndarray) -> list[Tensor]:
         """Inputs (batch, length), first scored positions (batch,) and targets (batch, stride) of a
@@ -2112,9 +2066,9 @@ class TestTimeTraining:
     as many updates on every rank. The rate depends only on the number of chunks already scored: a
     decoder, which does not know how much text will come, makes the same updates."""
 
-    def __init__(self, model: GPT, gradients=training_gradients, runtime=None, report=None):
+    def __init__(self, model: GPT, gradients=training_gradients, runtime=None):
         self.model, self.args, self.gradients = model, model.args, gradients
-        self.runtime, self.report = runtime, report
+        self.runtime = runtime
 
         modules = tuple(part.strip() + "." for part in self.args.ttt_modules.split(","))
         named = {f"{name}.": p for name, p in model.named_parameters().items()}
@@ -2146,8 +2100,6 @@ class TestTimeTraining:
                 for first in range(0, len(starts), args.ttt_batch_rows):
                     self.update(ids, starts[first : first + args.ttt_batch_rows])
         self.seconds += time.perf_counter() - began
-        if self.report is not None:
-            self.report(self)
 
     def batch(self, ids: np.ndarray, starts: np.ndarray) -> list[Tensor]:
         """This rank's rows of an update, and a weight for each; one shape on every rank."""
@@ -2199,9 +2151,11 @@ def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarr
     return nats, vectors
 
 
+PROGRESS_SECONDS = 15  # between lines about a pass under way
+
+
 class Evaluator:
-    """Scores models on the validation stream: a line in the log, an entry in `metrics.json` a pass.
-    """
+    """Scores models on the validation text; a pass ends as a line of the log."""
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
         self.args, self.runtime = args, runtime
@@ -2225,42 +2179,30 @@ class Evaluator:
 
     def describe(self, manifest: dict) -> str:
         original = manifest.get("val_bytes") or self.bytes
-        note = ""
-        if self.prefix:
-            note = f" prefix:{self.prefix}"
-        elif original != self.bytes:
-            note = f" (original text {original}: normalised, the targets' own bytes divide)"
+        note = f" prefix:{self.prefix}" if self.prefix else ""
+        if original != self.bytes and not self.prefix:
+            note = f" (original text {original}: normalised; these bytes divide)"
         return f"val: targets:{len(self.ids) - 1} bytes:{self.bytes}{note}"
-
-    def chunk_line(self, sums: np.ndarray, learner: TestTimeTraining, seconds: float) -> None:
-        """Reports test-time training after its first chunks and every 50."""
-        if learner.chunks % 50 and learner.chunks > 2:
-            return
-        nats = self.runtime.all_reduce(sums)[:-1].sum() / math.log(2)
-        scored_ids = self.ids[: learner.chunks * self.args.ttt_chunk_tokens + 1]
-        bpb = nats / max(target_bytes(scored_ids, self.tables).sum(), 1)
-        self.log(f"  ttt_chunk {learner.chunks} bpb:{bpb:.6f} updates:{learner.updates} "
-                 f"infer:{seconds - learner.seconds:.1f}s adapt:{learner.seconds:.1f}s")
 
     def run(self, name: str, model: GPT, length: int, stride: int, learn: bool = False) -> dict:
         """val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte."""
         args, runtime, began = self.args, self.runtime, time.perf_counter()
         classes = len(BYTE_CLASSES)
         sums = np.zeros(classes + 1)  # nats by class, and targets
-
-        def report(learner: TestTimeTraining) -> None:
-            self.chunk_line(sums, learner, time.perf_counter() - began)
-
-        learner = TestTimeTraining(model, self.gradients, runtime, report) if learn else None
+        learner = TestTimeTraining(model, self.gradients, runtime) if learn else None
         batch = max(1, args.eval_batch_tokens // length)
         plan = WindowPlan(length, stride, batch, runtime.rank, runtime.world_size)
-        blocks = scored(model, self.ids, plan, self.logits, learner)
-        count = len(self.ids) // (stride * runtime.world_size)
-        for first, stop, _, nats in progress_bar(blocks, count, name, runtime.main):
+        targets, shown = len(self.ids) - 1, began
+        for first, stop, _, nats in scored(model, self.ids, plan, self.logits, learner):
             found = self.classes[self.ids[first + 1 : stop + 1]]
             sums[:-1] += np.bincount(found, nats, minlength=classes)
             sums[-1] += stop - first
-        targets, sums = len(self.ids) - 1, runtime.all_reduce(sums)
+            if (now := time.perf_counter()) - shown > PROGRESS_SECONDS:
+                shown = now
+                loss = sums[:-1].sum() / sums[-1]
+                self.log(f"  {name} {stop / targets:.0%} {now - began:.0f}s loss:{loss:.4f}")
+
+        sums = runtime.all_reduce(sums)
         assert int(sums[-1]) == targets, f"{name}: scored {int(sums[-1])} targets of {targets}"
         nats = float(sums[:-1].sum())
         by_class = zip(BYTE_CLASSES, sums.tolist())
@@ -2572,7 +2514,7 @@ class Trainer:
         return sums
 
     def calibrate(self) -> dict[str, np.ndarray]:
-        """Hessians for GPTQ from the next GPTQ_BATCHES training batches, on the training clock."""
+        """Hessians for GPTQ, on the training clock; none for a tensor whose inputs overflow."""
         start, sums = time.perf_counter(), {}
         batches = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
         for _ in range(self.args.gptq_batches):
@@ -2580,7 +2522,12 @@ class Trainer:
             self.input_moments(mx.array(ids), sums)
         sums = self.runtime.sum_arrays(sums)
         self.seconds, = self.runtime.from_main([self.seconds + time.perf_counter() - start])
-        return {name: np.array(total) for name, total in sums.items()}
+        found = {name: np.array(total) for name, total in sums.items()}
+        for name in list(found):
+            if not np.isfinite(found[name]).all():
+                self.log(f"warning: {name}: inputs are not finite, rounded to the nearest")
+                del found[name]
+        return found
 
     def progress(self) -> float:
         """Share of the run that is done, of the steps or of the seconds. Twice the slowest of late
@@ -2811,9 +2758,6 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
     params = sum(p.size for p in named.values())
     log(f"model_params:{params} world_size:{runtime.world_size} micro_steps:{plan.micro_steps} "
         f"micro_batch_rows:{plan.groups * plan.group} seed:{args.seed}")
-    sizes, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
-    log(f"size_plan:{sum(sizes.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
-        + " ".join(f"{kind}:{size}" for kind, size in sizes.items()))
     # compile off the clock, then train
     with runtime.clock("warm-up"):
         trainer.warm_up()
@@ -2910,8 +2854,8 @@ def main() -> int:
             score_artifact(summary["artifact"], args, runtime, evaluator)
         return finish(args, runtime, log, evaluator, summary) if runtime.main else 0
     except UserError as error:
-        if runtime is None or runtime.main:
-            print(f"error: {error}", file=sys.stderr)
+        several = runtime is not None and runtime.world_size > 1
+        print((f"rank {runtime.rank}: " if several else "") + f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         return 128 + stopped.args[0]

@@ -35,6 +35,7 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from family import Misuse, command, find_script, load_script, markdown_table, read_json, write_atomic
+from rate import size_plan
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -1000,35 +1001,12 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
     return rows
 
 
-def rounded_bits(k: float, top: int) -> float:
-    """Entropy, in bits, of a standard normal rounded to multiples of k / top, clipped to top of them."""
-    edges = [(i + 0.5) * k / top / math.sqrt(2) for i in range(-top, top)]
-    below = np.array([0.0, *(0.5 + 0.5 * math.erf(edge) for edge in edges), 1.0])
-    shares = np.diff(below) + 1e-30
-    return float(-(shares * np.log2(shares)).sum())
-
-
 def artifact_bytes(module: ModuleType, model: torch.nn.Module, args) -> tuple[float, str]:
-    """(Bytes of the artifact before training, how they were planned).
-
-    By the script's own `size_plan` where it has one. Else the same rule: matrices are normal enough for the
-    entropy of a rounded normal, hash tables took 0.83 of it in measured runs, and each step is an fp16.
-    """
-    if hasattr(module, "size_plan"):
-        return sum(module.size_plan(model, args).values()), "the script's size plan"
-    bits, shipped = 0.0, exported(model)
-    if not hasattr(module, "quant_plan"):
-        weights = sum(p.numel() for p in shipped.values())
-        return 0.75 * weights, "six bits a weight, more than its coder needs"
-    for name, p in shipped.items():
-        width, axis = module.quant_plan(name, p.shape, args)
-        kind = module.tensor_class(name)
-        weight = 16.0
-        if width:
-            entropy = rounded_bits(args.k_by_class[kind], 2 ** (width - 1) - 1)
-            weight = entropy * (0.83 if kind == "ngram" else 1) + 16 / p.shape[axis]
-        bits += p.numel() * weight
-    return bits / 8, "the entropy of rounded normals"
+    """(Bytes of the artifact before training, how they were planned): by `rate.size_plan`."""
+    if hasattr(module, "quant_plan"):
+        return sum(size_plan(module, model, args).values()), "the entropy of rounded normals"
+    weights = sum(p.numel() for p in exported(model).values())
+    return 0.75 * weights, "six bits a weight, more than its coder needs"
 
 
 def exported(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import rate
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -149,7 +150,7 @@ def test_size_plan_of_normal_weights(trunk, tiny):
         name: torch.randn(p.shape, generator=generator).numpy()
         for name, p in model.exported().items()
     }
-    planned = sum(trunk.size_plan(model, args).values())
+    planned = sum(rate.size_plan(trunk, model, args).values())
     assert len(trunk.pack(tensors, args)) == pytest.approx(planned, rel=0.02)
 
 

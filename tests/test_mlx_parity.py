@@ -303,7 +303,7 @@ SHARED = """UserError Var Var.__init__ Var.__set_name__ Var.accepted Var.convert
     Hyperparameters.help Hyperparameters.settings Hyperparameters.shipped
     Hyperparameters._refuse_retired_and_misspelt Hyperparameters._parse_orders
     Hyperparameters._parse_classes write_atomic Runtime Runtime.clock Log Log.__init__
-    Log.__call__ Log.metrics progress_bar SHARD_MAGIC SHARD_VERSION HEADER_BYTES PAD_ID BOS_ID
+    Log.__call__ Log.metrics SHARD_MAGIC SHARD_VERSION HEADER_BYTES PAD_ID BOS_ID
     BYTE_OFFSET BYTE_CLASSES check_ids open_shard sha256_file Dataset Dataset.__init__
     Dataset._read_manifest Dataset._verify Dataset.fingerprint open_tokenizer byte_tables
     target_bytes class_table check_batch BatchPlan BatchPlan.make BatchPlan.slots Loader
@@ -313,14 +313,14 @@ SHARED = """UserError Var Var.__init__ Var.__set_name__ Var.accepted Var.convert
     ChunkJEPA.first_read check_draft DraftHeads.__init__ KVCache KVCache.cut check_heads
     MLP.__init__ in_word check_ngrams HashEmbedding.WORD_REACH GPT.hidden rate_at RowAdagrad
     Optimizers.GROUPS EMA ARTIFACT_MAGIC ARTIFACT_VERSION CHUNK CONTEXT_EDGES CONTEXT_LEVELS Plane
-    planes fresh_counts code_slices code_plane code_planes rans_encode rans_decode compressors
+    planes fresh_counts code_slices code_plane code_planes rans_encode rans_decode COMPRESSORS
     pack unpack_tensors unpack shipped_settings read_file check_windows windows WindowPlan
     check_ttt TestTimeTraining TestTimeTraining.rows TestTimeTraining.catch_up Evaluator
     Evaluator.describe Evaluator.report Stream Stream.__init__ Stream.updates Stream.logprobs
-    Stream.push stream check_generate picked generate Stopped run_folder check_calibration Trainer
-    Trainer.CHECKPOINTED Trainer.progress Trainer.agree_on_time Trainer.not_finite Trainer.timing
+    Stream.push stream check_generate picked generate Stopped run_folder Trainer
+    Trainer.CHECKPOINTED Trainer.progress Trainer.not_finite Trainer.timing
     Trainer.means Trainer.log_step Trainer.validate Trainer.log_validation git_commit
-    run_until_done score_artifact"""
+    run_until_done PROGRESS_SECONDS"""
 
 
 def test_what_needs_no_framework_is_the_trunks_byte_for_byte():

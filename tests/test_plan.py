@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import plan
 import pytest
+import rate
 import torch
 from conftest import ROOT, TINY
 from family import TRUNK, Misuse, find_script
@@ -201,8 +202,8 @@ def test_records_whose_models_differ_have_plans(record, settings):
 def test_bits_of_a_rounded_normal():
     for k, top in ((4, 127), (6, 127), (4, 31)):  # fine steps: a normal's own entropy less the step's
         wanted = 0.5 * math.log2(2 * math.pi * math.e) + math.log2(top / k)
-        assert plan.rounded_bits(k, top) == pytest.approx(wanted, abs=0.01)
-    assert plan.rounded_bits(1e3, 1) < 1e-9  # all are zero
+        assert rate.rounded_bits(k, top) == pytest.approx(wanted, abs=0.01)
+    assert rate.rounded_bits(1e3, 1) < 1e-9  # all are zero
 
 
 def test_the_mixtures_rate_is_the_callers_or_the_records():

@@ -43,7 +43,7 @@ def network_logprobs(script, artifact: str, ids: np.ndarray) -> np.ndarray:
     header, _ = script.unpack(script.read_file(artifact, "ARTIFACT"), artifact)
     args = script.shipped_settings(header, artifact, {"PPM_WEIGHT": "0"})
     runtime = script.Runtime(args)
-    attention = script.pick_attention(args, runtime.device, runtime.dtype)
+    attention = script.pick_attention(args, runtime)
     model = script.load(artifact, runtime.device, args, runtime.dtype, attention)
 
     found = np.empty((len(ids) - 1, args.vocab_size), np.float32)

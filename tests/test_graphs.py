@@ -1,0 +1,243 @@
+"""What compiles: every rung and every shape without a break, and nothing compiles twice; what ranks agree on.
+
+FlashAttention is stood in for by tests/standins; graphs are counted by a backend that only runs them.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from family import load_script
+
+STANDINS = Path(__file__).parent / "standins"
+ROOT = Path(__file__).resolve().parent.parent
+BIG = {**TINY, "NUM_LAYERS": 4, "XSA_LAST_N": 2, "TTT": "sgd", "TTT_CHUNK_TOKENS": 64, "TTT_BATCH_ROWS": 2,
+       "DRAFT": 2, "LN_SCALE": 1}
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """[] that gets each graph; the stand-ins can be imported."""
+    found: list = []
+
+    def backend(graph, _):
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.syspath_prepend(str(STANDINS))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield found
+    torch._dynamo.reset()
+    for name in ("flash_attn", "flash_attn_interface"):
+        sys.modules.pop(name, None)
+
+
+def settings(**more) -> dict[str, str]:
+    return {name: str(value) for name, value in {**BIG, **more}.items()}
+
+
+@pytest.mark.parametrize("rung, masks", [("fa3", 0), ("fa2", 0), ("cpu", 0), ("sdpa", 0), ("math", 0),
+                                         ("fa3", 1), ("sdpa", 1)])
+def test_no_rung_breaks_a_graph_and_nothing_compiles_twice(graphs, corpus, rung, masks):
+    trunk = load_script(ROOT / "train_gpt.py")
+    args = trunk.Hyperparameters(settings(DOC_MASK=masks, DATA_PATH=corpus, DTYPE="fp32", QUANT_ROUND="gptq",
+                                          GPTQ_BATCHES=1))
+    runtime = trunk.Runtime(args)
+    runtime.attention = rung
+    trainer = trunk.Trainer(args, trunk.Dataset(args, False), runtime, trunk.Log(None))
+    loader = trunk.Loader(trainer.data, args, trainer.plan, 0)
+    ids, weights, _ = loader.next()
+    text = np.concatenate([[trunk.BOS_ID], ids[0, 0].numpy(), ids[0, 1].numpy()])
+
+    eager = trainer.model.losses(ids[0], weights[0], trainer.model.aux.inputs(0, runtime.device))
+    trunk.piece.compiled = True
+    runtime.compile = True
+    trainer.try_shapes(ids, weights)
+    first = len(graphs)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == first
+    shapes = 3  # of ids: a training forward, a scoring batch, the rows of a test-time update
+    a_shape = {"look_back": 1, "embed_rows": 1, "Block": 2, "ChunkJEPA": 1}  # blocks with XSA and without
+    a_loss = {"nats": 1, "DraftHeads.loss": 1}
+    spans = 2  # logits_from: of windows that do not overlap, and of sliding ones
+    assert first == shapes * sum(a_shape.values()) + 2 * sum(a_loss.values()) + spans
+
+    compiled = trainer.model.losses(ids[0], weights[0], trainer.model.aux.inputs(0, runtime.device))
+    for name, value in eager.items():
+        assert torch.allclose(value, compiled[name], rtol=1e-4), name
+    for progress in (0.0, 0.4, 0.9):  # JEPA's phases
+        trainer.train_step(ids, weights, progress)
+    trainer.calibrate()
+    trainer.ema.apply()
+    trainer.train_step(ids, weights, 0.5)
+    tensors = {name: p.detach().numpy() for name, p in trainer.model.exported().items()}
+    path = Path(args.runs_path) / f"{rung}{masks}.bin"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(trunk.pack(tensors, args))
+    model = trunk.load(path, "cpu", args, runtime.dtype, rung)
+    path.unlink()
+    trunk.try_scoring(model, runtime)
+    learner = trunk.TestTimeTraining(model, runtime)
+    learner.update(text, np.array([0, 1]))
+    # FlashAttention is told where documents begin, in a list whose length is a power of two
+    longer = masks and rung == "fa3"
+    assert len(graphs) in ([first, first + a_shape["Block"]] if longer else [first])
+    assert not counters["graph_break"]
+
+
+def test_a_part_that_cannot_be_taken_whole_fails_loudly(graphs):
+    trunk = load_script(ROOT / "train_gpt.py")
+
+    @trunk.piece
+    def broken(x):
+        torch._dynamo.graph_break()
+        return x + 1
+
+    assert broken(torch.ones(3)).tolist() == [2.0] * 3
+    trunk.piece.compiled = True
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        broken(torch.ones(3))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(rung=seconds, ...) -> the rung that is picked where these are the times on a card."""
+    monkeypatch.syspath_prepend(str(STANDINS))
+
+    def pick(wanted: str = "auto", docs: int = 0, **seconds):
+        trunk = load_script(ROOT / "train_gpt.py")
+        args = trunk.Hyperparameters(settings(ATTENTION=wanted, DOC_MASK=docs, DTYPE="bf16"))
+        runtime = trunk.Runtime(args)
+        real, runtime.device = runtime.device, torch.device("cuda")
+
+        def check_rung(rung, args, runtime):
+            if rung not in seconds:
+                raise ImportError(rung)
+
+        monkeypatch.setattr(trunk, "check_rung", check_rung)
+        monkeypatch.setattr(trunk, "attention_seconds", lambda rung, *_: seconds[rung])
+        try:
+            return trunk.pick_attention(args, runtime), runtime.notes
+        finally:
+            runtime.device = real
+
+    return pick
+
+
+def test_on_gpus_the_fastest_rung_wins(gpu):
+    rung, notes = gpu(fa3=2e-3, fa2=4e-3, sdpa=1.5e-3, math=1e-4)
+    assert rung == "sdpa"  # `math` is only a reference
+    assert "attention: a layer, both ways: fa3 2.00 ms, fa2 4.00 ms, sdpa 1.50 ms" in notes
+    assert gpu(fa3=1e-3, sdpa=1.5e-3, math=1e-4)[0] == "fa3"
+    assert gpu(math=1e-4)[0] == "math"
+    assert gpu("fa2", fa3=1e-3, fa2=4e-3, sdpa=1e-3, math=1.0)[0] == "fa2"  # asked for by name
+    assert gpu("fa2", sdpa=1e-3, math=1.0)[0] == "sdpa"  # or the next that works
+    assert gpu(docs=1, fa2=4e-3, sdpa=1e-3, math=1.0)[0] == "fa2"  # which skips what a mask hides
+
+
+@pytest.mark.parametrize("bf16, picked", [(2.0, "bfloat16"), (1.1, "float32"), (0.5, "float32")])
+def test_dtype_auto_goes_by_measured_rates(monkeypatch, bf16, picked):
+    """Some CPUs that have bf16 multiply it at half the rate of fp32."""
+    trunk = load_script(ROOT / "train_gpt.py")
+
+    class Timer:
+        def __init__(self, _, globals):
+            self.mean = 1.0 / (bf16 if globals["dtype"] == torch.bfloat16 else 1.0)
+
+        def timeit(self, _):
+            return self
+
+    monkeypatch.setattr(trunk, "Timer", Timer)
+    monkeypatch.setattr(trunk.Path, "read_text", lambda self: "flags : fma avx512_bf16")
+    runtime = trunk.Runtime(trunk.Hyperparameters(settings(DTYPE="auto")))
+    assert runtime.dtype == getattr(torch, picked) and runtime.notes[0].startswith("dtype: fp32 at ")
+    monkeypatch.setattr(trunk.Path, "read_text", lambda self: "flags : fma")
+    assert trunk.Runtime(trunk.Hyperparameters(settings(DTYPE="auto"))).dtype == torch.float32
+
+
+def test_a_tensor_whose_inputs_overflow_is_rounded_to_the_nearest(corpus, monkeypatch):
+    trunk, said = load_script(ROOT / "train_gpt.py"), []
+    args = trunk.Hyperparameters(settings(DATA_PATH=corpus, GPTQ_BATCHES=1))
+    trainer = trunk.Trainer(args, trunk.Dataset(args, False), trunk.Runtime(args), said.append)
+    whole = trainer.calibrate()
+    assert not said
+    name = "blocks.1.mlp.proj.weight"
+    bad = {key: value if key != name else np.full_like(value, np.nan) for key, value in whole.items()}
+    monkeypatch.setattr(trainer, "moments", lambda batches: dict(bad))
+    assert {*whole} - {*trainer.calibrate()} == {name}
+    assert said == [f"warning: {name}: inputs are not finite, rounded to the nearest"]
+
+
+DRIVER = """
+import importlib.util, os, signal, sys
+import torch
+spec = importlib.util.spec_from_file_location("script", {script!r})
+script = sys.modules["script"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+second = os.environ.get("RANK") == "1"
+{patch}
+sys.exit(script.main())
+"""
+COMPILER = """
+def compile(function, **_):
+    if second:
+        raise OSError("no compiler today")
+    return function
+torch.compile = compile
+script.Runtime._pick_compile = lambda self, args: True
+"""
+BAD_ID = """
+whole = script.Loader.next
+def next(self):
+    if second and self.state["row"] > 16:
+        raise script.UserError("shard.bin: id 300 is outside VOCAB_SIZE=260")
+    return whole(self)
+script.Loader.next = next
+"""
+SIGNAL = """
+whole = script.Trainer.train_step
+def train_step(self, *rest):
+    if second and self.step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return whole(self, *rest)
+script.Trainer.train_step = train_step
+"""
+
+
+@pytest.fixture
+def driven(run, tmp_path):
+    def driven(patch: str, **overrides):
+        driver = tmp_path / "driver.py"
+        driver.write_text(DRIVER.format(script=str(ROOT / "train_gpt.py"), patch=patch))
+        return run(ranks=2, script=driver, **{**TINY, **overrides})
+
+    return driven
+
+
+def test_where_one_rank_cannot_compile_none_does(driven, run):
+    code, output, metrics = driven(COMPILER, COMPILE="auto", RUN_ID="one")
+    assert code == 0 and "compile: running eager (another rank failed)" in output, output
+    _, _, eager = run(ranks=2, RUN_ID="none")
+    assert metrics["val_bpb"] == eager["val_bpb"]
+    code, output, _ = driven(COMPILER, COMPILE="1", RUN_ID="must")
+    assert code != 0 and "rank 1: error: COMPILE=1: OSError: no compiler today; COMPILE=0" in output
+
+
+def test_the_rank_that_fails_speaks_and_the_others_end_with_one_line(driven):
+    code, output, _ = driven(BAD_ID)
+    assert code != 0 and "rank 1: error: shard.bin: id 300 is outside VOCAB_SIZE=260" in output, output
+    others = [line for line in output.splitlines() if line.startswith("rank 0:")]
+    assert others in ([], ["rank 0: stopped, since another rank has ended"]), output
+    assert "[rank0]: Traceback" not in output and "[rank1]: Traceback" not in output
+
+
+def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(driven, tmp_path):
+    code, output, metrics = driven(SIGNAL, ITERATIONS="12")
+    assert code != 0 and metrics is None and "stopped by SIGTERM at step 4" in output, output
+    assert (tmp_path / "runs/test/last.safetensors").exists()
