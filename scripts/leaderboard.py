@@ -350,21 +350,24 @@ CAPTIONS = {
 
 
 def read_curve(path: Path, record: Record) -> dict[str, list]:
-    """A metrics.jsonl -> {"train": [[bytes of text, seconds, BPB]], "val": [[bytes of text, BPB]]}."""
+    """A metrics.jsonl -> {"train": [[bytes of text, seconds, BPB]], "val": [[bytes of text, BPB]]}.
+
+    A run that went on from a checkpoint has steps twice: the last line of a step counts.
+    """
     bits = 1 / (math.log(2) * record.bytes_a_token)  # per byte, of a nat per token
-    curve: dict[str, list] = {"train": [], "val": []}
+    steps: dict[str, dict[int, list]] = {"train": {}, "val": {}}
     for i, line in enumerate(path.read_text().splitlines(), 1):
         try:
             entry = json.loads(line)
+            seen = entry["step"] * record.bytes_a_step
             if "train_loss" in entry:
-                seen = entry["step"] * record.bytes_a_step
-                curve["train"].append([seen, entry["train_seconds"], entry["train_loss"] * bits])
+                steps["train"][entry["step"]] = [seen, entry["train_seconds"], entry["train_loss"] * bits]
             elif "val_loss" in entry:
-                curve["val"].append([entry["step"] * record.bytes_a_step, entry["val_bpb"]])
+                steps["val"][entry["step"]] = [seen, entry["val_bpb"]]
         except (ValueError, KeyError) as error:
             reason = f"{'no ' if isinstance(error, KeyError) else 'not JSON: '}{error}"
             raise Misuse(f"{path}:{i}: {reason}") from None
-    return curve
+    return {name: [points[step] for step in sorted(points)] for name, points in steps.items()}
 
 
 def class_bits(record: Record) -> dict[str, float]:

@@ -268,6 +268,18 @@ def test_a_submission_that_says_another_score_is_found(add, tree, capsys):
     assert "One/submission.json: val_bpb is 1.8, the mean of the seeds 1.90100000" in capsys.readouterr().out
 
 
+def test_the_last_line_of_a_repeated_step_counts(add, tree):
+    """A run that went on from a checkpoint has written some steps twice."""
+    folder = add("2026-01-01_One", 1.9)
+    path = folder / "seed1" / "metrics.jsonl"
+    again = [{"step": i, "train_loss": 4 / i, "train_seconds": 0.5 * i} for i in (2, 4)]
+    path.write_text(path.read_text() + "".join(json.dumps(line) + "\n" for line in again))
+    record = leaderboard.read_record(folder, {})
+    train = leaderboard.read_curve(path, record)["train"]
+    assert [seconds for _, seconds, _ in train] == [0.1, 1.0, 2.0]
+    assert [bpb * math.log(2) * record.bytes_a_token for *_, bpb in train] == pytest.approx([5, 2, 1])
+
+
 def test_misuse_names_the_file(add, tree):
     folder = add("2026-01-01_One", 1.9)
     path = folder / "seed2" / "metrics.jsonl"

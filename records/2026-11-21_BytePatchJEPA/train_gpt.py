@@ -1,10 +1,10 @@
 """BytePatchJEPA: a byte decoder that is told what an encoder expects of the patch it is in.
 
 Parent: the trunk (`train_gpt.py` of the repository).
-Idea:   the bytes so far are cut into patches, at spaces and after 8 bytes (#696: after 8). An encoder
-        reads whole patches and foresees the latent of the next; a JEPA loss and SIGReg shape it. A
-        causal byte decoder gets that guess at every byte. PATCH_SIZE=0 leaves only the decoder;
-        PATCH_CONDITION and PATCH_SPLIT take the idea apart.
+Idea:   the bytes so far are cut into patches, at spaces and after 8 bytes (#696: after 8). An
+        encoder reads whole patches and foresees the latent of the next; a JEPA loss and SIGReg
+        shape it. A causal byte decoder gets that guess at every byte. PATCH_SIZE=0 leaves only the
+        decoder; PATCH_CONDITION and PATCH_SPLIT take the idea apart.
 
 Run:    python train_gpt.py --help                             every variable and its reason
         torchrun --standalone --nproc_per_node=8 train_gpt.py  the contest: 8xH100, 600 s, 16 MB
@@ -12,10 +12,10 @@ Run:    python train_gpt.py --help                             every variable an
         EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py          only score an artifact
         GENERATE=TEXT ARTIFACT=FILE python train_gpt.py        go on from a text, or from a file's
 
-The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs
-torch, numpy and safetensors, and uses constriction, sentencepiece, tqdm and FlashAttention if
-they are installed. The trunk's n-gram tables, chunk JEPA, smear gate, U-Net skips, tied head and
-document mask are not here.
+The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits.
+It needs torch, numpy and safetensors; constriction, sentencepiece and FlashAttention may be there.
+The trunk's n-gram tables, chunk JEPA, smear gate, U-Net skips, tied head and document mask are
+not here.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ import contextlib
 import copy
 import ctypes
 import difflib
+import functools
 import hashlib
 import importlib
+import itertools
 import json
 import lzma
 import math
 import os
 import platform
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+# torch 2.13 gave two collectives new names, and warns of the old ones
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 constriction = None  # without it, LZMA takes the place of rANS
 with contextlib.suppress(ImportError):
@@ -61,8 +67,7 @@ with contextlib.suppress(ImportError):
 
 
 class UserError(Exception):
-    """A mistake in the environment or a file: `main` prints it as one line and exits with code 2.
-    """
+    """A mistake in a setting or a file: one line and exit code 2."""
 
 
 class Var:
@@ -152,7 +157,7 @@ class Hyperparameters:
     patch_size = Var(8, "most ids of a patch; 0 = only the decoder", 0, ship="model")
     patch_split = Var("space", "space: a space or newline ends a patch too",
                       choices=("fixed", "space"), ship="model")
-    patch_condition = Var("latent", "the decoder gets: the predicted latent, the encoder's state, both",
+    patch_condition = Var("latent", "for the decoder: predicted latent, encoder's state, both",
                           choices=("latent", "context", "both"), ship="model")
     logit_softcap = Var(30.0, "cap * tanh(logits / cap); 0 = none", 0, ship="model")
     qk_gain_init = Var(1.5, "initial gain a head on normalised queries", ship="model")
@@ -204,16 +209,15 @@ class Hyperparameters:
     quant_k = Var("embed:5,attn:5,mlp:5,other:5", "step = k * std / top: the size knob")
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
     gptq_batches = Var(4, "training batches for these", 1)
-    late_qat_threshold = Var(0.15, "rounds in training below this share of the peak rate; 0 = never",
-                             0, 1)
+    late_qat_threshold = Var(0.15, "training rounds below this share of the rate; 0 = never", 0, 1)
     quant_rate = Var("embed:0,attn:0,mlp:0,other:0", "price of a bit in squared steps")
-    compressor = Var("auto", "auto keeps the smallest", choices=("auto", "rans", "lzma"))
+    compressor = Var("auto", "auto: rans if it is installed", choices=("auto", "rans", "lzma"))
     artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit", 0)
 
     _evaluation = "Evaluation"
     eval_seq_len = Var(0, "window length; 0 = TRAIN_SEQ_LEN", 0, ship="eval")
     eval_stride = Var(256, "targets a window of the sliding pass", 1, ship="eval")
-    eval_batch_tokens = Var(0, "tokens a forward; 0 = DEVICE_BATCH_TOKENS", 0)
+    eval_batch_tokens = Var(0, "tokens a forward; 0 = as training, up to 32768", 0)
     val_bytes = Var(0, "validates only on this prefix; 0 = all", 0)
     val_loss_every = Var(0, "steps between validations; 0 = only at the end", 0)
     eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
@@ -242,8 +246,8 @@ class Hyperparameters:
     train_log_every = Var(200, "steps between log lines, after the first ten", 1)
     device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
     dtype = Var("auto", "of activations; weights are fp32", choices=("auto", "fp32", "bf16"))
-    compile = Var("auto", "auto: on GPUs, and on CPUs when it pays", choices=("auto", "0", "1"))
-    attention = Var("auto", "first rung of the ladder",
+    compile = Var("auto", "auto: on GPUs that have triton", choices=("auto", "0", "1"))
+    attention = Var("auto", "auto: the fastest rung; else the first of the ladder",
                     choices=("auto", "fa3", "fa2", "cpu", "sdpa", "math"))
     strict_env = Var(True, "refuse misspelt variables; 0 = only warn")
 
@@ -285,7 +289,7 @@ class Hyperparameters:
     }
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
-        """Reads `environ`; `shipped`, settings in an artifact, replaces the defaults it names."""
+        """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
         environ = self._translated(environ or {})
         self.warnings: list[str] = []
         self._refuse_retired_and_misspelt(environ)
@@ -304,7 +308,8 @@ class Hyperparameters:
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
         self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
-        self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
+        most = min(self.device_batch_tokens, 32768)  # eight ranks share a chunk of TTT evenly
+        self.eval_batch_tokens = self.eval_batch_tokens or most
 
         if shipped or not (self.eval_only or self.generate):  # they need an artifact's
             for function in CHECKS:
@@ -327,10 +332,8 @@ class Hyperparameters:
                 lines.append(f"\n{item}")
         lines.append("\nOther names, of #696")
         lines += [f"  {name:<28} {ours}" for name, (ours, _) in cls.ALIASES.items()]
-        lines.append("\nAccepted from older command lines, without effect")
-        for name, (off, why) in cls.RETIRED.items():
-            lines.append(f"  {name}={off.split()[0]:<24} {why}")
-        lines.append("  " + " ".join(cls.IGNORED))
+        old = " ".join([*cls.RETIRED, *cls.IGNORED])
+        lines.append(f"\nAccepted from older command lines where they mean off: {old}")
         return "\n".join(lines)
 
     def settings(self) -> dict:
@@ -350,7 +353,8 @@ class Hyperparameters:
                 continue
             value, set_too = values.get(text, text), environ.get(ours, "").strip()
             if set_too not in ("", value):
-                raise UserError(f"{name}={text} means {ours}={value}, but {ours}={set_too} is set too")
+                raise UserError(f"{name}={text} means {ours}={value}, "
+                                f"but {ours}={set_too} is set too")
             environ[ours] = value
 
         tokenizer = environ.get("TOKENIZER_PATH", "")
@@ -408,8 +412,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def tune_allocator() -> None:
     """Keeps freed pages inside the process: fresh ones can dominate eager CPU runs (up to 7x).
-    On glibc: no mmap for large blocks, no trimming, one arena for all threads. Elsewhere: nothing.
-    """
+    On glibc: no mmap for large blocks, no trimming, one arena. Elsewhere: nothing."""
     mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # of malloc.h
     values = {mmap_max: 0, trim_threshold: -1, top_pad: 1 << 28, arena_max: 1}
     with contextlib.suppress(OSError, AttributeError):
@@ -418,9 +421,28 @@ def tune_allocator() -> None:
                 ctypes.CDLL("libc.so.6").mallopt(parameter, value)
 
 
+def piece(function):
+    """Marks a part of the network that compiles whole, once for all who call it.
+
+    `piece.compiled` switches all of them. Models share their graphs, and equal blocks do."""
+    @functools.cache
+    def compiled():
+        torch._dynamo.config.recompile_limit = 64  # kinds of blocks times shapes
+        return torch.compile(function, dynamic=False, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*args):
+        return (compiled() if piece.compiled else function)(*args)
+    return call
+
+
+piece.compiled = False
+
+
 @check
-def check_ranks(args: Hyperparameters) -> None:
+def check_launch(args: Hyperparameters) -> None:
     forbid(args.rank >= args.world_size, args, "rank world_size", "let torchrun set both")
+    forbid(args.resume == "auto" and not args.run_id, args, "resume run_id", "name the run")
 
 
 class Runtime:
@@ -433,8 +455,6 @@ class Runtime:
         self.clocks: dict[str, float] = {}  # seconds by phase
         self.notes: list[str] = []
         self.device = self._pick_device(args)
-        self.dtype = self._pick_dtype(args)
-        self.compile = self._pick_compile(args)
         self.attention = "sdpa"  # runs everywhere; `main` asks for the best rung
         if not constriction and args.compressor in ("auto", "rans"):
             self.notes.append("compressor: constriction is missing, LZMA instead of rANS")
@@ -446,8 +466,11 @@ class Runtime:
         if self.world_size > 1:
             if not args.master_addr:
                 raise UserError(f"WORLD_SIZE={args.world_size} but no MASTER_ADDR: use torchrun")
-            self.gloo = not (self.device.type == "cuda" and dist.is_nccl_available())
-            dist.init_process_group("gloo" if self.gloo else "cpu:gloo,cuda:nccl")
+            nccl = self.device.type == "cuda" and dist.is_nccl_available()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+        self.dtype = self._pick_dtype(args)
+        self.compile = self._pick_compile(args)
+        self.must_compile = args.compile == "1"
 
     def _pick_device(self, args: Hyperparameters) -> torch.device:
         seen = ["cuda"] if torch.cuda.is_available() else []
@@ -464,11 +487,24 @@ class Runtime:
             return {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
         if self.device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-        with contextlib.suppress(OSError):  # CPUs that multiply bf16
-            words = set(Path("/proc/cpuinfo").read_text().split())
-            native = self.device.type == "cpu" and words & {"amx_bf16", "avx512_bf16", "bf16"}
-            return torch.bfloat16 if native else torch.float32
-        return torch.float32
+        faster = self.device.type == "cpu" and self._bf16_is_faster(args.model_dim)
+        return torch.bfloat16 if faster else torch.float32
+
+    def _bf16_is_faster(self, dim: int) -> bool:
+        """Whether this CPU multiplies bf16 clearly faster: on some it is slower."""
+        words, rates = set(), []
+        with contextlib.suppress(OSError):
+            words |= set(Path("/proc/cpuinfo").read_text().split())
+        if not words & {"amx_bf16", "avx512_bf16", "bf16"}:
+            return False
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weight = (torch.ones(size, dim, dtype=dtype) for size in (2048, 2 * dim))
+            flop = 2 * x.numel() * len(weight)
+            seconds = Timer("x @ weight.T", globals=locals()).timeit(5).mean
+            rates.append(1e-9 * flop / seconds)
+        fp32, bf16 = self.from_main(rates)
+        self.notes.append(f"dtype: fp32 at {fp32:.0f} GFLOP/s, bf16 at {bf16:.0f}")
+        return bf16 > 1.3 * fp32
 
     def _pick_compile(self, args: Hyperparameters) -> bool:
         if args.compile != "auto":
@@ -478,9 +514,7 @@ class Runtime:
                 import triton  # noqa: F401
                 return True
             self.notes.append("compile: no triton, running eager")
-        # on CPUs 20-80 s of compilation against about 0.3 s a step saved on a small model
-        pays = self.device.type == "cpu" and args.iterations >= 275 and not args.eval_only
-        return pays and any(map(shutil.which, ("g++", "clang++")))
+        return False  # CPUs: half a minute or more against a quarter of a step's time
 
     @contextlib.contextmanager
     def clock(self, phase: str):
@@ -505,11 +539,27 @@ class Runtime:
         return tensor
 
     def from_main(self, values: list[float]) -> list[float]:
-        """Rank 0's numbers on every rank, through CPU memory: no decision waits for a GPU queue."""
+        """Rank 0's numbers on every rank, through CPU memory."""
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.broadcast(tensor, 0)
         return tensor.tolist()
+
+    def compile_by(self, attempt, log) -> None:
+        """Compiles by an `attempt` without collectives: on all ranks or, unless COMPILE=1, none."""
+        piece.compiled, failure = True, ""
+        try:
+            attempt()
+        except UserError:
+            raise
+        except Exception as error:  # a compiler may raise anything
+            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if self.all_reduce(torch.tensor(int(failure != "")), dist.ReduceOp.MAX):
+            failure = failure or "another rank failed"
+            if self.must_compile:
+                raise UserError(f"COMPILE=1: {failure}; COMPILE=0 runs eager")
+            log(f"compile: running eager ({failure})")
+            self.compile = piece.compiled = False
 
     def peak_memory_mb(self) -> float:
         if self.device.type == "cuda":
@@ -538,15 +588,6 @@ class Log:
         self(json.dumps(values), False, "metrics.jsonl")
 
 
-def progress_bar(items, total: int, name: str, show: bool):
-    """tqdm on a terminal, plain iteration elsewhere."""
-    if show:
-        with contextlib.suppress(ImportError):  # a bar is a comfort, not a need
-            from tqdm import tqdm
-            return tqdm(items, total=total, desc=name, disable=None, leave=False)
-    return items
-
-
 # -----------------------------------------------------------------------------
 # ATTENTION
 # -----------------------------------------------------------------------------
@@ -555,7 +596,7 @@ def progress_bar(items, total: int, name: str, show: bool):
 
 
 def causal_mask(docs: Tensor, queries: int) -> Tensor:
-    """docs (B, T), the document of each position -> (B, 1, queries, T) for the last `queries`."""
+    """docs (B, T), a position's document -> (B, 1, queries, T) for the last `queries`."""
     positions = torch.arange(docs.size(1), device=docs.device)
     same_document = docs[:, None, -queries:, None] == docs[:, None, None]
     return same_document & (positions[-queries:, None] >= positions)
@@ -579,114 +620,107 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
 
 
 QUERY_BLOCK = 128  # queries that the CPU's attention takes at a time
-KEPT_LENGTH = 1024  # longest row whose weights are kept: they grow with its square
-
-
-def query_blocks(x: Tensor, groups: int) -> list[Tensor]:
-    """x (B, H, T, n) -> for each block of queries (B * groups, H / groups * queries, n)."""
-    return [part.reshape(len(x) * groups, -1, x.size(3)) for part in x.split(QUERY_BLOCK, 2)]
-
-
-class BlockedAttention(torch.autograd.Function):
-    """Causal attention for CPUs: blocks of queries meet the keys up to their own end.
-
-    Weights are kept, so that the backward computes no score and no exponential again: for rows of
-    some hundred ids both ways are faster than torch's flash kernel, which recomputes."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, H, T, d), k and v (B, K, T, d) -> (B, H, T, d)"""
-        batch, heads, length, dim = q.shape
-        kv_heads = k.size(1)
-        keys, values = k.flatten(0, 1), v.flatten(0, 1)
-        positions = torch.arange(length, device=q.device)
-        out, kept = [], []
-
-        for i, query in enumerate(query_blocks(q * dim**-0.5, kv_heads)):
-            stop = min((i + 1) * QUERY_BLOCK, length)
-            ahead = positions[:stop] > positions[i * QUERY_BLOCK : stop, None]
-            ahead = ahead.repeat(heads // kv_heads, 1)
-            scores = torch.bmm(query, keys[:, :stop].mT).float().masked_fill(ahead, -torch.inf)
-            kept.append(scores.softmax(-1).to(q.dtype))
-            out.append(torch.bmm(kept[i], values[:, :stop]).view(batch, heads, -1, dim))
-
-        out = torch.cat(out, 2)
-        ctx.save_for_backward(q, k, v, out, *kept)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, out, *kept = ctx.saved_tensors
-        batch, heads, _, dim = q.shape
-        kv_heads, scale = k.size(1), q.size(3) ** -0.5
-        keys, values = k.flatten(0, 1), v.flatten(0, 1)
-        grad_q = []
-        grad_k = torch.zeros_like(keys).float()
-        grad_v = torch.zeros_like(values).float()
-
-        # a softmax's gradient is its weights times (the gradient of them - this sum over keys)
-        shift = (grad.float() * out.float()).sum(-1, keepdim=True)
-        blocks = (query_blocks(x, kv_heads) for x in (q * scale, grad, shift))
-        for query, grad_out, query_shift, weights in zip(*blocks, kept):
-            stop = weights.size(2)
-            grad_scores = torch.bmm(grad_out, values[:, :stop].mT).float() - query_shift
-            grad_scores = (weights.float() * grad_scores).to(q.dtype)
-            part = torch.bmm(grad_scores, keys[:, :stop])
-            grad_q.append(part.view(batch, heads, -1, dim) * scale)
-            grad_k[:, :stop] += torch.bmm(grad_scores.mT, query)
-            grad_v[:, :stop] += torch.bmm(weights.mT, grad_out)
-        grad_k, grad_v = (x.to(q.dtype).view(k.shape) for x in (grad_k, grad_v))
-        return torch.cat(grad_q, 2), grad_k, grad_v
 
 
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The CPU's rung: blocks of queries, weights kept; torch's kernel for long rows and masks."""
-    if mask is not None or q.size(1) > KEPT_LENGTH:
+    """Causal attention for CPUs: blocks of queries meet the keys up to their own end.
+
+    The backward finds all weights kept, where torch's kernel computes them again."""
+    if mask is not None:
         return sdpa_attention(q, k, v, mask)
-    return BlockedAttention.apply(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    length, groups, dim = q.size(1), k.size(2), q.size(3)
+    positions, out = torch.arange(length, device=q.device), []
+    keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))  # (B * K, T, d)
+
+    for query in (q * dim**-0.5).transpose(1, 2).split(QUERY_BLOCK, 2):
+        stop = min((len(out) + 1) * QUERY_BLOCK, length)
+        ahead = positions[:stop] > positions[stop - query.size(2) : stop, None]
+        flat = query.unflatten(1, (groups, -1)).flatten(2, 3).flatten(0, 1)  # heads share keys
+        scores = torch.bmm(flat, keys[:, :stop].mT)
+        scores = scores.masked_fill(ahead.repeat(q.size(2) // groups, 1), -torch.inf)
+        out.append(torch.bmm(scores.softmax(-1), values[:, :stop]).view(query.shape))
+    return torch.cat(out, 2).transpose(1, 2)
 
 
 def flash_attention(package: str):
     """FlashAttention 2 or 3."""
+    flash = importlib.import_module(package)  # here, since a graph would break at an import
+
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
-        flash = importlib.import_module(package)
         out = flash.flash_attn_func(q, k, v, causal=True)
         return out[0] if isinstance(out, tuple) else out  # some builds return more
     return attend
 
 
-ATTENTION = {
-    "fa3": flash_attention("flash_attn_interface"), "fa2": flash_attention("flash_attn"),
-    "cpu": cpu_attention,
-    "sdpa": sdpa_attention, "math": math_attention,
-}
+FLASH = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}  # packages
+ATTENTION = {"cpu": cpu_attention, "sdpa": sdpa_attention, "math": math_attention}
 
 
-def agrees_with_math(rung: str, device: torch.device, dtype, dim: int) -> bool:
-    """Whether a rung runs both ways here, with heads `dim` wide, and computes what `math` does."""
+@functools.cache
+def attention_of(rung: str):
+    """The function of a rung; ImportError where its package is missing."""
+    return flash_attention(FLASH[rung]) if rung in FLASH else ATTENTION[rung]
+
+
+def check_rung(rung: str, args: Hyperparameters, runtime: Runtime) -> None:
+    """Raises unless a rung runs both ways here and agrees with `math`."""
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, 128, n, dim, generator=generator).to(device, dtype) for n in (2, 1))
-    q.requires_grad_(True)
-    out = ATTENTION[rung](q, k, k)
-    out.sum().backward()
-    return torch.allclose(out.float(), math_attention(q, k, k).float(), atol=3e-2)
-
-
-def pick_attention(args: Hyperparameters, device: torch.device, dtype: torch.dtype) -> str:
-    """The first rung, from ATTENTION down, that works here."""
-    rungs = list(ATTENTION)
-    first = 0 if args.attention == "auto" else rungs.index(args.attention)
-    gpu, bf16 = device.type == "cuda", dtype == torch.bfloat16
-    fits = {"fa3": gpu and bf16, "fa2": gpu and bf16,
-            "cpu": device.type == "cpu" and bf16,
-            "sdpa": True, "math": True}
     dim = args.model_dim // min(args.num_heads, args.decoder_heads)  # the widest heads
-    for rung in filter(fits.get, rungs[first:]):
-        with contextlib.suppress(Exception):  # no such package, a card that it refuses
-            if agrees_with_math(rung, device, dtype, dim):
-                return rung
-    rungs = ", ".join(rungs[first:])
-    raise UserError(f"ATTENTION={args.attention}: none of {rungs} runs on {device} in {dtype}")
+    q, k = (torch.randn(1, 128, heads, dim, generator=generator) for heads in (2, 1))
+    q, k = (x.to(runtime.device, runtime.dtype).requires_grad_() for x in (q, k))
+    out = attention_of(rung)(q, k, k)
+    wanted = math_attention(q, k, k)
+    out.sum().backward()
+    torch.testing.assert_close(out.float(), wanted.float(), atol=3e-2, rtol=1e-5)
+
+
+def attention_seconds(rung: str, args: Hyperparameters, runtime: Runtime) -> float:
+    """Seconds of one decoder layer's attention, both ways, in training on a GPU."""
+    rows = max(1, min(args.device_batch_tokens, args.train_batch_tokens) // args.train_seq_len)
+    shape = rows, args.train_seq_len, args.decoder_heads, args.model_dim // args.decoder_heads
+    like = {"device": runtime.device, "dtype": runtime.dtype}
+    q, k, v = (torch.randn(shape, **like).requires_grad_() for _ in range(3))
+    attend = attention_of(rung)
+    if runtime.compile:  # which also shows that it fits in a graph
+        attend = torch.compile(attend, dynamic=False, fullgraph=True)
+
+    def both_ways() -> None:
+        out = attend(q, k, v)
+        torch.autograd.grad(out, (q, k, v), out)
+
+    return Timer("both_ways()", globals=locals()).timeit(5).mean  # waits for the GPU
+
+
+def best_rung(args: Hyperparameters, runtime: Runtime) -> str:
+    """From ATTENTION down the first that agrees with `math`; with `auto` on GPUs the fastest.
+    Not by the clock on CPUs, whose bits depend on it."""
+    rungs = [*FLASH, *ATTENTION]
+    first = 0 if args.attention == "auto" else rungs.index(args.attention)
+    gpu, bf16 = runtime.device.type == "cuda", runtime.dtype == torch.bfloat16
+    fits = {"fa3": gpu and bf16, "fa2": gpu and bf16, "cpu": not gpu and bf16}
+    timed = gpu and args.attention == "auto"
+    seconds: dict[str, float] = {}
+    for rung in rungs[first:]:
+        if not fits.get(rung, True) or seconds and (not timed or rung == "math"):
+            continue
+        with contextlib.suppress(Exception):  # no package, a card that it refuses, no memory
+            check_rung(rung, args, runtime)
+            seconds[rung] = attention_seconds(rung, args, runtime) if timed else 0.0
+
+    if not seconds:
+        raise UserError(f"ATTENTION={args.attention}: no rung from there on runs here; use auto")
+    if timed:
+        table = ", ".join(f"{rung} {1e3 * taken:.2f} ms" for rung, taken in seconds.items())
+        runtime.notes.append(f"attention: a layer, both ways: {table}")
+    return min(seconds, key=seconds.get)
+
+
+def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
+    """Rank 0's `best_rung`, on every rank."""
+    rungs = [*FLASH, *ATTENTION]
+    choice = rungs.index(best_rung(args, runtime)) if runtime.main else 0
+    choice, = runtime.from_main([choice])
+    return rungs[int(choice)]
 
 
 # -----------------------------------------------------------------------------
@@ -707,8 +741,7 @@ def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
 
 
 def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.ndarray:
-    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then `count`
-    uint16 ids.
+    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then uint16 ids.
 
     The first `checked` ids (None: all) are held against the vocabulary at once."""
     size = path.stat().st_size
@@ -754,7 +787,7 @@ class Dataset:
         if verify:
             self._verify(args.verify_data)
         if len(self.val) < 2:
-            raise UserError(f"{self.val_files[0]}: {len(self.val)} ids leave no validation target")
+            raise UserError(f"{self.val_files[0]}: {len(self.val)} ids leave no target")
 
     def _read_manifest(self) -> dict:
         path = self.path / "manifest.json"
@@ -864,8 +897,7 @@ def check_batch(args: Hyperparameters) -> None:
 
 
 class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
-    """How a global batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group`
-    rows.
+    """How a batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group` rows.
 
     Ranks run the same shapes: slots beyond the batch repeat its first group with weight 0."""
 
@@ -934,8 +966,7 @@ class Loader:
         return rows
 
     def next(self) -> tuple[Tensor, Tensor, dict]:
-        """This rank's ids (micro_steps, rows, T + 1), weights (micro_steps, rows), next state.
-        """
+        """This rank's ids (micro_steps, rows, T + 1), weights, and the next state."""
         plan = self.plan
         rows = self._next_rows(plan.rows)
         shape = plan.micro_steps, plan.groups * plan.group
@@ -950,21 +981,27 @@ class Loader:
         check_ids(batch, self.data.vocab_size, self.data.path)
         return torch.from_numpy(batch), torch.from_numpy(weights), dict(self.state)
 
-    def prefetch(self, device: torch.device):
-        """Iterates over `next()` from a thread, two batches ahead, in pinned memory on GPUs."""
-        def work() -> tuple[Tensor, Tensor, dict]:
+    def prefetch(self, device: torch.device, aux: PatchJEPA | None = None, step: int = 0):
+        """Iterates over (ids, weights, the auxiliary's inputs, next state), two batches ahead.
+
+        A thread makes them; a GPU copies pinned memory without waiting for its queue."""
+        steps = itertools.count(step)
+
+        def work() -> tuple[list, dict]:
             ids, weights, state = self.next()
+            inputs = None if aux is None else aux.inputs(next(steps), torch.device("cpu"))
+            tensors = [ids, weights, inputs]
             if device.type == "cuda":
-                ids, weights = ids.pin_memory(), weights.pin_memory()
-            return ids, weights, state
+                tensors = [x if x is None else x.pin_memory() for x in tensors]
+            return tensors, state
 
         with ThreadPoolExecutor(1) as thread:
             ahead = deque(thread.submit(work) for _ in range(2))
             while True:
-                ids, weights, state = ahead.popleft().result()
+                tensors, state = ahead.popleft().result()
                 ahead.append(thread.submit(work))
-                ids, weights = (x.to(device, non_blocking=True) for x in (ids, weights))
-                yield ids, weights, state
+                moved = (x if x is None else x.to(device, non_blocking=True) for x in tensors)
+                yield *moved, state
 
 
 # -----------------------------------------------------------------------------
@@ -984,7 +1021,7 @@ def tensor_class(name: str) -> str:
 
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
-    """(bits, axis of a step's slice): the last; (0, 0): stays fp16."""
+    """(bits, axis of a step's slice): the last; (0, 0): fp16."""
     if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR:
         return 0, 0
     return args.bits_by_class[tensor_class(name)], len(shape) - 1
@@ -1038,8 +1075,8 @@ PUBLISHED_CLIPS = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # quantiles of |row| th
 
 
 def published_step(weight: np.ndarray, top: int, axis: int) -> np.ndarray:
-    """Steps of #696's exporter, to see what it costs (its defect B9): each row is clipped at a
-    quantile of its |values|, one quantile for the whole tensor, and a step is at least 1 / top."""
+    """Steps of #696's exporter (its defect B9): each row is clipped at a quantile of its |values|,
+    one quantile for the whole tensor, and a step is at least 1 / top."""
     steps, errors = [], []
     for share in PUBLISHED_CLIPS:
         clip = np.quantile(np.abs(weight), share, axis=axis, keepdims=True)
@@ -1085,18 +1122,17 @@ def check_rounding(args: Hyperparameters) -> None:
 
 
 class Rounding(nn.Module):
-    """Quantisation-aware training: rounds a weight to the nearest with the exporter's std steps in
-    the forward; gradients go straight through.
+    """Quantisation-aware training: the forward rounds a weight as the exporter does with std steps,
+    to the nearest; gradients go straight through.
 
-    `on` is a tensor, so that a compiled graph sees the switch. It is the submodule `qat` of the
-    module that owns the weight."""
+    While training rounds, it is the submodule `qat` of a weight's module. Without it a model runs
+    the graphs of one that is read from an artifact."""
 
     def __init__(self, bits: int, k: float, axis: int):
         super().__init__()
         self.top = 2 ** (bits - 1) - 1
         self.k = k
         self.axis = axis
-        self.register_buffer("on", torch.zeros(()), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
@@ -1104,7 +1140,7 @@ class Rounding(nn.Module):
             step = self.k / self.top * exact.std(self.axis, correction=0, keepdim=True)
             step = step.clamp(min=SCALE_FLOOR).half().float()
             change = (weight / step).round().clamp(-self.top, self.top) * step - weight
-        return weight + self.on * change
+        return weight + change
 
 
 def rounded(owner: nn.Module) -> Tensor:
@@ -1143,12 +1179,11 @@ class LatentMLP(nn.Module):
         return self.fc2(F.silu(self.fc1(rms_norm(x))))
 
 
-SIGREG_ROWS = 32  # samples of #696's statistic, which it multiplies by them; its weight is for that
+SIGREG_ROWS = 32  # samples of #696's statistic, times which its weight is meant
 
 
 def knots_and_weights(knots: int, device=None) -> tuple[Tensor, Tensor, Tensor]:
-    """(t, phi, w), each (K,): t on [0, 3], phi_k = exp(-t_k^2 / 2), w = phi * trapezoid rule on
-    [-3, 3]."""
+    """(t, phi, w), each (K,): t on [0, 3], exp(-t^2 / 2), phi * trapezoid rule on [-3, 3]."""
     t = torch.linspace(0.0, 3.0, knots, device=device)
     phi = torch.exp(-0.5 * t * t)
     width = torch.full_like(t, 6 / (knots - 1))
@@ -1162,9 +1197,8 @@ def sigreg(latents: Tensor, share: Tensor, directions: Tensor, knots: int) -> Te
     latents (G, N, d): G samples of N latents; share (G, N): weight of each, 1 / n or 0; directions
     (d, P), unit columns. Returns (G,) in fp32: SIGREG_ROWS times the mean over P of sum_k w_k
     [(mean cos t_k p - phi_k)^2 + (mean sin t_k p)^2], t, phi and w as of `knots_and_weights`.
-    Nothing is standardised, so a wrong scale costs. A sample of #696 is one patch position of 32
-    rows, here it is all patches of a group of rows: the same force, less noise.
-    After LeJEPA's SIGReg (Balestriero & LeCun 2025)."""
+    Nothing is standardised: a wrong scale costs. A sample of #696 is a patch position of 32 rows,
+    here all patches of a group. After LeJEPA's SIGReg (Balestriero & LeCun 2025)."""
     t, phi, weights = knots_and_weights(knots, latents.device)
     angles = (latents.float() @ directions.float())[..., None] * t  # (G, N, P, K)
     cos = torch.einsum("gn,gnpk->gpk", share, angles.cos())
@@ -1186,7 +1220,7 @@ def check_jepa(args: Hyperparameters) -> None:
 
 
 class PatchJEPA(nn.Module):
-    """Predicts each patch's latent from the encoder's state after the patch before, for the decoder.
+    """Predicts each patch's latent, for the decoder, from the encoder's state before it.
 
     The interface that a record replaces, and nothing else of the script:
       inputs(step, device)    what losses need from outside the graph, equal on all ranks
@@ -1198,8 +1232,7 @@ class PatchJEPA(nn.Module):
     With e_c a patch's embedding and h_c the encoder's state after it: z_c = projector(e_c),
     zhat_{c+1} = predictor(h_c), a learned zhat_0; losses |zhat_c - sg(z_c)|^2 for c > 0, and SIGReg
     on z, which reaches the embedding. CE trains the predictor too. After c patches the decoder gets
-    W zhat_c (PATCH_CONDITION=latent), or V h_{c-1}, 0 before the first (context), or their sum
-    (both).
+    W zhat_c (PATCH_CONDITION=latent), V h_{c-1}, first 0 (context), or their sum (both).
     SIGReg pools fixed groups of rows, whatever the ranks."""
 
     def __init__(self, args: Hyperparameters):
@@ -1222,6 +1255,7 @@ class PatchJEPA(nn.Module):
         directions = torch.randn(args.latent_dim, args.sigreg_num_proj, generator=generator)
         return F.normalize(directions, dim=0).to(device)
 
+    @piece
     def forward(self, embedded: Tensor, context: Tensor, full: Tensor,
                 inputs: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """embedded, context (B, C, D) of C patches, full (B, C): which of them are complete ->
@@ -1242,7 +1276,7 @@ class PatchJEPA(nn.Module):
         """(B, n, ...) -> (G, group * n, ...)"""
         return x.unflatten(0, (-1, self.args.sigreg_group)).flatten(1, 2)
 
-    def terms(self, z: Tensor, guess: Tensor, full: Tensor, directions: Tensor) -> dict[str, Tensor]:
+    def terms(self, z: Tensor, guess: Tensor, full: Tensor, directions: Tensor) -> dict:
         """z, guess (B, C, latent), full (B, C) -> {name: (G,)}: means over the complete patches."""
         full = full.float()
         share = self.pooled(full[:, 1:])
@@ -1295,10 +1329,10 @@ class DraftHeads(nn.Module):
         self.link = LatentMLP(2 * args.model_dim, args.model_dim, args.model_dim)
 
     def forward(self, state: Tensor, token: Tensor) -> Tensor:
-        """state (..., D) of a position or of the link before, token (..., D) embedded -> (..., D).
-        """
+        """state (..., D) of a position or link, embedded token (..., D) -> (..., D)."""
         return rms_norm(state + self.link(torch.cat((state, rms_norm(token)), -1)))
 
+    @piece
     def loss(self, model: GPT, x: Tensor, ids: Tensor) -> Tensor:
         """x (B, T, D) of ids (B, T + 1) -> nats of a guess on true ids, a mean a row (B,)."""
         x, tokens, nats = x.detach(), model.embed(ids).detach(), 0.0
@@ -1330,7 +1364,7 @@ def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Half-split rotary on the first dimensions of x (B, T, H, d); rotary as of `rotary_tables`."""
+    """Half-split rotary on x (B, T, H, d), by `rotary_tables`."""
     cos, sin = rotary
     half = rotary.size(-1)
     a = x[..., :half].float()
@@ -1358,9 +1392,8 @@ class StackCache:
 
 
 class KVCache(StackCache):
-    """What a window's positions read so far have left, for decoding to go on from: the decoder's
-    keys and values, those of each pass through the encoder, and what the decoder gets after 0, 1,
-    ... patches."""
+    """What decoding goes on from: keys and values of the decoder and of each pass of the encoder,
+    and what the decoder gets after 0, 1, ... patches."""
 
     def __init__(self, model: GPT):
         args = model.args
@@ -1417,7 +1450,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = CastedLinear(args.model_dim, args.model_dim)
         self.q_gain = nn.Parameter(torch.full((args.num_heads,), args.qk_gain_init))
         self.exclude_self = layer >= args.num_layers - args.xsa_last_n
-        self.attend = ATTENTION[attention]
+        self.attend = attention_of(attention)
 
     def forward(self, x: Tensor, rotary: Tensor, mask=None, past: KVCache | None = None) -> Tensor:
         weight = torch.cat([rounded(layer) for layer in (self.c_q, self.c_k, self.c_v)])
@@ -1458,19 +1491,21 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(args.model_dim))
         mix = torch.tensor([[1.0], [0.0]]).repeat(1, args.model_dim)
         self.resid_mix = nn.Parameter(mix) if args.resid_mix else None
-        self.ln_scale = (layer + 1) ** -0.5 if args.ln_scale else 1.0
 
-    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor, mask, past: KVCache | None) -> Tensor:
+    @piece
+    def forward(self, x: Tensor, x0: Tensor, scale: Tensor, rotary: Tensor, mask,
+                past: KVCache | None) -> Tensor:
+        """x (B, T, D) and the embedding x0 -> (B, T, D); `scale` () of the block's inputs."""
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
-        out = self.attn(rms_norm(x) * self.ln_scale, rotary, mask, past)
+        out = self.attn(rms_norm(x) * scale, rotary, mask, past)
         x = x + self.attn_scale.to(x.dtype) * out
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.ln_scale)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * scale)
 
 
 SPACE_ID, NEWLINE_ID = BYTE_OFFSET + ord(" "), BYTE_OFFSET + ord("\n")
-LEAST_MEAN = 4  # bytes of a patch that ends at spaces, on average: so many patches a row can hold
+LEAST_MEAN = 4  # mean bytes of a patch that ends at spaces: so many patches a row can hold
 
 
 @check
@@ -1492,7 +1527,7 @@ def patch_room(length: int, args: Hyperparameters) -> int:
 
 def cut_into_patches(ids: Tensor, room: int, args: Hyperparameters) -> tuple[Tensor, Tensor]:
     """ids (B, T) -> the ids of each patch (B, room, PATCH_SIZE), padded, and how many patches are
-    complete (B, T) with the id at t. Whether a patch ends at t is known from the ids up to t."""
+    complete (B, T) with the id at t, which only the ids up to t decide."""
     size = args.patch_size
     place = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
     ends = torch.zeros_like(ids, dtype=torch.bool)
@@ -1512,8 +1547,8 @@ def cut_into_patches(ids: Tensor, room: int, args: Hyperparameters) -> tuple[Ten
 
 
 class PatchEncoder(nn.Module):
-    """A vector a patch, from its embedded bytes side by side, then a causal stack over patches,
-    whose blocks are applied ENCODER_REPEATS times in sequence. Its positions are patches."""
+    """A vector a patch, from its embedded bytes side by side, then ENCODER_REPEATS times a causal
+    stack of blocks. Its positions are patches."""
 
     def __init__(self, args: Hyperparameters, attention: str, dtype: torch.dtype):
         super().__init__()
@@ -1523,38 +1558,44 @@ class PatchEncoder(nn.Module):
         self.patch_in = CastedLinear(args.patch_size * args.model_dim, args.model_dim)
         self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(args.num_layers))
 
-    def forward(self, patches: Tensor, rotary: Tensor,
-                passes: list[StackCache]) -> tuple[Tensor, Tensor]:
-        """patches (B, C, PATCH_SIZE) -> embeddings and states (B, C, D). With the caches of the
-        `passes`, the patches are those that follow what these have read."""
+    @piece
+    def embed(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """patches (B, C, PATCH_SIZE) -> embeddings (B, C, D), and the same normalised."""
         x = F.embedding(patches, rounded(self.tok_emb)) + rounded(self.patch_pos)
         x = x.to(self.dtype)  # (B, C, PATCH_SIZE, D)
         embedded = self.patch_in(rms_norm(x).flatten(2))
-        x = rms_norm(embedded)
+        return embedded, rms_norm(embedded)
+
+    def forward(self, patches: Tensor, scales: Tensor, rotary: Tensor,
+                passes: list[StackCache]) -> tuple[Tensor, Tensor]:
+        """patches (B, C, PATCH_SIZE) -> embeddings and states (B, C, D). With the caches of the
+        `passes`, the patches are those that follow what these have read."""
+        embedded, x = self.embed(patches)
         mask, known = None, 0
         if passes:
             known = passes[0].length
             mask = causal_mask(patches.new_zeros(1, known + x.size(1)), x.size(1))
 
-        x0, rotary = x, rotary[:, known : known + x.size(1)]
+        x0 = x.view_as(x)  # a tensor of its own: equal blocks share a graph
+        rotary = rotary[:, known : known + x.size(1)]
         for past in passes or [None] * self.repeats:
-            for block in self.blocks:
-                x = block(x, x0, rotary, mask, past)
+            for i, block in enumerate(self.blocks):
+                x = block(x, x0, scales[i], rotary, mask, past)
             if past is not None:
                 past.length += x.size(1)
         return embedded, rms_norm(x)
 
 
 class GPT(nn.Module):
-    """The network: `losses` gives all loss terms of a batch in one forward, `logits` scores.
+    """The network: `losses` for training, `logits` for scoring.
 
-    The decoder reads bytes: embedding, blocks, head. With PATCH_SIZE it gets, added to each byte's
-    embedding, what the encoder makes of the patches complete at that byte."""
+    The decoder reads bytes. With PATCH_SIZE, what the encoder makes of the patches complete at a
+    byte is added to that byte's embedding."""
 
     def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype=torch.float32):
         super().__init__()
         self.args, self.dtype = args, dtype
-        decoder = copy.copy(args)  # blocks read their sizes by the names of the encoder's settings
+        decoder = copy.copy(args)  # blocks read their sizes by the encoder's names
         decoder.num_layers = args.decoder_layers
         decoder.num_heads = decoder.num_kv_heads = args.decoder_heads
         self.decoder_args = decoder
@@ -1565,16 +1606,20 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(decoder, i, attention) for i in range(layers))
         self.lm_head = CastedLinear(dim, args.vocab_size)
         self.draft = DraftHeads(args) if args.draft else None
-        self.set_rotary()
+        self.set_tables()
 
-    def set_rotary(self) -> None:
-        """Tables for training and scoring windows, which may have different lengths: (2, T, 1, n),
-        columns of the decoder, whose positions are bytes, then those of the encoder: patches."""
+    def set_tables(self) -> None:
+        """Rotary tables by use (2, T, 1, n): the decoder's columns, the encoder's; what scales
+        the inputs of each block."""
         for use in ("train", "eval"):
             length = getattr(self.args, f"{use}_seq_len")
             tables = [rotary_tables(length, args) for args in (self.decoder_args, self.args)]
             self.rotary_widths = [table.size(-1) for table in tables]
             self.register_buffer(f"rotary_{use}", torch.cat(tables, -1), persistent=False)
+        power = -0.5 if self.args.ln_scale else 0.0
+        most = max(self.args.num_layers, self.args.decoder_layers)
+        scales = [(i + 1) ** power for i in range(most)]
+        self.register_buffer("ln_scales", torch.tensor(scales), persistent=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -1600,19 +1645,25 @@ class GPT(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, rounded(self.tok_emb)).to(self.dtype)
 
+    @piece
+    def embed_given(self, ids: Tensor, given: Tensor | None, places: Tensor | None) -> Tensor:
+        """ids (B, T) -> embeddings (B, T, D), each with its own of the rows `given` (n, D)."""
+        x = self.embed(ids)
+        return x if given is None else x + F.embedding(places, given)
+
     def conditions(self, patches: Tensor, count: Tensor, rotary: Tensor, aux_inputs,
                    past: KVCache | None) -> tuple[Tensor, dict[str, Tensor]]:
         """patches (B, C, PATCH_SIZE), of which `count` (B, 1) are complete -> what the decoder gets
         after 0 ... C of them (B, C + 1, D), and terms. With `past`, only new ones are encoded."""
         if past is None:
             full = torch.arange(patches.size(1), device=patches.device) < count  # (B, C)
-            return self.aux(*self.encoder(patches, rotary, []), full, aux_inputs)
+            return self.aux(*self.encoder(patches, self.ln_scales, rotary, []), full, aux_inputs)
 
         known, stop = past.passes[0].length, int(count)
         if stop > known or not past.given.size(1):
             new = patches[:, known:stop]
             full = torch.ones_like(new[..., 0])
-            given, _ = self.aux(*self.encoder(new, rotary, past.passes), full)
+            given, _ = self.aux(*self.encoder(new, self.ln_scales, rotary, past.passes), full)
             first = min(past.given.size(1), 1)  # what no patch gives is there already
             past.given = torch.cat((past.given, given[:, first:]), 1)
         return past.given, {}
@@ -1625,9 +1676,9 @@ class GPT(nn.Module):
 
     def run_blocks(self, x: Tensor, rotary: Tensor, mask, past: KVCache | None) -> Tensor:
         """x (B, T, D) -> the same."""
-        x0 = x
-        for block in self.blocks:
-            x = block(x, x0, rotary, mask, past)
+        x0 = x.view_as(x)  # a tensor of its own: equal blocks share a graph
+        for i, block in enumerate(self.blocks):
+            x = block(x, x0, self.ln_scales[i], rotary, mask, past)
         return x
 
     def states(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None,
@@ -1638,7 +1689,7 @@ class GPT(nn.Module):
         known = 0 if past is None else past.length
         room = patch_room(rotary.size(1), self.args) if self.encoder is not None else 0
         rotary, patch_rotary = rotary.split(self.rotary_widths, -1)
-        x, terms = self.embed(ids[:, known:]), {}
+        given, places, terms = None, None, {}
         if self.encoder is not None:
             patches, complete = cut_into_patches(ids, room, self.args)
             if past is not None:
@@ -1646,8 +1697,9 @@ class GPT(nn.Module):
             count = complete[:, -1:]
             given, terms = self.conditions(patches, count, patch_rotary, aux_inputs, past)
             first = given.size(1) * torch.arange(len(ids), device=ids.device)[:, None]
-            x = x + F.embedding(first + complete[:, known:], given.flatten(0, 1))
+            given, places = given.flatten(0, 1), first + complete[:, known:]
 
+        x = self.embed_given(ids[:, known:], given, places)
         mask = self.attention_mask(ids, past)
         x = self.run_blocks(x, rotary[:, known : ids.size(1)], mask, past)
         if past is not None:
@@ -1659,7 +1711,7 @@ class GPT(nn.Module):
         return rms_norm(self.states(ids, rotary, past)[0])
 
     def exported(self) -> dict[str, nn.Parameter]:
-        """Parameters that scoring needs, by name; those of training only stay out of artifacts."""
+        """Parameters that scoring needs, by name: an artifact holds no others."""
         spare = () if self.aux is None else self.aux.training_only()
         spare = tuple(f"aux.{prefix}" for prefix in spare)
         return {name: p for name, p in self.named_parameters() if not name.startswith(spare)}
@@ -1671,13 +1723,17 @@ class GPT(nn.Module):
         cap = self.args.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
+    @piece
+    def nats(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Normalised states (B, T, D), targets (B, T) -> the nats of each (B, T)."""
+        nats = F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), reduction="none")
+        return nats.view(targets.shape)
+
     def losses(self, ids: Tensor, weights: Tensor, aux_inputs=None) -> dict[str, Tensor]:
-        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats of all targets, other terms."""
+        """ids (B, T + 1), weights (B,) -> weighted sums: "ce" in nats, other terms."""
         x, terms = self.states(ids[:, :-1], self.rotary_train, None, aux_inputs)
         x = rms_norm(x)
-        logits, targets = self.head(x).flatten(0, 1), ids[:, 1:].flatten()
-        nats = F.cross_entropy(logits, targets, reduction="none")
-        sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
+        sums = {"ce": (self.nats(x, ids[:, 1:]).sum(1) * weights).sum()}
         if self.draft is not None:
             groups = len(next(iter(terms.values()), ids))
             total = (self.draft.loss(self, x, ids) * weights).sum()
@@ -1687,15 +1743,13 @@ class GPT(nn.Module):
         return sums
 
     def logits(self, ids: Tensor, first: Tensor, span: int) -> Tensor:
-        """fp32 (B, span, V) of positions first[b] ... first[b] + span - 1 in row b of ids (B, T).
-        """
-        x = self.hidden(ids, self.rotary_eval)
-        positions = first[:, None] + torch.arange(span, device=ids.device)
+        """fp32 (B, span, V), from position first[b] of each row b of ids (B, T)."""
+        return self.logits_from(self.hidden(ids, self.rotary_eval), first, span)
+
+    @piece
+    def logits_from(self, x: Tensor, first: Tensor, span: int) -> Tensor:
+        positions = first[:, None] + torch.arange(span, device=x.device)
         return self.head(x.gather(1, positions[..., None].expand(-1, -1, x.size(-1))).float())
-
-
-# Functions of the class: every model (trained, averaged, reloaded) shares one compiled graph.
-training_losses, scoring_logits = GPT.losses, GPT.logits
 
 
 # -----------------------------------------------------------------------------
@@ -1714,8 +1768,7 @@ def rate_at(progress: float, args: Hyperparameters) -> float:
 
 
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Each of (n, r, c) becomes about U V^T of its SVD: the quintic iteration of Muon (K. Jordan).
-    """
+    """Each of (n, r, c) becomes about U V^T of its SVD (Muon, K. Jordan)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(1) > matrices.size(2)
     x = (matrices.mT if tall else matrices).to(dtype)
@@ -1728,7 +1781,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 def gradients(params: list[nn.Parameter]) -> list[Tensor]:
-    """Gradients, zeros where no loss reached a parameter: ranks always exchange the same shapes."""
+    """Gradients, or zeros: ranks always exchange the same shapes."""
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
 
 
@@ -1757,12 +1810,11 @@ class Muon:
         for members, momentum in zip(self.stacks, self.momenta):
             spare = len(momentum) * self.runtime.world_size - len(members)
             full = torch.stack(gradients(members) + [torch.zeros_like(members[0])] * spare)
-            share = full.split(len(momentum))[self.runtime.rank]
-            if self.runtime.world_size > 1 and self.runtime.gloo:  # no reduce-scatter
-                self.pending.append(dist.all_reduce(full, async_op=True))
-            elif self.runtime.world_size > 1:
+            if self.runtime.world_size > 1:
                 share = torch.empty_like(momentum)
-                self.pending.append(dist.reduce_scatter_tensor(share, full, async_op=True))
+                self.pending.append(reduce_scatter(share, full, async_op=True))
+            else:
+                share = full
             self.shares.append(share)
 
     def square_norm(self) -> Tensor:
@@ -1790,7 +1842,7 @@ class Muon:
         if self.runtime.world_size == 1:
             return lambda: share
         full = share.new_empty(len(share) * self.runtime.world_size, *share.shape[1:])
-        work = dist.all_gather_into_tensor(full, share.contiguous(), async_op=True)
+        work = all_gather(full, share.contiguous(), async_op=True)
 
         def whole() -> Tensor:
             work.wait()
@@ -1818,7 +1870,7 @@ class Optimizers:
     draft    draft heads                                      AdamW       DRAFT_LR, no decay
     scalar   gains, mixes, first latent: all else             AdamW       SCALAR_LR
 
-    Draft heads stay out of the norm that clips: the model is to move as it would without them."""
+    Draft heads stay out of the norm that clips: the model moves as without them."""
 
     GROUPS = ("matrix", "embed", "head", "scalar", "draft")
 
@@ -1891,8 +1943,7 @@ class Optimizers:
 
 
 class EMA:
-    """fp32 average of the weights; decay min(EMA_DECAY, (1 + t) / (10 + t)): it forgets the init.
-    """
+    """fp32 average of the weights; the decay min(EMA_DECAY, (1 + t) / (10 + t))."""
 
     def __init__(self, model: GPT, decay: float):
         self.decay = decay
@@ -1929,7 +1980,7 @@ Plane = namedtuple("Plane", "model top slices places period")
 
 
 def planes(entries: list) -> list[Plane]:
-    """Layout of the raw payload: quantised tensors, then low and high bytes of all fp16 numbers."""
+    """Layout of the payload: quantised tensors, then bytes of fp16 numbers."""
     found, halves = [], 0
     for name, shape, bits, axis in entries:
         slices = math.prod(shape) // (shape[axis] if bits else 1)
@@ -1953,7 +2004,7 @@ def fresh_counts(top: int) -> np.ndarray:
 
 
 def code_slices(block: np.ndarray, contexts: np.ndarray, counts: np.ndarray, top, code) -> None:
-    """Codes slices (slices, places) of a plane, CHUNK places at a time, each context as one run."""
+    """Codes (slices, places) of a plane, a context of each CHUNK as one run."""
     for left in range(0, block.shape[1], CHUNK):
         here = contexts[left : left + CHUNK]
         for context in np.unique(here):
@@ -2021,32 +2072,11 @@ def rans_decode(blob: bytes, layout: list[Plane]) -> bytes:
     return raw.tobytes()
 
 
-def compressors() -> dict[str, tuple]:
-    """{name: (compress, decompress)}, installed ones; both take bytes and the payload's layout."""
-    found = {"lzma": (lambda raw, _: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
-                      lambda blob, _: lzma.decompress(blob))}
-    if constriction:
-        found["rans"] = rans_encode, rans_decode
-    return found
-
-
-def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
-    """Bytes of the artifact by tensor class, before training.
-    Matrices are normal enough for the entropy of a rounded normal."""
-    plan = dict.fromkeys(TENSOR_CLASSES, 0)
-    for name, p in model.exported().items():
-        kind = tensor_class(name)
-        bits, axis = quant_plan(name, p.shape, args)
-        weight_bits = 16.0
-        if bits:
-            top = 2 ** (bits - 1) - 1
-            k = args.k_by_class[kind]
-            edges = [(i + 0.5) * k / top / math.sqrt(2) for i in range(-top, top)]
-            shares = np.diff([0, *(0.5 + 0.5 * math.erf(edge) for edge in edges), 1]) + 1e-30
-            entropy = -(shares * np.log2(shares)).sum()
-            weight_bits = entropy + 16 / p.shape[axis]
-        plan[kind] += int(p.numel() * weight_bits / 8)
-    return plan
+COMPRESSORS = {  # (compress, decompress), of bytes and the layout of the payload
+    "rans": (rans_encode, rans_decode),
+    "lzma": (lambda raw, _: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+             lambda blob, _: lzma.decompress(blob)),
+}
 
 
 def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> bytes:
@@ -2066,18 +2096,13 @@ def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> 
             codes.append(np.moveaxis(q, axis, -1).tobytes())
         halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
     raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
-    # the smallest of the coders that are allowed
-    there = compressors()
-    wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
-    names = [name for name in sorted(there) if wanted in ("auto", name)]
-    if not names:
-        raise UserError(f"COMPRESSOR={wanted} is not installed; use {' or '.join(sorted(there))}")
-    blobs = {name: there[name][0](raw, planes(entries)) for name in names}
-    name = min(names, key=lambda name: len(blobs[name]))
+
+    name = "rans" if constriction and args.compressor != "lzma" else "lzma"
+    payload = COMPRESSORS[name][0](raw, planes(entries))
     header = {"config": args.shipped(), "tensors": entries, "compressor": name}
     header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little")
-    body += header + blobs[name]
+    body += header + payload
     return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body
 
 
@@ -2114,9 +2139,9 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     # all that a damaged file can break
     try:
         header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
-        if header["compressor"] not in compressors():
-            raise UserError(f"{path}: packed with {header['compressor']}, which is not installed")
-        _, decompress = compressors()[header["compressor"]]
+        if header["compressor"] == "rans" and not constriction:
+            raise UserError(f"{path}: packed by rANS: `pip install constriction` reads it")
+        _, decompress = COMPRESSORS[header["compressor"]]
         raw = decompress(body[6 + length :], planes(header["tensors"]))
         return header, unpack_tensors(header["tensors"], raw)
     except UserError:
@@ -2144,8 +2169,7 @@ def read_file(path: str | Path, variable: str) -> bytes:
 
 def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None = None,
          dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> GPT:
-    """The scoring model, only from an artifact; `args` of the same model may change how it scores.
-    """
+    """The model of an artifact; `args` may change how it scores."""
     header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
     args = args or shipped_settings(header, str(artifact_path))
     with torch.device("meta"):
@@ -2160,7 +2184,7 @@ def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None =
         for name, p in module._parameters.items():
             if p is not None and p.is_meta:  # still without data: only training uses it
                 module._parameters[name] = None
-    model.set_rotary()
+    model.set_tables()
     return model.to(device).eval()
 
 
@@ -2190,14 +2214,11 @@ def windows(targets: int, length: int, stride: int) -> np.ndarray:
 
 
 class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defaults=(0, 1))):
-    """How a text is read: windows of `length` ids for `stride` targets each, `batch` a forward, and
-    of these a rank's share."""
+    """How a text is read: windows of `length` ids for `stride` targets each, `batch` a forward."""
 
     def tensors(self, ids: np.ndarray, rows: np.ndarray, device: torch.device) -> list[Tensor]:
-        """Inputs (batch, length), first scored positions (batch,) and targets (batch, stride) of a
-        batch.
-
-        One shape, whatever the text: compiled once."""
+        """Inputs (batch, length), first scored positions (batch,), targets (batch, stride): one
+        shape, whatever the text."""
         inputs = np.full((self.batch, self.length), PAD_ID, np.int64)
         position = np.zeros(self.batch, np.int64)
         targets = np.zeros((self.batch, min(self.stride, self.length)), np.int64)
@@ -2210,7 +2231,7 @@ class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defa
 
 
 @torch.no_grad()
-def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
+def scored(model: GPT, ids: np.ndarray, plan: WindowPlan,
            learner: TestTimeTraining | None = None):
     """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) of each block of n targets.
 
@@ -2230,7 +2251,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
         for number in range(plan.rank, -(-len(part) // plan.batch), plan.ranks):
             batch = part[number * plan.batch : (number + 1) * plan.batch]
             inputs, position, targets = plan.tensors(ids, batch, device)
-            logprobs = logits(model, inputs, position, targets.size(1)).log_softmax(-1)
+            logprobs = model.logits(inputs, position, targets.size(1)).log_softmax(-1)
             nats = -logprobs.gather(-1, targets[..., None]).squeeze(-1)
             nats = nats.cpu().numpy().astype(np.float64)
             for i, (_, first, stop) in enumerate(batch):
@@ -2251,9 +2272,9 @@ class TestTimeTraining:
     as many updates on every rank. The rate depends only on the number of chunks already scored: a
     decoder, which does not know how much text will come, makes the same updates."""
 
-    def __init__(self, model: GPT, losses=training_losses, runtime=None, report=None):
-        self.model, self.args, self.losses = model, model.args, losses
-        self.runtime, self.report = runtime, report
+    def __init__(self, model: GPT, runtime: Runtime | None = None):
+        self.model, self.args = model, model.args
+        self.runtime = runtime
         modules = tuple(part.strip() + "." for part in self.args.ttt_modules.split(","))
         modules = ("",) if modules == ("all.",) else modules
         named = {f"{name}.": p for name, p in model.named_parameters()}
@@ -2284,8 +2305,6 @@ class TestTimeTraining:
                 for first in range(0, len(starts), args.ttt_batch_rows):
                     self.update(ids, starts[first : first + args.ttt_batch_rows])
         self.seconds += time.perf_counter() - began
-        if self.report is not None:
-            self.report(self)
 
     def batch(self, ids: np.ndarray, starts: np.ndarray) -> list[Tensor]:
         """This rank's rows of an update, and a weight for each; one shape on every rank."""
@@ -2298,16 +2317,19 @@ class TestTimeTraining:
             weights[i] = 1
         return [torch.from_numpy(x).to(self.params[0].device) for x in (rows, weights)]
 
-    def update(self, ids: np.ndarray, starts: np.ndarray) -> None:
-        args = self.args
+    def gradient(self, ids: np.ndarray, starts: np.ndarray) -> Tensor:
+        """This rank's part of the gradient of an update, flat."""
         rows, weights = self.batch(ids, starts)
         with torch.enable_grad():
-            sums = self.losses(self.model, rows, weights)
-            loss = sums["ce"] / (len(starts) * args.train_seq_len)
+            sums = self.model.losses(rows, weights)
+            loss = sums["ce"] / (len(starts) * self.args.train_seq_len)
             grads = torch.autograd.grad(
                 loss, self.params, allow_unused=True, materialize_grads=True)
-        # one clipped step of SGD, the same on every rank
-        flat = torch.cat([grad.flatten() for grad in grads])
+        return torch.cat([grad.flatten() for grad in grads])
+
+    def update(self, ids: np.ndarray, starts: np.ndarray) -> None:
+        """One clipped step of SGD, the same on every rank."""
+        args, flat = self.args, self.gradient(ids, starts)
         flat = self.runtime.all_reduce(flat) if self.runtime else flat
         flat *= ((args.ttt_grad_clip or math.inf) / (flat.norm() + 1e-6)).clamp(max=1.0)
         age = (self.chunks - 1) / (args.ttt_decay_chunks or math.inf)
@@ -2325,8 +2347,7 @@ class TestTimeTraining:
 
 
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """(nats of each target ids[1:], {t: log-probabilities (V,) at target t, for t in positions}).
-    """
+    """(nats of ids[1:], {t: log-probabilities (V,) at each t of `positions`})."""
     args, ids, wanted = model.args, np.asarray(ids), set(positions)
     blocks = -(-len(ids) // args.eval_stride)  # a short text needs no full batch
     batch = max(1, min(args.eval_batch_tokens // args.eval_seq_len, blocks))
@@ -2341,15 +2362,26 @@ def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarr
     return nats, vectors
 
 
+def try_scoring(model: GPT, runtime: Runtime) -> None:
+    """Meets every shape of a score once, on made-up ids and without a collective."""
+    args, length = model.args, model.args.eval_seq_len
+    for stride in sorted({length, args.eval_stride}):
+        plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
+        list(scored(model, np.full(2, BOS_ID), plan))
+    if args.ttt != "0":
+        row = np.full(args.train_seq_len + 1, BOS_ID)
+        TestTimeTraining(model, runtime).gradient(row, np.zeros(1, np.int64))
+
+
+PROGRESS_SECONDS = 15  # between lines about a pass under way
+
+
 class Evaluator:
-    """Scores models on the validation stream: a line in the log, an entry in `metrics.json` a pass.
-    """
+    """Scores models on the validation text; a pass ends as a line of the log."""
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
         self.args, self.runtime = args, runtime
         self.log = log
-        self.logits = scoring_logits
-        self.losses = training_losses
         self.tables = byte_tables(args)
         self.classes = class_table(args.vocab_size)
         self.results: dict[str, dict] = {}
@@ -2367,42 +2399,30 @@ class Evaluator:
 
     def describe(self, manifest: dict) -> str:
         original = manifest.get("val_bytes") or self.bytes
-        note = ""
-        if self.prefix:
-            note = f" prefix:{self.prefix}"
-        elif original != self.bytes:
-            note = f" (original text {original}: normalised, the targets' own bytes divide)"
+        note = f" prefix:{self.prefix}" if self.prefix else ""
+        if original != self.bytes and not self.prefix:
+            note = f" (original text {original}: normalised; these bytes divide)"
         return f"val: targets:{len(self.ids) - 1} bytes:{self.bytes}{note}"
-
-    def chunk_line(self, sums: Tensor, learner: TestTimeTraining, seconds: float) -> None:
-        """Reports test-time training after its first chunks and every 50."""
-        if learner.chunks % 50 and learner.chunks > 2:
-            return
-        nats = self.runtime.all_reduce(sums.clone())[:-1].sum() / math.log(2)
-        scored_ids = self.ids[: learner.chunks * self.args.ttt_chunk_tokens + 1]
-        bpb = nats / max(target_bytes(scored_ids, self.tables).sum(), 1)
-        self.log(f"  ttt_chunk {learner.chunks} bpb:{bpb:.6f} updates:{learner.updates} "
-                 f"infer:{seconds - learner.seconds:.1f}s adapt:{learner.seconds:.1f}s")
 
     def run(self, name: str, model: GPT, length: int, stride: int, learn: bool = False) -> dict:
         """val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte."""
         args, runtime, began = self.args, self.runtime, time.perf_counter()
         classes = len(BYTE_CLASSES)
         sums = torch.zeros(classes + 1, dtype=torch.float64)  # nats by class, and targets
-
-        def report(learner: TestTimeTraining) -> None:
-            self.chunk_line(sums, learner, time.perf_counter() - began)
-
-        learner = TestTimeTraining(model, self.losses, runtime, report) if learn else None
+        learner = TestTimeTraining(model, runtime) if learn else None
         batch = max(1, args.eval_batch_tokens // length)
         plan = WindowPlan(length, stride, batch, runtime.rank, runtime.world_size)
-        blocks = scored(model, self.ids, plan, self.logits, learner)
-        count = len(self.ids) // (stride * runtime.world_size)
-        for first, stop, _, nats in progress_bar(blocks, count, name, runtime.main):
+        targets, shown = len(self.ids) - 1, began
+        for first, stop, _, nats in scored(model, self.ids, plan, learner):
             found = self.classes[self.ids[first + 1 : stop + 1]]
             sums[:-1] += torch.from_numpy(np.bincount(found, nats, minlength=classes))
             sums[-1] += stop - first
-        targets, sums = len(self.ids) - 1, runtime.all_reduce(sums)
+            if (now := time.perf_counter()) - shown > PROGRESS_SECONDS:
+                shown = now
+                loss = sums[:-1].sum() / sums[-1]
+                self.log(f"  {name} {stop / targets:.0%} {now - began:.0f}s loss:{loss:.4f}")
+
+        sums = runtime.all_reduce(sums)
         assert int(sums[-1]) == targets, f"{name}: scored {int(sums[-1])} targets of {targets}"
         nats = float(sums[:-1].sum())
         by_class = zip(BYTE_CLASSES, sums.tolist())
@@ -2575,14 +2595,6 @@ def run_folder(args: Hyperparameters) -> Path:
     return Path(args.runs_path) / args.run_id
 
 
-@check
-def check_calibration(args: Hyperparameters) -> None:
-    limited = args.quant_round == "gptq" and args.max_wallclock_seconds and not args.eval_only
-    untimed = limited and not args.warmup_steps
-    forbid(untimed, args, "quant_round max_wallclock_seconds warmup_steps",
-           "gptq with a time limit needs WARMUP_STEPS >= 1: warm-up times the calibration")
-
-
 class Trainer:
     """All that a checkpoint holds, and one step of training."""
 
@@ -2594,14 +2606,15 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.model = GPT(args, runtime.attention, runtime.dtype)
         self.model.init_weights(args.seed)
-        if args.late_qat_threshold:
-            self.add_rounding()
+        self.roundings = []  # (module, how training rounds its weight)
+        for name, p in self.model.exported().items():
+            bits, axis = quant_plan(name, p.shape, args)
+            if bits:
+                owner = self.model.get_submodule(name.rpartition(".")[0])
+                rounding = Rounding(bits, args.k_by_class[tensor_class(name)], axis)
+                self.roundings.append((owner, rounding))
         self.model.to(runtime.device)
 
-        self.losses, self.logits = training_losses, scoring_logits
-        if runtime.compile:
-            self.losses = torch.compile(self.losses, dynamic=False)
-            self.logits = torch.compile(self.logits, dynamic=False)
         self.loader_state = None
         self.signal = 0
         self.step, self.seconds, self.best = 0, 0.0, math.inf  # resumed runs included
@@ -2610,18 +2623,13 @@ class Trainer:
         self.unwritten: list[tuple] = []  # steps whose losses are still on the device
         self.fresh_optimizers()
 
-    def add_rounding(self) -> None:
-        """Gives each module whose weight will be quantised a `Rounding`, switched off."""
-        for name, p in self.model.exported().items():
-            bits, axis = quant_plan(name, p.shape, self.args)
-            if bits:
-                owner = self.model.get_submodule(name.rpartition(".")[0])
-                owner.qat = Rounding(bits, self.args.k_by_class[tensor_class(name)], axis)
-
     def set_rounding(self, on: bool) -> None:
-        for module in self.model.modules():
-            if isinstance(module, Rounding):
-                module.on.fill_(float(on))
+        """Gives modules whose weights will be quantised their `Rounding`, or takes it away."""
+        for owner, rounding in self.roundings:
+            if on:
+                owner.qat = rounding
+            elif hasattr(owner, "qat"):
+                del owner.qat
 
     def fresh_optimizers(self) -> None:
         self.optimizers = Optimizers(self.model, self.args, self.runtime)
@@ -2629,7 +2637,7 @@ class Trainer:
 
     def micro_step(self, ids: Tensor, weights: Tensor, term_weights: dict, aux_inputs) -> dict:
         """Forward and backward; gradients add up to those of the global batch's mean."""
-        sums = self.losses(self.model, ids, weights, aux_inputs)
+        sums = self.model.losses(ids, weights, aux_inputs)
         loss = sums["ce"] / (self.plan.rows * self.args.train_seq_len)
         for name, weight in term_weights.items():
             if weight and name in sums:
@@ -2637,14 +2645,14 @@ class Trainer:
         loss.backward()
         return {name: value.detach() for name, value in sums.items()}
 
-    def train_step(self, ids: Tensor, weights: Tensor, progress: float) -> dict[str, Tensor]:
-        """One optimizer step on a global batch; returns this rank's share of each summed term."""
+    def train_step(self, ids: Tensor, weights: Tensor, progress: float, aux_inputs=None) -> dict:
+        """One optimizer step on a global batch -> {term: this rank's sum}."""
         self.set_rounding(rate_at(progress, self.args) < self.args.late_qat_threshold)
-        term_weights, aux_inputs = {}, None
+        term_weights = {"draft": 1.0}
         if self.model.aux is not None:
             term_weights |= self.model.aux.weights(progress)
-            aux_inputs = self.model.aux.inputs(self.step, self.runtime.device)
-        term_weights["draft"] = 1.0
+            if aux_inputs is None:  # the loader draws them ahead
+                aux_inputs = self.model.aux.inputs(self.step, self.runtime.device)
         parts = [self.micro_step(*batch, term_weights, aux_inputs) for batch in zip(ids, weights)]
         norm = self.optimizers.reduce()
         self.optimizers.step(self.step, progress, norm)
@@ -2654,43 +2662,38 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compiles every shape on made-up ids, then puts everything back bit for bit."""
-        if not self.args.warmup_steps:
-            return
+        args, runtime = self.args, self.runtime
         kept = [p.detach().clone() for p in self.model.parameters()]
-        try:
-            self.try_shapes()
-        except Exception as error:  # whatever the compiler refused runs without it
-            if not self.runtime.compile:
-                raise
-            self.log(f"compile: failed ({type(error).__name__}), running eager")
-            self.losses, self.logits = training_losses, scoring_logits
-            self.try_shapes()
+        shape = (self.plan.micro_steps, self.plan.groups * self.plan.group, args.train_seq_len + 1)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator)
+        batch = ids.to(runtime.device), torch.ones(shape[:2], device=runtime.device)
+
+        if runtime.compile:
+            runtime.compile_by(lambda: self.try_shapes(*batch), self.log)
+        for _ in range(args.warmup_steps):
+            self.model.zero_grad()
+            self.train_step(*batch, 0.0)
+        if args.quant_round == "gptq" and args.max_wallclock_seconds:
+            for _ in range(2):  # the second time is the one to go by
+                start = time.perf_counter()
+                self.moments(1)
+                seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
+            self.reserve, = runtime.from_main([seconds])
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), kept)
         self.model.zero_grad()
         self.fresh_optimizers()
 
-    def try_shapes(self) -> None:
-        args, device = self.args, self.runtime.device
-        generator = torch.Generator().manual_seed(0)
-        rows = self.plan.groups * self.plan.group
-        shape = (self.plan.micro_steps, rows, args.train_seq_len + 1)
-        for _ in range(args.warmup_steps):
-            ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator)
-            ids = ids.to(device)
-            self.train_step(ids, torch.ones(shape[:2], device=device), 0.0)
-        # scoring shapes: one window, and the sliding ones
-        length = args.eval_seq_len
-        for stride in sorted({length, args.eval_stride}):
-            plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
-            list(scored(self.model, np.full(2, BOS_ID), plan, self.logits))
-        if args.quant_round == "gptq":
-            for _ in range(2):  # the second time is the one to go by
-                start = time.perf_counter()
-                moments = self.input_moments(ids, {})
-                moments["lm_head.weight"].sum().item()  # waits for the device
-                seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
-                self.reserve, = self.runtime.from_main([seconds])
+    def try_shapes(self, ids: Tensor, weights: Tensor) -> None:
+        """Meets every shape of a step, also rounded, and of a score, without a collective."""
+        aux = self.model.aux
+        aux_inputs = None if aux is None else aux.inputs(0, self.runtime.device)
+        for on in sorted({False, self.args.late_qat_threshold > 0}):
+            self.set_rounding(on)
+            sum(self.model.losses(ids[0], weights[0], aux_inputs).values()).backward()
+        self.set_rounding(False)
+        try_scoring(self.model, self.runtime)
 
     @torch.no_grad()
     def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -2707,22 +2710,33 @@ class Trainer:
             if names := [f"{path}.{part}weight" for part in readers.get(type(module), ())]:
                 hook = lambda _, inputs, names=names: add(names, inputs[0])  # noqa: E731
                 hooks.append(module.register_forward_pre_hook(hook))
+        compiled, piece.compiled = piece.compiled, False  # a graph would not call the hooks
         for ids in batch:
             add(["lm_head.weight"], self.model.hidden(ids[:, :-1], self.model.rotary_train))
+        piece.compiled = compiled
         for hook in hooks:
             hook.remove()
         return sums
 
-    def calibrate(self) -> dict[str, np.ndarray]:
-        """Hessians for GPTQ from the next GPTQ_BATCHES training batches, on the training clock."""
-        start, sums = time.perf_counter(), {}
-        batches = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
-        for _ in range(self.args.gptq_batches):
-            ids, _, _ = batches.next()
+    def moments(self, batches: int) -> dict[str, np.ndarray]:
+        """`input_moments` of the next `batches` training batches, of all ranks."""
+        loader = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
+        sums: dict[str, Tensor] = {}
+        for _ in range(batches):
+            ids, _, _ = loader.next()
             self.input_moments(ids.to(self.runtime.device), sums)
-        sums = {name: self.runtime.all_reduce(total) for name, total in sums.items()}
+        return {name: self.runtime.all_reduce(total).cpu().numpy() for name, total in sums.items()}
+
+    def calibrate(self) -> dict[str, np.ndarray]:
+        """Hessians for GPTQ, on the training clock; none for a tensor whose inputs overflow."""
+        start = time.perf_counter()
+        found = self.moments(self.args.gptq_batches)
         self.seconds, = self.runtime.from_main([self.seconds + time.perf_counter() - start])
-        return {name: total.cpu().numpy() for name, total in sums.items()}
+        for name in list(found):
+            if not np.isfinite(found[name]).all():
+                self.log(f"warning: {name}: inputs are not finite, rounded to the nearest")
+                del found[name]
+        return found
 
     def progress(self) -> float:
         """Share of the run that is done, of the steps or of the seconds. Twice the slowest of late
@@ -2734,10 +2748,10 @@ class Trainer:
         return min(1.0, max(by_steps, by_time))
 
     def agree_on_time(self, now: float) -> None:
-        """Takes rank 0's clock and signal; raises Stopped on every rank at the same step."""
+        """Takes the latest clock and any rank's signal; all stop at the same step."""
         slowest = max(now - self.seconds, 0.99 * self.slowest)
-        agreed = self.runtime.from_main([now, slowest, float(self.signal)])
-        self.seconds, self.slowest, stop = agreed
+        mine = torch.tensor([now, slowest, self.signal], dtype=torch.float64)
+        self.seconds, self.slowest, stop = self.runtime.all_reduce(mine, dist.ReduceOp.MAX).tolist()
         if stop:
             self.write_steps()
             raise Stopped(int(stop))
@@ -2753,13 +2767,14 @@ class Trainer:
         def due(every: int) -> bool:
             return every > 0 and self.step % every == 0
 
-        with contextlib.closing(loader.prefetch(runtime.device)) as batches:
+        loading = loader.prefetch(runtime.device, self.model.aux, self.step)
+        with contextlib.closing(loading) as batches:
             while True:
                 self.agree_on_time(time.perf_counter() - started)
                 if (progress := self.progress()) >= 1.0:
                     break
-                ids, weights, state = next(batches)
-                terms = self.train_step(ids, weights, progress)
+                ids, weights, aux_inputs, state = next(batches)
+                terms = self.train_step(ids, weights, progress, aux_inputs)
                 self.step, self.loader_state = self.step + 1, state
                 bad = first_bad.clamp(max=self.step)
                 first_bad = torch.where(terms["ce"].isfinite(), first_bad, bad)
@@ -2856,9 +2871,7 @@ class Trainer:
         tensors = {f"model.{key}": p for key, p in self.model.named_parameters()}
         names = [key.replace("model", "ema", 1) for key in tensors]
         tensors |= dict(zip(names, self.ema.average))
-        tensors |= {**self.optimizers.state(), "rng.cpu": torch.get_rng_state()}
-        if self.runtime.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.runtime.device)
+        tensors |= self.optimizers.state()
 
         for key, value in tensors.items():  # a loss tells only of the weights before its step
             if value.is_floating_point() and not torch.isfinite(value).all():
@@ -2887,9 +2900,6 @@ class Trainer:
                 p.copy_(state[f"model.{key}"])
                 average.copy_(state[f"ema.{key}"])
         self.optimizers.load_state(state)
-        torch.set_rng_state(state["rng.cpu"])
-        if "rng.cuda" in state and self.runtime.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng.cuda"], self.runtime.device)
         for key in self.CHECKPOINTED:
             setattr(self, key, meta[key])
         self.log(f"resume:{path} step:{self.step} train_time:{1e3 * self.seconds:.0f}ms")
@@ -2915,6 +2925,9 @@ def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: d
         log(line)
     log("settings " + json.dumps(args.settings()), console=False)
     log("data " + json.dumps(fingerprint))
+    runtime.from_main([0.0])  # rank 0 has written by now
+    if not (run_folder(args) / "log.txt").exists():
+        raise UserError(f"RUNS_PATH={args.runs_path}: rank 0's log is not here; share the folder")
 
 
 def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
@@ -2961,13 +2974,9 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
     plan, params = trainer.plan, sum(p.numel() for p in trainer.model.parameters())
     log(f"model_params:{params} world_size:{runtime.world_size} micro_steps:{plan.micro_steps} "
         f"micro_batch_rows:{plan.groups * plan.group} seed:{args.seed}")
-    sizes, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
-    log(f"size_plan:{sum(sizes.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
-        + " ".join(f"{kind}:{size}" for kind, size in sizes.items()))
     # compile off the clock, then train
     with runtime.clock("warm-up"):
         trainer.warm_up()
-    evaluator.logits, evaluator.losses = trainer.logits, trainer.losses
     run_until_done(trainer, evaluator)
     trainer.set_rounding(False)
     # score the weights as they are, then their average
@@ -2986,13 +2995,18 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
 def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
                    evaluator: Evaluator) -> None:
     """Reloads the artifact into a new model and prints the final lines."""
-    model = load(path, runtime.device, args, runtime.dtype, runtime.attention)
+    with runtime.clock("evaluation"):
+        model = load(path, runtime.device, args, runtime.dtype, runtime.attention)
+    if runtime.compile:
+        with runtime.clock("warm-up"):  # little after training, whose graphs are there
+            runtime.compile_by(lambda: try_scoring(model, runtime), evaluator.log)
     label = f"final_int{args.bits_by_class['mlp']}"
-    evaluator.report(f"{label}_roundtrip", model)
-    evaluator.report(f"{label}_sliding", model, args.eval_stride)
-    if args.ttt != "0":
-        name = f"{label}_ttt" if args.ttt_adapt else f"{label}_ttt_off"
-        evaluator.report(name, model, args.eval_stride, learn=True)
+    with runtime.clock("evaluation"):
+        evaluator.report(f"{label}_roundtrip", model)
+        evaluator.report(f"{label}_sliding", model, args.eval_stride)
+        if args.ttt != "0":
+            name = f"{label}_ttt" if args.ttt_adapt else f"{label}_ttt_off"
+            evaluator.report(name, model, args.eval_stride, learn=True)
 
 
 def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluator,
@@ -3030,11 +3044,12 @@ def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(Hyperparameters.help())
         return 0
-    runtime = None
+    me = ""  # of several ranks, which one speaks
     try:
         if sys.argv[1:]:
             raise UserError(f"{sys.argv[1]!r}: settings are environment variables, see --help")
         args = Hyperparameters(os.environ)
+        me = f"rank {args.rank}: " if args.world_size > 1 else ""
         if args.eval_only or args.generate:
             header, _ = unpack(read_file(args.artifact, "ARTIFACT"), args.artifact)
             args = shipped_settings(header, args.artifact, os.environ)
@@ -3042,7 +3057,7 @@ def main() -> int:
         if args.generate:
             return generate(args, runtime)
         # from here on all ranks write to one folder
-        runtime.attention = pick_attention(args, runtime.device, runtime.dtype)
+        runtime.attention = pick_attention(args, runtime)
         started, = runtime.from_main([time.time()])
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
         args.run_id = args.run_id or f"{stamp}-seed{args.seed}"
@@ -3056,13 +3071,16 @@ def main() -> int:
         summary = {"artifact": args.artifact, "dataset": fingerprint}
         if not args.eval_only:
             summary |= train(args, data, runtime, log, evaluator)
-        with runtime.clock("evaluation"):
-            score_artifact(summary["artifact"], args, runtime, evaluator)
+        score_artifact(summary["artifact"], args, runtime, evaluator)
         return finish(args, runtime, log, evaluator, summary) if runtime.main else 0
     except UserError as error:
-        if runtime is None or runtime.main:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"{me}error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or me and "Connection" in str(error)):
+            raise
+        print(f"{me}stopped, since another rank has ended", file=sys.stderr)
+        return 1
     except Stopped as stopped:
         return 128 + stopped.args[0]
     finally:
