@@ -4,11 +4,15 @@ FlashAttention is stood in for by tests/standins; graphs are counted by a backen
 """
 
 import functools
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import test_bijepax as bijepax
+import test_byteppm as byteppm
+import test_sgjm as sgjm
 import torch
 from conftest import TINY
 from family import load_script
@@ -212,10 +216,12 @@ script.Trainer.train_step = train_step
 
 @pytest.fixture
 def driven(run, tmp_path):
-    def driven(patch: str, **overrides):
+    """driven(patch, VAR=value, ...): `run` of a script whose `patch` ran first."""
+
+    def driven(patch: str, script: Path = ROOT / "train_gpt.py", ranks: int = 2, **overrides):
         driver = tmp_path / "driver.py"
-        driver.write_text(DRIVER.format(script=str(ROOT / "train_gpt.py"), patch=patch))
-        return run(ranks=2, script=driver, **{**TINY, **overrides})
+        driver.write_text(DRIVER.format(script=str(script), patch=patch))
+        return run(ranks=ranks, script=driver, **overrides)
 
     return driven
 
@@ -239,3 +245,19 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(driven, tmp_path):
     code, output, metrics = driven(SIGNAL, ITERATIONS="12")
     assert code != 0 and metrics is None and "stopped by SIGTERM at step 4" in output, output
     assert (tmp_path / "runs/test/last.safetensors").exists()
+
+
+@pytest.mark.parametrize("name, settings, passes", [
+    ("", TINY, ["raw", "ema", "int6_sliding"]),
+    ("2026-11-21_BytePPM", byteppm.SETTINGS, ["int6_roundtrip", "int6_sliding"]),
+    ("2026-11-21_SGJM", sgjm.RUN, ["ema", "int7_sliding"]),
+    ("2026-11-22_BiJEPAX", bijepax.HERE, ["ema", "int6_sliding"]),
+], ids=["trunk", "BytePPM", "SGJM", "BiJEPAX"])
+def test_a_long_pass_says_how_far_it_is(driven, name, settings, passes):
+    script = ROOT / "records" / name / "train_gpt.py" if name else ROOT / "train_gpt.py"
+    settings = {**settings, "ITERATIONS": 1}
+    code, output, _ = driven("script.PROGRESS_SECONDS = -1.0", script=script, ranks=1, **settings)
+    assert code == 0, output
+    for label in passes:
+        shares = [int(share) for share in re.findall(rf"^  final_{label} (\d+)% \d+s loss:\d", output, re.M)]
+        assert shares == sorted(shares) and shares[-1] == 100, output
