@@ -131,12 +131,12 @@ def test_every_size_has_the_same_tensors_and_settings(mlx):
 
 SHARED = """check forbid SIZES Hyperparameters.settings Dataset Dataset._open check_vocabulary
     Loader._next_rows BatchPlan.make tensor_class quant_plan nearest gptq quantise fresh_counts
-    code_slices code_plane code_planes rans_encode rans_decode pack unpack unpack_tensors
-    SpeculativeHeads.weights SpeculativeHeads.report check_drafter check_heads check_mamba
+    code_slices code_plane code_planes rans_encode rans_decode COMPRESSORS pack unpack
+    unpack_tensors SpeculativeHeads.weights SpeculativeHeads.report check_drafter check_heads check_mamba
     check_positions settings_of windows Evaluator.report Draft SpeculationGraph.alike
     SpeculationGraph.choose SpeculationGraph.settle Place repeated chosen Generator.plan
     Generator.tree Generator.rows Generator.walk Generator.look_up looping summed_up measured
-    own_prompts read_prompts generate check_calibration Trainer.means score_artifact"""
+    own_prompts read_prompts generate Trainer.means"""
 
 
 def test_what_needs_no_framework_is_the_torch_scripts_byte_for_byte():

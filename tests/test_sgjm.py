@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import rate
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
@@ -211,11 +212,10 @@ def test_impossible_settings_are_refused(overrides, message):
 
 @pytest.mark.parametrize("heads", [0, 1])
 def test_25m_fits_the_budget(heads):
-    args = section.Hyperparameters({"EXPORT_HEADS": str(heads)})
-    with torch.device("meta"):
-        plan = section.size_plan(section.GPT(args), args)
+    plan, _ = rate.planned(section, {"EXPORT_HEADS": str(heads)})
     assert bool(plan["heads"]) == bool(heads)
-    assert sum(plan.values()) + len(SCRIPT.read_bytes()) < 0.98 * args.artifact_budget_bytes
+    budget = section.Hyperparameters().artifact_budget_bytes
+    assert sum(plan.values()) + len(SCRIPT.read_bytes()) < 0.98 * budget
 
 
 def test_bytes_alone_are_the_same_shards_without_special_ids(corpus):

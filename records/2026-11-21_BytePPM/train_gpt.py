@@ -2715,7 +2715,7 @@ class Evaluator:
                 row[:-1] += torch.from_numpy(np.bincount(found, part, minlength=classes))
                 row[-1] += stop - first
             if (now := time.perf_counter()) - shown > PROGRESS_SECONDS:
-                shown, loss = now, sums[mix, :-1].sum() / sums[mix, -1]
+                shown, loss = now, float(sums[int(mix), :-1].sum() / sums[int(mix), -1])
                 self.log(f"  {name} {stop / targets:.0%} {now - began:.0f}s loss:{loss:.4f}")
 
         seconds = time.perf_counter() - began

@@ -358,7 +358,7 @@ def main() -> int:
     try:
         args = script.settings_of(os.environ.get("SGJM", ""), os.environ, "SGJM")
         runtime = script.Runtime(args)
-        runtime.attention = script.pick_attention(args, runtime.device, runtime.dtype)
+        runtime.attention = script.pick_attention(args, runtime)
         args.run_id = args.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-seed{args.seed}"
         data = script.Dataset(args, verify=True)
         log = script.Log(script.run_folder(args))

@@ -17,8 +17,8 @@ Run:    python train_gpt.py --help           every variable and its reason
         GENERATE_BENCH=1 ARTIFACT=FILE python train_gpt.py         how fast: bench.json
         EVAL_GATE=1 SGJM=FILE BASELINE=FILE python train_gpt.py    are the heads worth having?
 
-The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs
-torch, numpy and safetensors, and uses constriction, tqdm and FlashAttention if they are installed.
+The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits.
+It needs torch, numpy and safetensors; constriction and FlashAttention may be there.
 There are no n-gram tables, chunk JEPA, U-Net skips, document masks and test-time training here.
 """
 
@@ -27,15 +27,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import difflib
+import functools
 import hashlib
 import importlib
+import itertools
 import json
 import lzma
 import math
 import os
 import platform
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +54,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+# torch 2.13 gave two collectives new names, and warns of the old ones
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 constriction = None  # without it, LZMA takes the place of rANS
 with contextlib.suppress(ImportError):
@@ -64,8 +70,7 @@ with contextlib.suppress(ImportError):
 
 
 class UserError(Exception):
-    """A mistake in the environment or a file: `main` prints it as one line and exits with code 2.
-    """
+    """A mistake in a setting or a file: one line and exit code 2."""
 
 
 class Var:
@@ -223,13 +228,13 @@ class Hyperparameters:
                   "step = k * std / top: the size knob")
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
     gptq_batches = Var(4, "training batches for these", 1)
-    compressor = Var("auto", "auto keeps the smallest", choices=("auto", "rans", "lzma"))
+    compressor = Var("auto", "auto: rans if it is installed", choices=("auto", "rans", "lzma"))
     artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit", 0)
 
     _evaluation = "Evaluation"
     eval_seq_len = Var(0, "window length; 0 = TRAIN_SEQ_LEN", 0, ship="eval")
     eval_stride = Var(0, "targets a window of the sliding pass; 0 = a quarter", 0, ship="eval")
-    eval_batch_tokens = Var(0, "tokens a forward; 0 = DEVICE_BATCH_TOKENS", 0)
+    eval_batch_tokens = Var(0, "tokens a forward; 0 = as training, up to 32768", 0)
     val_bytes = Var(0, "validates only on this prefix; 0 = all", 0)
     val_loss_every = Var(0, "steps between validations; 0 = only at the end", 0)
     eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
@@ -267,8 +272,8 @@ class Hyperparameters:
     train_log_every = Var(200, "steps between log lines, after the first ten", 1)
     device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
     dtype = Var("auto", "of activations; weights are fp32", choices=("auto", "fp32", "bf16"))
-    compile = Var("auto", "auto: on GPUs, and on CPUs when it pays", choices=("auto", "0", "1"))
-    attention = Var("auto", "first rung of the ladder",
+    compile = Var("auto", "auto: on GPUs that have triton", choices=("auto", "0", "1"))
+    attention = Var("auto", "auto: the fastest rung; else the first of the ladder",
                     choices=("auto", "fa3", "fa2", "cpu", "sdpa", "math"))
     strict_env = Var(True, "refuse misspelt variables; 0 = only warn")
 
@@ -302,7 +307,7 @@ class Hyperparameters:
                "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
-        """Reads `environ`; `shipped`, settings in an artifact, replaces the defaults it names."""
+        """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
         environ = {name: text for name, text in (environ or {}).items()
                    if name.lower() not in SIZED or text.strip() != "0"}  # 0 is SIZE's: as if unset
         self.warnings: list[str] = []
@@ -329,7 +334,8 @@ class Hyperparameters:
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         self.eval_stride = self.eval_stride or max(1, self.eval_seq_len // 4)
-        self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
+        most = min(self.device_batch_tokens, 32768)  # as the trunk
+        self.eval_batch_tokens = self.eval_batch_tokens or most
 
         others = self.eval_only, self.eval_gate, self.generate_bench, self.generate
         if shipped or not any(others):  # they need an artifact's
@@ -351,10 +357,8 @@ class Hyperparameters:
                 lines.append(f"  {item.name:<28} {default!s:<14} {told}")
             elif isinstance(item, str) and not name.startswith("__"):
                 lines.append(f"\n{item}")
-        lines.append("\nAccepted from older command lines, without effect")
-        for name, (off, why) in cls.RETIRED.items():
-            lines.append(f"  {name}={off.split()[0]:<24} {why}")
-        lines.append("  " + " ".join(cls.IGNORED))
+        old = " ".join([*cls.RETIRED, *cls.IGNORED])
+        lines.append(f"\nAccepted from older command lines where they mean off: {old}")
         return "\n".join(lines)
 
     def settings(self) -> dict:
@@ -414,8 +418,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def tune_allocator() -> None:
     """Keeps freed pages inside the process: fresh ones can dominate eager CPU runs (up to 7x).
-    On glibc: no mmap for large blocks, no trimming, one arena for all threads. Elsewhere: nothing.
-    """
+    On glibc: no mmap for large blocks, no trimming, one arena. Elsewhere: nothing."""
     mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # of malloc.h
     values = {mmap_max: 0, trim_threshold: -1, top_pad: 1 << 28, arena_max: 1}
     with contextlib.suppress(OSError, AttributeError):
@@ -424,9 +427,28 @@ def tune_allocator() -> None:
                 ctypes.CDLL("libc.so.6").mallopt(parameter, value)
 
 
+def piece(function):
+    """Marks a part of the network that compiles whole, once for all who call it.
+
+    `piece.compiled` switches all of them. Models share their graphs, and equal blocks do."""
+    @functools.cache
+    def compiled():
+        torch._dynamo.config.recompile_limit = 64  # kinds of blocks times shapes
+        return torch.compile(function, dynamic=False, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*args):
+        return (compiled() if piece.compiled else function)(*args)
+    return call
+
+
+piece.compiled = False
+
+
 @check
-def check_ranks(args: Hyperparameters) -> None:
+def check_launch(args: Hyperparameters) -> None:
     forbid(args.rank >= args.world_size, args, "rank world_size", "let torchrun set both")
+    forbid(args.resume == "auto" and not args.run_id, args, "resume run_id", "name the run")
 
 
 class Runtime:
@@ -439,8 +461,6 @@ class Runtime:
         self.clocks: dict[str, float] = {}  # seconds by phase
         self.notes: list[str] = []
         self.device = self._pick_device(args)
-        self.dtype = self._pick_dtype(args)
-        self.compile = self._pick_compile(args)
         self.attention = "sdpa"  # runs everywhere; `main` asks for the best rung
         if not constriction and args.compressor in ("auto", "rans"):
             self.notes.append("compressor: constriction is missing, LZMA instead of rANS")
@@ -452,8 +472,11 @@ class Runtime:
         if self.world_size > 1:
             if not args.master_addr:
                 raise UserError(f"WORLD_SIZE={args.world_size} but no MASTER_ADDR: use torchrun")
-            self.gloo = not (self.device.type == "cuda" and dist.is_nccl_available())
-            dist.init_process_group("gloo" if self.gloo else "cpu:gloo,cuda:nccl")
+            nccl = self.device.type == "cuda" and dist.is_nccl_available()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+        self.dtype = self._pick_dtype(args)
+        self.compile = self._pick_compile(args)
+        self.must_compile = args.compile == "1"
 
     def _pick_device(self, args: Hyperparameters) -> torch.device:
         seen = ["cuda"] if torch.cuda.is_available() else []
@@ -470,11 +493,24 @@ class Runtime:
             return {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
         if self.device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-        with contextlib.suppress(OSError):  # CPUs that multiply bf16
-            words = set(Path("/proc/cpuinfo").read_text().split())
-            native = self.device.type == "cpu" and words & {"amx_bf16", "avx512_bf16", "bf16"}
-            return torch.bfloat16 if native else torch.float32
-        return torch.float32
+        faster = self.device.type == "cpu" and self._bf16_is_faster(args.model_dim)
+        return torch.bfloat16 if faster else torch.float32
+
+    def _bf16_is_faster(self, dim: int) -> bool:
+        """Whether this CPU multiplies bf16 clearly faster: on some it is slower."""
+        words, rates = set(), []
+        with contextlib.suppress(OSError):
+            words |= set(Path("/proc/cpuinfo").read_text().split())
+        if not words & {"amx_bf16", "avx512_bf16", "bf16"}:
+            return False
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weight = (torch.ones(size, dim, dtype=dtype) for size in (2048, 2 * dim))
+            flop = 2 * x.numel() * len(weight)
+            seconds = Timer("x @ weight.T", globals=locals()).timeit(5).mean
+            rates.append(1e-9 * flop / seconds)
+        fp32, bf16 = self.from_main(rates)
+        self.notes.append(f"dtype: fp32 at {fp32:.0f} GFLOP/s, bf16 at {bf16:.0f}")
+        return bf16 > 1.3 * fp32
 
     def _pick_compile(self, args: Hyperparameters) -> bool:
         if args.compile != "auto":
@@ -484,9 +520,7 @@ class Runtime:
                 import triton  # noqa: F401
                 return True
             self.notes.append("compile: no triton, running eager")
-        # on CPUs 20-80 s of compilation against about 0.3 s a step saved on a small model
-        pays = self.device.type == "cpu" and args.iterations >= 275 and not args.eval_only
-        return pays and any(map(shutil.which, ("g++", "clang++")))
+        return False  # CPUs: half a minute or more against a quarter of a step's time
 
     @contextlib.contextmanager
     def clock(self, phase: str):
@@ -511,11 +545,27 @@ class Runtime:
         return tensor
 
     def from_main(self, values: list[float]) -> list[float]:
-        """Rank 0's numbers on every rank, through CPU memory: no decision waits for a GPU queue."""
+        """Rank 0's numbers on every rank, through CPU memory."""
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.broadcast(tensor, 0)
         return tensor.tolist()
+
+    def compile_by(self, attempt, log) -> None:
+        """Compiles by an `attempt` without collectives: on all ranks or, unless COMPILE=1, none."""
+        piece.compiled, failure = True, ""
+        try:
+            attempt()
+        except UserError:
+            raise
+        except Exception as error:  # a compiler may raise anything
+            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if self.all_reduce(torch.tensor(int(failure != "")), dist.ReduceOp.MAX):
+            failure = failure or "another rank failed"
+            if self.must_compile:
+                raise UserError(f"COMPILE=1: {failure}; COMPILE=0 runs eager")
+            log(f"compile: running eager ({failure})")
+            self.compile = piece.compiled = False
 
     def peak_memory_mb(self) -> float:
         if self.device.type == "cuda":
@@ -544,15 +594,6 @@ class Log:
         self(json.dumps(values), False, "metrics.jsonl")
 
 
-def progress_bar(items, total: int, name: str, show: bool):
-    """tqdm on a terminal, plain iteration elsewhere."""
-    if show:
-        with contextlib.suppress(ImportError):  # a bar is a comfort, not a need
-            from tqdm import tqdm
-            return tqdm(items, total=total, desc=name, disable=None, leave=False)
-    return items
-
-
 # -----------------------------------------------------------------------------
 # ATTENTION
 # -----------------------------------------------------------------------------
@@ -561,7 +602,7 @@ def progress_bar(items, total: int, name: str, show: bool):
 
 
 def causal_mask(docs: Tensor, queries: int) -> Tensor:
-    """docs (B, T), the document of each position -> (B, 1, queries, T) for the last `queries`."""
+    """docs (B, T), a position's document -> (B, 1, queries, T) for the last `queries`."""
     positions = torch.arange(docs.size(1), device=docs.device)
     same_document = docs[:, None, -queries:, None] == docs[:, None, None]
     return same_document & (positions[-queries:, None] >= positions)
@@ -587,115 +628,107 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
 
 
 QUERY_BLOCK = 128  # queries that the CPU's attention takes at a time
-KEPT_LENGTH = 1024  # longest row whose weights are kept: they grow with its square
-
-
-def query_blocks(x: Tensor, groups: int) -> list[Tensor]:
-    """x (B, H, T, n) -> for each block of queries (B * groups, H / groups * queries, n)."""
-    return [part.reshape(len(x) * groups, -1, x.size(3)) for part in x.split(QUERY_BLOCK, 2)]
-
-
-class BlockedAttention(torch.autograd.Function):
-    """Causal attention for CPUs: blocks of queries meet the keys up to their own end.
-
-    Weights are kept, so that the backward computes no score and no exponential again: for rows of
-    some hundred ids both ways are faster than torch's flash kernel, which recomputes."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, H, T, d), k and v (B, K, T, d) -> (B, H, T, d)"""
-        batch, heads, length, dim = q.shape
-        kv_heads = k.size(1)
-        keys, values = k.flatten(0, 1), v.flatten(0, 1)
-        positions = torch.arange(length, device=q.device)
-        out, kept = [], []
-
-        for i, query in enumerate(query_blocks(q * dim**-0.5, kv_heads)):
-            stop = min((i + 1) * QUERY_BLOCK, length)
-            ahead = positions[:stop] > positions[i * QUERY_BLOCK : stop, None]
-            ahead = ahead.repeat(heads // kv_heads, 1)
-            scores = torch.bmm(query, keys[:, :stop].mT).float().masked_fill(ahead, -torch.inf)
-            kept.append(scores.softmax(-1).to(q.dtype))
-            out.append(torch.bmm(kept[i], values[:, :stop]).view(batch, heads, -1, dim))
-
-        out = torch.cat(out, 2)
-        ctx.save_for_backward(q, k, v, out, *kept)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, out, *kept = ctx.saved_tensors
-        batch, heads, _, dim = q.shape
-        kv_heads, scale = k.size(1), q.size(3) ** -0.5
-        keys, values = k.flatten(0, 1), v.flatten(0, 1)
-        grad_q = []
-        grad_k = torch.zeros_like(keys).float()
-        grad_v = torch.zeros_like(values).float()
-
-        # a softmax's gradient is its weights times (the gradient of them - this sum over keys)
-        shift = (grad.float() * out.float()).sum(-1, keepdim=True)
-        blocks = (query_blocks(x, kv_heads) for x in (q * scale, grad, shift))
-        for query, grad_out, query_shift, weights in zip(*blocks, kept):
-            stop = weights.size(2)
-            grad_scores = torch.bmm(grad_out, values[:, :stop].mT).float() - query_shift
-            grad_scores = (weights.float() * grad_scores).to(q.dtype)
-            part = torch.bmm(grad_scores, keys[:, :stop])
-            grad_q.append(part.view(batch, heads, -1, dim) * scale)
-            grad_k[:, :stop] += torch.bmm(grad_scores.mT, query)
-            grad_v[:, :stop] += torch.bmm(weights.mT, grad_out)
-        grad_k, grad_v = (x.to(q.dtype).view(k.shape) for x in (grad_k, grad_v))
-        return torch.cat(grad_q, 2), grad_k, grad_v
 
 
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The CPU's rung: blocks of queries, weights kept; torch's kernel for long rows and masks."""
-    if mask is not None or q.size(1) > KEPT_LENGTH:
+    """Causal attention for CPUs: blocks of queries meet the keys up to their own end.
+
+    The backward finds all weights kept, where torch's kernel computes them again."""
+    if mask is not None:
         return sdpa_attention(q, k, v, mask)
-    return BlockedAttention.apply(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    length, groups, dim = q.size(1), k.size(2), q.size(3)
+    positions, out = torch.arange(length, device=q.device), []
+    keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))  # (B * K, T, d)
+
+    for query in (q * dim**-0.5).transpose(1, 2).split(QUERY_BLOCK, 2):
+        stop = min((len(out) + 1) * QUERY_BLOCK, length)
+        ahead = positions[:stop] > positions[stop - query.size(2) : stop, None]
+        flat = query.unflatten(1, (groups, -1)).flatten(2, 3).flatten(0, 1)  # heads share keys
+        scores = torch.bmm(flat, keys[:, :stop].mT)
+        scores = scores.masked_fill(ahead.repeat(q.size(2) // groups, 1), -torch.inf)
+        out.append(torch.bmm(scores.softmax(-1), values[:, :stop]).view(query.shape))
+    return torch.cat(out, 2).transpose(1, 2)
 
 
 def flash_attention(package: str):
     """FlashAttention 2 or 3."""
+    flash = importlib.import_module(package)  # here, since a graph would break at an import
+
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
-        flash = importlib.import_module(package)
         out = flash.flash_attn_func(q, k, v, causal=True)
         out = out[0] if isinstance(out, tuple) else out  # some builds return more
         return out.view(q.shape)
     return attend
 
 
-ATTENTION = {
-    "fa3": flash_attention("flash_attn_interface"), "fa2": flash_attention("flash_attn"),
-    "cpu": cpu_attention,
-    "sdpa": sdpa_attention, "math": math_attention,
-}
+FLASH = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}  # packages
+ATTENTION = {"cpu": cpu_attention, "sdpa": sdpa_attention, "math": math_attention}
 
 
-def agrees_with_math(rung: str, device: torch.device, dtype, dim: int) -> bool:
-    """Whether a rung runs both ways here, with heads `dim` wide, and computes what `math` does."""
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, 128, n, dim, generator=generator).to(device, dtype) for n in (2, 1))
-    q.requires_grad_(True)
-    out = ATTENTION[rung](q, k, k)
+@functools.cache
+def attention_of(rung: str):
+    """The function of a rung; ImportError where its package is missing."""
+    return flash_attention(FLASH[rung]) if rung in FLASH else ATTENTION[rung]
+
+
+def check_rung(rung: str, args: Hyperparameters, runtime: Runtime) -> None:
+    """Raises unless a rung runs both ways here and agrees with `math`."""
+    generator, dim = torch.Generator().manual_seed(0), args.model_dim // args.num_heads
+    q, k = (torch.randn(1, 128, heads, dim, generator=generator) for heads in (2, 1))
+    q, k = (x.to(runtime.device, runtime.dtype).requires_grad_() for x in (q, k))
+    out = attention_of(rung)(q, k, k)
+    wanted = math_attention(q, k, k)
     out.sum().backward()
-    return torch.allclose(out.float(), math_attention(q, k, k).float(), atol=3e-2)
+    torch.testing.assert_close(out.float(), wanted.float(), atol=3e-2, rtol=1e-5)
 
 
-def pick_attention(args: Hyperparameters, device: torch.device, dtype: torch.dtype) -> str:
-    """The first rung, from ATTENTION down, that works here."""
-    rungs = list(ATTENTION)
+def attention_seconds(rung: str, args: Hyperparameters, runtime: Runtime) -> float:
+    """Seconds of one layer's attention, both ways, in training on a GPU."""
+    rows = max(1, min(args.device_batch_tokens, args.train_batch_tokens) // args.train_seq_len)
+    dim, like = args.model_dim // args.num_heads, {"device": runtime.device, "dtype": runtime.dtype}
+    shape = rows, args.train_seq_len, args.num_heads, dim
+    q, k, v = (torch.randn(shape, **like).requires_grad_() for _ in range(3))
+    attend = attention_of(rung)
+    if runtime.compile:  # which also shows that it fits in a graph
+        attend = torch.compile(attend, dynamic=False, fullgraph=True)
+
+    def both_ways() -> None:
+        out = attend(q, k, v)
+        torch.autograd.grad(out, (q, k, v), out)
+
+    return Timer("both_ways()", globals=locals()).timeit(5).mean  # waits for the GPU
+
+
+def best_rung(args: Hyperparameters, runtime: Runtime) -> str:
+    """From ATTENTION down the first that agrees with `math`; with `auto` on GPUs the fastest.
+    Not by the clock on CPUs, whose bits depend on it."""
+    rungs = [*FLASH, *ATTENTION]
     first = 0 if args.attention == "auto" else rungs.index(args.attention)
-    gpu, bf16 = device.type == "cuda", dtype == torch.bfloat16
-    fits = {"fa3": gpu and bf16, "fa2": gpu and bf16,
-            "cpu": device.type == "cpu" and bf16,
-            "sdpa": True, "math": True}
-    dim = args.model_dim // args.num_heads
-    for rung in filter(fits.get, rungs[first:]):
-        with contextlib.suppress(Exception):  # no such package, a card that it refuses
-            if agrees_with_math(rung, device, dtype, dim):
-                return rung
-    rungs = ", ".join(rungs[first:])
-    raise UserError(f"ATTENTION={args.attention}: none of {rungs} runs on {device} in {dtype}")
+    gpu, bf16 = runtime.device.type == "cuda", runtime.dtype == torch.bfloat16
+    fits = {"fa3": gpu and bf16, "fa2": gpu and bf16, "cpu": not gpu and bf16}
+    timed = gpu and args.attention == "auto"
+    seconds: dict[str, float] = {}
+    for rung in rungs[first:]:
+        if not fits.get(rung, True) or seconds and (not timed or rung == "math"):
+            continue
+        with contextlib.suppress(Exception):  # no package, a card that it refuses, no memory
+            check_rung(rung, args, runtime)
+            seconds[rung] = attention_seconds(rung, args, runtime) if timed else 0.0
+
+    if not seconds:
+        raise UserError(f"ATTENTION={args.attention}: no rung from there on runs here; use auto")
+    if timed:
+        table = ", ".join(f"{rung} {1e3 * taken:.2f} ms" for rung, taken in seconds.items())
+        runtime.notes.append(f"attention: a layer, both ways: {table}")
+    return min(seconds, key=seconds.get)
+
+
+def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
+    """Rank 0's `best_rung`, on every rank."""
+    rungs = [*FLASH, *ATTENTION]
+    choice = rungs.index(best_rung(args, runtime)) if runtime.main else 0
+    choice, = runtime.from_main([choice])
+    return rungs[int(choice)]
 
 
 # -----------------------------------------------------------------------------
@@ -717,8 +750,7 @@ def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
 
 
 def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.ndarray:
-    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then `count`
-    uint16 ids.
+    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then uint16 ids.
 
     The first `checked` ids (None: all) are held against the vocabulary at once."""
     size = path.stat().st_size
@@ -764,7 +796,7 @@ class Dataset:
         if verify:
             self._verify(args.verify_data)
         if len(self.val) < 2:
-            raise UserError(f"{self.val_files[0]}: {len(self.val)} ids leave no validation target")
+            raise UserError(f"{self.val_files[0]}: {len(self.val)} ids leave no target")
 
     def _open(self, path: Path, checked: int | None = None) -> np.ndarray:
         """A byte260 shard; with VOCAB_SIZE=256 only its bytes, of ids that are all checked."""
@@ -848,8 +880,7 @@ def check_batch(args: Hyperparameters) -> None:
 
 
 class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
-    """How a global batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group`
-    rows.
+    """How a batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group` rows.
 
     Ranks run the same shapes: slots beyond the batch repeat its first group with weight 0."""
 
@@ -918,8 +949,7 @@ class Loader:
         return rows
 
     def next(self) -> tuple[Tensor, Tensor, dict]:
-        """This rank's ids (micro_steps, rows, T + 1), weights (micro_steps, rows), next state.
-        """
+        """This rank's ids (micro_steps, rows, T + 1), weights, and the next state."""
         plan = self.plan
         rows = self._next_rows(plan.rows)
         shape = plan.micro_steps, plan.groups * plan.group
@@ -934,21 +964,27 @@ class Loader:
         check_ids(batch, self.data.vocab_size, self.data.path)
         return torch.from_numpy(batch), torch.from_numpy(weights), dict(self.state)
 
-    def prefetch(self, device: torch.device):
-        """Iterates over `next()` from a thread, two batches ahead, in pinned memory on GPUs."""
-        def work() -> tuple[Tensor, Tensor, dict]:
+    def prefetch(self, device: torch.device, aux: SpeculativeHeads | None = None, step: int = 0):
+        """Iterates over (ids, weights, the auxiliary's inputs, next state), two batches ahead.
+
+        A thread makes them; a GPU copies pinned memory without waiting for its queue."""
+        steps = itertools.count(step)
+
+        def work() -> tuple[list, dict]:
             ids, weights, state = self.next()
+            inputs = None if aux is None else aux.inputs(next(steps), torch.device("cpu"))
+            tensors = [ids, weights, inputs]
             if device.type == "cuda":
-                ids, weights = ids.pin_memory(), weights.pin_memory()
-            return ids, weights, state
+                tensors = [x if x is None else x.pin_memory() for x in tensors]
+            return tensors, state
 
         with ThreadPoolExecutor(1) as thread:
             ahead = deque(thread.submit(work) for _ in range(2))
             while True:
-                ids, weights, state = ahead.popleft().result()
+                tensors, state = ahead.popleft().result()
                 ahead.append(thread.submit(work))
-                ids, weights = (x.to(device, non_blocking=True) for x in (ids, weights))
-                yield ids, weights, state
+                moved = (x if x is None else x.to(device, non_blocking=True) for x in tensors)
+                yield *moved, state
 
 
 # -----------------------------------------------------------------------------
@@ -972,7 +1008,7 @@ def tensor_class(name: str) -> str:
 
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
-    """(bits, axis of a step's slice: the last); (0, 0): stays fp16."""
+    """(bits, axis of a step's slice: the last); (0, 0): fp16."""
     if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR:
         return 0, 0
     return args.bits_by_class[tensor_class(name)], len(shape) - 1
@@ -1079,8 +1115,7 @@ class Drafter(nn.Module):
 
     A causal stack over b + 1 slots: slot 0 holds u + Q_0, slot i holds u + Q_i + E(d_i), where
     u = W_in parent. Slots 0 ... b - 1 give the logits of d_1 ... d_b, through E again, slot b the
-    endpoint latent. The published one has no E: its slots do not know the bytes drafted before
-    them, so that blocks are incoherent and all branches of a state end in the same latent."""
+    endpoint latent. The published one has no E: all branches end in the same latent."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
@@ -1166,12 +1201,6 @@ def accepted(tokens: Tensor, text: Tensor, best: Tensor) -> tuple[Tensor, Tensor
 class SpeculativeHeads(nn.Module):
     """Drafter, judge and verifier, trained on states of the backbone beside it.
 
-    The interface that a record replaces, and nothing else of the script:
-      inputs(step, device)    what losses need from outside the graph, equal on all ranks
-      forward(..., inputs)    {name: (groups,) loss}
-      weights(progress)       {name: weight of that term beside CE}
-      report(means)           what the step line says about the mean terms
-
     With parent p = h[t], text d = ids[t + 1 ... t + b] and future f = stop-gradient h[t + b], the
     state that has read all of d (published: one byte less):
       drafter   CE of d, each slot given the bytes before it
@@ -1214,9 +1243,9 @@ class SpeculativeHeads(nn.Module):
         pair = torch.cat((parent.expand_as(latent), latent), -1)
         return self.verifier(pair).squeeze(-1).float()
 
+    @piece
     def forward(self, hidden: Tensor, best: Tensor, ids: Tensor, inputs: Tensor) -> dict:
-        """hidden (B, T, D), best (B, T) the backbone's choices, ids (B, T + 1) -> terms per group
-        of rows."""
+        """hidden (B, T, D), `best` (B, T) by it, ids (B, T + 1) -> terms per group of rows."""
         args, group = self.args, self.args.row_group
         positions, others = inputs
         states = hidden.detach()
@@ -1329,7 +1358,7 @@ def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Half-split rotary on the first dimensions of x (B, T, H, d); rotary as of `rotary_tables`."""
+    """Half-split rotary on x (B, T, H, d), by `rotary_tables`."""
     cos, sin = rotary
     half = rotary.size(-1)
     a = x[..., :half].float()
@@ -1340,8 +1369,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 class KVCache:
-    """What decoding goes on from: keys and values of a window's positions, states of its Mamba
-    blocks.
+    """What decoding goes on from: keys and values of a window, states of its Mamba blocks.
 
     `rewind` takes positions back. Attention can forget any; a Mamba block only those whose states
     it kept: each one of the last read, if that had KEPT positions at most, else the one after."""
@@ -1421,7 +1449,7 @@ class CausalSelfAttention(nn.Module):
         self.c_k = CastedLinear(dim, dim)
         self.c_v = CastedLinear(dim, dim)
         self.proj = CastedLinear(dim, dim)
-        self.attend = ATTENTION[attention]
+        self.attend = attention_of(attention)
 
     def forward(self, x: Tensor, rotary: Tensor | None, mask=None, past=None) -> Tensor:
         layers = self.c_q, self.c_k, self.c_v
@@ -1468,8 +1496,7 @@ class Block(nn.Module):
 
 def ssd_steps(x: Tensor, dt: Tensor, rate: Tensor, write: Tensor, read: Tensor,
               state: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The recurrence itself, from `state` on: S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t =
-    S_t C_t.
+    """The recurrence itself: S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t.
 
     x (B, T, H, P), dt (B, T, H), A = rate (H,) < 0, B and C = write and read (B, T, N), state
     (B, H, P, N), all fp32 -> y (B, T, H, P), and the states before the first position and after
@@ -1490,8 +1517,7 @@ def decay(sums: Tensor) -> Tensor:
 
 def ssd(x: Tensor, dt: Tensor, rate: Tensor, write: Tensor, read: Tensor, state: Tensor,
         size: int) -> tuple[Tensor, Tensor]:
-    """`ssd_steps` in chunks of `size` positions, all at once (Dao & Gu 2024, section 6) -> y, the
-    last state.
+    """`ssd_steps` in chunks of `size`, all at once (Dao & Gu 2024, section 6) -> y, last state.
 
     With c_t the sum of log decays from a chunk's start to t, y_t = exp(c_t) S C_t + sum_{s<=t}
     exp(c_t - c_s) (C_t . B_s) dt_s x_s, where S, the state before the chunk, sums over the chunks
@@ -1499,7 +1525,7 @@ def ssd(x: Tensor, dt: Tensor, rate: Tensor, write: Tensor, read: Tensor, state:
     length = x.size(1)
 
     def chunks(part: Tensor) -> Tensor:
-        """(B, T, ...) -> (B, C, L, ...); the last chunk is filled with 0: dt 0 changes nothing."""
+        """(B, T, ...) -> (B, C, L, ...), filled with 0: dt 0 changes nothing."""
         padding = (0, 0) * (part.ndim - 2) + (0, -length % size)
         return F.pad(part, padding).unflatten(1, (-1, size))
 
@@ -1522,11 +1548,8 @@ class MambaBlock(nn.Module):
     """A whole block of Mamba-2: (z, x, B, C, dt) = W_in RMSNorm(u); x, B and C through a causal
     convolution and silu; the recurrence of `ssd_steps` and a skip D x; u + W_out RMSNorm(y silu(z)).
 
-    dt = softplus(. + bias) starts log-uniform in [1e-3, 0.1], A in -[1, 16], as Mamba-2 has it. The
-    published variant convolves only x, adds x B^T without dt and decays it at once,
-    S_t = a (S_{t-1} + x B^T), has no norm before W_out, and begins with dt = ln 2, A = -1 ... -H:
-    its head h keeps 2^-h of the current input, so that most heads are all but dead and the others
-    remember a few bytes."""
+    dt = softplus(. + bias) starts log-uniform in [1e-3, 0.1], A in -[1, 16], as Mamba-2 has it.
+    Published: S_t = a (S_{t-1} + x B^T), whose head h keeps 2^-h of an input."""
 
     def __init__(self, args: Hyperparameters, layer: int):
         super().__init__()
@@ -1574,6 +1597,12 @@ class MambaBlock(nn.Module):
         return tail, like.new_zeros(batch, *self.state_shape, dtype=torch.float32)
 
 
+@piece
+def through(block: nn.Module, x: Tensor, rotary: Tensor | None, mask, past) -> Tensor:
+    """A block of the backbone as a piece; those of the drafter are part of its heads'."""
+    return block(x, rotary, mask, past)
+
+
 @check
 def check_mamba(args: Hyperparameters) -> None:
     inner = args.mamba_expand * args.model_dim
@@ -1592,8 +1621,7 @@ def check_positions(args: Hyperparameters) -> None:
 
 
 class GPT(nn.Module):
-    """The network: `losses` gives all loss terms of a batch in one forward, `logits` scores.
-    """
+    """The network: `losses` for training, `logits` for scoring."""
 
     def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype=torch.float32):
         super().__init__()
@@ -1615,10 +1643,10 @@ class GPT(nn.Module):
                 self.blocks.append(MambaBlock(args, i - attentions))
         self.norm = RMSNorm(dim)
         self.aux = SpeculativeHeads(args) if args.arch == "sgjm" else None
-        self.set_rotary()
+        self.set_tables()
 
-    def set_rotary(self) -> None:
-        """Tables for training and scoring windows, which may have different lengths; or None."""
+    def set_tables(self) -> None:
+        """Rotary tables by use; None where positions are learned."""
         for use in ("train", "eval"):
             length = getattr(self.args, f"{use}_seq_len")
             tables = rotary_tables(length, self.args) if self.pos_emb is None else None
@@ -1657,14 +1685,13 @@ class GPT(nn.Module):
         mask = self.attention_mask(ids, past, tree)
         rotary = None if rotary is None else rotary[:, positions]
         for block in self.blocks:
-            x = block(x, rotary, mask, past)
+            x = through(block, x, rotary, mask, past)
         if past:
             past.advance(ids.size(1))
         return self.norm(x)
 
     def attention_mask(self, ids: Tensor, past: KVCache | None, tree: tuple | None):
-        """The `mask` of the attention rungs: None where plain causal attention is wanted, or where
-        one id follows all that it sees."""
+        """The `mask` of the rungs; None: plain causal attention, or one id that sees all."""
         if past is None or tree is None and ids.size(1) == 1:
             return None
         if tree is not None:
@@ -1681,28 +1708,32 @@ class GPT(nn.Module):
         """States -> logits in fp32."""
         return F.linear(x, self.tok_emb.weight.to(x.dtype)).float()
 
+    @piece
+    def nats(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised states (B, T, D), targets (B, T) -> nats of each, best ids (B, T)."""
+        logits = self.head(x)
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return nats.view(targets.shape), logits.detach().argmax(-1)
+
     def losses(self, ids: Tensor, weights: Tensor, aux_inputs=None) -> dict[str, Tensor]:
-        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats of all targets, other terms."""
+        """ids (B, T + 1), weights (B,) -> weighted sums: "ce" in nats, other terms."""
         x, terms = self.hidden(ids[:, :-1], self.rotary_train), {}
-        logits, targets = self.head(x), ids[:, 1:].flatten()
-        nats = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
-        sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
+        nats, best = self.nats(x, ids[:, 1:])
+        sums = {"ce": (nats.sum(1) * weights).sum()}
         if aux_inputs is not None:
-            terms = self.aux(x, logits.detach().argmax(-1), ids, aux_inputs)
+            terms = self.aux(x, best, ids, aux_inputs)
         for name, value in terms.items():  # one value a group, whose weights are equal
             sums[name] = (value * weights.view(len(value), -1).mean(1)).sum()
         return sums
 
     def logits(self, ids: Tensor, first: Tensor, span: int) -> Tensor:
-        """fp32 (B, span, V) of positions first[b] ... first[b] + span - 1 in row b of ids (B, T).
-        """
-        x = self.hidden(ids, self.rotary_eval)
-        positions = first[:, None] + torch.arange(span, device=ids.device)
+        """fp32 (B, span, V), from position first[b] of each row b of ids (B, T)."""
+        return self.logits_from(self.hidden(ids, self.rotary_eval), first, span)
+
+    @piece
+    def logits_from(self, x: Tensor, first: Tensor, span: int) -> Tensor:
+        positions = first[:, None] + torch.arange(span, device=x.device)
         return self.head(x.gather(1, positions[..., None].expand(-1, -1, x.size(-1))).float())
-
-
-# Functions of the class: every model (trained, averaged, reloaded) shares one compiled graph.
-training_losses, scoring_logits = GPT.losses, GPT.logits
 
 
 # -----------------------------------------------------------------------------
@@ -1721,8 +1752,7 @@ def rate_at(progress: float, args: Hyperparameters) -> float:
 
 
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Each of (n, r, c) becomes about U V^T of its SVD: the quintic iteration of Muon (K. Jordan).
-    """
+    """Each of (n, r, c) becomes about U V^T of its SVD (Muon, K. Jordan)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(1) > matrices.size(2)
     x = (matrices.mT if tall else matrices).to(dtype)
@@ -1735,7 +1765,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 def gradients(params: list[nn.Parameter]) -> list[Tensor]:
-    """Gradients, zeros where no loss reached a parameter: ranks always exchange the same shapes."""
+    """Gradients, or zeros: ranks always exchange the same shapes."""
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
 
 
@@ -1764,12 +1794,11 @@ class Muon:
         for members, momentum in zip(self.stacks, self.momenta):
             spare = len(momentum) * self.runtime.world_size - len(members)
             full = torch.stack(gradients(members) + [torch.zeros_like(members[0])] * spare)
-            share = full.split(len(momentum))[self.runtime.rank]
-            if self.runtime.world_size > 1 and self.runtime.gloo:  # no reduce-scatter
-                self.pending.append(dist.all_reduce(full, async_op=True))
-            elif self.runtime.world_size > 1:
+            if self.runtime.world_size > 1:
                 share = torch.empty_like(momentum)
-                self.pending.append(dist.reduce_scatter_tensor(share, full, async_op=True))
+                self.pending.append(reduce_scatter(share, full, async_op=True))
+            else:
+                share = full
             self.shares.append(share)
 
     def square_norm(self) -> Tensor:
@@ -1797,7 +1826,7 @@ class Muon:
         if self.runtime.world_size == 1:
             return lambda: share
         full = share.new_empty(len(share) * self.runtime.world_size, *share.shape[1:])
-        work = dist.all_gather_into_tensor(full, share.contiguous(), async_op=True)
+        work = all_gather(full, share.contiguous(), async_op=True)
 
         def whole() -> Tensor:
             work.wait()
@@ -1824,9 +1853,7 @@ class Optimizers:
     scalar   norms, biases, convolutions, A_log, D            AdamW      SCALAR_LR, no decay
 
     Backbone and heads are two parts, each with stacks and a gradient norm of its own: with
-    HEADS_GRAD=0 the backbone's weights do not depend on whether there are heads. (Published: AdamW
-    for all, one rate, betas 0.9 and 0.95, weight decay 0.1 on every parameter, one gradient norm,
-    of 1.)"""
+    HEADS_GRAD=0 the backbone's weights do not depend on whether there are heads."""
 
     GROUPS = ("matrix", "embed", "scalar")
 
@@ -1907,8 +1934,7 @@ class Optimizers:
 
 
 class EMA:
-    """fp32 average of the weights; decay min(EMA_DECAY, (1 + t) / (10 + t)): it forgets the init.
-    """
+    """fp32 average of the weights; the decay min(EMA_DECAY, (1 + t) / (10 + t))."""
 
     def __init__(self, model: GPT, decay: float):
         self.decay = decay
@@ -1945,7 +1971,7 @@ Plane = namedtuple("Plane", "model top slices places period")
 
 
 def planes(entries: list) -> list[Plane]:
-    """Layout of the raw payload: quantised tensors, then low and high bytes of all fp16 numbers."""
+    """Layout of the payload: quantised tensors, then bytes of fp16 numbers."""
     found, halves = [], 0
     for name, shape, bits, axis in entries:
         slices = math.prod(shape) // (shape[axis] if bits else 1)
@@ -1969,7 +1995,7 @@ def fresh_counts(top: int) -> np.ndarray:
 
 
 def code_slices(block: np.ndarray, contexts: np.ndarray, counts: np.ndarray, top, code) -> None:
-    """Codes slices (slices, places) of a plane, CHUNK places at a time, each context as one run."""
+    """Codes (slices, places) of a plane, a context of each CHUNK as one run."""
     for left in range(0, block.shape[1], CHUNK):
         here = contexts[left : left + CHUNK]
         for context in np.unique(here):
@@ -2037,31 +2063,11 @@ def rans_decode(blob: bytes, layout: list[Plane]) -> bytes:
     return raw.tobytes()
 
 
-def compressors() -> dict[str, tuple]:
-    """{name: (compress, decompress)}, installed ones; both take bytes and the payload's layout."""
-    found = {"lzma": (lambda raw, _: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
-                      lambda blob, _: lzma.decompress(blob))}
-    if constriction:
-        found["rans"] = rans_encode, rans_decode
-    return found
-
-
-def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
-    """Bytes of the artifact by tensor class, before training: the entropy of a rounded normal."""
-    plan = dict.fromkeys(TENSOR_CLASSES, 0)
-    for name, p in model.exported().items():
-        kind = tensor_class(name)
-        bits, axis = quant_plan(name, p.shape, args)
-        weight_bits = 16.0
-        if bits:
-            top = 2 ** (bits - 1) - 1
-            k = args.k_by_class[kind]
-            edges = [(i + 0.5) * k / top / math.sqrt(2) for i in range(-top, top)]
-            shares = np.diff([0, *(0.5 + 0.5 * math.erf(edge) for edge in edges), 1]) + 1e-30
-            entropy = -(shares * np.log2(shares)).sum()
-            weight_bits = entropy + 16 / p.shape[axis]
-        plan[kind] += int(p.numel() * weight_bits / 8)
-    return plan
+COMPRESSORS = {  # (compress, decompress), of bytes and the layout of the payload
+    "rans": (rans_encode, rans_decode),
+    "lzma": (lambda raw, _: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+             lambda blob, _: lzma.decompress(blob)),
+}
 
 
 def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> bytes:
@@ -2080,18 +2086,13 @@ def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> 
             codes.append(np.moveaxis(q, axis, -1).tobytes())
         halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
     raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
-    # the smallest of the coders that are allowed
-    there = compressors()
-    wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
-    names = [name for name in sorted(there) if wanted in ("auto", name)]
-    if not names:
-        raise UserError(f"COMPRESSOR={wanted} is not installed; use {' or '.join(sorted(there))}")
-    blobs = {name: there[name][0](raw, planes(entries)) for name in names}
-    name = min(names, key=lambda name: len(blobs[name]))
+
+    name = "rans" if constriction and args.compressor != "lzma" else "lzma"
+    payload = COMPRESSORS[name][0](raw, planes(entries))
     header = {"config": args.shipped(), "tensors": entries, "compressor": name}
     header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little")
-    body += header + blobs[name]
+    body += header + payload
     return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body
 
 
@@ -2128,9 +2129,9 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     # all that a damaged file can break
     try:
         header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
-        if header["compressor"] not in compressors():
-            raise UserError(f"{path}: packed with {header['compressor']}, which is not installed")
-        _, decompress = compressors()[header["compressor"]]
+        if header["compressor"] == "rans" and not constriction:
+            raise UserError(f"{path}: packed by rANS: `pip install constriction` reads it")
+        _, decompress = COMPRESSORS[header["compressor"]]
         raw = decompress(body[6 + length :], planes(header["tensors"]))
         return header, unpack_tensors(header["tensors"], raw)
     except UserError:
@@ -2158,8 +2159,7 @@ def read_file(path: str | Path, variable: str) -> bytes:
 
 def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None = None,
          dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> GPT:
-    """The scoring model, only from an artifact; `args` of the same model may change how it scores.
-    """
+    """The model of an artifact; `args` may change how it scores."""
     header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
     args = args or shipped_settings(header, str(artifact_path))
     with torch.device("meta"):
@@ -2172,12 +2172,12 @@ def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None =
     model.load_state_dict(found, strict=False, assign=True)
     if not args.export_heads:
         model.aux = None
-    model.set_rotary()
+    model.set_tables()
     return model.to(device).eval()
 
 
 def read_checkpoint(path: str | Path, variable: str, parts: tuple = ("",)) -> tuple[dict, dict]:
-    """(metadata, {name: tensor} of the names that begin with one of `parts`) of a checkpoint."""
+    """(metadata, {name: tensor}) of a checkpoint; names begin with one of `parts`."""
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {})["golf"])
@@ -2198,10 +2198,10 @@ def settings_of(path: str | Path, environ: dict[str, str] | None = None,
 
 
 def open_model(path: str | Path, device="cpu", args: Hyperparameters | None = None) -> GPT:
-    """The model in an artifact or a checkpoint (best, last, final.safetensors), fp32, to evaluate.
+    """The model in an artifact or a checkpoint, fp32, to evaluate.
 
-    Of a checkpoint: the average of the weights where it has one, as an artifact is made of it, and
-    the heads, which an artifact has only with EXPORT_HEADS=1 (else `model.aux` is None)."""
+    Of a checkpoint: the average of the weights where it has one, and the heads, which an artifact
+    has only with EXPORT_HEADS=1 (else `model.aux` is None)."""
     if Path(path).suffix != ".safetensors":
         return load(path, device, args)
     _, state = read_checkpoint(path, "checkpoint", ("model.", "ema."))
@@ -2213,7 +2213,7 @@ def open_model(path: str | Path, device="cpu", args: Hyperparameters | None = No
         model.load_state_dict(found, assign=True)
     except RuntimeError as error:
         raise UserError(f"{path}: its tensors do not fit its config ({error})") from None
-    model.set_rotary()
+    model.set_tables()
     return model.to(device).eval()
 
 
@@ -2243,14 +2243,11 @@ def windows(targets: int, length: int, stride: int) -> np.ndarray:
 
 
 class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defaults=(0, 1))):
-    """How a text is read: windows of `length` ids for `stride` targets each, `batch` a forward, and
-    of these a rank's share."""
+    """How a text is read: windows of `length` ids for `stride` targets each, `batch` a forward."""
 
     def tensors(self, ids: np.ndarray, rows: np.ndarray, device: torch.device) -> list[Tensor]:
-        """Inputs (batch, length), first scored positions (batch,) and targets (batch, stride) of a
-        batch.
-
-        One shape, whatever the text: compiled once."""
+        """Inputs (batch, length), first scored positions (batch,), targets (batch, stride): one
+        shape, whatever the text."""
         inputs = np.full((self.batch, self.length), PAD_ID, np.int64)
         position = np.zeros(self.batch, np.int64)
         targets = np.zeros((self.batch, min(self.stride, self.length)), np.int64)
@@ -2263,7 +2260,7 @@ class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defa
 
 
 @torch.no_grad()
-def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits):
+def scored(model: GPT, ids: np.ndarray, plan: WindowPlan):
     """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) of each block of n targets.
 
     This is the only path from weights to a score."""
@@ -2272,7 +2269,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits)
     for number in range(plan.rank, -(-len(rows) // plan.batch), plan.ranks):
         batch = rows[number * plan.batch : (number + 1) * plan.batch]
         inputs, position, targets = plan.tensors(ids, batch, device)
-        logprobs = logits(model, inputs, position, targets.size(1)).log_softmax(-1)
+        logprobs = model.logits(inputs, position, targets.size(1)).log_softmax(-1)
         nats = -logprobs.gather(-1, targets[..., None]).squeeze(-1)
         nats = nats.cpu().numpy().astype(np.float64)
         for i, (_, first, stop) in enumerate(batch):
@@ -2280,8 +2277,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits)
 
 
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """(nats of each target ids[1:], {t: log-probabilities (V,) at target t, for t in positions}).
-    """
+    """(nats of ids[1:], {t: log-probabilities (V,) at each t of `positions`})."""
     args, ids, wanted = model.args, np.asarray(ids), set(positions)
     blocks = -(-len(ids) // args.eval_stride)  # a short text needs no full batch
     batch = max(1, min(args.eval_batch_tokens // args.eval_seq_len, blocks))
@@ -2293,14 +2289,23 @@ def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarr
     return nats, vectors
 
 
+def try_scoring(model: GPT) -> None:
+    """Meets every shape of a score once, on made-up ids and without a collective."""
+    args, length = model.args, model.args.eval_seq_len
+    for stride in sorted({length, args.eval_stride}):
+        plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
+        list(scored(model, np.full(2, BOS_ID), plan))
+
+
+PROGRESS_SECONDS = 15  # between lines about a pass under way
+
+
 class Evaluator:
-    """Scores models on the validation stream: a line in the log, an entry in `metrics.json` a pass.
-    """
+    """Scores models on the validation text; a pass ends as a line of the log."""
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
         self.args, self.runtime = args, runtime
         self.log = log
-        self.logits = scoring_logits
         self.classes = class_table(args.vocab_size)
         self.results: dict[str, dict] = {}
         # VAL_BYTES cuts the text after the target that reaches it
@@ -2317,11 +2322,9 @@ class Evaluator:
 
     def describe(self, manifest: dict) -> str:
         original = manifest.get("val_bytes") or self.bytes
-        note = ""
-        if self.prefix:
-            note = f" prefix:{self.prefix}"
-        elif original != self.bytes:
-            note = f" (original text {original}: normalised, the targets' own bytes divide)"
+        note = f" prefix:{self.prefix}" if self.prefix else ""
+        if original != self.bytes and not self.prefix:
+            note = f" (original text {original}: normalised; these bytes divide)"
         return f"val: targets:{len(self.ids) - 1} bytes:{self.bytes}{note}"
 
     def run(self, name: str, model: GPT, length: int, stride: int) -> dict:
@@ -2332,13 +2335,17 @@ class Evaluator:
         # every target once
         batch = max(1, args.eval_batch_tokens // length)
         plan = WindowPlan(length, stride, batch, runtime.rank, runtime.world_size)
-        blocks = scored(model, self.ids, plan, self.logits)
-        count = len(self.ids) // (stride * runtime.world_size)
-        for first, stop, _, nats in progress_bar(blocks, count, name, runtime.main):
+        targets, shown = len(self.ids) - 1, began
+        for first, stop, _, nats in scored(model, self.ids, plan):
             found = self.classes[self.ids[first + 1 : stop + 1]]
             sums[:-1] += torch.from_numpy(np.bincount(found, nats, minlength=classes))
             sums[-1] += stop - first
-        targets, sums = len(self.ids) - 1, runtime.all_reduce(sums)
+            if (now := time.perf_counter()) - shown > PROGRESS_SECONDS:
+                shown = now
+                loss = sums[:-1].sum() / sums[-1]
+                self.log(f"  {name} {stop / targets:.0%} {now - began:.0f}s loss:{loss:.4f}")
+
+        sums = runtime.all_reduce(sums)
         assert int(sums[-1]) == targets, f"{name}: scored {int(sums[-1])} targets of {targets}"
         nats = float(sums[:-1].sum())
         by_class = zip(BYTE_CLASSES, sums.tolist())
@@ -2425,9 +2432,8 @@ class Draft:
     """A node of the speculation graph: `ids` drafted to follow `parent`, None for the text; as in
     that, an id is a character. `start` is the length of its true prefix.
 
-    Of each id: the law that it was drawn with (V,), None without chance; the drafter's
-    log-probability; its kind, the key of `Generator.rates`. Of its end: what judge and verifier
-    think of it, and its signature."""
+    Of each id: the law that it was drawn with (V,), or None; the drafter's log-probability; its
+    kind, the key of `Generator.rates`. Of its end: what the heads think of it, its signature."""
 
     def __init__(self, parent: Draft | None, start: int, ids: str, laws: list, logs: list[float],
                  kinds: list[tuple[str, int]], bonus: float = 0.0, bits: int | None = None):
@@ -2452,8 +2458,7 @@ class SpeculationGraph:
     again. Two drafts merge if they end at the same length in latents whose signatures (SimHash,
     Charikar 2002: signs of 64 products with Gaussian vectors) differ in few bits: the better one is
     read, the other points to it and keeps its own prefix. Edges lead to longer prefixes, pointers
-    to equal ones: no cycle. (Published: nodes forget what came before them, merging drops bytes,
-    and one can merge with its own ancestor.)"""
+    to equal ones: no cycle."""
 
     AFTER = {
         "created": ("scored",), "scored": ("verified", "pruned", "merged"),
@@ -2571,8 +2576,7 @@ def repeated(text: str, limit: int) -> tuple[int, str]:
 
 
 def chosen(p: np.ndarray, offers: list[tuple], rng: np.random.Generator) -> int:
-    """An id with probabilities p (V,), one of `offers` if it can be: (id, law, ...) in the order of
-    drawing.
+    """An id with probabilities p (V,), one of `offers` if it can be: (id, law, ...), as drawn.
 
     Rejection, offer by offer (Leviathan et al. 2023; for trees Miao et al. 2024): x, drawn with q,
     is taken with probability min(1, p(x) / q(x)); else p becomes (p - q)+, normalised. The law of a
@@ -2595,9 +2599,8 @@ def chosen(p: np.ndarray, offers: list[tuple], rng: np.random.Generator) -> int:
 
 class Generator:
     """Goes on from a text. A pass of the backbone reads its last id and drafts after it; those that
-    the backbone would have written itself join the text, and after them the id that it predicts: the
-    heads draft what follows that one. When the window is full, its last half is read again, with
-    drafts or without.
+    it would have written itself join the text, and then the id that it predicts: the heads draft
+    what follows that one. When the window is full, its last half is read again.
 
     At temperature 0 the text is that of decoding without drafts, above it has the same
     distribution, whatever is read: ids drawn to follow a prefix are put to the test in the order of
@@ -2673,7 +2676,7 @@ class Generator:
         self.taken[: len(path)] += 1
 
     def plan(self, most: int) -> list[Place]:
-        """The places that a pass for at most `most` ids reads, by rows: the last id, and drafts."""
+        """What a pass for at most `most` ids reads, by rows: the last id, and drafts."""
         args, length = self.args, len(self.text)
         ends = [draft.end for draft in self.graph.alive if draft.kinds[0][0] == "suffix"]
         if self.suffix and most > 1 and max(ends, default=0) < length + args.draft_budget // 2:
@@ -2702,7 +2705,7 @@ class Generator:
         return root
 
     def rows(self, root: Place, drafts: list[Draft], most: int) -> list[Place]:
-        """Gives rows to the root and to places of drafts that are likely enough to be worth it."""
+        """Gives rows to the root and to places that are likely enough."""
         args, length = self.args, len(self.text)
         root.row, read = 0, [root]
         room = min(args.draft_budget + 1, self.window - self.past.length)
@@ -2751,7 +2754,7 @@ class Generator:
             self.graph.add(parent, len(text), ids, [None] * len(ids), logs, kinds)
 
     def walk(self, place: Place | None, logits: np.ndarray) -> list[int]:
-        """Adds to the text the ids that the backbone takes, and the id after them -> their rows."""
+        """Adds to the text what the backbone takes, and the id after it -> their rows."""
         path, won = [], 0
         while place is not None and place.row >= 0:
             path.append(place.row)
@@ -2776,7 +2779,7 @@ class Generator:
 
 
 def looping(text: str) -> float:
-    """Share of a text that repeats the text some ids before, for twice as many ids, at least 8."""
+    """Share of a text that repeats the text some ids before, for twice as many, at least 8."""
     ids = np.array(list(map(ord, text)))
     found = np.zeros(len(text), bool)
     for period in range(1, len(ids) // 3 + 1):
@@ -2838,7 +2841,7 @@ def own_prompts() -> dict[str, bytes]:
 
 
 def read_prompts(args: Hyperparameters) -> dict[str, bytes]:
-    """{name: prompt} of GENERATE: a text, a file, a folder of files or JSON; else `own_prompts`."""
+    """{name: prompt} of GENERATE: a text, a file, a folder, JSON; else `own_prompts`."""
     if not args.generate:
         return own_prompts()
     path, found = Path(args.generate), {"prompt": os.fsencode(args.generate)}
@@ -2883,7 +2886,7 @@ def generate(args: Hyperparameters, runtime: Runtime, folder: Path) -> int:
 
 
 def bench(model: GPT, prompts: dict[str, list[int]], runtime: Runtime, log: Log) -> int:
-    """bench.json: each prompt greedy and at temperature 1; exit code 1 if drafts change a text."""
+    """bench.json: prompts greedy and at temperature 1; exit code 1 if drafts change a text."""
     args, found, summary = model.args, {}, {}
     for speculate in (False, True):  # outside the clock
         Generator(model, next(iter(prompts.values())), 0, speculate, 0.0).write(8)
@@ -2925,14 +2928,6 @@ def run_folder(args: Hyperparameters) -> Path:
     return Path(args.runs_path) / args.run_id
 
 
-@check
-def check_calibration(args: Hyperparameters) -> None:
-    limited = args.quant_round == "gptq" and args.max_wallclock_seconds and not args.eval_only
-    untimed = limited and not args.warmup_steps
-    forbid(untimed, args, "quant_round max_wallclock_seconds warmup_steps",
-           "gptq with a time limit needs WARMUP_STEPS >= 1: warm-up times the calibration")
-
-
 class Trainer:
     """All that a checkpoint holds, and one step of training."""
 
@@ -2946,10 +2941,6 @@ class Trainer:
         self.model.init_weights(args.seed)
         self.model.to(runtime.device)
 
-        self.losses, self.logits = training_losses, scoring_logits
-        if runtime.compile:
-            self.losses = torch.compile(self.losses, dynamic=False)
-            self.logits = torch.compile(self.logits, dynamic=False)
         self.loader_state = None
         self.signal = 0
         self.step, self.seconds, self.best = 0, 0.0, math.inf  # resumed runs included
@@ -2964,7 +2955,7 @@ class Trainer:
 
     def micro_step(self, ids: Tensor, weights: Tensor, term_weights: dict, aux_inputs) -> dict:
         """Forward and backward; gradients add up to those of the global batch's mean."""
-        sums = self.losses(self.model, ids, weights, aux_inputs)
+        sums = self.model.losses(ids, weights, aux_inputs)
         loss = self.args.token_weight * sums["ce"] / (self.plan.rows * self.args.train_seq_len)
         for name, weight in term_weights.items():
             if weight and name in sums:
@@ -2972,12 +2963,13 @@ class Trainer:
         loss.backward()
         return {name: value.detach() for name, value in sums.items()}
 
-    def train_step(self, ids: Tensor, weights: Tensor, progress: float) -> dict[str, Tensor]:
-        """One optimizer step on a global batch; returns this rank's share of each summed term."""
-        term_weights, aux_inputs = {}, None
+    def train_step(self, ids: Tensor, weights: Tensor, progress: float, aux_inputs=None) -> dict:
+        """One optimizer step on a global batch -> {term: this rank's sum}."""
+        term_weights = {}
         if self.model.aux is not None:
             term_weights |= self.model.aux.weights(progress)
-            aux_inputs = self.model.aux.inputs(self.step, self.runtime.device)
+            if aux_inputs is None:  # the loader draws them ahead
+                aux_inputs = self.model.aux.inputs(self.step, self.runtime.device)
         parts = [self.micro_step(*batch, term_weights, aux_inputs) for batch in zip(ids, weights)]
         norm = self.optimizers.reduce()
         self.optimizers.step(self.step, progress, norm)
@@ -2987,43 +2979,35 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compiles every shape on made-up ids, then puts everything back bit for bit."""
-        if not self.args.warmup_steps:
-            return
+        args, runtime = self.args, self.runtime
         kept = [p.detach().clone() for p in self.model.parameters()]
-        try:
-            self.try_shapes()
-        except Exception as error:  # whatever the compiler refused runs without it
-            if not self.runtime.compile:
-                raise
-            self.log(f"compile: failed ({type(error).__name__}), running eager")
-            self.losses, self.logits = training_losses, scoring_logits
-            self.try_shapes()
+        shape = (self.plan.micro_steps, self.plan.groups * self.plan.group, args.train_seq_len + 1)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator)
+        batch = ids.to(runtime.device), torch.ones(shape[:2], device=runtime.device)
+
+        if runtime.compile:
+            runtime.compile_by(lambda: self.try_shapes(*batch), self.log)
+        for _ in range(args.warmup_steps):
+            self.model.zero_grad()
+            self.train_step(*batch, 0.0)
+        if args.quant_round == "gptq" and args.max_wallclock_seconds:
+            for _ in range(2):  # the second time is the one to go by
+                start = time.perf_counter()
+                self.moments(1)
+                seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
+            self.reserve, = runtime.from_main([seconds])
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), kept)
         self.model.zero_grad()
         self.fresh_optimizers()
 
-    def try_shapes(self) -> None:
-        args, device = self.args, self.runtime.device
-        generator = torch.Generator().manual_seed(0)
-        rows = self.plan.groups * self.plan.group
-        shape = (self.plan.micro_steps, rows, args.train_seq_len + 1)
-        for _ in range(args.warmup_steps):
-            ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator)
-            ids = ids.to(device)
-            self.train_step(ids, torch.ones(shape[:2], device=device), 0.0)
-        # scoring shapes: one window, and the sliding ones
-        length = args.eval_seq_len
-        for stride in sorted({length, args.eval_stride}):
-            plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
-            list(scored(self.model, np.full(2, BOS_ID), plan, self.logits))
-        if args.quant_round == "gptq":
-            for _ in range(2):  # the second time is the one to go by
-                start = time.perf_counter()
-                moments = self.input_moments(ids, {})
-                moments["tok_emb.weight"].sum().item()  # waits for the device
-                seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
-                self.reserve, = self.runtime.from_main([seconds])
+    def try_shapes(self, ids: Tensor, weights: Tensor) -> None:
+        """Meets every shape of a step and of a score, without a collective."""
+        aux = self.model.aux
+        aux_inputs = None if aux is None else aux.inputs(0, self.runtime.device)
+        sum(self.model.losses(ids[0], weights[0], aux_inputs).values()).backward()
+        try_scoring(self.model)
 
     @torch.no_grad()
     def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -3040,22 +3024,33 @@ class Trainer:
             if names := [f"{path}.{part}weight" for part in readers.get(type(module), ())]:
                 hook = lambda _, inputs, names=names: add(names, inputs[0])  # noqa: E731
                 hooks.append(module.register_forward_pre_hook(hook))
+        compiled, piece.compiled = piece.compiled, False  # a graph would not call the hooks
         for ids in batch:
             add(["tok_emb.weight"], self.model.hidden(ids[:, :-1], self.model.rotary_train))
+        piece.compiled = compiled
         for hook in hooks:
             hook.remove()
         return sums
 
-    def calibrate(self) -> dict[str, np.ndarray]:
-        """Hessians for GPTQ from the next GPTQ_BATCHES training batches, on the training clock."""
-        start, sums = time.perf_counter(), {}
-        batches = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
-        for _ in range(self.args.gptq_batches):
-            ids, _, _ = batches.next()
+    def moments(self, batches: int) -> dict[str, np.ndarray]:
+        """`input_moments` of the next `batches` training batches, of all ranks."""
+        loader = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
+        sums: dict[str, Tensor] = {}
+        for _ in range(batches):
+            ids, _, _ = loader.next()
             self.input_moments(ids.to(self.runtime.device), sums)
-        sums = {name: self.runtime.all_reduce(total) for name, total in sums.items()}
+        return {name: self.runtime.all_reduce(total).cpu().numpy() for name, total in sums.items()}
+
+    def calibrate(self) -> dict[str, np.ndarray]:
+        """Hessians for GPTQ, on the training clock; none for a tensor whose inputs overflow."""
+        start = time.perf_counter()
+        found = self.moments(self.args.gptq_batches)
         self.seconds, = self.runtime.from_main([self.seconds + time.perf_counter() - start])
-        return {name: total.cpu().numpy() for name, total in sums.items()}
+        for name in list(found):
+            if not np.isfinite(found[name]).all():
+                self.log(f"warning: {name}: inputs are not finite, rounded to the nearest")
+                del found[name]
+        return found
 
     def progress(self) -> float:
         """Share of the run that is done, of the steps or of the seconds. Twice the slowest of late
@@ -3067,10 +3062,10 @@ class Trainer:
         return min(1.0, max(by_steps, by_time))
 
     def agree_on_time(self, now: float) -> None:
-        """Takes rank 0's clock and signal; raises Stopped on every rank at the same step."""
+        """Takes the latest clock and any rank's signal; all stop at the same step."""
         slowest = max(now - self.seconds, 0.99 * self.slowest)
-        agreed = self.runtime.from_main([now, slowest, float(self.signal)])
-        self.seconds, self.slowest, stop = agreed
+        mine = torch.tensor([now, slowest, self.signal], dtype=torch.float64)
+        self.seconds, self.slowest, stop = self.runtime.all_reduce(mine, dist.ReduceOp.MAX).tolist()
         if stop:
             self.write_steps()
             raise Stopped(int(stop))
@@ -3086,13 +3081,14 @@ class Trainer:
         def due(every: int) -> bool:
             return every > 0 and self.step % every == 0
 
-        with contextlib.closing(loader.prefetch(runtime.device)) as batches:
+        loading = loader.prefetch(runtime.device, self.model.aux, self.step)
+        with contextlib.closing(loading) as batches:
             while True:
                 self.agree_on_time(time.perf_counter() - started)
                 if (progress := self.progress()) >= 1.0:
                     break
-                ids, weights, state = next(batches)
-                terms = self.train_step(ids, weights, progress)
+                ids, weights, aux_inputs, state = next(batches)
+                terms = self.train_step(ids, weights, progress, aux_inputs)
                 self.step, self.loader_state = self.step + 1, state
                 bad = first_bad.clamp(max=self.step)
                 first_bad = torch.where(terms["ce"].isfinite(), first_bad, bad)
@@ -3187,9 +3183,7 @@ class Trainer:
         tensors = {f"model.{key}": p for key, p in self.model.named_parameters()}
         names = [key.replace("model", "ema", 1) for key in tensors]
         tensors |= dict(zip(names, self.ema.average))
-        tensors |= {**self.optimizers.state(), "rng.cpu": torch.get_rng_state()}
-        if self.runtime.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.runtime.device)
+        tensors |= self.optimizers.state()
 
         for key, value in tensors.items():  # a loss tells only of the weights before its step
             if value.is_floating_point() and not torch.isfinite(value).all():
@@ -3213,9 +3207,6 @@ class Trainer:
                 p.copy_(state[f"model.{key}"])
                 average.copy_(state[f"ema.{key}"])
         self.optimizers.load_state(state)
-        torch.set_rng_state(state["rng.cpu"])
-        if "rng.cuda" in state and self.runtime.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng.cuda"], self.runtime.device)
         for key in self.CHECKPOINTED:
             setattr(self, key, meta[key])
         self.log(f"resume:{path} step:{self.step} train_time:{1e3 * self.seconds:.0f}ms")
@@ -3241,6 +3232,9 @@ def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: d
         log(line)
     log("settings " + json.dumps(args.settings()), console=False)
     log("data " + json.dumps(fingerprint))
+    runtime.from_main([0.0])  # rank 0 has written by now
+    if not (run_folder(args) / "log.txt").exists():
+        raise UserError(f"RUNS_PATH={args.runs_path}: rank 0's log is not here; share the folder")
 
 
 def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
@@ -3287,13 +3281,9 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
     plan, params = trainer.plan, sum(p.numel() for p in trainer.model.parameters())
     log(f"model_params:{params} world_size:{runtime.world_size} micro_steps:{plan.micro_steps} "
         f"micro_batch_rows:{plan.groups * plan.group} seed:{args.seed}")
-    sizes, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
-    log(f"size_plan:{sum(sizes.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
-        + " ".join(f"{kind}:{size}" for kind, size in sizes.items()))
     # compile off the clock, then train
     with runtime.clock("warm-up"):
         trainer.warm_up()
-    evaluator.logits = trainer.logits
     run_until_done(trainer, evaluator)
     # score the weights as they are, then their average
     with runtime.clock("validation"):
@@ -3311,10 +3301,15 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
 def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
                    evaluator: Evaluator) -> None:
     """Reloads the artifact into a new model and prints the final lines."""
-    model = load(path, runtime.device, args, runtime.dtype, runtime.attention)
+    with runtime.clock("evaluation"):
+        model = load(path, runtime.device, args, runtime.dtype, runtime.attention)
+    if runtime.compile:
+        with runtime.clock("warm-up"):  # little after training, whose graphs are there
+            runtime.compile_by(lambda: try_scoring(model), evaluator.log)
     label = f"final_int{args.bits_by_class['mlp']}"
-    evaluator.report(f"{label}_roundtrip", model)
-    evaluator.report(f"{label}_sliding", model, args.eval_stride)
+    with runtime.clock("evaluation"):
+        evaluator.report(f"{label}_roundtrip", model)
+        evaluator.report(f"{label}_sliding", model, args.eval_stride)
 
 
 def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluator,
@@ -3352,11 +3347,12 @@ def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(Hyperparameters.help())
         return 0
-    runtime = None
+    me = ""  # of several ranks, which one speaks
     try:
         if sys.argv[1:]:
             raise UserError(f"{sys.argv[1]!r}: settings are environment variables, see --help")
         args = Hyperparameters(os.environ)
+        me = f"rank {args.rank}: " if args.world_size > 1 else ""
         if args.eval_gate:
             return judge()
         if args.eval_only or args.generate or args.generate_bench:
@@ -3368,7 +3364,7 @@ def main() -> int:
         args.run_id = args.run_id or f"{stamp}-seed{args.seed}"
         if args.generate or args.generate_bench:
             return generate(args, runtime, run_folder(args))
-        runtime.attention = pick_attention(args, runtime.device, runtime.dtype)
+        runtime.attention = pick_attention(args, runtime)
         data = Dataset(args, verify=runtime.main)
         log = Log(run_folder(args) if runtime.main else None)
         fingerprint = data.fingerprint()
@@ -3379,13 +3375,16 @@ def main() -> int:
         summary = {"artifact": args.artifact, "dataset": fingerprint}
         if not args.eval_only:
             summary |= train(args, data, runtime, log, evaluator)
-        with runtime.clock("evaluation"):
-            score_artifact(summary["artifact"], args, runtime, evaluator)
+        score_artifact(summary["artifact"], args, runtime, evaluator)
         return finish(args, runtime, log, evaluator, summary) if runtime.main else 0
     except UserError as error:
-        if runtime is None or runtime.main:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"{me}error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or me and "Connection" in str(error)):
+            raise
+        print(f"{me}stopped, since another rank has ended", file=sys.stderr)
+        return 1
     except Stopped as stopped:
         return 128 + stopped.args[0]
     finally:

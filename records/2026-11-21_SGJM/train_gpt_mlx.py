@@ -214,7 +214,7 @@ class Hyperparameters:
                   "step = k * std / top: the size knob")
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
     gptq_batches = Var(4, "training batches for these", 1)
-    compressor = Var("auto", "auto keeps the smallest", choices=("auto", "rans", "lzma"))
+    compressor = Var("auto", "auto: rans if it is installed", choices=("auto", "rans", "lzma"))
     artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit", 0)
 
     _evaluation = "Evaluation"
@@ -902,7 +902,7 @@ def tensor_class(name: str) -> str:
 
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
-    """(bits, axis of a step's slice: the last); (0, 0): stays fp16."""
+    """(bits, axis of a step's slice: the last); (0, 0): fp16."""
     if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR:
         return 0, 0
     return args.bits_by_class[tensor_class(name)], len(shape) - 1
@@ -1918,7 +1918,7 @@ def fresh_counts(top: int) -> np.ndarray:
 
 
 def code_slices(block: np.ndarray, contexts: np.ndarray, counts: np.ndarray, top, code) -> None:
-    """Codes slices (slices, places) of a plane, CHUNK places at a time, each context as one run."""
+    """Codes (slices, places) of a plane, a context of each CHUNK as one run."""
     for left in range(0, block.shape[1], CHUNK):
         here = contexts[left : left + CHUNK]
         for context in np.unique(here):
@@ -1986,13 +1986,11 @@ def rans_decode(blob: bytes, layout: list[Plane]) -> bytes:
     return raw.tobytes()
 
 
-def compressors() -> dict[str, tuple]:
-    """{name: (compress, decompress)}, installed ones; both take bytes and the payload's layout."""
-    found = {"lzma": (lambda raw, _: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
-                      lambda blob, _: lzma.decompress(blob))}
-    if constriction:
-        found["rans"] = rans_encode, rans_decode
-    return found
+COMPRESSORS = {  # (compress, decompress), of bytes and the layout of the payload
+    "rans": (rans_encode, rans_decode),
+    "lzma": (lambda raw, _: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+             lambda blob, _: lzma.decompress(blob)),
+}
 
 
 def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
@@ -2029,18 +2027,13 @@ def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> 
             codes.append(np.moveaxis(q, axis, -1).tobytes())
         halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
     raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
-    # the smallest of the coders that are allowed
-    there = compressors()
-    wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
-    names = [name for name in sorted(there) if wanted in ("auto", name)]
-    if not names:
-        raise UserError(f"COMPRESSOR={wanted} is not installed; use {' or '.join(sorted(there))}")
-    blobs = {name: there[name][0](raw, planes(entries)) for name in names}
-    name = min(names, key=lambda name: len(blobs[name]))
+
+    name = "rans" if constriction and args.compressor != "lzma" else "lzma"
+    payload = COMPRESSORS[name][0](raw, planes(entries))
     header = {"config": args.shipped(), "tensors": entries, "compressor": name}
     header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little")
-    body += header + blobs[name]
+    body += header + payload
     return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body
 
 
@@ -2077,9 +2070,9 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     # all that a damaged file can break
     try:
         header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
-        if header["compressor"] not in compressors():
-            raise UserError(f"{path}: packed with {header['compressor']}, which is not installed")
-        _, decompress = compressors()[header["compressor"]]
+        if header["compressor"] == "rans" and not constriction:
+            raise UserError(f"{path}: packed by rANS: `pip install constriction` reads it")
+        _, decompress = COMPRESSORS[header["compressor"]]
         raw = decompress(body[6 + length :], planes(header["tensors"]))
         return header, unpack_tensors(header["tensors"], raw)
     except UserError:
@@ -2351,9 +2344,8 @@ class Draft:
     """A node of the speculation graph: `ids` drafted to follow `parent`, None for the text; as in
     that, an id is a character. `start` is the length of its true prefix.
 
-    Of each id: the law that it was drawn with (V,), None without chance; the drafter's
-    log-probability; its kind, the key of `Generator.rates`. Of its end: what judge and verifier
-    think of it, and its signature."""
+    Of each id: the law that it was drawn with (V,), or None; the drafter's log-probability; its
+    kind, the key of `Generator.rates`. Of its end: what the heads think of it, its signature."""
 
     def __init__(self, parent: Draft | None, start: int, ids: str, laws: list, logs: list[float],
                  kinds: list[tuple[str, int]], bonus: float = 0.0, bits: int | None = None):
@@ -2496,8 +2488,7 @@ def repeated(text: str, limit: int) -> tuple[int, str]:
 
 
 def chosen(p: np.ndarray, offers: list[tuple], rng: np.random.Generator) -> int:
-    """An id with probabilities p (V,), one of `offers` if it can be: (id, law, ...) in the order of
-    drawing.
+    """An id with probabilities p (V,), one of `offers` if it can be: (id, law, ...), as drawn.
 
     Rejection, offer by offer (Leviathan et al. 2023; for trees Miao et al. 2024): x, drawn with q,
     is taken with probability min(1, p(x) / q(x)); else p becomes (p - q)+, normalised. The law of a
@@ -2596,7 +2587,7 @@ class Generator:
         self.taken[: len(path)] += 1
 
     def plan(self, most: int) -> list[Place]:
-        """The places that a pass for at most `most` ids reads, by rows: the last id, and drafts."""
+        """What a pass for at most `most` ids reads, by rows: the last id, and drafts."""
         args, length = self.args, len(self.text)
         ends = [draft.end for draft in self.graph.alive if draft.kinds[0][0] == "suffix"]
         if self.suffix and most > 1 and max(ends, default=0) < length + args.draft_budget // 2:
@@ -2625,7 +2616,7 @@ class Generator:
         return root
 
     def rows(self, root: Place, drafts: list[Draft], most: int) -> list[Place]:
-        """Gives rows to the root and to places of drafts that are likely enough to be worth it."""
+        """Gives rows to the root and to places that are likely enough."""
         args, length = self.args, len(self.text)
         root.row, read = 0, [root]
         room = min(args.draft_budget + 1, self.window - self.past.length)
@@ -2677,7 +2668,7 @@ class Generator:
             self.graph.add(parent, len(text), ids, [None] * len(ids), logs, kinds)
 
     def walk(self, place: Place | None, logits: np.ndarray) -> list[int]:
-        """Adds to the text the ids that the backbone takes, and the id after them -> their rows."""
+        """Adds to the text what the backbone takes, and the id after it -> their rows."""
         path, won = [], 0
         while place is not None and place.row >= 0:
             path.append(place.row)
@@ -2702,7 +2693,7 @@ class Generator:
 
 
 def looping(text: str) -> float:
-    """Share of a text that repeats the text some ids before, for twice as many ids, at least 8."""
+    """Share of a text that repeats the text some ids before, for twice as many, at least 8."""
     ids = np.array(list(map(ord, text)))
     found = np.zeros(len(text), bool)
     for period in range(1, len(ids) // 3 + 1):
@@ -2764,7 +2755,7 @@ def own_prompts() -> dict[str, bytes]:
 
 
 def read_prompts(args: Hyperparameters) -> dict[str, bytes]:
-    """{name: prompt} of GENERATE: a text, a file, a folder of files or JSON; else `own_prompts`."""
+    """{name: prompt} of GENERATE: a text, a file, a folder, JSON; else `own_prompts`."""
     if not args.generate:
         return own_prompts()
     path, found = Path(args.generate), {"prompt": os.fsencode(args.generate)}
