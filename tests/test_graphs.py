@@ -241,6 +241,16 @@ def test_the_rank_that_fails_speaks_and_the_others_end_with_one_line(driven):
     assert "[rank0]: Traceback" not in output and "[rank1]: Traceback" not in output
 
 
+def test_ranks_that_do_not_share_a_folder_end_at_once(driven):
+    patch = """
+if second:
+    os.environ["RUNS_PATH"] += "/elsewhere"
+"""
+    code, output, metrics = driven(patch)
+    assert code != 0 and metrics is None and "step:1/" not in output, output
+    assert re.search(r"^rank 1: error: RUNS_PATH=.*/elsewhere: rank 0's log is not here", output, re.M), output
+
+
 def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(driven, tmp_path):
     code, output, metrics = driven(SIGNAL, ITERATIONS="12")
     assert code != 0 and metrics is None and "stopped by SIGTERM at step 4" in output, output
