@@ -1,6 +1,7 @@
 """The record BiJEPAX: #2080's network against its formulas, its two
 heads, its quantiser, and adapters that learn a document at a time."""
 
+import functools
 import json
 import math
 from types import SimpleNamespace
@@ -587,21 +588,23 @@ def varlen_attention(q, k, v, cu_seqlens=None):
     return section.sdpa_attention(q, k, v, section.causal_mask(documents, q.size(1)))
 
 
-def test_warm_up_compiles_all_that_training_and_scoring_meet(monkeypatch, tmp_path):
+def test_warm_up_compiles_all_that_training_and_scoring_meet(monkeypatch, tmp_path, corpus):
     """Recurrence begins between the heads' start and their middle;
-    documents are many or few. No graph is made on the training clock."""
+    documents are many or few. No graph is made on the training clock. Adapters run eager."""
     graphs = torch._dynamo.utils.counters["stats"]
-    monkeypatch.setitem(section.ATTENTION, "fa2", varlen_attention)
-    args = tiny(LOOP_START=0.45, NUM_LAYERS=3, BIJEPAX_STRIDE=32)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(section.piece, "compiled", False)
+    monkeypatch.setattr(section, "attention_of", lambda rung: varlen_attention)
+    args = tiny(LOOP_START=0.45, NUM_LAYERS=3, BIJEPAX_STRIDE=32, COMPILE=1)
     runtime = section.Runtime(args)
     runtime.attention = "fa2"
     trainer = section.Trainer(args, None, runtime, section.Log(None))
     torch._dynamo.reset()
-    trainer.losses, trainer.logits = (
-        torch.compile(f, dynamic=False, backend="eager") for f in (trainer.losses, trainer.logits)
-    )
+    graphs.clear()
     trainer.warm_up()
     known = graphs["unique_graphs"]
+    # ids, a lane and two, a skip, heads, nats; no heads in a score, but two lengths of a stride
+    assert section.piece.compiled and known == 12
     for progress in (0.0, 0.36, 0.45, 0.9):
         for documents in (2, 300):
             ids = batch(8)[None]
@@ -613,8 +616,10 @@ def test_warm_up_compiles_all_that_training_and_scoring_meet(monkeypatch, tmp_pa
     loaded = section.load(tmp_path / "model.bin", "cpu", args, runtime.dtype, runtime.attention)
     for stride in (args.eval_seq_len, args.eval_stride):
         plan = section.WindowPlan(args.eval_seq_len, stride, 32)
-        list(section.scored(loaded, batch(1, length=700)[0].numpy(), plan, trainer.logits))
-    assert graphs["unique_graphs"] == known
+        list(section.scored(loaded, batch(1, length=700)[0].numpy(), plan))
+    args.ttt = "lora"
+    list(section.scored(loaded, text(corpus), plan, section.TestTimeTraining(loaded)))
+    assert section.piece.compiled and graphs["unique_graphs"] == known
     torch._dynamo.reset()
 
 

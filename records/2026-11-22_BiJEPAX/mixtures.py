@@ -121,7 +121,7 @@ def distilled(script, args, artifact: str, ids: np.ndarray, samples: int):
     """(what the mixture keeps of the network (targets, width), {sampled target: log-probabilities}, seconds).
     """
     runtime = script.Runtime(args)
-    attention = script.pick_attention(args, runtime.device, runtime.dtype)
+    attention = script.pick_attention(args, runtime)
     model = script.load(artifact, runtime.device, args, runtime.dtype, attention)
     found, count = script.Mixture(args), len(ids) - 1
     wanted = {*np.linspace(count // 2, count - 1, samples, dtype=int).tolist()} if samples else set()

@@ -11,9 +11,9 @@ Run:    python train_gpt.py --help                             every variable an
         RESUME=auto RUN_ID=name torchrun ...                   go on from runs/name/last.safetensors
         EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py          only score an artifact
 
-The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs
-torch, numpy and safetensors, the mixture (PPM_WEIGHT=1) numba, and uses constriction,
-sentencepiece, tqdm and FlashAttention if they are installed.
+The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits.
+It needs torch, numpy and safetensors, and numba for the mixture (PPM_WEIGHT=1); constriction,
+sentencepiece and FlashAttention may be there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import bisect
 import contextlib
 import ctypes
 import difflib
+import functools
 import hashlib
 import importlib
 import json
@@ -30,7 +31,6 @@ import math
 import os
 import platform
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +48,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+# torch 2.13 gave two collectives new names, and warns of the old ones
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 constriction = None  # without it, LZMA takes the place of rANS
 with contextlib.suppress(ImportError):
@@ -59,8 +64,7 @@ with contextlib.suppress(ImportError):
 
 
 class UserError(Exception):
-    """A mistake in the environment or a file: `main` prints it as one line and exits with code 2.
-    """
+    """A mistake in a setting or a file: one line and exit code 2."""
 
 
 class Var:
@@ -203,13 +207,13 @@ class Hyperparameters:
     awq_groups = Var(1, "groups of 64 salient columns with 8 bits (#1908)", 0)
     lqer_top_k = Var(1, "worst matrices, corrected by a product (#1797)", 0)
     lqer_rank = Var(4, "inner width of these products", 1)
-    compressor = Var("auto", "auto keeps the smallest", choices=("auto", "rans", "lzma"))
+    compressor = Var("auto", "auto: rans if it is installed", choices=("auto", "rans", "lzma"))
     artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit", 0)
 
     _evaluation = "Evaluation"
     eval_seq_len = Var(0, "window length; 0 = TRAIN_SEQ_LEN", 0, ship="eval")
     eval_stride = Var(512, "targets a window of the sliding pass", 1, ship="eval")
-    eval_batch_tokens = Var(0, "tokens a forward; 0 = DEVICE_BATCH_TOKENS", 0)
+    eval_batch_tokens = Var(0, "tokens a forward; 0 = as training, up to 32768", 0)
     val_bytes = Var(0, "validates only on this prefix; 0 = all", 0)
     val_loss_every = Var(0, "steps between validations; 0 = only at the end", 0)
     eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
@@ -244,9 +248,9 @@ class Hyperparameters:
     train_log_every = Var(200, "steps between log lines, after the first ten", 1)
     device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
     dtype = Var("auto", "of activations; weights are fp32", choices=("auto", "fp32", "bf16"))
-    compile = Var("auto", "auto: on GPUs, and on CPUs when it pays", choices=("auto", "0", "1"))
-    attention = Var("auto", "first rung of the ladder",
-                    choices=("auto", "fa3", "fa2", "flex", "cpu", "sdpa", "math"))
+    compile = Var("auto", "auto: on GPUs that have triton", choices=("auto", "0", "1"))
+    attention = Var("auto", "auto: the fastest rung; else the first of the ladder",
+                    choices=("auto", "fa3", "fa2", "cpu", "sdpa", "math"))
     strict_env = Var(True, "refuse misspelt variables; 0 = only warn")
 
     _launcher = "Set by the launcher (torchrun)"
@@ -272,7 +276,7 @@ class Hyperparameters:
                "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
-        """Reads `environ`; `shipped`, settings in an artifact, replaces the defaults it names."""
+        """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
         environ = environ or {}
         self.warnings: list[str] = []
         self._refuse_retired_and_misspelt(environ)
@@ -292,7 +296,8 @@ class Hyperparameters:
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
-        self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
+        most = min(self.device_batch_tokens, 32768)  # eight ranks share a chunk of TTT evenly
+        self.eval_batch_tokens = self.eval_batch_tokens or most
 
         if shipped or not self.eval_only:  # it needs an artifact's
             for function in CHECKS:
@@ -313,10 +318,8 @@ class Hyperparameters:
                 lines.append(f"  {item.name:<28} {default!s:<14} {told}")
             elif isinstance(item, str) and not name.startswith("__"):
                 lines.append(f"\n{item}")
-        lines.append("\nAccepted from older command lines, without effect")
-        for name, (off, why) in cls.RETIRED.items():
-            lines.append(f"  {name}={off.split()[0]:<24} {why}")
-        lines.append("  " + " ".join(cls.IGNORED))
+        old = " ".join([*cls.RETIRED, *cls.IGNORED])
+        lines.append(f"\nAccepted from older command lines where they mean off: {old}")
         return "\n".join(lines)
 
     def settings(self) -> dict:
@@ -376,8 +379,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def tune_allocator() -> None:
     """Keeps freed pages inside the process: fresh ones can dominate eager CPU runs (up to 7x).
-    On glibc: no mmap for large blocks, no trimming, one arena for all threads. Elsewhere: nothing.
-    """
+    On glibc: no mmap for large blocks, no trimming, one arena. Elsewhere: nothing."""
     mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # of malloc.h
     values = {mmap_max: 0, trim_threshold: -1, top_pad: 1 << 28, arena_max: 1}
     with contextlib.suppress(OSError, AttributeError):
@@ -386,9 +388,28 @@ def tune_allocator() -> None:
                 ctypes.CDLL("libc.so.6").mallopt(parameter, value)
 
 
+def piece(function):
+    """Marks a part of the network that compiles whole, once for all who call it.
+
+    `piece.compiled` switches all of them. Models share their graphs, and equal blocks do."""
+    @functools.cache
+    def compiled():
+        torch._dynamo.config.recompile_limit = 64  # kinds of blocks times shapes
+        return torch.compile(function, dynamic=False, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*args):
+        return (compiled() if piece.compiled else function)(*args)
+    return call
+
+
+piece.compiled = False
+
+
 @check
-def check_ranks(args: Hyperparameters) -> None:
+def check_launch(args: Hyperparameters) -> None:
     forbid(args.rank >= args.world_size, args, "rank world_size", "let torchrun set both")
+    forbid(args.resume == "auto" and not args.run_id, args, "resume run_id", "name the run")
 
 
 class Runtime:
@@ -401,8 +422,6 @@ class Runtime:
         self.clocks: dict[str, float] = {}  # seconds by phase
         self.notes: list[str] = []
         self.device = self._pick_device(args)
-        self.dtype = self._pick_dtype(args)
-        self.compile = self._pick_compile(args)
         self.attention = "sdpa"  # runs everywhere; `main` asks for the best rung
         if not constriction and args.compressor in ("auto", "rans"):
             self.notes.append("compressor: constriction is missing, LZMA instead of rANS")
@@ -414,8 +433,11 @@ class Runtime:
         if self.world_size > 1:
             if not args.master_addr:
                 raise UserError(f"WORLD_SIZE={args.world_size} but no MASTER_ADDR: use torchrun")
-            self.gloo = not (self.device.type == "cuda" and dist.is_nccl_available())
-            dist.init_process_group("gloo" if self.gloo else "cpu:gloo,cuda:nccl")
+            nccl = self.device.type == "cuda" and dist.is_nccl_available()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+        self.dtype = self._pick_dtype(args)
+        self.compile = self._pick_compile(args)
+        self.must_compile = args.compile == "1"
 
     def _pick_device(self, args: Hyperparameters) -> torch.device:
         seen = ["cuda"] if torch.cuda.is_available() else []
@@ -432,11 +454,24 @@ class Runtime:
             return {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
         if self.device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-        with contextlib.suppress(OSError):  # CPUs that multiply bf16
-            words = set(Path("/proc/cpuinfo").read_text().split())
-            native = self.device.type == "cpu" and words & {"amx_bf16", "avx512_bf16", "bf16"}
-            return torch.bfloat16 if native else torch.float32
-        return torch.float32
+        faster = self.device.type == "cpu" and self._bf16_is_faster(args.model_dim)
+        return torch.bfloat16 if faster else torch.float32
+
+    def _bf16_is_faster(self, dim: int) -> bool:
+        """Whether this CPU multiplies bf16 clearly faster: on some it is slower."""
+        words, rates = set(), []
+        with contextlib.suppress(OSError):
+            words |= set(Path("/proc/cpuinfo").read_text().split())
+        if not words & {"amx_bf16", "avx512_bf16", "bf16"}:
+            return False
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weight = (torch.ones(size, dim, dtype=dtype) for size in (2048, 2 * dim))
+            flop = 2 * x.numel() * len(weight)
+            seconds = Timer("x @ weight.T", globals=locals()).timeit(5).mean
+            rates.append(1e-9 * flop / seconds)
+        fp32, bf16 = self.from_main(rates)
+        self.notes.append(f"dtype: fp32 at {fp32:.0f} GFLOP/s, bf16 at {bf16:.0f}")
+        return bf16 > 1.3 * fp32
 
     def _pick_compile(self, args: Hyperparameters) -> bool:
         if args.compile != "auto":
@@ -446,9 +481,7 @@ class Runtime:
                 import triton  # noqa: F401
                 return True
             self.notes.append("compile: no triton, running eager")
-        # on CPUs 20-80 s of compilation against about 0.3 s a step saved on a small model
-        pays = self.device.type == "cpu" and args.iterations >= 275 and not args.eval_only
-        return pays and any(map(shutil.which, ("g++", "clang++")))
+        return False  # CPUs: half a minute or more against a quarter of a step's time
 
     @contextlib.contextmanager
     def clock(self, phase: str):
@@ -473,11 +506,27 @@ class Runtime:
         return tensor
 
     def from_main(self, values: list[float]) -> list[float]:
-        """Rank 0's numbers on every rank, through CPU memory: no decision waits for a GPU queue."""
+        """Rank 0's numbers on every rank, through CPU memory."""
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.broadcast(tensor, 0)
         return tensor.tolist()
+
+    def compile_by(self, attempt, log) -> None:
+        """Compiles by an `attempt` without collectives: on all ranks or, unless COMPILE=1, none."""
+        piece.compiled, failure = True, ""
+        try:
+            attempt()
+        except UserError:
+            raise
+        except Exception as error:  # a compiler may raise anything
+            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if self.all_reduce(torch.tensor(int(failure != "")), dist.ReduceOp.MAX):
+            failure = failure or "another rank failed"
+            if self.must_compile:
+                raise UserError(f"COMPILE=1: {failure}; COMPILE=0 runs eager")
+            log(f"compile: running eager ({failure})")
+            self.compile = piece.compiled = False
 
     def peak_memory_mb(self) -> float:
         if self.device.type == "cuda":
@@ -506,15 +555,6 @@ class Log:
         self(json.dumps(values), False, "metrics.jsonl")
 
 
-def progress_bar(items, total: int, name: str, show: bool):
-    """tqdm on a terminal, plain iteration elsewhere."""
-    if show:
-        with contextlib.suppress(ImportError):  # a bar is a comfort, not a need
-            from tqdm import tqdm
-            return tqdm(items, total=total, desc=name, disable=None, leave=False)
-    return items
-
-
 # -----------------------------------------------------------------------------
 # ATTENTION
 # -----------------------------------------------------------------------------
@@ -523,7 +563,7 @@ def progress_bar(items, total: int, name: str, show: bool):
 
 
 def causal_mask(docs: Tensor, queries: int) -> Tensor:
-    """docs (B, T), the document of each position -> (B, 1, queries, T) for the last `queries`."""
+    """docs (B, T), a position's document -> (B, 1, queries, T) for the last `queries`."""
     positions = torch.arange(docs.size(1), device=docs.device)
     same_document = docs[:, None, -queries:, None] == docs[:, None, None]
     return same_document & (positions[-queries:, None] >= positions)
@@ -547,79 +587,34 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
 
 
 QUERY_BLOCK = 128  # queries that the CPU's attention takes at a time
-KEPT_LENGTH = 1024  # longest row whose weights are kept: they grow with its square
-
-
-def query_blocks(x: Tensor, groups: int) -> list[Tensor]:
-    """x (B, H, T, n) -> for each block of queries (B * groups, H / groups * queries, n)."""
-    return [part.reshape(len(x) * groups, -1, x.size(3)) for part in x.split(QUERY_BLOCK, 2)]
-
-
-class BlockedAttention(torch.autograd.Function):
-    """Causal attention for CPUs: blocks of queries meet the keys up to their own end.
-
-    Weights are kept, so that the backward computes no score and no exponential again: for rows of
-    some hundred ids both ways are faster than torch's flash kernel, which recomputes."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q (B, H, T, d), k and v (B, K, T, d), mask (B, 1, T, T) or None -> (B, H, T, d)"""
-        batch, heads, length, dim = q.shape
-        kv_heads = k.size(1)
-        keys, values = k.flatten(0, 1), v.flatten(0, 1)
-        if mask is None:
-            mask = causal_mask(torch.zeros(1, length, device=q.device), length)
-        out, kept = [], []
-
-        for i, query in enumerate(query_blocks(q * dim**-0.5, kv_heads)):
-            stop = min((i + 1) * QUERY_BLOCK, length)
-            unseen = ~mask[:, :, None, i * QUERY_BLOCK : stop, :stop]  # (B, 1, 1, queries, keys)
-            scores = torch.bmm(query, keys[:, :stop].mT).float()
-            scores = scores.view(batch, kv_heads, heads // kv_heads, -1, stop)
-            weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
-            kept.append(weights.to(q.dtype).view(batch * kv_heads, -1, stop))
-            out.append(torch.bmm(kept[i], values[:, :stop]).view(batch, heads, -1, dim))
-
-        out = torch.cat(out, 2)
-        ctx.save_for_backward(q, k, v, out, *kept)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out, *kept = ctx.saved_tensors
-        batch, heads, _, dim = q.shape
-        kv_heads, scale = k.size(1), q.size(3) ** -0.5
-        keys, values = k.flatten(0, 1), v.flatten(0, 1)
-        grad_q = []
-        grad_k = torch.zeros_like(keys).float()
-        grad_v = torch.zeros_like(values).float()
-
-        # a softmax's gradient is its weights times (the gradient of them - this sum over keys)
-        shift = (grad.float() * out.float()).sum(-1, keepdim=True)
-        blocks = (query_blocks(x, kv_heads) for x in (q * scale, grad, shift))
-        for query, grad_out, query_shift, weights in zip(*blocks, kept):
-            stop = weights.size(2)
-            grad_scores = torch.bmm(grad_out, values[:, :stop].mT).float() - query_shift
-            grad_scores = (weights.float() * grad_scores).to(q.dtype)
-            part = torch.bmm(grad_scores, keys[:, :stop])
-            grad_q.append(part.view(batch, heads, -1, dim) * scale)
-            grad_k[:, :stop] += torch.bmm(grad_scores.mT, query)
-            grad_v[:, :stop] += torch.bmm(weights.mT, grad_out)
-        grad_k, grad_v = (x.to(q.dtype).view(k.shape) for x in (grad_k, grad_v))
-        return torch.cat(grad_q, 2), grad_k, grad_v, None
 
 
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The CPU's rung: blocks of queries, weights kept; torch's kernel for long rows."""
-    if q.size(1) > KEPT_LENGTH:
-        return sdpa_attention(q, k, v, mask)
-    return BlockedAttention.apply(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
+    """Causal attention for CPUs: blocks of queries meet the keys up to their own end.
+
+    The backward finds all weights kept, where torch's kernel computes them again."""
+    length, groups, dim = q.size(1), k.size(2), q.size(3)
+    if mask is None:
+        mask = causal_mask(torch.zeros(1, length, device=q.device), length)
+    keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))  # (B * K, T, d)
+    out = []
+
+    for query in (q * dim**-0.5).transpose(1, 2).split(QUERY_BLOCK, 2):
+        stop = min((len(out) + 1) * QUERY_BLOCK, length)
+        unseen = ~mask[:, :, None, stop - query.size(2) : stop, :stop]  # (B, 1, 1, queries, keys)
+        flat = query.unflatten(1, (groups, -1)).flatten(2, 3).flatten(0, 1)  # heads share keys
+        scores = torch.bmm(flat, keys[:, :stop].mT)
+        scores = scores.view(len(q), groups, -1, query.size(2), stop)
+        weights = scores.masked_fill(unseen, -torch.inf).softmax(-1).flatten(0, 1).flatten(1, 2)
+        out.append(torch.bmm(weights, values[:, :stop]).view(query.shape))
+    return torch.cat(out, 2).transpose(1, 2)
 
 
 def flash_attention(package: str):
     """FlashAttention 2 or 3; documents go through its kernel for rows of varying length."""
+    flash = importlib.import_module(package)  # here, since a graph would break at an import
+
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        flash = importlib.import_module(package)
         if cu_seqlens is None:
             out = flash.flash_attn_func(q, k, v, causal=True)
         else:
@@ -631,68 +626,90 @@ def flash_attention(package: str):
     return attend
 
 
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, block_mask=None) -> Tensor:
-    from torch.nn.attention import flex_attention as flex
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return flex.flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True).transpose(1, 2)
+FLASH = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}  # packages
+ATTENTION = {"cpu": cpu_attention, "sdpa": sdpa_attention, "math": math_attention}
 
 
-ATTENTION = {
-    "fa3": flash_attention("flash_attn_interface"), "fa2": flash_attention("flash_attn"),
-    "flex": flex_attention, "cpu": cpu_attention,
-    "sdpa": sdpa_attention, "math": math_attention,
-}
+@functools.cache
+def attention_of(rung: str):
+    """The function of a rung; ImportError where its package is missing."""
+    return flash_attention(FLASH[rung]) if rung in FLASH else ATTENTION[rung]
 
 
-@torch.compiler.disable
 def document_mask(rung: str, docs: Tensor):
     """What a rung needs to keep the documents apart; docs (B, T), the document of each position.
     For flash where each document begins (cu_seqlens), padded to a power of two so that shapes
-    repeat; for flex its block mask; else a mask (B, 1, T, T)."""
-    if rung in ("fa3", "fa2"):
+    repeat; else a mask (B, 1, T, T)."""
+    if rung in FLASH:
         begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)
         first = begins.flatten().nonzero().flatten().int()
         room = max(64, 1 << len(first).bit_length())
         cu_seqlens = F.pad(first, (0, room - len(first)), value=docs.numel())
         torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for all numbers
         return cu_seqlens
-    if rung == "flex":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def visible(row, _, query, key):
-            return (query >= key) & (docs[row, query] == docs[row, key])
-        rows, length = docs.shape
-        return create_block_mask(visible, rows, None, length, length, device=str(docs.device))
     return causal_mask(docs, docs.size(1))
 
 
-def agrees_with_math(rung: str, device: torch.device, dtype, dim: int, doc_mask: bool) -> bool:
-    """Whether a rung runs both ways here, with heads `dim` wide, and computes what `math` does."""
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, 128, n, dim, generator=generator).to(device, dtype) for n in (2, 1))
-    q.requires_grad_(True)
-    docs = (torch.arange(128, device=device)[None] - 1) // 50  # borders at 1, 51 and 101
-    mask, reference = (document_mask(name, docs) if doc_mask else None for name in (rung, "math"))
-    out = ATTENTION[rung](q, k, k, mask)
+def check_rung(rung: str, args: Hyperparameters, runtime: Runtime) -> None:
+    """Raises unless a rung runs both ways here and agrees with `math`."""
+    generator, dim = torch.Generator().manual_seed(0), args.model_dim // args.num_heads
+    q, k = (torch.randn(1, 128, heads, dim, generator=generator) for heads in (2, 1))
+    q, k = (x.to(runtime.device, runtime.dtype).requires_grad_() for x in (q, k))
+    docs = (torch.arange(128, device=runtime.device)[None] - 1) // 50  # begin at 1, 51 and 101
+    masks = (document_mask(name, docs) if args.doc_mask else None for name in (rung, "math"))
+    out = attention_of(rung)(q, k, k, next(masks))
+    wanted = math_attention(q, k, k, next(masks))
     out.sum().backward()
-    return torch.allclose(out.float(), math_attention(q, k, k, reference).float(), atol=3e-2)
+    torch.testing.assert_close(out.float(), wanted.float(), atol=3e-2, rtol=1e-5)
 
 
-def pick_attention(args: Hyperparameters, device: torch.device, dtype: torch.dtype) -> str:
-    """The first rung, from ATTENTION down, that works here."""
-    rungs = list(ATTENTION)
+def attention_seconds(rung: str, args: Hyperparameters, runtime: Runtime) -> float:
+    """Seconds of one layer's attention, both ways, in training on a GPU."""
+    rows = max(1, min(args.device_batch_tokens, args.train_batch_tokens) // args.train_seq_len)
+    dim, like = args.model_dim // args.num_heads, {"device": runtime.device, "dtype": runtime.dtype}
+    q, k, v = (torch.randn(rows, args.train_seq_len, heads, dim, **like).requires_grad_()
+               for heads in (args.num_heads, args.num_kv_heads, args.num_kv_heads))
+    attend = attention_of(rung)
+    if runtime.compile:  # which also shows that it fits in a graph
+        attend = torch.compile(attend, dynamic=False, fullgraph=True)
+
+    def both_ways() -> None:
+        out = attend(q, k, v)
+        torch.autograd.grad(out, (q, k, v), out)
+
+    return Timer("both_ways()", globals=locals()).timeit(5).mean  # waits for the GPU
+
+
+def best_rung(args: Hyperparameters, runtime: Runtime) -> str:
+    """From ATTENTION down the first that agrees with `math`; with `auto` on GPUs the fastest.
+    Not by the clock on CPUs, whose bits depend on it, or with documents: flash skips the rest."""
+    rungs = [*FLASH, *ATTENTION]
     first = 0 if args.attention == "auto" else rungs.index(args.attention)
-    gpu, bf16 = device.type == "cuda", dtype == torch.bfloat16
-    fits = {"fa3": gpu and bf16, "fa2": gpu and bf16, "flex": gpu and args.doc_mask,
-            "cpu": device.type == "cpu" and bf16,
-            "sdpa": True, "math": True}
-    dim = args.model_dim // args.num_heads
-    for rung in filter(fits.get, rungs[first:]):
-        with contextlib.suppress(Exception):  # no such package, a card that it refuses
-            if agrees_with_math(rung, device, dtype, dim, args.doc_mask):
-                return rung
-    rungs = ", ".join(rungs[first:])
-    raise UserError(f"ATTENTION={args.attention}: none of {rungs} runs on {device} in {dtype}")
+    gpu, bf16 = runtime.device.type == "cuda", runtime.dtype == torch.bfloat16
+    fits = {"fa3": gpu and bf16, "fa2": gpu and bf16, "cpu": not gpu and bf16}
+    timed = gpu and args.attention == "auto" and not args.doc_mask
+    seconds: dict[str, float] = {}
+    for rung in rungs[first:]:
+        if not fits.get(rung, True) or seconds and (not timed or rung == "math"):
+            continue
+        with contextlib.suppress(Exception):  # no package, a card that it refuses, no memory
+            check_rung(rung, args, runtime)
+            seconds[rung] = attention_seconds(rung, args, runtime) if timed else 0.0
+
+    if not seconds:
+        raise UserError(f"ATTENTION={args.attention}: no rung from there on runs here; use auto")
+    if timed:
+        table = ", ".join(f"{rung} {1e3 * taken:.2f} ms" for rung, taken in seconds.items())
+        runtime.notes.append(f"attention: a layer, both ways: {table}")
+    return min(seconds, key=seconds.get)
+
+
+def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
+    """Rank 0's `best_rung`, on every rank."""
+    rungs = [*FLASH, *ATTENTION]
+    choice = rungs.index(best_rung(args, runtime)) if runtime.main else 0
+    choice, = runtime.from_main([choice])
+    return rungs[int(choice)]
 
 
 # -----------------------------------------------------------------------------
@@ -714,8 +731,7 @@ def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
 
 
 def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.ndarray:
-    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then `count`
-    uint16 ids.
+    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then uint16 ids.
 
     The first `checked` ids (None: all) are held against the vocabulary at once."""
     size = path.stat().st_size
@@ -760,7 +776,7 @@ class Dataset:
         if verify:
             self._verify(args.verify_data)
         if len(self.val) < 2:
-            raise UserError(f"{self.val_files[0]}: {len(self.val)} ids leave no validation target")
+            raise UserError(f"{self.val_files[0]}: {len(self.val)} ids leave no target")
 
     def _read_manifest(self) -> dict:
         path = self.path / "manifest.json"
@@ -902,8 +918,7 @@ def check_batch(args: Hyperparameters) -> None:
 
 
 class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
-    """How a global batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group`
-    rows.
+    """How a batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group` rows.
 
     Ranks run the same shapes: slots beyond the batch repeat its first group with weight 0."""
 
@@ -972,8 +987,7 @@ class Loader:
         return rows
 
     def next(self) -> tuple[Tensor, Tensor, dict]:
-        """This rank's ids (micro_steps, rows, T + 1), weights (micro_steps, rows), next state.
-        """
+        """This rank's ids (micro_steps, rows, T + 1), weights, and the next state."""
         plan = self.plan
         rows = self._next_rows(plan.rows)
         shape = plan.micro_steps, plan.groups * plan.group
@@ -1167,6 +1181,7 @@ class BiJEPAX(nn.Module):
         """Whether a step's losses need the terms."""
         return self.weights(progress)["bijepax"] > 0
 
+    @piece
     def forward(self, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """States x (B, T, D) of ids (B, T) -> terms (B,): the loss, and that of the best single
         direction for all targets of a row."""
@@ -1217,7 +1232,7 @@ def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Half-split rotary on the first dimensions of x (B, T, H, d); rotary as of `rotary_tables`."""
+    """Half-split rotary on x (B, T, H, d), by `rotary_tables`."""
     cos, sin = rotary
     half = rotary.size(-1)
     a = x[..., :half].float()
@@ -1272,7 +1287,7 @@ class CausalSelfAttention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(args.num_heads, args.gate_window))
         self.gate_scale = args.gate_scale
         self.exclude_self = layer >= args.num_layers - args.xsa_last_n
-        self.attend = ATTENTION[attention]
+        self.attend = attention_of(attention)
 
     def forward(self, x: Tensor, rotary: Tensor, mask=None, past: KVCache | None = None) -> Tensor:
         weight = torch.cat([layer.weight for layer in (self.c_q, self.c_k, self.c_v)])
@@ -1317,20 +1332,21 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(args.model_dim))
         mix = torch.tensor([[1.0], [0.0]]).repeat(1, args.model_dim)
         self.resid_mix = nn.Parameter(mix)
-        self.ln_scale = (layer + 1) ** -0.5 if args.ln_scale else 1.0
         lanes = layer >= args.parallel_start
         self.lane_keep = nn.Parameter(torch.full((2,), 1.1)) if lanes else None
         self.lane_gain = nn.Parameter(torch.ones(2, 2)) if lanes else None  # (from, to)
 
-    def forward(self, x: Tensor, lane: Tensor | None, x0: Tensor, rotary: Tensor, mask,
-                past: KVCache | None) -> tuple[Tensor, Tensor | None]:
-        """One stream x (B, T, D), or two: attention reads x, the MLP the lane (#1529)."""
+    @piece
+    def forward(self, x: Tensor, lane: Tensor | None, x0: Tensor, scale: Tensor, rotary: Tensor,
+                mask, past: KVCache | None) -> tuple[Tensor, Tensor | None]:
+        """One stream x (B, T, D), or two: attention reads x, the MLP the lane (#1529).
+        `scale` () of the inputs of both."""
         mix = self.resid_mix.to(x.dtype)
         mixed = mix[0] * x + mix[1] * x0
-        attended = self.attn(rms_norm(mixed) * self.ln_scale, rotary, mask, past)
+        attended = self.attn(rms_norm(mixed) * scale, rotary, mask, past)
         attended = self.attn_scale.to(x.dtype) * attended
         source = mixed + attended if lane is None else lane
-        out = self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(source) * self.ln_scale)
+        out = self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(source) * scale)
         if lane is None:
             return source + out, None
         keep, gain = self.lane_keep.to(x.dtype), self.lane_gain.to(x.dtype)
@@ -1353,6 +1369,12 @@ class SmearGate(nn.Module):
         return x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
 
 
+@piece
+def joined(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+    """x and a weighted skip (B, T, D), in shares of a learned gate a channel."""
+    return torch.lerp(weight.to(x.dtype) * skip, x, torch.sigmoid(gate).to(x.dtype))
+
+
 @check
 def check_network(args: Hyperparameters) -> None:
     wide = args.gate_window > args.model_dim
@@ -1373,8 +1395,7 @@ def routes(args: Hyperparameters) -> dict[bool, list[int]]:
 
 
 class GPT(nn.Module):
-    """The network: `losses` gives all loss terms of a batch in one forward, `logits` scores.
-    """
+    """The network: `losses` for training, `logits` for scoring."""
 
     def __init__(self, args: Hyperparameters, attention: str = "sdpa", dtype=torch.float32):
         super().__init__()
@@ -1389,17 +1410,20 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(skips, dim))
         self.skip_gates = nn.Parameter(torch.zeros(skips, dim))
         self.aux = BiJEPAX(args) if args.bijepax_enabled and args.hops else None
-        self.set_rotary()
+        self.set_tables()
 
-    def set_rotary(self) -> None:
-        """Tables for training and scoring windows, which may have different lengths."""
+    def set_tables(self) -> None:
+        """Rotary tables by use; what scales the inputs of each block."""
         for use in ("train", "eval"):
             tables = rotary_tables(getattr(self.args, f"{use}_seq_len"), self.args)
             self.register_buffer(f"rotary_{use}", tables, persistent=False)
+        power = -0.5 if self.args.ln_scale else 0.0
+        scales = [(i + 1) ** power for i in range(self.args.num_layers)]
+        self.register_buffer("ln_scales", torch.tensor(scales), persistent=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Small embeddings, orthogonal matrices, zero output projections: blocks are identity."""
+        """Small embeddings, orthogonal matrices, zero output projections."""
         generator = torch.Generator().manual_seed(seed)
         self.tok_emb.weight.normal_(0, self.args.tied_embed_init_std, generator=generator)
         for block in self.blocks:
@@ -1415,9 +1439,13 @@ class GPT(nn.Module):
 
     def embed_contexts(self, ids: Tensor, known: int) -> Tensor:
         """ids (B, T) -> normalised embeddings (B, T - known, D), from position `known` on."""
-        tail = ids[:, max(0, known - 1) :]  # an id reads the one before
-        x = rms_norm(self.smear(self.embed(tail), tail))
+        x = self.embed_rows(ids[:, max(0, known - 1) :])  # an id reads the one before
         return x[:, known - ids.size(1) :]
+
+    @piece
+    def embed_rows(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> normalised embeddings (B, T, D)."""
+        return rms_norm(self.smear(self.embed(ids), ids))
 
     def attention_mask(self, ids: Tensor, past: KVCache | None):
         """The `mask` of the attention rungs: None where plain causal attention is wanted."""
@@ -1430,19 +1458,19 @@ class GPT(nn.Module):
 
     def run_blocks(self, x: Tensor, rotary: Tensor, mask, past: KVCache | None) -> Tensor:
         """x (B, T, D) -> the same. U-Net: late runs take early ones' outputs, last first."""
-        x0, lane, skips = x, None, []
+        # views are tensors of their own: equal blocks share a graph
+        x0, lane, skips = x.view_as(x), None, []
         route = self.routes[self.looping]
         first_half = len(route) // 2
         for turn, layer in enumerate(route):
             if layer >= self.args.parallel_start and lane is None:
-                lane = x  # two lanes from here on
+                lane = x.view_as(x)  # two lanes from here on
             if turn >= first_half and skips:
                 i = turn - first_half
-                skip = self.skip_weights[i].to(x.dtype) * skips.pop()
-                x = torch.lerp(skip, x, torch.sigmoid(self.skip_gates[i]).to(x.dtype))
-            x, lane = self.blocks[layer](x, lane, x0, rotary, mask, past)
+                x = joined(x, skips.pop(), self.skip_weights[i], self.skip_gates[i])
+            x, lane = self.blocks[layer](x, lane, x0, self.ln_scales[layer], rotary, mask, past)
             if turn < first_half:
-                skips.append(x)
+                skips.append(x.view_as(x))
         return x if lane is None else 0.5 * (x + lane)
 
     def states(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
@@ -1462,7 +1490,7 @@ class GPT(nn.Module):
         return rms_norm(self.states(ids, rotary, past))
 
     def exported(self) -> dict[str, nn.Parameter]:
-        """Parameters that scoring needs, by name; those of training only stay out of artifacts."""
+        """Parameters that scoring needs, by name: an artifact holds no others."""
         named = self.named_parameters()
         return {name: p for name, p in named if not name.startswith("aux.")}
 
@@ -1472,27 +1500,29 @@ class GPT(nn.Module):
         cap = self.args.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
+    @piece
+    def nats(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Normalised states (B, T, D), targets (B, T) -> the nats of each (B, T)."""
+        nats = F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), reduction="none")
+        return nats.view(targets.shape)
+
     def losses(self, ids: Tensor, weights: Tensor, aux_inputs=None) -> dict[str, Tensor]:
-        """ids (B, T + 1), weights (B,) -> weighted sums: "ce", nats of all targets, other terms."""
+        """ids (B, T + 1), weights (B,) -> weighted sums: "ce" in nats, other terms."""
         x = self.hidden(ids[:, :-1], self.rotary_train)
         terms = self.aux(x, ids[:, :-1]) if aux_inputs else {}
-        logits, targets = self.head(x).flatten(0, 1), ids[:, 1:].flatten()
-        nats = F.cross_entropy(logits, targets, reduction="none")
-        sums = {"ce": (nats.view(len(ids), -1).sum(1) * weights).sum()}
+        sums = {"ce": (self.nats(x, ids[:, 1:]).sum(1) * weights).sum()}
         for name, value in terms.items():  # one value a group, whose weights are equal
             sums[name] = (value * weights.view(len(value), -1).mean(1)).sum()
         return sums
 
     def logits(self, ids: Tensor, first: Tensor, span: int) -> Tensor:
-        """fp32 (B, span, V) of positions first[b] ... first[b] + span - 1 in row b of ids (B, T).
-        """
-        x = self.hidden(ids, self.rotary_eval)
-        positions = first[:, None] + torch.arange(span, device=ids.device)
+        """fp32 (B, span, V), from position first[b] of each row b of ids (B, T)."""
+        return self.logits_from(self.hidden(ids, self.rotary_eval), first, span)
+
+    @piece
+    def logits_from(self, x: Tensor, first: Tensor, span: int) -> Tensor:
+        positions = first[:, None] + torch.arange(span, device=x.device)
         return self.head(x.gather(1, positions[..., None].expand(-1, -1, x.size(-1))).float())
-
-
-# Functions of the class: every model (trained, averaged, reloaded) shares one compiled graph.
-training_losses, scoring_logits = GPT.losses, GPT.logits
 
 
 # -----------------------------------------------------------------------------
@@ -1533,7 +1563,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 def gradients(params: list[nn.Parameter]) -> list[Tensor]:
-    """Gradients, zeros where no loss reached a parameter: ranks always exchange the same shapes."""
+    """Gradients, or zeros: ranks always exchange the same shapes."""
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
 
 
@@ -1562,12 +1592,11 @@ class Muon:
         for members, momentum in zip(self.stacks, self.momenta):
             spare = len(momentum) * self.runtime.world_size - len(members)
             full = torch.stack(gradients(members) + [torch.zeros_like(members[0])] * spare)
-            share = full.split(len(momentum))[self.runtime.rank]
-            if self.runtime.world_size > 1 and self.runtime.gloo:  # no reduce-scatter
-                self.pending.append(dist.all_reduce(full, async_op=True))
-            elif self.runtime.world_size > 1:
+            if self.runtime.world_size > 1:
                 share = torch.empty_like(momentum)
-                self.pending.append(dist.reduce_scatter_tensor(share, full, async_op=True))
+                self.pending.append(reduce_scatter(share, full, async_op=True))
+            else:
+                share = full
             self.shares.append(share)
 
     def square_norm(self) -> Tensor:
@@ -1595,7 +1624,7 @@ class Muon:
         if self.runtime.world_size == 1:
             return lambda: share
         full = share.new_empty(len(share) * self.runtime.world_size, *share.shape[1:])
-        work = dist.all_gather_into_tensor(full, share.contiguous(), async_op=True)
+        work = all_gather(full, share.contiguous(), async_op=True)
 
         def whole() -> Tensor:
             work.wait()
@@ -1694,8 +1723,7 @@ class Optimizers:
 
 
 class EMA:
-    """fp32 average of the weights; decay min(EMA_DECAY, (1 + t) / (10 + t)): it forgets the init.
-    """
+    """fp32 average of the weights; the decay min(EMA_DECAY, (1 + t) / (10 + t))."""
 
     def __init__(self, model: GPT, decay: float):
         self.decay = decay
@@ -1732,7 +1760,7 @@ Plane = namedtuple("Plane", "model top slices places period")
 
 
 def planes(entries: list) -> list[Plane]:
-    """Layout of the raw payload: quantised tensors, then low and high bytes of all fp16 numbers."""
+    """Layout of the payload: quantised tensors, then bytes of fp16 numbers."""
     found, halves = [], 0
     for name, shape, bits, axis in entries:
         slices = math.prod(shape) // (shape[axis] if bits else 1)
@@ -1755,7 +1783,7 @@ def fresh_counts(top: int) -> np.ndarray:
 
 
 def code_slices(block: np.ndarray, contexts: np.ndarray, counts: np.ndarray, top, code) -> None:
-    """Codes slices (slices, places) of a plane, CHUNK places at a time, each context as one run."""
+    """Codes (slices, places) of a plane, a context of each CHUNK as one run."""
     for left in range(0, block.shape[1], CHUNK):
         here = contexts[left : left + CHUNK]
         for context in np.unique(here):
@@ -1823,32 +1851,11 @@ def rans_decode(blob: bytes, layout: list[Plane]) -> bytes:
     return raw.tobytes()
 
 
-def compressors() -> dict[str, tuple]:
-    """{name: (compress, decompress)}, installed ones; both take bytes and the payload's layout."""
-    found = {"lzma": (lambda raw, _: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
-                      lambda blob, _: lzma.decompress(blob))}
-    if constriction:
-        found["rans"] = rans_encode, rans_decode
-    return found
-
-
-def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
-    """Bytes of the artifact by tensor class, before training.
-    Matrices are normal enough for the entropy of a rounded normal. AWQ-lite and LQER come on top,
-    about 0.5 % at full size."""
-    plan = dict.fromkeys(TENSOR_CLASSES, 0)
-    for name, p in model.exported().items():
-        kind = tensor_class(name)
-        bits, axis = quant_plan(name, p.shape, args)
-        weight_bits = 16.0
-        if bits:
-            top = 2 ** (bits - 1) - 1
-            k = args.k_by_class[kind]
-            edges = [(i + 0.5) * k / top / math.sqrt(2) for i in range(-top, top)]
-            shares = np.diff([0, *(0.5 + 0.5 * math.erf(edge) for edge in edges), 1]) + 1e-30
-            weight_bits = -(shares * np.log2(shares)).sum() + 16 / p.shape[axis]
-        plan[kind] += int(p.numel() * weight_bits / 8)
-    return plan
+COMPRESSORS = {  # (compress, decompress), of bytes and the layout of the payload
+    "rans": (rans_encode, rans_decode),
+    "lzma": (lambda raw, _: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+             lambda blob, _: lzma.decompress(blob)),
+}
 
 
 def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> bytes:
@@ -1889,17 +1896,12 @@ def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> 
     halves = np.concatenate(halves).astype("<f2")
     raw = b"".join(codes) + halves.view(np.uint8).reshape(-1, 2).T.tobytes()
 
-    there = compressors()
-    wanted = "lzma" if args.compressor == "rans" and not constriction else args.compressor
-    names = [name for name in sorted(there) if wanted in ("auto", name)]
-    if not names:
-        raise UserError(f"COMPRESSOR={wanted} is not installed; use {' or '.join(sorted(there))}")
-    blobs = {name: there[name][0](raw, planes(entries)) for name in names}
-    name = min(names, key=lambda name: len(blobs[name]))
+    name = "rans" if constriction and args.compressor != "lzma" else "lzma"
+    payload = COMPRESSORS[name][0](raw, planes(entries))
     header = {"config": args.shipped(), "tensors": entries, "compressor": name}
     header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little")
-    body += header + blobs[name]
+    body += header + payload
     return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body
 
 
@@ -1950,9 +1952,9 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     # all that a damaged file can break
     try:
         header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
-        if header["compressor"] not in compressors():
-            raise UserError(f"{path}: packed with {header['compressor']}, which is not installed")
-        _, decompress = compressors()[header["compressor"]]
+        if header["compressor"] == "rans" and not constriction:
+            raise UserError(f"{path}: packed by rANS: `pip install constriction` reads it")
+        _, decompress = COMPRESSORS[header["compressor"]]
         raw = decompress(body[6 + length :], planes(header["tensors"]))
         return header, unpack_tensors(header["tensors"], raw)
     except UserError:
@@ -1980,8 +1982,7 @@ def read_file(path: str | Path, variable: str) -> bytes:
 
 def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None = None,
          dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> GPT:
-    """The scoring model, only from an artifact; `args` of the same model may change how it scores.
-    """
+    """The model of an artifact; `args` may change how it scores."""
     header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
     args = args or shipped_settings(header, str(artifact_path))
     with torch.device("meta"):
@@ -1996,7 +1997,7 @@ def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None =
         for name, p in module._parameters.items():
             if p is not None and p.is_meta:  # still without data: only training uses it
                 module._parameters[name] = None
-    model.set_rotary()
+    model.set_tables()
     return model.to(device).eval()
 
 
@@ -2409,14 +2410,11 @@ class Mixture:
 
 
 class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defaults=(0, 1))):
-    """How a text is read: windows of `length` ids for `stride` targets each, `batch` a forward, and
-    of these a rank's share."""
+    """How a text is read: windows of `length` ids for `stride` targets each, `batch` a forward."""
 
     def tensors(self, ids: np.ndarray, rows: np.ndarray, device: torch.device) -> list[Tensor]:
-        """Inputs (batch, length), first scored positions (batch,) and targets (batch, stride) of a
-        batch.
-
-        One shape, whatever the text: compiled once."""
+        """Inputs (batch, length), first scored positions (batch,), targets (batch, stride): one
+        shape, whatever the text."""
         inputs = np.full((self.batch, self.length), PAD_ID, np.int64)
         position = np.zeros(self.batch, np.int64)
         targets = np.zeros((self.batch, min(self.stride, self.length)), np.int64)
@@ -2429,7 +2427,7 @@ class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defa
 
 
 @torch.no_grad()
-def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
+def scored(model: GPT, ids: np.ndarray, plan: WindowPlan,
            learner: TestTimeTraining | None = None, gather=None):
     """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) of each block of n targets.
 
@@ -2455,7 +2453,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
             batches = [part[begin + i * plan.batch :][: plan.batch] for i in range(plan.ranks)]
             batch = batches[plan.rank]
             inputs, position, targets = plan.tensors(ids, batch, device)
-            logprobs = logits(model, inputs, position, targets.size(1)).log_softmax(-1)
+            logprobs = model.logits(inputs, position, targets.size(1)).log_softmax(-1)
             if gather is not None:
                 yield from gather(batches, logprobs)
                 continue
@@ -2534,9 +2532,9 @@ class TestTimeTraining:
     TTT=lora reads by document, each with adapters that learn after every TTT_DOC_CHUNK targets
     (#1530); with TTT=phased, all weights learn too where a document begins (#1610)."""
 
-    def __init__(self, model: GPT, losses=training_losses, runtime=None, report=None):
-        self.model, self.args, self.losses = model, model.args, losses
-        self.runtime, self.report = runtime, report
+    def __init__(self, model: GPT, runtime: Runtime | None = None):
+        self.model, self.args = model, model.args
+        self.runtime = runtime
         modules = tuple(part.strip() + "." for part in self.args.ttt_modules.split(","))
         named = {f"{name}.": p for name, p in model.named_parameters()}
         for module in modules:
@@ -2566,8 +2564,6 @@ class TestTimeTraining:
                 for first in range(0, len(starts), args.ttt_batch_rows):
                     self.update(ids, starts[first : first + args.ttt_batch_rows])
         self.seconds += time.perf_counter() - began
-        if self.report is not None:
-            self.report(self)
 
     def by_document(self, ids: np.ndarray, plan: WindowPlan):
         """`scored` by document; a target belongs to the document of the id before it."""
@@ -2610,6 +2606,7 @@ class TestTimeTraining:
         goes_on = (alive[:, 1] - alive[:, 0] > done + size) & self.args.ttt_adapt
         learns = bool(goes_on.any())
         rows, goals, goes_on = (torch.from_numpy(x).to(device) for x in (rows, goals, goes_on))
+        compiled, piece.compiled = piece.compiled, False  # shapes and readers of their own
         with torch.set_grad_enabled(learns):
             params = adapters.attach(len(alive))
             x = self.model.hidden(rows, self.model.rotary_eval)
@@ -2618,6 +2615,7 @@ class TestTimeTraining:
             if learns:
                 adapters.learn((nats.mean(1) * goes_on).sum(), params)
                 self.updates += 1
+        piece.compiled = compiled
         adapters.detach()
         return logprobs.detach(), nats.detach().cpu().numpy().astype(np.float64)
 
@@ -2632,16 +2630,19 @@ class TestTimeTraining:
             weights[i] = 1
         return [torch.from_numpy(x).to(self.params[0].device) for x in (rows, weights)]
 
-    def update(self, ids: np.ndarray, starts: np.ndarray) -> None:
-        args = self.args
+    def gradient(self, ids: np.ndarray, starts: np.ndarray) -> Tensor:
+        """This rank's part of the gradient of an update, flat."""
         rows, weights = self.batch(ids, starts)
         with torch.enable_grad():
-            sums = self.losses(self.model, rows, weights)
-            loss = sums["ce"] / (len(starts) * args.train_seq_len)
+            sums = self.model.losses(rows, weights)
+            loss = sums["ce"] / (len(starts) * self.args.train_seq_len)
             grads = torch.autograd.grad(
                 loss, self.params, allow_unused=True, materialize_grads=True)
-        # one clipped step of SGD, the same on every rank
-        flat = torch.cat([grad.flatten() for grad in grads])
+        return torch.cat([grad.flatten() for grad in grads])
+
+    def update(self, ids: np.ndarray, starts: np.ndarray) -> None:
+        """One clipped step of SGD, the same on every rank."""
+        args, flat = self.args, self.gradient(ids, starts)
         flat = self.runtime.all_reduce(flat) if self.runtime else flat
         flat *= ((args.ttt_grad_clip or math.inf) / (flat.norm() + 1e-6)).clamp(max=1.0)
         age = (self.chunks - 1) / (args.ttt_decay_chunks or math.inf)
@@ -2659,8 +2660,7 @@ class TestTimeTraining:
 
 
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """(nats of each target ids[1:], {t: log-probabilities (V,) at target t, for t in positions}).
-    """
+    """(nats of ids[1:], {t: log-probabilities (V,) at each t of `positions`})."""
     args, ids, wanted = model.args, np.asarray(ids), sorted(map(int, set(positions)))
     blocks = -(-len(ids) // args.eval_stride)  # a short text needs no full batch
     batch = max(1, min(args.eval_batch_tokens // args.eval_seq_len, blocks))
@@ -2688,15 +2688,26 @@ def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarr
     return nats, vectors
 
 
+def try_scoring(model: GPT, runtime: Runtime) -> None:
+    """Meets every shape of a score once, on made-up ids and without a collective."""
+    args, length = model.args, model.args.eval_seq_len
+    for stride in sorted({length, args.eval_stride}):
+        plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
+        list(scored(model, np.full(2, BOS_ID), plan))
+    if args.ttt != "0":
+        row = np.full(args.train_seq_len + 1, BOS_ID)
+        TestTimeTraining(model, runtime).gradient(row, np.zeros(1, np.int64))
+
+
+PROGRESS_SECONDS = 15  # between lines about a pass under way
+
+
 class Evaluator:
-    """Scores models on the validation stream: a line in the log, an entry in `metrics.json` a pass.
-    """
+    """Scores models on the validation text; a pass ends as a line of the log."""
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
         self.args, self.runtime = args, runtime
         self.log = log
-        self.logits = scoring_logits
-        self.losses = training_losses
         self.classes = class_table(args.vocab_size)
         self.results: dict[str, dict] = {}
 
@@ -2720,21 +2731,10 @@ class Evaluator:
 
     def describe(self, manifest: dict) -> str:
         original = manifest.get("val_bytes") or self.bytes
-        note = ""
-        if self.prefix:
-            note = f" prefix:{self.prefix}"
-        elif original != self.bytes:
-            note = f" (original text {original}: normalised, the targets' own bytes divide)"
+        note = f" prefix:{self.prefix}" if self.prefix else ""
+        if original != self.bytes and not self.prefix:
+            note = f" (original text {original}: normalised; these bytes divide)"
         return f"val: targets:{len(self.ids) - 1} bytes:{self.bytes}{note}"
-
-    def chunk_line(self, sums: Tensor, learner: TestTimeTraining, seconds: float) -> None:
-        """Reports test-time training after its first chunks and every 50."""
-        if learner.chunks % 50 and learner.chunks > 2:
-            return
-        nats = self.runtime.all_reduce(sums.clone())[:-1].sum() / math.log(2)
-        bpb = nats / max(self.sizes[: learner.chunks * self.args.ttt_chunk_tokens].sum(), 1)
-        self.log(f"  ttt_chunk {learner.chunks} bpb:{bpb:.6f} updates:{learner.updates} "
-                 f"infer:{seconds - learner.seconds:.1f}s adapt:{learner.seconds:.1f}s")
 
     def gather(self, mixture: Mixture, batches: list[np.ndarray], logprobs: Tensor):
         """Rank 0: (first, stop, `distil` of them, nats) of all ranks' blocks, in order."""
@@ -2759,16 +2759,11 @@ class Evaluator:
             names += [f"{name}_{label}" for label in mixture.labels]
             gather = lambda *found: self.gather(mixture, *found)  # noqa: E731
         sums = torch.zeros(len(names), classes + 1, dtype=torch.float64)  # by class, and targets
-
-        def report(learner: TestTimeTraining) -> None:
-            self.chunk_line(sums[0], learner, time.perf_counter() - began)
-
-        learner = TestTimeTraining(model, self.losses, runtime, report) if learn else None
+        learner = TestTimeTraining(model, runtime) if learn else None
         batch = max(1, args.eval_batch_tokens // length)
         plan = WindowPlan(length, stride, batch, runtime.rank, runtime.world_size)
-        blocks = scored(model, self.ids, plan, self.logits, learner, gather)
-        count = len(self.ids) // (stride * (1 if mix else runtime.world_size))
-        for first, stop, values, nats in progress_bar(blocks, count, name, runtime.main):
+        ranks, shown = 1 if mix else runtime.world_size, began
+        for first, stop, values, nats in scored(model, self.ids, plan, learner, gather):
             found, parts = self.classes[self.ids[first + 1 : stop + 1]], [nats]
             if mix:
                 mixing -= time.perf_counter()
@@ -2777,6 +2772,11 @@ class Evaluator:
             for row, part in zip(sums, parts):
                 row[:-1] += torch.from_numpy(np.bincount(found, part, minlength=classes))
                 row[-1] += stop - first
+            if (now := time.perf_counter()) - shown > PROGRESS_SECONDS:
+                shown, done = now, ranks * sums[0, -1] / (len(self.ids) - 1)
+                loss = sums[0, :-1].sum() / sums[0, -1]
+                self.log(f"  {name} {done:.0%} {now - began:.0f}s loss:{loss:.4f}")
+
         sums, seconds = runtime.all_reduce(sums), time.perf_counter() - began
         for label, row in zip(names, sums):
             self.results[label] = self.result(label, row, length, stride, seconds)
@@ -2908,14 +2908,6 @@ def run_folder(args: Hyperparameters) -> Path:
     return Path(args.runs_path) / args.run_id
 
 
-@check
-def check_calibration(args: Hyperparameters) -> None:
-    limited = args.quant_round == "gptq" and args.max_wallclock_seconds and not args.eval_only
-    untimed = limited and not args.warmup_steps
-    forbid(untimed, args, "quant_round max_wallclock_seconds warmup_steps",
-           "gptq with a time limit needs WARMUP_STEPS >= 1: warm-up times the calibration")
-
-
 class Trainer:
     """All that a checkpoint holds, and one step of training."""
 
@@ -2929,10 +2921,6 @@ class Trainer:
         self.model.init_weights(args.seed)
         self.model.to(runtime.device)
 
-        self.losses, self.logits = training_losses, scoring_logits
-        if runtime.compile:
-            self.losses = torch.compile(self.losses, dynamic=False)
-            self.logits = torch.compile(self.logits, dynamic=False)
         self.loader_state = None
         self.signal = 0
         self.step, self.seconds, self.best = 0, 0.0, math.inf  # resumed runs included
@@ -2947,7 +2935,7 @@ class Trainer:
 
     def micro_step(self, ids: Tensor, weights: Tensor, term_weights: dict, aux_inputs) -> dict:
         """Forward and backward; gradients add up to those of the global batch's mean."""
-        sums = self.losses(self.model, ids, weights, aux_inputs)
+        sums = self.model.losses(ids, weights, aux_inputs)
         loss = sums["ce"] / (self.plan.rows * self.args.train_seq_len)
         for name, weight in term_weights.items():
             if weight and name in sums:
@@ -2956,13 +2944,13 @@ class Trainer:
         return {name: value.detach() for name, value in sums.items()}
 
     def mode(self, progress: float) -> tuple[bool, bool]:
-        """(Layers run again, auxiliary terms): a graph each. At 1 as the artifact runs."""
+        """(Whether layers run again, whether with auxiliary terms); at 1 as the artifact runs."""
         args, aux = self.args, self.model.aux
         looping = bool(args.loop_extra) and args.loop_start <= progress and args.loop_start < 1
         return looping, aux is not None and aux.inputs(progress)
 
-    def train_step(self, ids: Tensor, weights: Tensor, progress: float) -> dict[str, Tensor]:
-        """One optimizer step on a global batch; returns this rank's share of each summed term."""
+    def train_step(self, ids: Tensor, weights: Tensor, progress: float) -> dict:
+        """One optimizer step on a global batch -> {term: this rank's sum}."""
         self.model.looping, aux_inputs = self.mode(progress)
         term_weights = self.model.aux.weights(progress) if aux_inputs else {}
         parts = [self.micro_step(*batch, term_weights, aux_inputs) for batch in zip(ids, weights)]
@@ -2974,48 +2962,34 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compiles every shape on made-up ids, then puts everything back bit for bit."""
-        if not self.args.warmup_steps:
-            return
+        args, runtime = self.args, self.runtime
         kept = [p.detach().clone() for p in self.model.parameters()]
-        try:
-            self.try_shapes()
-        except Exception as error:  # whatever the compiler refused runs without it
-            if not self.runtime.compile:
-                raise
-            self.log(f"compile: failed ({type(error).__name__}), running eager")
-            self.losses, self.logits = training_losses, scoring_logits
-            self.try_shapes()
+        shape = (self.plan.micro_steps, self.plan.groups * self.plan.group, args.train_seq_len + 1)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator)
+        batch = ids.to(runtime.device), torch.ones(shape[:2], device=runtime.device)
+
+        if runtime.compile:
+            runtime.compile_by(lambda: self.try_shapes(*batch), self.log)
+        for _ in range(args.warmup_steps):
+            self.model.zero_grad()
+            self.train_step(*batch, 1.0)  # as the artifact runs
+        if args.quant_round == "gptq" and args.max_wallclock_seconds:
+            for _ in range(2):  # the second time is the one to go by
+                start = time.perf_counter()
+                self.moments(1)
+                seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
+            self.reserve, = runtime.from_main([seconds])
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), kept)
         self.model.zero_grad()
         self.fresh_optimizers()
 
-    def try_shapes(self) -> None:
-        args, device = self.args, self.runtime.device
-        generator = torch.Generator().manual_seed(0)
-        rows = self.plan.groups * self.plan.group
-        shape = (self.plan.micro_steps, rows, args.train_seq_len + 1)
-        edges = sorted({0.0, args.loop_start, args.bijepax_start_frac, args.bijepax_end_frac, 1.0})
-        inner = [0.5 * (a + b) for a, b in zip(edges, edges[1:])]
-        moments = {self.mode(progress): progress for progress in edges[:-1] + inner}
-        for _ in range(args.warmup_steps):
-            ids = torch.randint(BYTE_OFFSET, args.vocab_size, shape, generator=generator)
-            ids = ids.to(device)
-            for progress in moments.values():
-                self.train_step(ids, torch.ones(shape[:2], device=device), progress)
-
-        self.model.looping, _ = self.mode(1.0)
-        length = args.eval_seq_len
-        for stride in sorted({length, args.eval_stride}):
-            plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
-            list(scored(self.model, np.full(2, BOS_ID), plan, self.logits))
-        if args.quant_round == "gptq":
-            for _ in range(2):  # the second time is the one to go by
-                start = time.perf_counter()
-                moments = self.input_moments(ids, {})
-                moments["tok_emb.weight"].sum().item()  # waits for the device
-                seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
-                self.reserve, = self.runtime.from_main([seconds])
+    def try_shapes(self, ids: Tensor, weights: Tensor) -> None:
+        """Meets every shape of a step and of a score, without a collective."""
+        aux_inputs = self.model.aux is not None
+        sum(self.model.losses(ids[0], weights[0], aux_inputs).values()).backward()
+        try_scoring(self.model, self.runtime)
 
     @torch.no_grad()
     def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -3032,28 +3006,38 @@ class Trainer:
             if names := [f"{path}.{part}weight" for part in readers.get(type(module), ())]:
                 hook = lambda _, inputs, names=names: add(names, inputs[0])  # noqa: E731
                 hooks.append(module.register_forward_pre_hook(hook))
+        compiled, piece.compiled = piece.compiled, False  # a graph would not call the hooks
         for ids in batch:
             add(["tok_emb.weight"], self.model.hidden(ids[:, :-1], self.model.rotary_train))
+        piece.compiled = compiled
         for hook in hooks:
             hook.remove()
         return sums
 
-    def calibrate(self) -> dict[str, np.ndarray]:
-        """Hessians for GPTQ from the next GPTQ_BATCHES training batches, on the training clock: means
-        over all inputs, of each run of a layer."""
-        start, sums = time.perf_counter(), {}
-        batches = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
-        for _ in range(self.args.gptq_batches):
-            ids, _, _ = batches.next()
+    def moments(self, batches: int) -> dict[str, np.ndarray]:
+        """`input_moments` of the next `batches` training batches, of all ranks."""
+        loader = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
+        sums: dict[str, Tensor] = {}
+        for _ in range(batches):
+            ids, _, _ = loader.next()
             self.input_moments(ids.to(self.runtime.device), sums)
         route = self.model.routes[self.model.looping]
-        for name, total in sums.items():
+        for name, total in sums.items():  # means over all inputs, of each run of a layer
             parts = name.split(".")
             runs = route.count(int(parts[1])) if parts[0] == "blocks" else 1
-            total /= self.args.gptq_batches * self.args.train_batch_tokens * runs
-        sums = {name: self.runtime.all_reduce(total) for name, total in sums.items()}
+            total /= batches * self.args.train_batch_tokens * runs
+        return {name: self.runtime.all_reduce(total).cpu().numpy() for name, total in sums.items()}
+
+    def calibrate(self) -> dict[str, np.ndarray]:
+        """Hessians for GPTQ, on the training clock; none for a tensor whose inputs overflow."""
+        start = time.perf_counter()
+        found = self.moments(self.args.gptq_batches)
         self.seconds, = self.runtime.from_main([self.seconds + time.perf_counter() - start])
-        return {name: total.cpu().numpy() for name, total in sums.items()}
+        for name in list(found):
+            if not np.isfinite(found[name]).all():
+                self.log(f"warning: {name}: inputs are not finite, rounded to the nearest")
+                del found[name]
+        return found
 
     def progress(self) -> float:
         """Share of the run that is done, of the steps or of the seconds. Twice the slowest of late
@@ -3065,10 +3049,10 @@ class Trainer:
         return min(1.0, max(by_steps, by_time))
 
     def agree_on_time(self, now: float) -> None:
-        """Takes rank 0's clock and signal; raises Stopped on every rank at the same step."""
+        """Takes the latest clock and any rank's signal; all stop at the same step."""
         slowest = max(now - self.seconds, 0.99 * self.slowest)
-        agreed = self.runtime.from_main([now, slowest, float(self.signal)])
-        self.seconds, self.slowest, stop = agreed
+        mine = torch.tensor([now, slowest, self.signal], dtype=torch.float64)
+        self.seconds, self.slowest, stop = self.runtime.all_reduce(mine, dist.ReduceOp.MAX).tolist()
         if stop:
             self.write_steps()
             raise Stopped(int(stop))
@@ -3186,9 +3170,7 @@ class Trainer:
         tensors = {f"model.{key}": p for key, p in self.model.named_parameters()}
         names = [key.replace("model", "ema", 1) for key in tensors]
         tensors |= dict(zip(names, self.ema.average))
-        tensors |= {**self.optimizers.state(), "rng.cpu": torch.get_rng_state()}
-        if self.runtime.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.runtime.device)
+        tensors |= self.optimizers.state()
 
         for key, value in tensors.items():  # a loss tells only of the weights before its step
             if value.is_floating_point() and not torch.isfinite(value).all():
@@ -3217,9 +3199,6 @@ class Trainer:
                 p.copy_(state[f"model.{key}"])
                 average.copy_(state[f"ema.{key}"])
         self.optimizers.load_state(state)
-        torch.set_rng_state(state["rng.cpu"])
-        if "rng.cuda" in state and self.runtime.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng.cuda"], self.runtime.device)
         for key in self.CHECKPOINTED:
             setattr(self, key, meta[key])
         self.log(f"resume:{path} step:{self.step} train_time:{1e3 * self.seconds:.0f}ms")
@@ -3245,6 +3224,9 @@ def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: d
         log(line)
     log("settings " + json.dumps(args.settings()), console=False)
     log("data " + json.dumps(fingerprint))
+    runtime.from_main([0.0])  # rank 0 has written by now
+    if not (run_folder(args) / "log.txt").exists():
+        raise UserError(f"RUNS_PATH={args.runs_path}: rank 0's log is not here; share the folder")
 
 
 def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
@@ -3291,13 +3273,9 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
     plan, params = trainer.plan, sum(p.numel() for p in trainer.model.parameters())
     log(f"model_params:{params} world_size:{runtime.world_size} micro_steps:{plan.micro_steps} "
         f"micro_batch_rows:{plan.groups * plan.group} seed:{args.seed}")
-    sizes, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
-    log(f"size_plan:{sum(sizes.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
-        + " ".join(f"{kind}:{size}" for kind, size in sizes.items()))
     # compile off the clock, then train
     with runtime.clock("warm-up"):
         trainer.warm_up()
-    evaluator.logits, evaluator.losses = trainer.logits, trainer.losses
     run_until_done(trainer, evaluator)
     # score the weights as they are, then their average
     with runtime.clock("validation"):
@@ -3315,13 +3293,18 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
 def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
                    evaluator: Evaluator) -> None:
     """Reloads the artifact into a new model and prints the final lines."""
-    model = load(path, runtime.device, args, runtime.dtype, runtime.attention)
+    with runtime.clock("evaluation"):
+        model = load(path, runtime.device, args, runtime.dtype, runtime.attention)
+    if runtime.compile:
+        with runtime.clock("warm-up"):  # little after training, whose graphs are there
+            runtime.compile_by(lambda: try_scoring(model, runtime), evaluator.log)
     label = f"final_int{args.bits_by_class['mlp']}"
-    evaluator.report(f"{label}_roundtrip", model)
-    evaluator.report(f"{label}_sliding", model, args.eval_stride)
-    if args.ttt != "0":
-        name = f"{label}_ttt" if args.ttt_adapt else f"{label}_ttt_off"
-        evaluator.report(name, model, args.eval_stride, learn=True)
+    with runtime.clock("evaluation"):
+        evaluator.report(f"{label}_roundtrip", model)
+        evaluator.report(f"{label}_sliding", model, args.eval_stride)
+        if args.ttt != "0":
+            name = f"{label}_ttt" if args.ttt_adapt else f"{label}_ttt_off"
+            evaluator.report(name, model, args.eval_stride, learn=True)
 
 
 def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluator,
@@ -3359,16 +3342,17 @@ def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(Hyperparameters.help())
         return 0
-    runtime = None
+    me = ""  # of several ranks, which one speaks
     try:
         if sys.argv[1:]:
             raise UserError(f"{sys.argv[1]!r}: settings are environment variables, see --help")
         args = Hyperparameters(os.environ)
+        me = f"rank {args.rank}: " if args.world_size > 1 else ""
         if args.eval_only:
             header, _ = unpack(read_file(args.artifact, "ARTIFACT"), args.artifact)
             args = shipped_settings(header, args.artifact, os.environ)
         runtime = Runtime(args)
-        runtime.attention = pick_attention(args, runtime.device, runtime.dtype)
+        runtime.attention = pick_attention(args, runtime)
         started, = runtime.from_main([time.time()])
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
         args.run_id = args.run_id or f"{stamp}-seed{args.seed}"
@@ -3382,13 +3366,16 @@ def main() -> int:
         summary = {"artifact": args.artifact, "dataset": fingerprint}
         if not args.eval_only:
             summary |= train(args, data, runtime, log, evaluator)
-        with runtime.clock("evaluation"):
-            score_artifact(summary["artifact"], args, runtime, evaluator)
+        score_artifact(summary["artifact"], args, runtime, evaluator)
         return finish(args, runtime, log, evaluator, summary) if runtime.main else 0
     except UserError as error:
-        if runtime is None or runtime.main:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"{me}error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or me and "Connection" in str(error)):
+            raise
+        print(f"{me}stopped, since another rank has ended", file=sys.stderr)
+        return 1
     except Stopped as stopped:
         return 128 + stopped.args[0]
     finally:
