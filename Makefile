@@ -3,7 +3,8 @@
 # make test       everything that CI runs but the linter; WORKERS=1 for one test at a time
 # make bench      step time and its share of the machine's matmul rate
 # make audit      is every number legal? probes of every script at a tiny size, one to three minutes each
-# make gpu-check  one command for a day with a GPU; TEXT=FILE.jsonl.zst trains on that instead of the standard library
+# make gpu-check  one command for a day with a GPU, without a network; TEXT=FILE (.txt, .jsonl, .jsonl.zst) trains on
+#                 that instead of the standard library
 PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
@@ -67,8 +68,9 @@ audit: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(PY) scripts/bench.py
 
-gpu-check: $(VENV)/.installed
-	$(PY) scripts/bench.py --check $(if $(TEXT),--text $(TEXT))
+# Nothing is installed for it: such machines often have no network, and a torch of their own.
+gpu-check:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) scripts/bench.py --check $(if $(TEXT),--text $(TEXT))
 
 clean:
 	rm -rf $(VENV) runs data/datasets

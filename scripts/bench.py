@@ -5,6 +5,7 @@
     python scripts/bench.py --twin --compile 0 --json out.json   the trunk beside train_gpt_mlx.py
     NUM_LAYERS=6 MODEL_DIM=192 python scripts/bench.py --one      the configuration of the environment
     make gpu-check        or: python scripts/bench.py --check [--text FILE.jsonl.zst ...] [--out FOLDER]
+    python scripts/bench.py --rehearse                            the same with a toy model on a CPU
     python scripts/bench.py --plan --card h100 NUM_HEADS=4    what a run will cost, see docs/plan.md
 
 The matmul (2048^3, or 8192^3 on a GPU, 1024^3 with MLX on a CPU, in the dtype of the run) is timed in the
@@ -12,11 +13,7 @@ same process between the steps, since machines are noisy: quote the ratio. Model
 V * D) + 6 * L * T * D, the causal half of attention included; embeddings looked up are free. Every
 configuration runs in a process of its own, so that its peak memory is its own.
 
-`--check` is everything that a day with a GPU needs, in under ten minutes: 1. byte260 shards from the text
-(default: the standard library); 2. step time of the default configuration, 13 x 512 at 393,216 bytes a step,
-compiled and eager, with its share of an 8192^3 matmul; 3. 300 steps of it with every score line, and the
-artifact scored again by a fresh process. It writes `gpu_check.json` and the runs' own files. `--rehearse`
-does the same with a toy model on any device, to see that the command works before the day comes.
+`--check` and `--rehearse` are in gpu_check.py.
 """
 
 from __future__ import annotations
@@ -30,9 +27,8 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from family import ROOT, TRUNK, Misuse, command, load_script, markdown_table
+from family import ROOT, TRUNK, Misuse, command, find_script, load_script, markdown_table
 
 # The warm-up tries scoring too: EVAL_BATCH_TOKENS left to
 # DEVICE_BATCH_TOKENS would add 8 GB and a minute to it.
@@ -54,16 +50,6 @@ TWIN = {
     "TRAIN_BATCH_TOKENS": 2048,
     "EVAL_BATCH_TOKENS": 2048,
     "NGRAM_BUCKETS": 4096,
-}
-# The model and the run of --check, with --rehearse and without.
-TOY = {
-    "NUM_LAYERS": 2, "MODEL_DIM": 64, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "TRAIN_SEQ_LEN": 128,
-    "ITERATIONS": 10, "TRAIN_BATCH_TOKENS": 1024, "WARMDOWN_ITERS": 4, "JEPA_LATENT_DIM": 32,
-    "EVAL_STRIDE": 64, "VAL_BYTES": 20000, "NGRAM_BUCKETS": 1024, "TRAIN_LOG_EVERY": 5,
-}
-FULL = {
-    "ITERATIONS": 300, "WARMDOWN_ITERS": 100, "MUON_MOMENTUM_WARMUP_STEPS": 100, "EMA_DECAY": 0.98,
-    "TRAIN_LOG_EVERY": 25, "VAL_BYTES": 4_000_000,
 }
 LENGTHS = {"TRAIN_SEQ_LEN": (256, 512, 1024, 2048), "TRAIN_BATCH_TOKENS": (4096, 8192, 16384, 32768)}
 
@@ -285,79 +271,6 @@ def report(results: dict) -> str:
     return "\n\n".join([machine(next(iter(results["sizes"].values()))), *tables])
 
 
-def call(words: list[str], overrides: dict, clock: dict, name: str, quiet: bool = False) -> str:
-    """Runs a command with settings in front; its output, shown as it comes."""
-    print(f"--- {name}", flush=True)
-    start = time.perf_counter()
-    settings = {key: str(value) for key, value in overrides.items()}
-    env = {**os.environ, **settings, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        words, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if not quiet:
-            print(line, end="", flush=True)
-
-    clock[name] = time.perf_counter() - start
-    if process.wait() not in (0, 3):
-        print("".join(lines[-20:]) if quiet else "", file=sys.stderr)
-        raise Misuse(f"{name} ended with exit code {process.returncode}")
-    return "".join(lines)
-
-
-def check(texts: list[str], folder: Path, rehearse: bool) -> None:
-    """Everything that a day with a GPU needs; writes gpu_check.json and the runs' own files into `folder`.
-
-    texts: files to train on, the standard library where there are none. rehearse: a toy model on any device.
-
-    Raises:
-        Misuse: torch sees no GPU, or one of the commands failed.
-    """
-    import torch
-    gpu = torch.cuda.is_available()
-    if not gpu and not rehearse:
-        raise Misuse("torch sees no CUDA or ROCm device; --rehearse tries the command without one")
-    found = {"device": torch.cuda.get_device_name() if gpu else "cpu", "torch": torch.__version__}
-    settings = {"MAX_WALLCLOCK_SECONDS": 0, "EVAL_BUDGET_SECONDS": 0, **(TOY if rehearse else {})}
-    clock: dict[str, float] = {}
-
-    data = folder / "data"
-    source = ["files", *map(os.path.abspath, texts)] if texts else ["stdlib"]
-    if not (data / "manifest.json").exists():
-        call([sys.executable, "data/prepare.py", *source, "--out", str(data)], {}, clock, "data")
-
-    bench = [sys.executable, __file__, "--one", "--raw", "--script", str(TRUNK), "--steps"]
-    for name, compiled, steps in (("compiled", 1, 20), ("eager", 0, 8)):
-        overrides = {**settings, "COMPILE": compiled}
-        text = call([*bench, str(steps)], overrides, clock, f"bench {name}", quiet=True)
-        result = found[name] = json.loads(text.splitlines()[-1])
-        print(
-            f"{name}: {result['step_ms']:.1f} ms a step, {result['tokens_per_second'] / 1e6:.3f} MB/s, "
-            f"{result['ratio']:.3f} of the matmul's {result['matmul_flop_per_second'] / 1e12:.1f} TFLOP/s"
-        )
-
-    run = {**({} if rehearse else FULL), **settings}
-    run |= {"DATA_PATH": data, "RUNS_PATH": folder, "RUN_ID": "run"}
-    call([sys.executable, str(TRUNK)], run, clock, "train")
-    again = {
-        "DATA_PATH": data, "RUNS_PATH": folder, "RUN_ID": "again", "EVAL_ONLY": 1,
-        "ARTIFACT": folder / "run/artifact.bin", "VAL_BYTES": run["VAL_BYTES"], "EVAL_BUDGET_SECONDS": 0,
-    }
-    call([sys.executable, str(TRUNK)], again, clock, "score again", quiet=True)
-
-    first, second = (json.loads((folder / name / "metrics.json").read_text()) for name in ("run", "again"))
-    found |= {"seconds": clock, "train": first, "val_bpb_again": second["val_bpb"]}
-    (folder / "gpu_check.json").write_text(json.dumps(found, indent=1))
-    print(
-        f"val_bpb {first['val_bpb']:.4f}, scored again {second['val_bpb']:.4f}; {sum(clock.values()):.0f} s "
-        "in "
-        f"all; {folder / 'gpu_check.json'}"
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -369,12 +282,13 @@ def main() -> int:
     parser.add_argument("--twin", action="store_true", help="the trunk and the MLX twin, side by side")
     parser.add_argument("--raw", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--json", default="", help="also write all numbers to this file")
-    parser.add_argument("--check", action="store_true", help="data, step time, a run and its score on a GPU")
+    parser.add_argument("--check", action="store_true", help="everything for a day with a GPU")
     parser.add_argument(
         "--text", nargs="*", default=[], help="--check: .txt, .jsonl or .jsonl.zst to train on"
     )
     parser.add_argument("--out", default="runs/gpu_check", help="--check: where results go")
-    parser.add_argument("--rehearse", action="store_true", help="--check: a toy model on any device")
+    parser.add_argument("--rehearse", action="store_true", help="--check with a toy model on a CPU")
+    parser.add_argument("--only", nargs="*", default=[], help="--check: these processes, see gpu_check.py")
     parser.add_argument("--plan", action="store_true", help="what a run costs, without running it")
     parser.add_argument("--card", default="h100", help="--plan: h100, h200, a100, 4090 or cpu, measured now")
     parser.add_argument("--world-size", type=int, default=0, help="--plan: ranks; 0 = as the card is used")
@@ -390,8 +304,10 @@ def main() -> int:
     if options.settings:
         raise Misuse(f"{options.settings[0]}: only --plan takes settings; put them in front of the command")
     if options.check or options.rehearse:
-        check(options.text, ROOT / options.out, options.rehearse)
-        return 0
+        import gpu_check
+        only = tuple(options.only)
+        return gpu_check.check(options.text, ROOT / options.out, options.rehearse,
+                               find_script(options.script), only)
     if options.one:
         result = measure(options.script, options.steps)
         table = markdown_table(HEADER, [describe("environment", result)])
