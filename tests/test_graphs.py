@@ -248,7 +248,8 @@ if second:
 """
     code, output, metrics = driven(patch)
     assert code != 0 and metrics is None and "step:1/" not in output, output
-    assert re.search(r"^rank 1: error: RUNS_PATH=.*/elsewhere: rank 0's log is not here", output, re.M), output
+    wanted = r"^rank 1: error: RUNS_PATH=.*/elsewhere: rank 0's log is not here"
+    assert re.search(wanted, output, re.M), output
 
 
 def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(driven, tmp_path):
@@ -269,5 +270,6 @@ def test_a_long_pass_says_how_far_it_is(driven, name, settings, passes):
     code, output, _ = driven("script.PROGRESS_SECONDS = -1.0", script=script, ranks=1, **settings)
     assert code == 0, output
     for label in passes:
-        shares = [int(share) for share in re.findall(rf"^  final_{label} (\d+)% \d+s loss:\d", output, re.M)]
+        line = rf"^  final_{label} (\d+)% \d+s loss:\d"
+        shares = [int(share) for share in re.findall(line, output, re.M)]
         assert shares == sorted(shares) and shares[-1] == 100, output
