@@ -444,7 +444,7 @@ def test_strangers_code_stays_in_its_folder(tmp_path, monkeypatch):
 
 
 # Planted in the trunk itself; the artifact is an honest one.
-LOGPROBS = "logprobs = logits(model, inputs, position, targets.size(1)).log_softmax(-1)\n"
+LOGPROBS = "logprobs = model.logits(inputs, position, targets.size(1)).log_softmax(-1)\n"
 PLANTED = {
     "attention that looks ahead": (
         "future",
