@@ -253,7 +253,7 @@ class Hyperparameters:
     local_rank = Var(0, "rank on this machine", 0)
     world_size = Var(1, "processes", 1)
     master_addr = Var("", "rendezvous host")
-    master_port = Var("", "rendezvous port")
+    master_port = Var(0, "rendezvous port", 0, 65535)
 
     # Variables of ideas that are gone: {name: (values that mean off, reason)}.
     RETIRED = {
@@ -402,7 +402,7 @@ def tune_allocator() -> None:
 def piece(function):
     """Marks a part of the network that compiles whole, once for all who call it.
 
-    `piece.compiled` switches all of them. Models share their graphs, and equal blocks do."""
+    `piece.compiled` switches all of them. All models and equal blocks share the graphs."""
     @functools.cache
     def compiled():
         torch._dynamo.config.recompile_limit = 64  # kinds of blocks times shapes
@@ -420,7 +420,7 @@ piece.compiled = False
 @check
 def check_launch(args: Hyperparameters) -> None:
     forbid(args.rank >= args.world_size, args, "rank world_size", "let torchrun set both")
-    forbid(args.resume == "auto" and not args.run_id, args, "resume run_id", "name the run")
+    forbid(args.resume == "auto" and not args.run_id, args, "resume run_id", "set RUN_ID")
 
 
 class Runtime:
@@ -524,7 +524,7 @@ class Runtime:
         return tensor.tolist()
 
     def compile_by(self, attempt, log) -> None:
-        """Compiles by an `attempt` without collectives: on all ranks or, unless COMPILE=1, none."""
+        """Compiles what `attempt` runs, on all ranks or none: it has no collective."""
         piece.compiled, failure = True, ""
         try:
             attempt()
@@ -690,7 +690,7 @@ def attention_seconds(rung: str, args: Hyperparameters, runtime: Runtime) -> flo
 
 def best_rung(args: Hyperparameters, runtime: Runtime) -> str:
     """From ATTENTION down the first that agrees with `math`; with `auto` on GPUs the fastest.
-    Not by the clock on CPUs, whose bits depend on it, or with documents: flash skips the rest."""
+    On CPUs no clock decides, since bits depend on the rung; with documents flash goes first."""
     rungs = [*FLASH, *ATTENTION]
     first = 0 if args.attention == "auto" else rungs.index(args.attention)
     gpu, bf16 = runtime.device.type == "cuda", runtime.dtype == torch.bfloat16
@@ -739,7 +739,6 @@ def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
 
 def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.ndarray:
     """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then uint16 ids.
-
     The first `checked` ids (None: all) are held against the vocabulary at once."""
     size = path.stat().st_size
     if size < HEADER_BYTES:
@@ -2987,7 +2986,8 @@ def main() -> int:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or me and "Connection" in str(error)):
             raise
-        print(f"{me}stopped, since another rank has ended", file=sys.stderr)
+        reason = " ".join(str(error).split())
+        print(f"{me}stopped, another rank is gone or out of reach: {reason}", file=sys.stderr)
         return 1
     except Stopped as stopped:
         return 128 + stopped.args[0]

@@ -627,7 +627,6 @@ def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
 
 def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.ndarray:
     """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then uint16 ids.
-
     The first `checked` ids (None: all) are held against the vocabulary at once."""
     size = path.stat().st_size
     if size < HEADER_BYTES:
