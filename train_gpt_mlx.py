@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import lzma
@@ -145,6 +146,8 @@ class Hyperparameters:
     rope_dims = Var(16, "rotated dimensions a head; 0 = all (#315)", 0, ship="model")
     ln_scale = Var(True, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
     doc_mask = Var(False, "attention stays in a document", ship="model")
+    attn_window = Var(1024, "ids a windowed layer sees", 1, ship="model")
+    attn_window_layers = Var("", "which layers are, as 0,1,3; empty = none", ship="model")
     xsa_last_n = Var(4, "last layers that drop their own value (XSA, #265)", 0, ship="model")
     unet_skips = Var(True, "later blocks add earlier outputs", ship="model")
     resid_mix = Var(True, "blocks mix in the embedding", ship="model")
@@ -211,7 +214,6 @@ class Hyperparameters:
     eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
     ttt = Var("0", "test-time training on scored text", choices=("0", "sgd"), ship="eval")
     ttt_adapt = Var(True, "0 = without learning: the control", ship="eval")
-    ttt_modules = Var("blocks", "paths of modules that learn, with commas", ship="eval")
     ttt_chunk_tokens = Var(32768, "targets scored, then learned from", 1, ship="eval")
     ttt_batch_rows = Var(16, "rows an update, over all ranks", 1, ship="eval")
     ttt_epochs = Var(1, "passes over each chunk", 1, ship="eval")
@@ -253,6 +255,7 @@ class Hyperparameters:
         "QAT_ENABLED": ("0", "see QAT_START"),
         "LATE_QAT": ("0", "see QAT_START"),
         "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
+        "TTT_MODULES": ("blocks", "the blocks learn; see BytePatchJEPA"),
         "GRAD_REPORT_EVERY": ("0", "no result used it"),
         "JEPA_BACKBONE_GRAD": ("0", "ByteJEPA switches parts of the objective"),
         "JEPA_ADAPTER": ("1", "see JEPA_BACKBONE_GRAD"),
@@ -278,7 +281,11 @@ class Hyperparameters:
             setattr(self, name, value)
         # what several settings together mean
         self.trains = not shipped
-        self.ngram_order_list = self._parse_orders()
+        self.ngram_order_list = ()
+        if self.ngram_orders.strip() != "0":
+            self.ngram_order_list = self._parse_numbers("ngram_orders", 2, 16)
+        windowed = self._parse_numbers("attn_window_layers", 0, self.num_layers - 1)
+        self.windows = [self.attn_window * (i in windowed) for i in range(self.num_layers)]
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
         self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
@@ -332,15 +339,15 @@ class Hyperparameters:
                     raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
                 self.warnings.append(message)
 
-    def _parse_orders(self) -> tuple[int, ...]:
-        parts = [part.strip() for part in self.ngram_orders.split(",")]
-        orders = [int(part) if part.isdecimal() else -1 for part in parts if part]
-        if orders == [0]:
-            return ()
-        if any(not 2 <= n <= 16 for n in orders) or len(set(orders)) != len(orders):
-            raise UserError(f"NGRAM_ORDERS={self.ngram_orders!r} is not accepted: different "
-                            "integers from 2 to 16, with commas, or 0 for none")
-        return tuple(sorted(orders))
+    def _parse_numbers(self, name: str, low: int, high: int) -> tuple[int, ...]:
+        """`3, 2` -> (2, 3): different integers from `low` to `high`."""
+        var, text = self.vars()[name], getattr(self, name)
+        parts = [part.strip() for part in text.split(",")]
+        numbers = [int(part) if part.isdecimal() else -1 for part in parts if part]
+        if any(not low <= n <= high for n in numbers) or len(set(numbers)) != len(numbers):
+            raise UserError(f"{var.name}={text!r} is not accepted: different integers from {low} "
+                            f"to {high}, with commas ({var.why})")
+        return tuple(sorted(numbers))
 
     def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
         """`embed:8,mlp:6` -> {"embed": 8, ...}; classes that are not named keep the default."""
@@ -554,7 +561,8 @@ class Log:
 # ATTENTION
 # -----------------------------------------------------------------------------
 # The rungs of a ladder, fastest first: q (B, H, T, d) and k, v (B, K, T, d) -> (B, H, T, d).
-# `mask` is None for plain causal attention, else that of `causal_mask`.
+# `mask` is None for plain causal attention, else that of `causal_mask`. A query sees the last
+# `window` positions, its own among them; 0: all. Here a window saves no time.
 
 
 def causal_mask(docs: Tensor, queries: int) -> Tensor:
@@ -564,18 +572,29 @@ def causal_mask(docs: Tensor, queries: int) -> Tensor:
     return same_document & (positions[-queries:, None] >= positions)
 
 
-def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def within(mask: Tensor | None, window: int, q: Tensor, k: Tensor) -> Tensor | None:
+    """A causal mask (B, 1, queries, T), without keys that lie before each query's window."""
+    if not window:
+        return mask
+    queries, length = q.shape[2], k.shape[2]
+    if mask is None:
+        mask = causal_mask(mx.zeros((len(k), length)), queries)
+    positions = mx.arange(length)
+    return mask & (positions > positions[-queries:, None] - window)
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
     """Causal attention spelt out, the reference that every other rung must agree with."""
     k, v = (mx.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     scores = (q @ k.swapaxes(2, 3)).astype(mx.float32) * q.shape[-1] ** -0.5
-    if mask is None:
-        mask = causal_mask(mx.zeros((len(k), k.shape[2])), q.shape[2])
+    mask = within(mask, window or k.shape[2], q, k)
     weights = mx.softmax(mx.where(mask, scores, -mx.inf), axis=-1).astype(v.dtype)
     return weights @ v
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
     """MLX's kernel. q may be only the last positions of k and v."""
+    mask = within(mask, window, q, k)
     mask = "causal" if mask is None else mask
     scale = q.shape[-1] ** -0.5
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
@@ -584,13 +603,16 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
 ATTENTION = {"sdpa": sdpa_attention, "math": math_attention}
 
 
-def agrees_with_math(rung: str, dtype: mx.Dtype, dim: int, doc_mask: bool) -> bool:
-    """Whether a rung runs both ways here, with heads `dim` wide, as `math` does."""
+def agrees_with_math(rung: str, dtype: mx.Dtype, args: Hyperparameters) -> bool:
+    """Whether a rung runs both ways here, as `math` does."""
+    dim, window = args.model_dim // args.num_heads, 40 if any(args.windows) else 0
     shapes = {n: (1, n, 128, dim) for n in (2, 1)}
     q, k = (mx.random.normal(shapes[n], key=mx.random.key(n)).astype(dtype) for n in (2, 1))
-    mask = causal_mask(mx.arange(128)[None] // 50, 128) if doc_mask else None
-    grad = mx.grad(lambda q: ATTENTION[rung](q, k, k, mask).sum())(q)
-    out, wanted = ATTENTION[rung](q, k, k, mask), math_attention(q, k, k, mask)
+    mask = causal_mask(mx.arange(128)[None] // 50, 128) if args.doc_mask else None
+    rest = k, k, mask, window
+    grad = mx.grad(lambda q: ATTENTION[rung](q, *rest).sum())(q)
+    out = ATTENTION[rung](q, *rest)
+    wanted = math_attention(q, *rest)
     close = mx.allclose(out, wanted, atol=3e-2)
     return (close & mx.isfinite(grad).all()).item()
 
@@ -599,10 +621,9 @@ def pick_attention(args: Hyperparameters, dtype: mx.Dtype) -> str:
     """The first rung, from ATTENTION down, that works here."""
     rungs = list(ATTENTION)
     first = 0 if args.attention == "auto" else rungs.index(args.attention)
-    dim = args.model_dim // args.num_heads
     for rung in rungs[first:]:
         with contextlib.suppress(Exception):  # a chip that it refuses, an old signature
-            if agrees_with_math(rung, dtype, dim, args.doc_mask):
+            if agrees_with_math(rung, dtype, args):
                 return rung
     device, rungs = mx.default_device(), ", ".join(rungs[first:])
     raise UserError(f"ATTENTION={args.attention}: none of {rungs} runs on {device} in {dtype}")
@@ -812,39 +833,31 @@ class Loader:
         self.data, self.args, self.plan, self.rank = data, args, plan, rank
         self.length = args.train_seq_len
         self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
-        self._starts: tuple[tuple, np.ndarray] = ((), np.zeros(0, np.int64))
+        self.order = functools.lru_cache(2)(self.order)  # a shard's serves many steps
         if (most := max(map(len, data.train_shards))) <= self.length:
             raise UserError(f"TRAIN_SEQ_LEN={self.length}: no training shard has over {most} ids")
 
-    def _ordered(self, items: np.ndarray, *key: int) -> np.ndarray:
+    def order(self, count: int, *key: int) -> np.ndarray:
+        """In which order `count` rows, or shards, are read."""
         if self.args.train_order == "sequential":
-            return items
-        return np.random.default_rng([self.args.seed, *key]).permutation(items)
-
-    def _row_starts(self, epoch: int, index: int) -> np.ndarray:
-        """Where the rows of a shard begin: one after the other."""
-        key, starts = self._starts
-        if key == (epoch, index):
-            return starts
-        shard = self.data.train_shards[index]  # a row needs one id more for its targets
-        starts = np.arange(0, len(shard) - self.length, self.length)
-        self._starts = ((epoch, index), self._ordered(starts, epoch, index))
-        return self._starts[1]
+            return np.arange(count)
+        return np.random.default_rng([self.args.seed, *key]).permutation(count)
 
     def _next_rows(self, count: int) -> list[tuple[int, int]]:
         """(shard, start) of the next `count` rows; moves the state."""
         rows, state = [], self.state
         while len(rows) < count:
-            order = self._ordered(np.arange(len(self.data.train_shards)), state["epoch"])
-            index = int(order[state["shard"]])
-            starts = self._row_starts(state["epoch"], index)
-            taken = starts[state["row"] : state["row"] + count - len(rows)]
-            rows += [(index, int(start)) for start in taken]
+            shards = self.order(len(self.data.train_shards), state["epoch"])
+            index = int(shards[state["shard"]])
+            whole = (len(self.data.train_shards[index]) - 1) // self.length  # one id is spare
+            order = self.order(whole, state["epoch"], index)
+            taken = order[state["row"] : state["row"] + count - len(rows)]
+            rows += [(index, self.length * int(row)) for row in taken]
             state["row"] += len(taken)
-            if state["row"] >= len(starts):
+            if state["row"] >= whole:
                 state["row"] = 0
                 state["shard"] += 1
-            if state["shard"] == len(order):
+            if state["shard"] == len(shards):
                 state["shard"] = 0
                 state["epoch"] += 1
         return rows
@@ -1023,13 +1036,6 @@ def sigreg(latents: Tensor, directions: Tensor, knots: int) -> Tensor:
     return (gap @ (phi / phi.sum())).mean(-1)
 
 
-def sigreg_floor(samples: int, knots: int) -> float:
-    """Expected `sigreg` of `samples` true N(0, I) latents: sum_k w_k (1 - phi_k^2) / samples."""
-    t = np.linspace(0.2, 3.0, knots)
-    phi = np.exp(-0.5 * t * t)
-    return float((phi / phi.sum() * (1 - phi**2)).sum() / samples)
-
-
 @check
 def check_jepa(args: Hyperparameters) -> None:
     chunk = args.jepa_chunk_size
@@ -1113,11 +1119,9 @@ class ChunkJEPA(Module):
         return {"jepa_pred": peak, "sigreg": sigreg_weight, "latent_var": 0.0}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
-        """R^2 of the predictor, and SIGReg beside its value for perfectly normal latents."""
-        samples = self.args.jepa_sigreg_group * (self.args.train_seq_len // self.chunk)
+        """The predictor's error also as R^2."""
         r2 = 1 - means["jepa_pred"] / max(means["latent_var"], 1e-12)
-        return {"jepa_pred": means["jepa_pred"], "jepa_r2": r2, "sigreg": means["sigreg"],
-                "sigreg_floor": sigreg_floor(samples, self.args.jepa_sigreg_knots)}
+        return {"jepa_pred": means["jepa_pred"], "jepa_r2": r2, "sigreg": means["sigreg"]}
 
     def first_read(self, position: int) -> int:
         return max(0, position // self.chunk - 1) * self.chunk
@@ -1234,6 +1238,7 @@ class CausalSelfAttention(Module):
         self.proj = CastedLinear(args.model_dim, args.model_dim)
         self.q_gain = mx.full((args.num_heads,), args.qk_gain_init)
         self.exclude_self = layer >= args.num_layers - args.xsa_last_n
+        self.window = args.windows[layer]
         self.attend = ATTENTION[attention]
 
     def forward(self, x: Tensor, rotary: Tensor, mask=None, past: KVCache | None = None) -> Tensor:
@@ -1249,7 +1254,7 @@ class CausalSelfAttention(Module):
         q, k = (rotate(rms_norm(part), rotary, known) for part in (q, k))
         q = q * self.q_gain.astype(q.dtype)[:, None, None]
         k, v_all = (k, v) if past is None else past.extend(self.layer, k, v)
-        y = self.attend(q, k, v_all, mask)
+        y = self.attend(q, k, v_all, mask, self.window)
 
         if self.exclude_self:  # XSA: drop the component along this position's own value
             own = v.astype(mx.float32)
@@ -2059,7 +2064,7 @@ def check_ttt(args: Hyperparameters) -> None:
 
 
 class TestTimeTraining:
-    """Score-first test-time training (#461, #549): SGD with momentum on each chunk once scored.
+    """Score-first test-time training (#461, #549): SGD of the blocks on each chunk once scored.
 
     After a chunk, rows of TRAIN_SEQ_LEN that end with it are trained on, TTT_BATCH_ROWS an update,
     as many updates on every rank. The rate depends only on the number of chunks already scored: a
@@ -2069,13 +2074,8 @@ class TestTimeTraining:
         self.model, self.args, self.gradients = model, model.args, gradients
         self.runtime = runtime
 
-        modules = tuple(part.strip() + "." for part in self.args.ttt_modules.split(","))
-        named = {f"{name}.": p for name, p in model.named_parameters().items()}
-        for module in modules:
-            if not any(name.startswith(module) for name in named):
-                raise UserError(f"TTT_MODULES={self.args.ttt_modules!r}: no module {module[:-1]!r}")
-        chosen = {name: p for name, p in named.items() if name.startswith(modules)}
-        self.params = {name[:-1]: p for name, p in chosen.items()}
+        named = model.named_parameters().items()
+        self.params = {name: p for name, p in named if name.startswith("blocks.")}
         self.kept = dict(self.params)
         self.sgd = optim.SGD(self.args.ttt_lr, self.args.ttt_momentum)
         self.chunks, self.updates, self.seconds = 0, 0, 0.0
@@ -2248,10 +2248,6 @@ class Stream:
         self.known = None  # log-probabilities of the next id
         self.read = []  # by the last pass: the ids of its window, drafts among them
         self.states = {}  # of the last pass, by position
-
-    @property
-    def updates(self) -> int:
-        return self.learner.updates if self.learner else 0
 
     def logprobs(self) -> np.ndarray:
         """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it."""

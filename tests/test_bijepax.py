@@ -505,7 +505,7 @@ def test_adapters_decode_as_they_score(mode, corpus):
     }
     ids, model = text(corpus), alive(**overrides).eval()
     stream = assert_stream_follows_score(section, model, ids)
-    assert stream.updates > 4
+    assert stream.learner.updates > 4
     for owner in model.modules():
         assert getattr(owner, "adapter", None) is None
 
@@ -563,7 +563,7 @@ def test_ids_that_are_pushed_and_never_asked_for_are_learned_too(mode, corpus):
         stream.push(token)
         if t in vectors:
             assert np.abs(stream.logprobs() - vectors[t]).max() < 1e-4, t
-    assert stream.updates >= 3
+    assert stream.learner.updates >= 3
 
 
 @pytest.mark.parametrize(

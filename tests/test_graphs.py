@@ -48,12 +48,16 @@ def settings(**more) -> dict[str, str]:
     return {name: str(value) for name, value in {**BIG, **more}.items()}
 
 
-@pytest.mark.parametrize("rung, masks", [("fa3", 0), ("fa2", 0), ("cpu", 0), ("sdpa", 0), ("math", 0),
-                                         ("fa3", 1), ("sdpa", 1)])
-def test_no_rung_breaks_a_graph_and_nothing_compiles_twice(graphs, corpus, rung, masks):
+@pytest.mark.parametrize("rung, masks, windowed, kinds", [
+    ("fa3", 0, "", 2), ("fa2", 0, "", 2), ("cpu", 0, "", 2), ("sdpa", 0, "", 2), ("math", 0, "", 2),
+    ("fa3", 1, "", 2), ("sdpa", 1, "", 2),
+    ("fa3", 0, "0,1,3", 3), ("cpu", 0, "0,1,3", 3), ("sdpa", 0, "0,1,3", 3), ("sdpa", 1, "0,1,3", 3),
+])
+def test_no_rung_breaks_a_graph_and_nothing_compiles_twice(graphs, corpus, rung, masks, windowed, kinds):
     trunk = load_script(ROOT / "train_gpt.py")
+    windows = {"ATTN_WINDOW": 5, "ATTN_WINDOW_LAYERS": windowed}
     args = trunk.Hyperparameters(settings(DOC_MASK=masks, DATA_PATH=corpus, DTYPE="fp32", QUANT_ROUND="gptq",
-                                          GPTQ_BATCHES=1))
+                                          GPTQ_BATCHES=1, **windows))
     runtime = trunk.Runtime(args)
     runtime.attention = rung
     trainer = trunk.Trainer(args, trunk.Dataset(args, False), runtime, trunk.Log(None))
@@ -69,7 +73,7 @@ def test_no_rung_breaks_a_graph_and_nothing_compiles_twice(graphs, corpus, rung,
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == first
     shapes = 3  # of ids: a training forward, a scoring batch, the rows of a test-time update
-    a_shape = {"look_back": 1, "embed_rows": 1, "Block": 2, "ChunkJEPA": 1}  # blocks with XSA and without
+    a_shape = {"look_back": 1, "embed_rows": 1, "Block": kinds, "ChunkJEPA": 1}  # with XSA, with a window
     a_loss = {"nats": 1, "DraftHeads.loss": 1}
     spans = 2  # logits_from: of windows that do not overlap, and of sliding ones
     assert first == shapes * sum(a_shape.values()) + 2 * sum(a_loss.values()) + spans
@@ -139,7 +143,7 @@ def gpu(monkeypatch):
 def test_on_gpus_the_fastest_rung_wins(gpu):
     rung, notes = gpu(fa3=2e-3, fa2=4e-3, sdpa=1.5e-3, math=1e-4)
     assert rung == "sdpa"  # `math` is only a reference
-    assert "attention: a layer, both ways: fa3 2.00 ms, fa2 4.00 ms, sdpa 1.50 ms" in notes
+    assert "attention: a layer of each kind, both ways: fa3 2.00 ms, fa2 4.00 ms, sdpa 1.50 ms" in notes
     assert gpu(fa3=1e-3, sdpa=1.5e-3, math=1e-4)[0] == "fa3"
     assert gpu(math=1e-4)[0] == "math"
     assert gpu("fa2", fa3=1e-3, fa2=4e-3, sdpa=1e-3, math=1.0)[0] == "fa2"  # asked for by name

@@ -1,6 +1,9 @@
 """The network, the auxiliary objective and the optimizers, by perturbation and brute force."""
 
 import math
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_causal
 
+STANDINS = Path(__file__).with_name("standins")
 # Parameters of the published #832 model, by name in this script; 24,625,001 in all.
 L, D, KV = 13, 512, 256
 PUBLISHED = {
@@ -150,24 +154,75 @@ def test_every_parameter_has_one_optimizer(trunk, tiny):
     assert all(p.ndim == 2 for stack in optimizers.muon.stacks for p in stack)
 
 
-@pytest.mark.parametrize("name", ["sdpa", "cpu"])
-@pytest.mark.parametrize(
-    "length, heads, kv", [(192, 6, 3), (64, 4, 4), (40, 8, 2), (130, 2, 1), (1030, 1, 1)]
-)
-def test_attention_rungs_agree_with_the_formula(trunk, name, length, heads, kv):
+@pytest.fixture
+def standins(trunk, monkeypatch):
+    """FlashAttention's packages, played by torch."""
+    monkeypatch.syspath_prepend(str(STANDINS))
+    yield
+    trunk.attention_of.cache_clear()
+    for name in ("flash_attn", "flash_attn_interface"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "cpu", "fa3", "fa2"])
+@pytest.mark.parametrize("length, heads, kv, window", [
+    (192, 6, 3, 0), (64, 4, 4, 1), (40, 8, 2, 17), (130, 2, 1, 128), (1030, 1, 1, 200), (1030, 1, 1, 0),
+    (300, 2, 2, 129), (300, 2, 2, 5000),
+])
+def test_attention_rungs_agree_with_the_formula(trunk, standins, name, length, heads, kv, window):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, length, n, 16, generator=generator).requires_grad_() for n in (heads, kv, kv))
     out = {}
     for rung in ("math", name):
-        y = trunk.attention_of(rung)(q, k, v)
+        y = trunk.attention_of(rung)(q, k, v, None, window)
         weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
         out[rung] = [y, *torch.autograd.grad((y * weight).sum(), (q, k, v))]
     for ours, wanted in zip(out[name], out["math"]):
         assert (ours - wanted).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["math", "sdpa", "cpu", "fa2"])
+def test_a_window_and_documents_hide_what_they_should(trunk, standins, name):
+    """By brute force: each query against the keys that it may see."""
+    generator, window = torch.Generator().manual_seed(0), 7
+    q, k, v = (torch.randn(1, 60, 1, 8, generator=generator) for _ in range(3))
+    docs = (torch.arange(60)[None] >= 33).long()
+    mask = trunk.document_mask(name, docs)
+    y = trunk.attention_of(name)(q, k, v, mask, window)
+    for place in (0, 5, 6, 7, 32, 33, 36, 39, 40, 59):
+        first = max(place - window + 1, 33 if place >= 33 else 0)
+        scores = (k[0, first : place + 1, 0] @ q[0, place, 0]) * 8**-0.5
+        wanted = scores.softmax(0) @ v[0, first : place + 1, 0]
+        assert torch.allclose(y[0, place, 0], wanted, atol=1e-5), place
+
+
+def test_windowed_layers_reach_back_as_far_as_their_windows(trunk, tiny, alive):
+    """Three layers of windows of 5: a position sees 12 before it, and no more."""
+    args = tiny(ATTN_WINDOW=5, ATTN_WINDOW_LAYERS="0, 1,2", NGRAM_ORDERS=0, SMEAR_GATE=0, JEPA_CHUNK_SIZE=0)
+    assert args.windows == [5, 5, 5] and tiny(ATTN_WINDOW_LAYERS="1").windows == [0, 1024, 0]
+    model = alive(args).eval()
+    ids = torch.full((1, 40), 50)
+    plain = model.hidden(ids, model.rotary_eval)
+    ids[0, 10] = 99
+    changed = (model.hidden(ids, model.rotary_eval) != plain).any(-1)[0].nonzero().flatten().tolist()
+    assert changed == list(range(10, 23))
+
+
+def test_a_window_saves_time_on_a_cpu(trunk):
+    q, k, v = (torch.randn(1, 4096, 2, 16).requires_grad_() for _ in range(3))
+
+    def seconds(window):
+        start = time.perf_counter()
+        y = trunk.sdpa_attention(q, k, v, None, window)
+        torch.autograd.grad(y, (q, k, v), y)
+        return time.perf_counter() - start
+
+    whole, windowed = (min(seconds(window) for _ in range(3)) for window in (0, 256))
+    assert windowed < 0.7 * whole, f"{windowed / whole:.2f}"
+
+
 def test_attention_ladder_falls_to_a_rung_that_runs(trunk, tiny, monkeypatch):
-    def broken(q, k, v, mask=None):
+    def broken(q, k, v, mask=None, window=0):
         raise TypeError("scaled_dot_product_attention() got an unexpected keyword argument 'enable_gqa'")
 
     def picked(**settings):
@@ -208,7 +263,9 @@ def test_sigreg_on_normal_scaled_and_collapsed_latents(trunk):
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(4, 2048, 32, generator=generator)
     directions = F.normalize(torch.randn(32, 128, generator=generator), dim=0)
-    floor = trunk.sigreg_floor(2048, 17)
+    t = np.linspace(0.2, 3.0, 17)
+    phi = np.exp(-0.5 * t * t)
+    floor = float((phi / phi.sum() * (1 - phi**2)).sum() / 2048)  # what 2,048 true samples have on average
     normal = trunk.sigreg(z, directions, 17)
     assert normal.shape == (4,) and 0.7 * floor < normal.mean() < 1.4 * floor
     values = [

@@ -55,7 +55,8 @@ BAD_VALUES = [
     ("NUM_LAYERS", "0"), ("NUM_LAYERS", "three"), ("MODEL_DIM", "7.5"), ("UNET_SKIPS", "yes"),
     ("MATRIX_LR", "-1"), ("MATRIX_LR", "nan"), ("DTYPE", "int8"), ("JEPA_PHASE1_FRAC", "1.5"),
     ("NGRAM_ORDERS", "2,2"), ("NGRAM_ORDERS", "1"), ("NGRAM_ORDERS", "a"), ("BITS", "mlp:9"),
-    ("BITS", "nose:6"), ("QUANT_K", "mlp"), ("COMPRESSOR", "rar"),
+    ("ATTN_WINDOW", "0"), ("ATTN_WINDOW_LAYERS", "13"), ("ATTN_WINDOW_LAYERS", "0,0"), ("BITS", "nose:6"),
+    ("QUANT_K", "mlp"), ("COMPRESSOR", "rar"),
 ]
 
 

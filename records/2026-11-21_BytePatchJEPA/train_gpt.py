@@ -553,7 +553,7 @@ class Runtime:
         except UserError:
             raise
         except Exception as error:  # a compiler may raise anything
-            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            failure = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if self.all_reduce(torch.tensor(int(failure != "")), dist.ReduceOp.MAX):
             failure = failure or "another rank failed"
             if self.must_compile:
@@ -602,43 +602,57 @@ def causal_mask(docs: Tensor, queries: int) -> Tensor:
     return same_document & (positions[-queries:, None] >= positions)
 
 
-def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def within(mask: Tensor | None, window: int) -> Tensor | None:
+    """A causal mask (..., queries, T) without what lies before each query's window."""
+    if not window:
+        return mask
+    queries, length = mask.shape[-2:]
+    return mask.triu(length - queries - window + 1)
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
     """Causal attention spelt out, the reference that every other rung must agree with."""
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
     if mask is None:
         mask = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1))
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype)
+    hidden = ~within(mask, window)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
     """Torch's fused kernels. With a mask, q may be only the last positions of k and v."""
+    if mask is None and window:
+        return block_attention(q, k, v, None, window)
+    mask = within(mask, window)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
     return y.transpose(1, 2)
 
 
-QUERY_BLOCK = 128  # queries that the CPU's attention takes at a time
+QUERY_BLOCK = 128  # queries of `block_attention`
 
 
-def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Causal attention for CPUs: blocks of queries meet the keys up to their own end.
-
+def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
+    """Causal attention by blocks of queries, each with the keys that it may see.
     The backward finds all weights kept, where torch's kernel computes them again."""
     if mask is not None:
-        return sdpa_attention(q, k, v, mask)
-    length, groups, dim = q.size(1), k.size(2), q.size(3)
-    positions, out = torch.arange(length, device=q.device), []
+        return sdpa_attention(q, k, v, mask, window)
+    groups, dim = k.size(2), q.size(3)
     keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))  # (B * K, T, d)
+    out = []
 
     for query in (q * dim**-0.5).transpose(1, 2).split(QUERY_BLOCK, 2):
-        stop = min((len(out) + 1) * QUERY_BLOCK, length)
-        ahead = positions[:stop] > positions[stop - query.size(2) : stop, None]
+        first = len(out) * QUERY_BLOCK
+        stop = first + query.size(2)
+        start = max(0, first - window + 1) if window else 0
+        pairs = torch.ones(stop - first, stop - start, dtype=torch.bool, device=q.device)
+        hidden = ~within(pairs.tril(first - start), window)
         flat = query.unflatten(1, (groups, -1)).flatten(2, 3).flatten(0, 1)  # heads share keys
-        scores = torch.bmm(flat, keys[:, :stop].mT)
-        scores = scores.masked_fill(ahead.repeat(q.size(2) // groups, 1), -torch.inf)
-        out.append(torch.bmm(scores.softmax(-1), values[:, :stop]).view(query.shape))
+        scores = torch.bmm(flat, keys[:, start:stop].mT)
+        scores = scores.masked_fill(hidden.repeat(q.size(2) // groups, 1), -torch.inf)
+        out.append(torch.bmm(scores.softmax(-1), values[:, start:stop]).view(query.shape))
     return torch.cat(out, 2).transpose(1, 2)
 
 
@@ -653,7 +667,7 @@ def flash_attention(package: str):
 
 
 FLASH = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}  # packages
-ATTENTION = {"cpu": cpu_attention, "sdpa": sdpa_attention, "math": math_attention}
+ATTENTION = {"cpu": block_attention, "sdpa": sdpa_attention, "math": math_attention}
 
 
 @functools.cache
@@ -691,18 +705,21 @@ def attention_seconds(rung: str, args: Hyperparameters, runtime: Runtime) -> flo
     return Timer("both_ways()", globals=locals()).timeit(5).mean  # waits for the GPU
 
 
-def best_rung(args: Hyperparameters, runtime: Runtime) -> str:
-    """From ATTENTION down the first that agrees with `math`; with `auto` on GPUs the fastest.
-    Not by the clock on CPUs, whose bits depend on it."""
+def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
+    """From ATTENTION down the first rung that agrees with `math`; with `auto` on GPUs the fastest.
+    On CPUs no clock decides: bits depend on it.
+    All ranks look, rank 0 chooses."""
     rungs = [*FLASH, *ATTENTION]
     first = 0 if args.attention == "auto" else rungs.index(args.attention)
     gpu, bf16 = runtime.device.type == "cuda", runtime.dtype == torch.bfloat16
-    fits = {"fa3": gpu and bf16, "fa2": gpu and bf16, "cpu": not gpu and bf16}
+    unfit = {"cpu"} if gpu else {*FLASH}
     timed = gpu and args.attention == "auto"
     seconds: dict[str, float] = {}
     for rung in rungs[first:]:
-        if not fits.get(rung, True) or seconds and (not timed or rung == "math"):
+        if rung in unfit or not bf16 and rung in (*FLASH, "cpu"):
             continue
+        if seconds and (not timed or rung == "math"):
+            break
         with contextlib.suppress(Exception):  # no package, a card that it refuses, no memory
             check_rung(rung, args, runtime)
             seconds[rung] = attention_seconds(rung, args, runtime) if timed else 0.0
@@ -712,14 +729,7 @@ def best_rung(args: Hyperparameters, runtime: Runtime) -> str:
     if timed:
         table = ", ".join(f"{rung} {1e3 * taken:.2f} ms" for rung, taken in seconds.items())
         runtime.notes.append(f"attention: a layer, both ways: {table}")
-    return min(seconds, key=seconds.get)
-
-
-def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
-    """Rank 0's `best_rung`, on every rank."""
-    rungs = [*FLASH, *ATTENTION]
-    choice = rungs.index(best_rung(args, runtime)) if runtime.main else 0
-    choice, = runtime.from_main([choice])
+    choice, = runtime.from_main([rungs.index(min(seconds, key=seconds.get))])
     return rungs[int(choice)]
 
 
@@ -927,39 +937,31 @@ class Loader:
         self.data, self.args, self.plan, self.rank = data, args, plan, rank
         self.length = args.train_seq_len
         self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
-        self._starts: tuple[tuple, np.ndarray] = ((), np.zeros(0, np.int64))
+        self.order = functools.lru_cache(2)(self.order)  # serves many steps
         if (most := max(map(len, data.train_shards))) <= self.length:
             raise UserError(f"TRAIN_SEQ_LEN={self.length}: no training shard has over {most} ids")
 
-    def _ordered(self, items: np.ndarray, *key: int) -> np.ndarray:
+    def order(self, count: int, *key: int) -> np.ndarray:
+        """In which order `count` rows, or shards, are read."""
         if self.args.train_order == "sequential":
-            return items
-        return np.random.default_rng([self.args.seed, *key]).permutation(items)
-
-    def _row_starts(self, epoch: int, index: int) -> np.ndarray:
-        """Where the rows of a shard begin: one after the other."""
-        key, starts = self._starts
-        if key == (epoch, index):
-            return starts
-        shard = self.data.train_shards[index]  # a row needs one id more for its targets
-        starts = np.arange(0, len(shard) - self.length, self.length)
-        self._starts = ((epoch, index), self._ordered(starts, epoch, index))
-        return self._starts[1]
+            return np.arange(count)
+        return np.random.default_rng([self.args.seed, *key]).permutation(count)
 
     def _next_rows(self, count: int) -> list[tuple[int, int]]:
         """(shard, start) of the next `count` rows; moves the state."""
         rows, state = [], self.state
         while len(rows) < count:
-            order = self._ordered(np.arange(len(self.data.train_shards)), state["epoch"])
-            index = int(order[state["shard"]])
-            starts = self._row_starts(state["epoch"], index)
-            taken = starts[state["row"] : state["row"] + count - len(rows)]
-            rows += [(index, int(start)) for start in taken]
+            shards = self.order(len(self.data.train_shards), state["epoch"])
+            index = int(shards[state["shard"]])
+            whole = (len(self.data.train_shards[index]) - 1) // self.length  # one id is spare
+            order = self.order(whole, state["epoch"], index)
+            taken = order[state["row"] : state["row"] + count - len(rows)]
+            rows += [(index, self.length * int(row)) for row in taken]
             state["row"] += len(taken)
-            if state["row"] >= len(starts):
+            if state["row"] >= whole:
                 state["row"] = 0
                 state["shard"] += 1
-            if state["shard"] == len(order):
+            if state["shard"] == len(shards):
                 state["shard"] = 0
                 state["epoch"] += 1
         return rows
@@ -2468,10 +2470,6 @@ class Stream:
         self.known = None  # log-probabilities of the next id
         self.read = []  # by the last pass: the ids of its window, drafts among them
         self.states = {}  # of the last pass, by position
-
-    @property
-    def updates(self) -> int:
-        return self.learner.updates if self.learner else 0
 
     def logprobs(self) -> np.ndarray:
         """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it."""

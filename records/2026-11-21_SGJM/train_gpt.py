@@ -559,7 +559,7 @@ class Runtime:
         except UserError:
             raise
         except Exception as error:  # a compiler may raise anything
-            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            failure = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if self.all_reduce(torch.tensor(int(failure != "")), dist.ReduceOp.MAX):
             failure = failure or "another rank failed"
             if self.must_compile:
@@ -619,18 +619,18 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Torch's fused kernels. With a mask, q may be only the last positions of k and v; without
-    one, a shorter q sees all of them."""
+    """Torch's fused kernels; q may be only the last positions of k and v.
+    Without a mask, a shorter q sees all of them."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     causal = mask is None and q.size(2) == k.size(2)
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
     return y.transpose(1, 2)
 
 
-QUERY_BLOCK = 128  # queries that the CPU's attention takes at a time
+QUERY_BLOCK = 128  # queries of `block_attention`
 
 
-def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Causal attention for CPUs: blocks of queries meet the keys up to their own end.
 
     The backward finds all weights kept, where torch's kernel computes them again."""
@@ -662,7 +662,7 @@ def flash_attention(package: str):
 
 
 FLASH = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}  # packages
-ATTENTION = {"cpu": cpu_attention, "sdpa": sdpa_attention, "math": math_attention}
+ATTENTION = {"cpu": block_attention, "sdpa": sdpa_attention, "math": math_attention}
 
 
 @functools.cache
@@ -699,18 +699,21 @@ def attention_seconds(rung: str, args: Hyperparameters, runtime: Runtime) -> flo
     return Timer("both_ways()", globals=locals()).timeit(5).mean  # waits for the GPU
 
 
-def best_rung(args: Hyperparameters, runtime: Runtime) -> str:
-    """From ATTENTION down the first that agrees with `math`; with `auto` on GPUs the fastest.
-    Not by the clock on CPUs, whose bits depend on it."""
+def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
+    """From ATTENTION down the first rung that agrees with `math`; with `auto` on GPUs the fastest.
+    On CPUs no clock decides: bits depend on it.
+    All ranks look, rank 0 chooses."""
     rungs = [*FLASH, *ATTENTION]
     first = 0 if args.attention == "auto" else rungs.index(args.attention)
     gpu, bf16 = runtime.device.type == "cuda", runtime.dtype == torch.bfloat16
-    fits = {"fa3": gpu and bf16, "fa2": gpu and bf16, "cpu": not gpu and bf16}
+    unfit = {"cpu"} if gpu else {*FLASH}
     timed = gpu and args.attention == "auto"
     seconds: dict[str, float] = {}
     for rung in rungs[first:]:
-        if not fits.get(rung, True) or seconds and (not timed or rung == "math"):
+        if rung in unfit or not bf16 and rung in (*FLASH, "cpu"):
             continue
+        if seconds and (not timed or rung == "math"):
+            break
         with contextlib.suppress(Exception):  # no package, a card that it refuses, no memory
             check_rung(rung, args, runtime)
             seconds[rung] = attention_seconds(rung, args, runtime) if timed else 0.0
@@ -720,14 +723,7 @@ def best_rung(args: Hyperparameters, runtime: Runtime) -> str:
     if timed:
         table = ", ".join(f"{rung} {1e3 * taken:.2f} ms" for rung, taken in seconds.items())
         runtime.notes.append(f"attention: a layer, both ways: {table}")
-    return min(seconds, key=seconds.get)
-
-
-def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
-    """Rank 0's `best_rung`, on every rank."""
-    rungs = [*FLASH, *ATTENTION]
-    choice = rungs.index(best_rung(args, runtime)) if runtime.main else 0
-    choice, = runtime.from_main([choice])
+    choice, = runtime.from_main([rungs.index(min(seconds, key=seconds.get))])
     return rungs[int(choice)]
 
 
@@ -910,39 +906,31 @@ class Loader:
         self.data, self.args, self.plan, self.rank = data, args, plan, rank
         self.length = args.train_seq_len
         self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
-        self._starts: tuple[tuple, np.ndarray] = ((), np.zeros(0, np.int64))
+        self.order = functools.lru_cache(2)(self.order)  # serves many steps
         if (most := max(map(len, data.train_shards))) <= self.length:
             raise UserError(f"TRAIN_SEQ_LEN={self.length}: no training shard has over {most} ids")
 
-    def _ordered(self, items: np.ndarray, *key: int) -> np.ndarray:
+    def order(self, count: int, *key: int) -> np.ndarray:
+        """In which order `count` rows, or shards, are read."""
         if self.args.train_order == "sequential":
-            return items
-        return np.random.default_rng([self.args.seed, *key]).permutation(items)
-
-    def _row_starts(self, epoch: int, index: int) -> np.ndarray:
-        """Where the rows of a shard begin: one after the other."""
-        key, starts = self._starts
-        if key == (epoch, index):
-            return starts
-        shard = self.data.train_shards[index]  # a row needs one id more for its targets
-        starts = np.arange(0, len(shard) - self.length, self.length)
-        self._starts = ((epoch, index), self._ordered(starts, epoch, index))
-        return self._starts[1]
+            return np.arange(count)
+        return np.random.default_rng([self.args.seed, *key]).permutation(count)
 
     def _next_rows(self, count: int) -> list[tuple[int, int]]:
         """(shard, start) of the next `count` rows; moves the state."""
         rows, state = [], self.state
         while len(rows) < count:
-            order = self._ordered(np.arange(len(self.data.train_shards)), state["epoch"])
-            index = int(order[state["shard"]])
-            starts = self._row_starts(state["epoch"], index)
-            taken = starts[state["row"] : state["row"] + count - len(rows)]
-            rows += [(index, int(start)) for start in taken]
+            shards = self.order(len(self.data.train_shards), state["epoch"])
+            index = int(shards[state["shard"]])
+            whole = (len(self.data.train_shards[index]) - 1) // self.length  # one id is spare
+            order = self.order(whole, state["epoch"], index)
+            taken = order[state["row"] : state["row"] + count - len(rows)]
+            rows += [(index, self.length * int(row)) for row in taken]
             state["row"] += len(taken)
-            if state["row"] >= len(starts):
+            if state["row"] >= whole:
                 state["row"] = 0
                 state["shard"] += 1
-            if state["shard"] == len(order):
+            if state["shard"] == len(shards):
                 state["shard"] = 0
                 state["epoch"] += 1
         return rows

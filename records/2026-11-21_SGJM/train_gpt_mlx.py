@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import lzma
@@ -817,39 +818,31 @@ class Loader:
         self.data, self.args, self.plan, self.rank = data, args, plan, rank
         self.length = args.train_seq_len
         self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
-        self._starts: tuple[tuple, np.ndarray] = ((), np.zeros(0, np.int64))
+        self.order = functools.lru_cache(2)(self.order)  # a shard's serves many steps
         if (most := max(map(len, data.train_shards))) <= self.length:
             raise UserError(f"TRAIN_SEQ_LEN={self.length}: no training shard has over {most} ids")
 
-    def _ordered(self, items: np.ndarray, *key: int) -> np.ndarray:
+    def order(self, count: int, *key: int) -> np.ndarray:
+        """In which order `count` rows, or shards, are read."""
         if self.args.train_order == "sequential":
-            return items
-        return np.random.default_rng([self.args.seed, *key]).permutation(items)
-
-    def _row_starts(self, epoch: int, index: int) -> np.ndarray:
-        """Where the rows of a shard begin: one after the other."""
-        key, starts = self._starts
-        if key == (epoch, index):
-            return starts
-        shard = self.data.train_shards[index]  # a row needs one id more for its targets
-        starts = np.arange(0, len(shard) - self.length, self.length)
-        self._starts = ((epoch, index), self._ordered(starts, epoch, index))
-        return self._starts[1]
+            return np.arange(count)
+        return np.random.default_rng([self.args.seed, *key]).permutation(count)
 
     def _next_rows(self, count: int) -> list[tuple[int, int]]:
         """(shard, start) of the next `count` rows; moves the state."""
         rows, state = [], self.state
         while len(rows) < count:
-            order = self._ordered(np.arange(len(self.data.train_shards)), state["epoch"])
-            index = int(order[state["shard"]])
-            starts = self._row_starts(state["epoch"], index)
-            taken = starts[state["row"] : state["row"] + count - len(rows)]
-            rows += [(index, int(start)) for start in taken]
+            shards = self.order(len(self.data.train_shards), state["epoch"])
+            index = int(shards[state["shard"]])
+            whole = (len(self.data.train_shards[index]) - 1) // self.length  # one id is spare
+            order = self.order(whole, state["epoch"], index)
+            taken = order[state["row"] : state["row"] + count - len(rows)]
+            rows += [(index, self.length * int(row)) for row in taken]
             state["row"] += len(taken)
-            if state["row"] >= len(starts):
+            if state["row"] >= whole:
                 state["row"] = 0
                 state["shard"] += 1
-            if state["shard"] == len(order):
+            if state["shard"] == len(shards):
                 state["shard"] = 0
                 state["epoch"] += 1
         return rows

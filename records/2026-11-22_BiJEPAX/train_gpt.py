@@ -220,7 +220,6 @@ class Hyperparameters:
     ttt = Var("0", "test-time training on scored text",
               choices=("0", "sgd", "lora", "phased"), ship="eval")
     ttt_adapt = Var(True, "0 = without learning: the control", ship="eval")
-    ttt_modules = Var("blocks", "paths of modules that learn, with commas", ship="eval")
     ttt_chunk_tokens = Var(32768, "targets scored, then learned from", 1, ship="eval")
     ttt_batch_rows = Var(16, "rows an update, over all ranks", 1, ship="eval")
     ttt_epochs = Var(1, "passes over each chunk", 1, ship="eval")
@@ -266,6 +265,7 @@ class Hyperparameters:
         "EMA_ENABLED": ("1", "EMA_DECAY=0 scores the last weights"),
         "MTP_NUM_HEADS": ("0", "it costs +0.028 BPB in ten minutes"),
         "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
+        "TTT_MODULES": ("blocks", "the blocks learn; see BytePatchJEPA"),
         "GRAD_REPORT_EVERY": ("0", "no result used it"),
         "TTT_LORA_MODULES": ("attn.proj,mlp.fc,mlp.proj,tok_emb", "all results used it"),
         "BIJEPAX_CYCLE": ("0", "#2080 had it off"),
@@ -520,7 +520,7 @@ class Runtime:
         except UserError:
             raise
         except Exception as error:  # a compiler may raise anything
-            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            failure = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if self.all_reduce(torch.tensor(int(failure != "")), dist.ReduceOp.MAX):
             failure = failure or "another rank failed"
             if self.must_compile:
@@ -559,7 +559,8 @@ class Log:
 # ATTENTION
 # -----------------------------------------------------------------------------
 # The rungs of a ladder, fastest first: q (B, T, H, d) and k, v (B, T, K, d) -> (B, T, H, d).
-# `mask` is None for plain causal attention, else what `document_mask` made for that rung.
+# `mask` is None for plain causal attention, else what `document_mask` made for that rung. A
+# query sees the last `window` positions, its own among them; 0: all.
 
 
 def causal_mask(docs: Tensor, queries: int) -> Tensor:
@@ -569,33 +570,45 @@ def causal_mask(docs: Tensor, queries: int) -> Tensor:
     return same_document & (positions[-queries:, None] >= positions)
 
 
-def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def within(mask: Tensor | None, window: int) -> Tensor | None:
+    """A causal mask (..., queries, T) without what lies before each query's window."""
+    if not window:
+        return mask
+    queries, length = mask.shape[-2:]
+    return mask.triu(length - queries - window + 1)
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
     """Causal attention spelt out, the reference that every other rung must agree with."""
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
     if mask is None:
         mask = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1))
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype)
+    hidden = ~within(mask, window)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
     """Torch's fused kernels. With a mask, q may be only the last positions of k and v."""
+    if mask is None and window:
+        return block_attention(q, k, v, None, window)
+    mask = within(mask, window)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
     return y.transpose(1, 2)
 
 
-QUERY_BLOCK = 128  # queries that the CPU's attention takes at a time
+QUERY_BLOCK = 128  # queries of `block_attention`
 
 
-def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Causal attention for CPUs: blocks of queries meet the keys up to their own end.
-
+def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
+    """Causal attention by blocks of queries, each with the keys that it may see.
     The backward finds all weights kept, where torch's kernel computes them again."""
     length, groups, dim = q.size(1), k.size(2), q.size(3)
     if mask is None:
         mask = causal_mask(torch.zeros(1, length, device=q.device), length)
+    mask = within(mask, window)
     keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))  # (B * K, T, d)
     out = []
 
@@ -614,20 +627,21 @@ def flash_attention(package: str):
     """FlashAttention 2 or 3; documents go through its kernel for rows of varying length."""
     flash = importlib.import_module(package)  # here, since a graph would break at an import
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens=None, window: int = 0) -> Tensor:
+        how = {"causal": True, "window_size": (window - 1, 0 if window else -1)}
         if cu_seqlens is None:
-            out = flash.flash_attn_func(q, k, v, causal=True)
+            out = flash.flash_attn_func(q, k, v, **how)
         else:
             flat = [x.flatten(0, 1) for x in (q, k, v)]
             lengths = cu_seqlens, cu_seqlens, q.size(1), q.size(1)
-            out = flash.flash_attn_varlen_func(*flat, *lengths, causal=True)
+            out = flash.flash_attn_varlen_func(*flat, *lengths, **how)
         out = out[0] if isinstance(out, tuple) else out  # some builds return more
         return out.view(q.shape)
     return attend
 
 
 FLASH = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}  # packages
-ATTENTION = {"cpu": cpu_attention, "sdpa": sdpa_attention, "math": math_attention}
+ATTENTION = {"cpu": block_attention, "sdpa": sdpa_attention, "math": math_attention}
 
 
 @functools.cache
@@ -680,18 +694,21 @@ def attention_seconds(rung: str, args: Hyperparameters, runtime: Runtime) -> flo
     return Timer("both_ways()", globals=locals()).timeit(5).mean  # waits for the GPU
 
 
-def best_rung(args: Hyperparameters, runtime: Runtime) -> str:
-    """From ATTENTION down the first that agrees with `math`; with `auto` on GPUs the fastest.
-    On CPUs no clock decides, since bits depend on the rung; with documents flash goes first."""
+def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
+    """From ATTENTION down the first rung that agrees with `math`; with `auto` on GPUs the fastest.
+    On CPUs no clock decides, since bits depend on the rung; with documents flash goes first. All
+    ranks look, rank 0 chooses."""
     rungs = [*FLASH, *ATTENTION]
     first = 0 if args.attention == "auto" else rungs.index(args.attention)
     gpu, bf16 = runtime.device.type == "cuda", runtime.dtype == torch.bfloat16
-    fits = {"fa3": gpu and bf16, "fa2": gpu and bf16, "cpu": not gpu and bf16}
+    unfit = {"cpu"} if gpu else {*FLASH}
     timed = gpu and args.attention == "auto" and not args.doc_mask
     seconds: dict[str, float] = {}
     for rung in rungs[first:]:
-        if not fits.get(rung, True) or seconds and (not timed or rung == "math"):
+        if rung in unfit or not bf16 and rung in (*FLASH, "cpu"):
             continue
+        if seconds and (not timed or rung == "math"):
+            break
         with contextlib.suppress(Exception):  # no package, a card that it refuses, no memory
             check_rung(rung, args, runtime)
             seconds[rung] = attention_seconds(rung, args, runtime) if timed else 0.0
@@ -701,14 +718,7 @@ def best_rung(args: Hyperparameters, runtime: Runtime) -> str:
     if timed:
         table = ", ".join(f"{rung} {1e3 * taken:.2f} ms" for rung, taken in seconds.items())
         runtime.notes.append(f"attention: a layer, both ways: {table}")
-    return min(seconds, key=seconds.get)
-
-
-def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
-    """Rank 0's `best_rung`, on every rank."""
-    rungs = [*FLASH, *ATTENTION]
-    choice = rungs.index(best_rung(args, runtime)) if runtime.main else 0
-    choice, = runtime.from_main([choice])
+    choice, = runtime.from_main([rungs.index(min(seconds, key=seconds.get))])
     return rungs[int(choice)]
 
 
@@ -948,39 +958,31 @@ class Loader:
         self.data, self.args, self.plan, self.rank = data, args, plan, rank
         self.length = args.train_seq_len
         self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
-        self._starts: tuple[tuple, np.ndarray] = ((), np.zeros(0, np.int64))
+        self.order = functools.lru_cache(2)(self.order)  # serves many steps
         if (most := max(map(len, data.train_shards))) <= self.length:
             raise UserError(f"TRAIN_SEQ_LEN={self.length}: no training shard has over {most} ids")
 
-    def _ordered(self, items: np.ndarray, *key: int) -> np.ndarray:
+    def order(self, count: int, *key: int) -> np.ndarray:
+        """In which order `count` rows, or shards, are read."""
         if self.args.train_order == "sequential":
-            return items
-        return np.random.default_rng([self.args.seed, *key]).permutation(items)
-
-    def _row_starts(self, epoch: int, index: int) -> np.ndarray:
-        """Where the rows of a shard begin: one after the other."""
-        key, starts = self._starts
-        if key == (epoch, index):
-            return starts
-        shard = self.data.train_shards[index]  # a row needs one id more for its targets
-        starts = np.arange(0, len(shard) - self.length, self.length)
-        self._starts = ((epoch, index), self._ordered(starts, epoch, index))
-        return self._starts[1]
+            return np.arange(count)
+        return np.random.default_rng([self.args.seed, *key]).permutation(count)
 
     def _next_rows(self, count: int) -> list[tuple[int, int]]:
         """(shard, start) of the next `count` rows; moves the state."""
         rows, state = [], self.state
         while len(rows) < count:
-            order = self._ordered(np.arange(len(self.data.train_shards)), state["epoch"])
-            index = int(order[state["shard"]])
-            starts = self._row_starts(state["epoch"], index)
-            taken = starts[state["row"] : state["row"] + count - len(rows)]
-            rows += [(index, int(start)) for start in taken]
+            shards = self.order(len(self.data.train_shards), state["epoch"])
+            index = int(shards[state["shard"]])
+            whole = (len(self.data.train_shards[index]) - 1) // self.length  # one id is spare
+            order = self.order(whole, state["epoch"], index)
+            taken = order[state["row"] : state["row"] + count - len(rows)]
+            rows += [(index, self.length * int(row)) for row in taken]
             state["row"] += len(taken)
-            if state["row"] >= len(starts):
+            if state["row"] >= whole:
                 state["row"] = 0
                 state["shard"] += 1
-            if state["shard"] == len(order):
+            if state["shard"] == len(shards):
                 state["shard"] = 0
                 state["epoch"] += 1
         return rows
@@ -2522,7 +2524,7 @@ def check_ttt(args: Hyperparameters) -> None:
 
 
 class TestTimeTraining:
-    """Score-first test-time training (#461, #549): SGD with momentum on each chunk once scored.
+    """Score-first test-time training (#461, #549): SGD of the blocks on each chunk once scored.
 
     After a chunk, rows of TRAIN_SEQ_LEN that end with it are trained on, TTT_BATCH_ROWS an update,
     as many updates on every rank. The rate depends only on the number of chunks already scored: a
@@ -2534,12 +2536,7 @@ class TestTimeTraining:
     def __init__(self, model: GPT, runtime: Runtime | None = None):
         self.model, self.args = model, model.args
         self.runtime = runtime
-        modules = tuple(part.strip() + "." for part in self.args.ttt_modules.split(","))
-        named = {f"{name}.": p for name, p in model.named_parameters()}
-        for module in modules:
-            if not any(name.startswith(module) for name in named):
-                raise UserError(f"TTT_MODULES={self.args.ttt_modules!r}: no module {module[:-1]!r}")
-        self.params = [p for name, p in named.items() if name.startswith(modules)]
+        self.params = list(model.blocks.parameters())
         self.kept = [p.detach().clone() for p in self.params]
         self.momenta = [torch.zeros_like(p) for p in self.params]
         self.chunks, self.updates, self.seconds = 0, 0, 0.0
@@ -2834,10 +2831,6 @@ class Stream:
         self.block, self.start = (0, -1), 0  # (origin, number) of a window
         self.past, self.known = None, None  # `known`: log-probabilities of the next id
         self.mixture = Mixture(model.args) if model.args.ppm_weight else None
-
-    @property
-    def updates(self) -> int:
-        return self.learner.updates if self.learner else 0
 
     def logprobs(self) -> np.ndarray:
         """fp32, or a mixture's fp64, log-probabilities (V,) of the next id. Push the first, a BOS."""

@@ -154,6 +154,8 @@ class Hyperparameters:
     rope_dims = Var(16, "rotated dimensions a head; 0 = all (#315)", 0, ship="model")
     ln_scale = Var(True, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
     doc_mask = Var(False, "attention stays in a document", ship="model")
+    attn_window = Var(1024, "ids a windowed layer sees", 1, ship="model")
+    attn_window_layers = Var("", "which layers are, as 0,1,3; empty = none", ship="model")
     xsa_last_n = Var(4, "last layers that drop their own value (XSA, #265)", 0, ship="model")
     unet_skips = Var(True, "later blocks add earlier outputs", ship="model")
     resid_mix = Var(True, "blocks mix in the embedding", ship="model")
@@ -220,7 +222,6 @@ class Hyperparameters:
     eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
     ttt = Var("0", "test-time training on scored text", choices=("0", "sgd"), ship="eval")
     ttt_adapt = Var(True, "0 = without learning: the control", ship="eval")
-    ttt_modules = Var("blocks", "paths of modules that learn, with commas", ship="eval")
     ttt_chunk_tokens = Var(32768, "targets scored, then learned from", 1, ship="eval")
     ttt_batch_rows = Var(16, "rows an update, over all ranks", 1, ship="eval")
     ttt_epochs = Var(1, "passes over each chunk", 1, ship="eval")
@@ -267,6 +268,7 @@ class Hyperparameters:
         "QAT_ENABLED": ("0", "see QAT_START"),
         "LATE_QAT": ("0", "see QAT_START"),
         "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
+        "TTT_MODULES": ("blocks", "the blocks learn; see BytePatchJEPA"),
         "GRAD_REPORT_EVERY": ("0", "no result used it"),
         "JEPA_BACKBONE_GRAD": ("0", "ByteJEPA switches parts of the objective"),
         "JEPA_ADAPTER": ("1", "see JEPA_BACKBONE_GRAD"),
@@ -292,7 +294,11 @@ class Hyperparameters:
             setattr(self, name, value)
         # what several settings together mean
         self.trains = not shipped
-        self.ngram_order_list = self._parse_orders()
+        self.ngram_order_list = ()
+        if self.ngram_orders.strip() != "0":
+            self.ngram_order_list = self._parse_numbers("ngram_orders", 2, 16)
+        windowed = self._parse_numbers("attn_window_layers", 0, self.num_layers - 1)
+        self.windows = [self.attn_window * (i in windowed) for i in range(self.num_layers)]
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
         self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
@@ -346,15 +352,15 @@ class Hyperparameters:
                     raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
                 self.warnings.append(message)
 
-    def _parse_orders(self) -> tuple[int, ...]:
-        parts = [part.strip() for part in self.ngram_orders.split(",")]
-        orders = [int(part) if part.isdecimal() else -1 for part in parts if part]
-        if orders == [0]:
-            return ()
-        if any(not 2 <= n <= 16 for n in orders) or len(set(orders)) != len(orders):
-            raise UserError(f"NGRAM_ORDERS={self.ngram_orders!r} is not accepted: different "
-                            "integers from 2 to 16, with commas, or 0 for none")
-        return tuple(sorted(orders))
+    def _parse_numbers(self, name: str, low: int, high: int) -> tuple[int, ...]:
+        """`3, 2` -> (2, 3): different integers from `low` to `high`."""
+        var, text = self.vars()[name], getattr(self, name)
+        parts = [part.strip() for part in text.split(",")]
+        numbers = [int(part) if part.isdecimal() else -1 for part in parts if part]
+        if any(not low <= n <= high for n in numbers) or len(set(numbers)) != len(numbers):
+            raise UserError(f"{var.name}={text!r} is not accepted: different integers from {low} "
+                            f"to {high}, with commas ({var.why})")
+        return tuple(sorted(numbers))
 
     def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
         """`embed:8,mlp:6` -> {"embed": 8, ...}; classes that are not named keep the default."""
@@ -531,7 +537,7 @@ class Runtime:
         except UserError:
             raise
         except Exception as error:  # a compiler may raise anything
-            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            failure = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if self.all_reduce(torch.tensor(int(failure != "")), dist.ReduceOp.MAX):
             failure = failure or "another rank failed"
             if self.must_compile:
@@ -570,7 +576,8 @@ class Log:
 # ATTENTION
 # -----------------------------------------------------------------------------
 # The rungs of a ladder, fastest first: q (B, T, H, d) and k, v (B, T, K, d) -> (B, T, H, d).
-# `mask` is None for plain causal attention, else what `document_mask` made for that rung.
+# `mask` is None for plain causal attention, else what `document_mask` made for that rung. A
+# query sees the last `window` positions, its own among them; 0: all.
 
 
 def causal_mask(docs: Tensor, queries: int) -> Tensor:
@@ -580,43 +587,57 @@ def causal_mask(docs: Tensor, queries: int) -> Tensor:
     return same_document & (positions[-queries:, None] >= positions)
 
 
-def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def within(mask: Tensor | None, window: int) -> Tensor | None:
+    """A causal mask (..., queries, T) without what lies before each query's window."""
+    if not window:
+        return mask
+    queries, length = mask.shape[-2:]
+    return mask.triu(length - queries - window + 1)
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
     """Causal attention spelt out, the reference that every other rung must agree with."""
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
     if mask is None:
         mask = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1))
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype)
+    hidden = ~within(mask, window)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
     """Torch's fused kernels. With a mask, q may be only the last positions of k and v."""
+    if mask is None and window:
+        return block_attention(q, k, v, None, window)
+    mask = within(mask, window)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
     return y.transpose(1, 2)
 
 
-QUERY_BLOCK = 128  # queries that the CPU's attention takes at a time
+QUERY_BLOCK = 128  # queries of `block_attention`
 
 
-def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Causal attention for CPUs: blocks of queries meet the keys up to their own end.
-
+def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
+    """Causal attention by blocks of queries, each with the keys that it may see.
     The backward finds all weights kept, where torch's kernel computes them again."""
     if mask is not None:
-        return sdpa_attention(q, k, v, mask)
-    length, groups, dim = q.size(1), k.size(2), q.size(3)
-    positions, out = torch.arange(length, device=q.device), []
+        return sdpa_attention(q, k, v, mask, window)
+    groups, dim = k.size(2), q.size(3)
     keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))  # (B * K, T, d)
+    out = []
 
     for query in (q * dim**-0.5).transpose(1, 2).split(QUERY_BLOCK, 2):
-        stop = min((len(out) + 1) * QUERY_BLOCK, length)
-        ahead = positions[:stop] > positions[stop - query.size(2) : stop, None]
+        first = len(out) * QUERY_BLOCK
+        stop = first + query.size(2)
+        start = max(0, first - window + 1) if window else 0
+        pairs = torch.ones(stop - first, stop - start, dtype=torch.bool, device=q.device)
+        hidden = ~within(pairs.tril(first - start), window)
         flat = query.unflatten(1, (groups, -1)).flatten(2, 3).flatten(0, 1)  # heads share keys
-        scores = torch.bmm(flat, keys[:, :stop].mT)
-        scores = scores.masked_fill(ahead.repeat(q.size(2) // groups, 1), -torch.inf)
-        out.append(torch.bmm(scores.softmax(-1), values[:, :stop]).view(query.shape))
+        scores = torch.bmm(flat, keys[:, start:stop].mT)
+        scores = scores.masked_fill(hidden.repeat(q.size(2) // groups, 1), -torch.inf)
+        out.append(torch.bmm(scores.softmax(-1), values[:, start:stop]).view(query.shape))
     return torch.cat(out, 2).transpose(1, 2)
 
 
@@ -624,20 +645,21 @@ def flash_attention(package: str):
     """FlashAttention 2 or 3; documents go through its kernel for rows of varying length."""
     flash = importlib.import_module(package)  # here, since a graph would break at an import
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens=None, window: int = 0) -> Tensor:
+        how = {"causal": True, "window_size": (window - 1, 0 if window else -1)}
         if cu_seqlens is None:
-            out = flash.flash_attn_func(q, k, v, causal=True)
+            out = flash.flash_attn_func(q, k, v, **how)
         else:
             flat = [x.flatten(0, 1) for x in (q, k, v)]
             lengths = cu_seqlens, cu_seqlens, q.size(1), q.size(1)
-            out = flash.flash_attn_varlen_func(*flat, *lengths, causal=True)
+            out = flash.flash_attn_varlen_func(*flat, *lengths, **how)
         out = out[0] if isinstance(out, tuple) else out  # some builds return more
         return out.view(q.shape)
     return attend
 
 
 FLASH = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}  # packages
-ATTENTION = {"cpu": cpu_attention, "sdpa": sdpa_attention, "math": math_attention}
+ATTENTION = {"cpu": block_attention, "sdpa": sdpa_attention, "math": math_attention}
 
 
 @functools.cache
@@ -665,14 +687,15 @@ def check_rung(rung: str, args: Hyperparameters, runtime: Runtime) -> None:
     q, k = (x.to(runtime.device, runtime.dtype).requires_grad_() for x in (q, k))
     docs = (torch.arange(128, device=runtime.device)[None] - 1) // 50  # begin at 1, 51 and 101
     masks = (document_mask(name, docs) if args.doc_mask else None for name in (rung, "math"))
-    out = attention_of(rung)(q, k, k, next(masks))
-    wanted = math_attention(q, k, k, next(masks))
+    window = 40 if any(args.windows) else 0
+    out = attention_of(rung)(q, k, k, next(masks), window)
+    wanted = math_attention(q, k, k, next(masks), window)
     out.sum().backward()
     torch.testing.assert_close(out.float(), wanted.float(), atol=3e-2, rtol=1e-5)
 
 
 def attention_seconds(rung: str, args: Hyperparameters, runtime: Runtime) -> float:
-    """Seconds of one layer's attention, both ways, in training on a GPU."""
+    """Seconds of attention, both ways, on a GPU: a layer of each kind."""
     rows = max(1, min(args.device_batch_tokens, args.train_batch_tokens) // args.train_seq_len)
     dim, like = args.model_dim // args.num_heads, {"device": runtime.device, "dtype": runtime.dtype}
     q, k, v = (torch.randn(rows, args.train_seq_len, heads, dim, **like).requires_grad_()
@@ -682,24 +705,28 @@ def attention_seconds(rung: str, args: Hyperparameters, runtime: Runtime) -> flo
         attend = torch.compile(attend, dynamic=False, fullgraph=True)
 
     def both_ways() -> None:
-        out = attend(q, k, v)
-        torch.autograd.grad(out, (q, k, v), out)
+        for window in set(args.windows):
+            out = attend(q, k, v, None, window)
+            torch.autograd.grad(out, (q, k, v), out)
 
     return Timer("both_ways()", globals=locals()).timeit(5).mean  # waits for the GPU
 
 
-def best_rung(args: Hyperparameters, runtime: Runtime) -> str:
-    """From ATTENTION down the first that agrees with `math`; with `auto` on GPUs the fastest.
-    On CPUs no clock decides, since bits depend on the rung; with documents flash goes first."""
+def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
+    """From ATTENTION down the first rung that agrees with `math`; with `auto` on GPUs the fastest.
+    On CPUs no clock decides, since bits depend on the rung; with documents flash goes first. All
+    ranks look, rank 0 chooses."""
     rungs = [*FLASH, *ATTENTION]
     first = 0 if args.attention == "auto" else rungs.index(args.attention)
     gpu, bf16 = runtime.device.type == "cuda", runtime.dtype == torch.bfloat16
-    fits = {"fa3": gpu and bf16, "fa2": gpu and bf16, "cpu": not gpu and bf16}
+    unfit = {"cpu"} if gpu else {*FLASH}
     timed = gpu and args.attention == "auto" and not args.doc_mask
     seconds: dict[str, float] = {}
     for rung in rungs[first:]:
-        if not fits.get(rung, True) or seconds and (not timed or rung == "math"):
+        if rung in unfit or not bf16 and rung in (*FLASH, "cpu"):
             continue
+        if seconds and (not timed or rung == "math"):
+            break
         with contextlib.suppress(Exception):  # no package, a card that it refuses, no memory
             check_rung(rung, args, runtime)
             seconds[rung] = attention_seconds(rung, args, runtime) if timed else 0.0
@@ -708,15 +735,8 @@ def best_rung(args: Hyperparameters, runtime: Runtime) -> str:
         raise UserError(f"ATTENTION={args.attention}: no rung from there on runs here; use auto")
     if timed:
         table = ", ".join(f"{rung} {1e3 * taken:.2f} ms" for rung, taken in seconds.items())
-        runtime.notes.append(f"attention: a layer, both ways: {table}")
-    return min(seconds, key=seconds.get)
-
-
-def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
-    """Rank 0's `best_rung`, on every rank."""
-    rungs = [*FLASH, *ATTENTION]
-    choice = rungs.index(best_rung(args, runtime)) if runtime.main else 0
-    choice, = runtime.from_main([choice])
+        runtime.notes.append(f"attention: a layer of each kind, both ways: {table}")
+    choice, = runtime.from_main([rungs.index(min(seconds, key=seconds.get))])
     return rungs[int(choice)]
 
 
@@ -924,39 +944,31 @@ class Loader:
         self.data, self.args, self.plan, self.rank = data, args, plan, rank
         self.length = args.train_seq_len
         self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
-        self._starts: tuple[tuple, np.ndarray] = ((), np.zeros(0, np.int64))
+        self.order = functools.lru_cache(2)(self.order)  # serves many steps
         if (most := max(map(len, data.train_shards))) <= self.length:
             raise UserError(f"TRAIN_SEQ_LEN={self.length}: no training shard has over {most} ids")
 
-    def _ordered(self, items: np.ndarray, *key: int) -> np.ndarray:
+    def order(self, count: int, *key: int) -> np.ndarray:
+        """In which order `count` rows, or shards, are read."""
         if self.args.train_order == "sequential":
-            return items
-        return np.random.default_rng([self.args.seed, *key]).permutation(items)
-
-    def _row_starts(self, epoch: int, index: int) -> np.ndarray:
-        """Where the rows of a shard begin: one after the other."""
-        key, starts = self._starts
-        if key == (epoch, index):
-            return starts
-        shard = self.data.train_shards[index]  # a row needs one id more for its targets
-        starts = np.arange(0, len(shard) - self.length, self.length)
-        self._starts = ((epoch, index), self._ordered(starts, epoch, index))
-        return self._starts[1]
+            return np.arange(count)
+        return np.random.default_rng([self.args.seed, *key]).permutation(count)
 
     def _next_rows(self, count: int) -> list[tuple[int, int]]:
         """(shard, start) of the next `count` rows; moves the state."""
         rows, state = [], self.state
         while len(rows) < count:
-            order = self._ordered(np.arange(len(self.data.train_shards)), state["epoch"])
-            index = int(order[state["shard"]])
-            starts = self._row_starts(state["epoch"], index)
-            taken = starts[state["row"] : state["row"] + count - len(rows)]
-            rows += [(index, int(start)) for start in taken]
+            shards = self.order(len(self.data.train_shards), state["epoch"])
+            index = int(shards[state["shard"]])
+            whole = (len(self.data.train_shards[index]) - 1) // self.length  # one id is spare
+            order = self.order(whole, state["epoch"], index)
+            taken = order[state["row"] : state["row"] + count - len(rows)]
+            rows += [(index, self.length * int(row)) for row in taken]
             state["row"] += len(taken)
-            if state["row"] >= len(starts):
+            if state["row"] >= whole:
                 state["row"] = 0
                 state["shard"] += 1
-            if state["shard"] == len(order):
+            if state["shard"] == len(shards):
                 state["shard"] = 0
                 state["epoch"] += 1
         return rows
@@ -1141,13 +1153,6 @@ def sigreg(latents: Tensor, directions: Tensor, knots: int) -> Tensor:
     return (gap @ (phi / phi.sum())).mean(-1)
 
 
-def sigreg_floor(samples: int, knots: int) -> float:
-    """Expected `sigreg` of `samples` true N(0, I) latents: sum_k w_k (1 - phi_k^2) / samples."""
-    t = np.linspace(0.2, 3.0, knots)
-    phi = np.exp(-0.5 * t * t)
-    return float((phi / phi.sum() * (1 - phi**2)).sum() / samples)
-
-
 @check
 def check_jepa(args: Hyperparameters) -> None:
     chunk = args.jepa_chunk_size
@@ -1230,11 +1235,9 @@ class ChunkJEPA(nn.Module):
         return {"jepa_pred": peak, "sigreg": sigreg_weight, "latent_var": 0.0}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
-        """R^2 of the predictor, and SIGReg beside its value for perfectly normal latents."""
-        samples = self.args.jepa_sigreg_group * (self.args.train_seq_len // self.chunk)
+        """The predictor's error also as R^2."""
         r2 = 1 - means["jepa_pred"] / max(means["latent_var"], 1e-12)
-        return {"jepa_pred": means["jepa_pred"], "jepa_r2": r2, "sigreg": means["sigreg"],
-                "sigreg_floor": sigreg_floor(samples, self.args.jepa_sigreg_knots)}
+        return {"jepa_pred": means["jepa_pred"], "jepa_r2": r2, "sigreg": means["sigreg"]}
 
     def first_read(self, position: int) -> int:
         return max(0, position // self.chunk - 1) * self.chunk
@@ -1351,6 +1354,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = CastedLinear(args.model_dim, args.model_dim)
         self.q_gain = nn.Parameter(torch.full((args.num_heads,), args.qk_gain_init))
         self.exclude_self = layer >= args.num_layers - args.xsa_last_n
+        self.window = args.windows[layer]
         self.attend = attention_of(attention)
 
     def forward(self, x: Tensor, rotary: Tensor, mask=None, past: KVCache | None = None) -> Tensor:
@@ -1361,9 +1365,9 @@ class CausalSelfAttention(nn.Module):
         q, k = (rotate(rms_norm(part), rotary) for part in (q, k))
         q = q * self.q_gain.to(q.dtype)[:, None]
         if past is None:
-            y = self.attend(q, k, v, mask)
+            y = self.attend(q, k, v, mask, self.window)
         else:
-            y = sdpa_attention(q, *past.extend(self.layer, k, v), mask)
+            y = sdpa_attention(q, *past.extend(self.layer, k, v), mask, self.window)
         if self.exclude_self:  # XSA: drop the component along this position's own value
             own = F.normalize(v.float(), dim=-1).to(y.dtype).unsqueeze(3)  # (B, T, K, 1, d)
             y = y.unflatten(2, (self.num_kv_heads, -1))
@@ -2194,7 +2198,7 @@ def check_ttt(args: Hyperparameters) -> None:
 
 
 class TestTimeTraining:
-    """Score-first test-time training (#461, #549): SGD with momentum on each chunk once scored.
+    """Score-first test-time training (#461, #549): SGD of the blocks on each chunk once scored.
 
     After a chunk, rows of TRAIN_SEQ_LEN that end with it are trained on, TTT_BATCH_ROWS an update,
     as many updates on every rank. The rate depends only on the number of chunks already scored: a
@@ -2203,12 +2207,7 @@ class TestTimeTraining:
     def __init__(self, model: GPT, runtime: Runtime | None = None):
         self.model, self.args = model, model.args
         self.runtime = runtime
-        modules = tuple(part.strip() + "." for part in self.args.ttt_modules.split(","))
-        named = {f"{name}.": p for name, p in model.named_parameters()}
-        for module in modules:
-            if not any(name.startswith(module) for name in named):
-                raise UserError(f"TTT_MODULES={self.args.ttt_modules!r}: no module {module[:-1]!r}")
-        self.params = [p for name, p in named.items() if name.startswith(modules)]
+        self.params = list(model.blocks.parameters())
         self.kept = [p.detach().clone() for p in self.params]
         self.momenta = [torch.zeros_like(p) for p in self.params]
         self.chunks, self.updates, self.seconds = 0, 0, 0.0
@@ -2396,10 +2395,6 @@ class Stream:
         self.known = None  # log-probabilities of the next id
         self.read = []  # by the last pass: the ids of its window, drafts among them
         self.states = {}  # of the last pass, by position
-
-    @property
-    def updates(self) -> int:
-        return self.learner.updates if self.learner else 0
 
     def logprobs(self) -> np.ndarray:
         """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it."""
