@@ -350,9 +350,9 @@ class AttentionTap(TorchFunctionMode):
     A mask is causal here, with or without documents: what documents hide is counted, windows are not.
     """
 
-    def __init__(self, counter: Counter, windows: dict[int, int]):
+    def __init__(self, counter: Counter):
         super().__init__()
-        self.counter, self.windows, self.layer = counter, windows, -1
+        self.counter, self.window = counter, 0  # of the layer that runs
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -362,16 +362,13 @@ class AttentionTap(TorchFunctionMode):
         given = dict(zip(names, args)) | kwargs
         q, k, v = (given[name] for name in names[:3])
         causal = bool(given.get("is_causal")) or given.get("attn_mask") is not None
-        pairs = visible_pairs(q.size(2), k.size(2), causal, self.windows.get(self.layer, 0))
+        pairs = visible_pairs(q.size(2), k.size(2), causal, self.window)
         return Attention.apply(q, k, v, self.counter, pairs)
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Knows from now on in which layer of the model it is."""
+        """Knows from now on how many keys a query of the layer that runs sees; 0: all."""
         def enter(module, _):
-            self.layer = module.layer
-            own = getattr(module, "window", None)  # what a layer says of itself goes before the settings
-            if isinstance(own, int):
-                self.windows[self.layer] = own
+            self.window = getattr(module, "window", 0)
 
         for module in model.modules():
             if isinstance(getattr(module, "layer", None), int):
@@ -395,20 +392,6 @@ class Collectives:
             self.counter.collective(name, tensors_of((args, kwargs)))
             return mock.Mock(name="work")
         return call
-
-
-def windows_of(args) -> dict[int, int]:
-    """{layer: keys that a query sees}, by ATTN_WINDOW and ATTN_WINDOW_LAYERS where a script has them.
-
-    The second is a list of numbers and ranges, `0,2-4`; empty: every layer.
-    """
-    window = getattr(args, "attn_window", 0)
-    if not window:
-        return {}
-    found, wanted = set(), getattr(args, "attn_window_layers", "")
-    for low, high in re.findall(r"(\d+)(?:-(\d+))?", str(wanted)):
-        found |= set(range(int(low), int(high or low) + 1))
-    return {layer: int(window) for layer in found or range(args.num_layers)}
 
 
 # -----------------------------------------------------------------------------
@@ -772,7 +755,7 @@ class Paper:
         runtime.compile, runtime.attention, runtime.gloo = False, "sdpa", not on_gpu
 
         self.counter = Counter(self.args.vocab_size, world_size)
-        self.tap = AttentionTap(self.counter, windows_of(self.args))
+        self.tap = AttentionTap(self.counter)
         self.stand_in(on_gpu)
         with self.quiet("to build the model"), torch.device("meta"):
             self.trainer = module.Trainer(self.args, None, runtime, lambda *_, **__: None)
@@ -791,6 +774,8 @@ class Paper:
         module.GPT.init_weights = lambda *_: None
         if on_gpu and hasattr(module, "document_mask"):  # flash kernels take lengths, not a mask
             module.document_mask = lambda *_: None
+        if on_gpu and hasattr(module, "block_attention"):  # and they know windows
+            module.block_attention = lambda q, k, v, *_: module.sdpa_attention(q, k, v)
         module.GPT.losses = self.under(module.GPT.losses, FORWARD)
         if hasattr(module, "training_losses"):
             module.training_losses = module.GPT.losses

@@ -18,6 +18,7 @@ import test_sgjm as sgjm
 import torch
 from conftest import TINY, environment
 from family import load_script
+from torch._inductor.utils import run_fw_bw_and_get_code
 
 STANDINS = Path(__file__).parent / "standins"
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +100,27 @@ def test_no_rung_breaks_a_graph_and_nothing_compiles_twice(graphs, corpus, rung,
     longer = masks and rung == "fa3"
     assert len(graphs) in ([first, first + a_shape["Block"]] if longer else [first])
     assert not counters["graph_break"]
+
+
+def test_a_block_is_few_kernels(monkeypatch):
+    """What stands between the products is fused: QK-norm, rotary and gain are one kernel, LeakyReLU^2 is one,
+    as inductor's C++ shows."""
+    torch._dynamo.reset()
+    trunk = load_script(ROOT / "train_gpt.py")
+    model = trunk.GPT(trunk.Hyperparameters(settings(DTYPE="bf16", LN_SCALE=1)), "sdpa", torch.bfloat16)
+    shape = 2, 64, model.args.model_dim
+    x, x0 = (torch.randn(shape, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    forward = torch.compile(trunk.Block.forward.__wrapped__, dynamic=False, fullgraph=True)
+
+    def run():
+        return forward(model.blocks[0], x, x0, model.ln_scales[0], model.rotary_train, None, None)
+
+    _, codes = run_fw_bw_and_get_code(run)
+    kernels = [re.findall(r"^\s+cpp_fused(\w+)\(", code, re.M) for code in codes]
+    torch._dynamo.reset()
+    assert [len(names) for names in kernels] == [6, 6], kernels
+    assert sum("cat" in name and "rsqrt" in name and "slice" in name for name in kernels[0]) == 1
+    assert sum("leaky_relu" in name for name in kernels[0]) == 1
 
 
 def test_a_part_that_cannot_be_taken_whole_fails_loudly(graphs):

@@ -108,16 +108,9 @@ def test_pairs_that_a_window_leaves(queries, keys, window):
     assert plan.visible_pairs(queries, keys, False) == queries * keys
 
 
-def test_windows_scale_the_attention_of_their_layers_alone(tiny, monkeypatch):
-    args = SimpleNamespace(attn_window=16, attn_window_layers="0,2-2", num_layers=3)
-    windows = plan.windows_of(args)
-    assert windows == {0: 16, 2: 16}
-    assert plan.windows_of(SimpleNamespace(attn_window=16, num_layers=2)) == {0: 16, 1: 16}
-    assert plan.windows_of(SimpleNamespace(attn_window=0, num_layers=2)) == {}
-
-    monkeypatch.setattr(plan, "windows_of", lambda _: dict(windows))
+def test_windows_scale_the_attention_of_their_layers_alone(tiny):
     full, cut = plan.visible_pairs(64, 64, True), plan.visible_pairs(64, 64, True, 16)
-    groups = planned()["groups"]
+    groups = planned(ATTN_WINDOW="16", ATTN_WINDOW_LAYERS="0,2")["groups"]
     for name in ("attention forward", "attention backward"):
         share = groups[name]["flops"] / tiny["groups"][name]["flops"]
         assert share == pytest.approx((full + 2 * cut) / (3 * full))
