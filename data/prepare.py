@@ -1,7 +1,8 @@
 """Text -> documents -> shards: everything between a corpus and `train_gpt.py`.
 
     python data/prepare.py                                 the running Python's standard library (no network)
-    python data/prepare.py files A.jsonl.zst B.txt --val C.txt
+    python data/prepare.py files A.jsonl.zst B.parquet C.txt FOLDER 'parts/*.jsonl.gz' --val D.txt
+    zcat parts/*.gz | python data/prepare.py files -          standard input
     python data/prepare.py python PATH                        every .py file below PATH
     python data/prepare.py python_extended                    standard library and site-packages
     python data/prepare.py tinyshakespeare [--path input.txt]
@@ -10,15 +11,17 @@
     python data/prepare.py convert --from FOLDER --variant byte260 --tokenizer sp1024.model
 
 A folder is written whole or not at all: the work happens in a hidden folder beside it that is renamed at the
-end. `data/README.md` describes every source, variant and file.
+end. `data/README.md` describes every source, variant and file. Exit codes: 0 fine; 2 for what the user can
+mend, said in one line that begins with "error: ". Nothing is left behind then, and what stood there stays.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import glob
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -45,6 +48,7 @@ except ImportError:
 
 sys.path.append(str(Path(__file__).resolve().parent))  # tools and tests load this file by its path
 import caseops
+from readers import ACCEPTED, OUT_OF_MEMORY, Piped, Reading, UserError, documents, say, sources, whole_text
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_TOKENS = 20240520, 1, 100_000_000
 PAD_ID, BOS_ID, EOS_ID, UNK_ID, BYTE_OFFSET = 0, 1, 2, 3, 4
@@ -59,10 +63,6 @@ TINYSHAKESPEARE = (
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 )
 FINEWEB_REPO = "willdepueoai/parameter-golf"
-
-
-class UserError(Exception):
-    """A mistake in the call or in an input; printed as one line, exit code 2."""
 
 
 def bar(items: Iterable, what: str, total: int | None = None, unit: str = "doc"):
@@ -108,51 +108,18 @@ class TextHash:
         return self.sha.hexdigest()
 
 
-def clean(text: str) -> bytes:
-    return text.encode("utf-8", errors="replace")
+def reading_of(args: argparse.Namespace) -> Reading:
+    return Reading(getattr(args, "field", "text"), args.errors, any_bytes=args.variant == "byte260")
 
 
-def read_text(path: Path) -> bytes:
-    """A whole file as UTF-8."""
-    return clean(path.read_bytes().decode("utf-8", errors="replace"))
-
-
-def read_documents(path: Path) -> Iterator[bytes]:
-    """Documents of a .txt (one), .jsonl or .jsonl.zst file (one a line, field `text`)."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.suffix == ".txt":
-        yield read_text(path)
-        return
-    if not path.name.endswith((".jsonl", ".jsonl.zst")):
-        raise UserError(f"{path}: .txt, .jsonl or .jsonl.zst expected")
-    with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(open(path, "rb"))
-        if path.suffix == ".zst":
-            try:
-                import zstandard
-            except ImportError:
-                raise UserError(f"{path}: reading .zst needs the zstandard package") from None
-            stream = io.BufferedReader(
-                stack.enter_context(zstandard.ZstdDecompressor().stream_reader(stream)), 1 << 20
-            )
-        number = 0
-        try:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield clean(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: line {number} is not a JSON object with a text ({error!r})") from None
-        except Exception as error:  # zstandard raises its own kinds for damaged files
-            if isinstance(error, OSError) or type(error).__name__ == "ZstdError":
-                raise UserError(f"{path}: {error}") from None
-            raise
-
-
-def provenance(key: str, paths: list[str]) -> dict:
-    """Names and hashes of named files, for the manifest; a missing one is told by whoever reads it."""
-    sums = [sha256_file(Path(path)) if Path(path).is_file() else None for path in paths]
-    return {key: [Path(path).name for path in paths], f"{key}_sha256": sums}
+def provenance(key: str, paths: list[Path | Piped]) -> dict:
+    """Names and hashes of named files, for the manifest. Two files of one content are worth a word: often the
+    second is a forgotten copy, and its text counts twice."""
+    sums = [sha256_file(path) for path in paths]
+    for second, found in enumerate(sums):
+        if (first := sums.index(found)) < second:
+            say(f"{paths[second]} has the same bytes as {paths[first]}: its text is there twice")
+    return {key: [path.name for path in paths], f"{key}_sha256": sums}
 
 
 def take_bytes(documents: Iterator[bytes], limit: int) -> Iterator[bytes]:
@@ -175,10 +142,15 @@ def hold_out(name: str, digests: Iterable[bytes], val_share: float) -> set[bytes
     return held_out
 
 
-def split_by_hash(name: str, paths: Iterable[Path], val_share: float, notes: dict) -> Corpus:
+def split_by_hash(name: str, paths: Iterable[Path], args: argparse.Namespace, notes: dict) -> Corpus:
     """A file is a document: equal ones once, ordered by hash (a shuffle that never changes), the first share
     validation. Memory holds digests and paths; each pass reads the files again."""
+    reading, val_share = reading_of(args), args.val_share
     places: dict[bytes, Path] = {}
+
+    def read_text(path: Path) -> bytes:
+        return whole_text(path.read_bytes(), str(path), reading)
+
     for path in paths:
         with contextlib.suppress(OSError):
             if document := read_text(path):
@@ -213,58 +185,68 @@ def source_stdlib(args: argparse.Namespace) -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
     notes = {"python": sys.version.split()[0]}
     paths = python_files([root], ("site-packages", "dist-packages"))
-    return split_by_hash("stdlib", paths, args.val_share, notes)
+    return split_by_hash("stdlib", paths, args, notes)
 
 
 def source_python(args: argparse.Namespace) -> Corpus:
     root = Path(args.path)
     if not root.is_dir():
         raise UserError(f"{root}: not a folder")
-    return split_by_hash("python", python_files([root]), args.val_share, {"root": root.name})
+    return split_by_hash("python", python_files([root]), args, {"root": root.name})
 
 
 def source_python_extended(args: argparse.Namespace) -> Corpus:
     packages = {Path(path) for path in [*site.getsitepackages(), sysconfig.get_paths()["purelib"]]}
     roots = [Path(sysconfig.get_paths()["stdlib"]), *sorted(path for path in packages if path.is_dir())]
     notes = {"python": sys.version.split()[0]}
-    return split_by_hash("python_extended", python_files(roots, ("dist-packages",)), args.val_share, notes)
+    return split_by_hash("python_extended", python_files(roots, ("dist-packages",)), args, notes)
 
 
 def source_files(args: argparse.Namespace) -> Corpus:
     """Named files, in their order (`--no-shuffle`) or in the order of a seeded permutation of the documents.
     """
+    if args.val and args.val_tail:
+        raise UserError("files: --val and --val-tail both name the validation text; give one")
+    if "-" in args.train and "-" in args.val:
+        raise UserError("- is named twice: standard input can be read once")
+    train_files, val_files = sources(args.train), sources(args.val)
+    validation = {path.resolve() for path in val_files if isinstance(path, Path)}
+    for path in train_files:
+        if isinstance(path, Path) and path.resolve() in validation:
+            raise UserError(f"{path}: named as training text and as validation text")
+    reading = reading_of(args)
 
-    def documents(paths: list[str]) -> Iterator[bytes]:
+    def texts(paths: list[Path | Piped]) -> Iterator[bytes]:
         for path in paths:
-            yield from (document for document in read_documents(Path(path)) if document)
+            yield from (document for document in documents(path, reading) if document)
 
     def training(source: Iterator[bytes]) -> Iterator[bytes]:
         # Memory stays flat: the documents are shuffled in blocks of 64 MB, the blocks follow the files.
         return source if args.no_shuffle else shuffle_blocks(source, args.seed)
 
-    notes = {**provenance("files", args.train), "shuffled": not args.no_shuffle}
-    if args.val and args.val_tail:
-        raise UserError("files: --val and --val-tail both name the validation text; give one")
+    notes = {**provenance("files", train_files), "shuffled": not args.no_shuffle}
+    if args.field != "text":
+        notes["field"] = args.field
     if args.val:
         return Corpus(
             "files",
-            lambda: training(take_bytes(documents(args.train), args.train_bytes)),
-            lambda: take_bytes(documents(args.val), args.val_bytes),
-            {**notes, **provenance("val_files", args.val)},
+            lambda: training(take_bytes(texts(train_files), args.train_bytes)),
+            lambda: take_bytes(texts(val_files), args.val_bytes),
+            {**notes, **provenance("val_files", val_files)},
         )
     if args.val_tail:
-        cut = tail_start(map(len, documents(args.train)), args.val_tail)
+        cut = tail_start(map(len, texts(train_files)), args.val_tail)
         if not cut:
             raise UserError(f"files: --val-tail {args.val_tail} leaves no training text")
         return Corpus(
             "files",
-            lambda: training(take_bytes(itertools.islice(documents(args.train), cut), args.train_bytes)),
-            lambda: take_bytes(itertools.islice(documents(args.train), cut, None), args.val_bytes),
+            lambda: training(take_bytes(itertools.islice(texts(train_files), cut), args.train_bytes)),
+            lambda: take_bytes(itertools.islice(texts(train_files), cut, None), args.val_bytes),
             {**notes, "val_tail": args.val_tail},
         )
 
     def taken() -> Iterator[bytes]:
-        return take_bytes(documents(args.train), args.train_bytes)
+        return take_bytes(texts(train_files), args.train_bytes)
 
     held_out = hold_out("files", map(digest, taken()), args.val_share)  # only digests are kept in memory
 
@@ -344,6 +326,10 @@ def markov2(length: int, seed: int) -> bytes:
 
 
 def source_markov2(args: argparse.Namespace) -> Corpus:
+    if args.variant != "byte260":
+        raise UserError(f"markov2 --variant {args.variant}: its bytes are no text; byte260 has ids for them")
+    if args.bytes < 100:
+        raise UserError(f"--bytes {args.bytes}: at least 100")
     text = markov2(args.bytes, args.seed)
     cut = len(text) * 95 // 100
     return Corpus(
@@ -380,14 +366,7 @@ class Hub:
     def files(self) -> dict[str, str]:
         """{path inside the repository: sha256, or "" where none is known}."""
         if self.folder is not None:
-            sums = self.folder / "SHA256SUMS"
-            known = (
-                dict(
-                    reversed(line.split(maxsplit=1)) for line in sums.read_text().splitlines() if line.strip()
-                )
-                if sums.exists()
-                else {}
-            )
+            known = self.sums(self.folder / "SHA256SUMS")
             paths = (
                 path.relative_to(self.folder).as_posix()
                 for path in sorted(self.folder.rglob("*"))
@@ -409,6 +388,18 @@ class Hub:
             raise UserError("fineweb needs the huggingface_hub package, or --hub-folder") from None
         except Exception as error:  # the hub's client has many kinds of its own
             raise UserError(f"hub {self.repo}: {error}; --hub-folder takes a local copy") from None
+
+    @staticmethod
+    def sums(path: Path) -> dict[str, str]:
+        """{name: sha256} of a file as `sha256sum` writes it; {} where there is none."""
+        known = {}
+        for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+            parts = line.decode(errors="replace").split(maxsplit=1)
+            if len(parts) == 1:
+                raise UserError(f"{path}: line {number} is not a sum and a name, as sha256sum writes them")
+            if parts:
+                known[parts[1]] = parts[0]
+        return known
 
     def get(self, path: str, sha256: str) -> Path:
         """A local file with the right sha256; downloads resume where they stopped."""
@@ -442,7 +433,7 @@ def source_fineweb(args: argparse.Namespace) -> Corpus:
     path = hub.get(name, files[name])
 
     def part(first: int, last: int | None) -> Iterator[bytes]:
-        for number, document in enumerate(read_documents(path)):
+        for number, document in enumerate(documents(path, reading_of(args))):
             if last is not None and number >= last:
                 return
             if number >= first:
@@ -475,8 +466,9 @@ class ByteTokenizer:
         """Ids and the sidecar of BOS and ids: none here, an id's bytes are known."""
         return self.encode(document), None
 
-    def normalised_bytes(self, document: bytes) -> int:
-        return len(document)
+    def spelled_bytes(self, ids: np.ndarray) -> int:
+        """Bytes of text that a document's ids stand for."""
+        return len(ids)
 
 
 class PieceTokenizer:
@@ -502,12 +494,13 @@ class PieceTokenizer:
         if self.model.bos_id() != BOS_ID:
             raise UserError(f"{model}: BOS is id {self.model.bos_id()}, shards need {BOS_ID}")
         self.sha256 = sha256_file(model)
-        self.lossless = not self.model.encode("a", out_type=str)[0].startswith(SPACE)
+        self.dummy_prefix = self.model.encode("a", out_type=str)[0].startswith(SPACE)
+        self.splits_marks = not self.dummy_prefix  # writes a literal U+2581 as byte pieces
         self.mark = [self.model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     def encode(self, document: bytes) -> np.ndarray:
         text = document.decode("utf-8")
-        if SPACE not in text or not self.lossless:
+        if SPACE not in text or not self.splits_marks:
             return np.array(self.model.encode(text), np.uint16)
         ids: list[int] = []
         for i, part in enumerate(text.split(SPACE)):
@@ -518,13 +511,26 @@ class PieceTokenizer:
         """Ids and the sidecar of BOS and ids: none here, a table of the pieces has an id's bytes."""
         return self.encode(document), None
 
-    def normalised_bytes(self, document: bytes) -> int:
-        """UTF-8 length of what the ids decode to; the document's own for models trained here."""
-        return (
-            len(document)
-            if self.lossless
-            else len(self.model.decode(self.model.encode(document.decode())).encode())
-        )
+    @functools.cached_property
+    def byte_tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The training scripts' own, by which a score is divided: (bytes of each id without a leading space,
+        whether it has one, whether it is a boundary, after which a space is the dummy prefix)."""
+        ids = range(self.vocab_size)
+        special = (self.model.is_control, self.model.is_unknown, self.model.is_unused)
+        edge = np.array([any(test(i) for test in special) for i in ids])
+        space = np.array([self.dummy_prefix and self.model.id_to_piece(i).startswith(SPACE) for i in ids])
+        space &= ~edge
+        return np.where(edge, 0, self.lengths) - space, space, edge
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        return piece_table(self.model)[2]
+
+    def spelled_bytes(self, ids: np.ndarray) -> int:
+        """Bytes of text that a document's ids stand for: fewer than it has where the model folds."""
+        base, space, edge = self.byte_tables
+        follows_edge = np.concatenate(([True], edge[ids]))[: len(ids)]  # BOS comes first
+        return int((base[ids] + (space[ids] & ~follows_edge)).sum())
 
 
 class CaseOpsTokenizer(PieceTokenizer):
@@ -545,7 +551,7 @@ class CaseOpsTokenizer(PieceTokenizer):
         except ValueError as error:
             raise UserError(f"{model}: {error}") from None
         self.lossless = self.model.decode(self.model.encode(self.PROBE)) == self.PROBE
-        self.lengths = piece_bytes(str(model))[2]
+        self.splits_marks = self.lossless
         names = ("title", "allcaps", "capnext", "escape")
         operators = dict(zip(names, self.operators.tolist()))
         self.notes = {"caseops": {"transform": caseops.NAME, "operators": operators, "sidecar": SIDECAR}}
@@ -572,10 +578,8 @@ class CaseOpsTokenizer(PieceTokenizer):
             )
         return ids, sizes
 
-    def normalised_bytes(self, document: bytes) -> int:
-        if self.lossless:
-            return len(document)
-        return len(caseops.decode(self.model.decode(self.encode(document).tolist()), strict=False).encode())
+    def spelled_bytes(self, ids: np.ndarray) -> int:
+        return len(caseops.decode(self.model.decode(ids.tolist()), strict=False).encode())
 
 
 def train_pieces(
@@ -613,8 +617,8 @@ def train_pieces(
             minloglevel=2,
             **({"user_defined_symbols": list(caseops.OPERATORS)} if with_caseops else {}),
         )
-    except RuntimeError as error:
-        raise UserError(f"variant {prefix.name}: {error}") from None
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"variant {prefix.name}: {' '.join(str(error).split())}") from None
     prefix.with_suffix(".vocab").unlink(missing_ok=True)
     return prefix.with_suffix(".model")
 
@@ -680,7 +684,7 @@ class OverlapScan:
 
     def add_training(self, document: bytes) -> None:
         """Call for every training document; `flush` at the end. Windows never span two documents by
-        accident: the join is a byte that UTF-8 does not use.
+        accident: the join is a byte that UTF-8 does not use, and other texts rarely.
         """
         self.held.append(document)
         self.size += len(document) + 1
@@ -718,7 +722,7 @@ class Shard:
 
     def __init__(self, path: Path):
         self.path, self.tokens = path, 0
-        self.file = open(path, "wb")  # noqa: SIM115 (close ends it)
+        self.file = open(path, "wb")  # noqa: SIM115 (close or abandon ends it)
         self.file.write(bytes(1024))
 
     def write(self, ids: np.ndarray) -> None:
@@ -735,6 +739,11 @@ class Shard:
         entry = {"file": self.path.name, "split": split, "tokens": self.tokens}
         return {**entry, "sha256": sha256_file(self.path)}
 
+    def abandon(self) -> None:
+        """After an error: what waits to be written is dropped, and a full disk is not named again."""
+        with contextlib.suppress(OSError):
+            self.file.close()
+
 
 class ShardWriter:
     """Writes `<prefix>_<split>_NNNNNN.bin` files of at most
@@ -746,8 +755,16 @@ class ShardWriter:
         self.entries: list[dict] = []
         self.shard: Shard | None = None
         self.sidecar: Shard | None = None
-        self.tokens = self.documents = self.bytes = 0
+        self.tokens = self.documents = self.bytes = self.replaced = 0
         self.first = self.last = ""
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *error) -> None:
+        for shard in (self.shard, self.sidecar):
+            if shard is not None:
+                shard.abandon()
 
     def add(self, ids: np.ndarray, sizes: np.ndarray | None, document: bytes) -> None:
         """A document: its ids, and the bytes that BOS and each id account for (a sidecar) or None."""
@@ -755,6 +772,7 @@ class ShardWriter:
         self.first, self.last = self.first or key, key
         self.documents += 1
         self.bytes += len(document)
+        self.replaced += getattr(document, "places", 0)
         self.tokens += len(ids) + 1
         ids = np.concatenate((np.array([BOS_ID], np.uint16), ids))
         while len(ids):
@@ -790,9 +808,9 @@ class ShardWriter:
         }
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Path | Piped) -> str:
     sha = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while block := file.read(1 << 22):
             sha.update(block)
     return sha.hexdigest()
@@ -801,21 +819,70 @@ def sha256_file(path: Path) -> str:
 @contextlib.contextmanager
 def whole_folder(target: Path, force: bool):
     """Yields a hidden folder that becomes `target` when the block ends well, and vanishes when it does not.
+
+    A disk that is full, read-only or gone is the user's to mend; what stood at `target` then still stands.
     """
     if target.exists() and not force:
         raise UserError(f"{target} exists; --force replaces it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{target.name}.*.partial"):  # of a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    working = target.parent / f".{target.name}.{os.getpid()}.partial"
-    working.mkdir()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file: --out names a folder")
+    place = target.resolve()
+    missing = [folder for folder in place.parents if not folder.exists()]
+    above = place.parents[len(missing)]
+    if not above.is_dir():
+        raise UserError(f"{target}: {above} is a file, not a folder")
+    working = place.parent / f".{place.name}.{os.getpid()}.partial"
+    written = False
+
     try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        remove_remains(place)
+        working.mkdir()
         yield working
-        if target.exists():
-            shutil.rmtree(target)
-        working.rename(target)
+        put_in_place(working, place)
+        written = True
+    except OSError as error:
+        raise UserError(f"{reason(error, target, place)}; nothing was written") from None
     finally:
         shutil.rmtree(working, ignore_errors=True)
+        for folder in missing if not written else ():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def remove_remains(place: Path) -> None:
+    """Deletes what a run that was killed left beside `place`, or gives back the folder that it had moved."""
+    pattern = f".{glob.escape(place.name)}.*"
+    for left in place.parent.glob(f"{pattern}.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    for left in place.parent.glob(f"{pattern}.old"):
+        if place.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.rename(place)
+
+
+def put_in_place(working: Path, place: Path) -> None:
+    """Renames the new folder; the old one is deleted when the new one stands, or else comes back."""
+    old = place.parent / f".{place.name}.{os.getpid()}.old"
+    if place.exists():
+        place.rename(old)
+    try:
+        working.rename(place)
+    except BaseException:
+        if old.exists() and not place.exists():
+            old.rename(place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def reason(error: OSError, target: Path, place: Path | None = None) -> str:
+    """`file: what the system says`. The hidden folder and what is above it stand for `target`, at `place`."""
+    named = Path(os.fsdecode(error.filename2 or error.filename or target))
+    ours = place is not None and (
+        named in (place, *place.parents) or any(part.startswith(f".{place.name}.") for part in named.parts)
+    )
+    return f"{target if ours else named}: {error.strerror or error}"
 
 
 def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
@@ -832,9 +899,12 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
         raise UserError(f"{corpus.name}: no validation documents")
     if scan:
         scan.close_validation()
-    with whole_folder(target, args.force) as folder:
+    with (
+        whole_folder(target, args.force) as folder,
+        ShardWriter(folder, corpus.name, "train", args.shard_tokens) as train,
+        ShardWriter(folder, corpus.name, "val", args.shard_tokens) as val,
+    ):
         tokenizer = make_tokenizer(args, corpus, folder)
-        train = ShardWriter(folder, corpus.name, "train", args.shard_tokens)
         yielded = 0
         for number, document in enumerate(bar(corpus.train(), "training")):
             if (equal := held_out.get(digest(document))) is not None:
@@ -856,14 +926,14 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
             scan.flush()
             shares = scan.shares()
         drop = shares > OVERLAP_LIMIT if args.overlap == "drop" else np.zeros(len(shares), bool)
-        val = ShardWriter(folder, corpus.name, "val", args.shard_tokens)
-        text, normalised = TextHash(), 0
+        text, spelled = TextHash(), 0
         for number, document in enumerate(bar(corpus.val(), "validation")):
             if scan and drop[number]:
                 continue
             text.add(document)
-            val.add(*tokenizer.encode_sized(document), document)
-            normalised += tokenizer.normalised_bytes(document)
+            ids, sizes = tokenizer.encode_sized(document)
+            val.add(ids, sizes, document)
+            spelled += tokenizer.spelled_bytes(ids)
         val.close_shard()
         if not val.documents:
             raise UserError(
@@ -882,7 +952,7 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
             "tokens": {"train": train.tokens, "val": val.tokens},
             "bytes": {"train": train.bytes, "val": val.bytes},
             "val_bytes": val.bytes,
-            "val_normalised_bytes": normalised,
+            "val_normalised_bytes": spelled,
             "val_text_sha256": text.hexdigest(),
             "train": train.summary(),
             "val": val.summary(),
@@ -895,10 +965,19 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
                 "train_documents_equal_to_val_skipped": yielded,
             },
             **tokenizer.notes,
+            **replacements(train.replaced, val.replaced),
             "shards": train.entries + val.entries,
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
+
+
+def replacements(train: int, val: int) -> dict:
+    """What the manifest says where a text was changed, and a word to the user; nothing where none was."""
+    if not train + val:
+        return {}
+    say(f"not UTF-8, now U+FFFD: {train} places of the training text, {val} of the validation text")
+    return {"replacements": {"train": train, "val": val}}
 
 
 def make_tokenizer(args: argparse.Namespace, corpus: Corpus, folder: Path) -> ByteTokenizer | PieceTokenizer:
@@ -948,7 +1027,11 @@ def piece_bytes(model_path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     A piece's leading space is part of it; `ids_to_bytes` drops it after a BOS, where the dummy prefix stood.
     """
-    tokenizer = PieceTokenizer(Path(model_path), "sp").model
+    return piece_table(PieceTokenizer(Path(model_path), "sp").model)
+
+
+def piece_table(tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`piece_bytes` of a SentencePieceProcessor."""
     pieces = []
     for i in range(tokenizer.vocab_size()):
         if tokenizer.is_byte(i):
@@ -1010,12 +1093,37 @@ class ShardText:
         return self.hash.hexdigest()
 
 
-def convert(args: argparse.Namespace) -> dict:
-    """Published token shards -> byte shards of the same text, shard by shard, by a table."""
-    source = Path(args.source)
+SHARD_NAME = re.compile(r".*_(train|val)_(\d+)\.bin")
+
+
+def published(source: Path) -> list[Path]:
+    """The shards of a folder, training first. Refuses a folder that holds more than one text's ids."""
     paths = sorted(source.glob("*_train_*.bin")) + sorted(source.glob("*_val_*.bin"))
     if not paths:
         raise UserError(f"--from {source}: no *_train_*.bin or *_val_*.bin")
+    sidecars = [*source.glob("*_bytes_*.bin"), *source.glob(f"*{SIDECAR}")]
+    if sidecars:
+        raise UserError(f"--from {source}: {sidecars[0].name} is a sidecar of CaseOps ids, no shard of text")
+
+    numbers: dict[str, list[int]] = {"train": [], "val": []}
+    for path in paths:
+        parts = SHARD_NAME.fullmatch(path.name)
+        if not parts:
+            raise UserError(f"{path}: a copy? A shard is called NAME_train_000000.bin or NAME_val_000000.bin")
+        numbers[parts[1]].append(int(parts[2]))
+    for split, found in numbers.items():
+        if len(set(found)) < len(found):
+            raise UserError(f"--from {source}: two {split} shards of one number: two texts in one folder?")
+        for before, after in itertools.pairwise(sorted(found)):
+            if after > before + 1:
+                say(f"{source}: no {split} shard {before + 1:06d}, though there is {after:06d}")
+    return paths
+
+
+def convert(args: argparse.Namespace) -> dict:
+    """Published token shards -> byte shards of the same text, shard by shard, by a table."""
+    source = Path(args.source)
+    paths = published(source)
     if args.variant != "byte260":
         raise UserError(f"convert --variant {args.variant}: byte260 is what a table can make")
     if not args.tokenizer:
@@ -1026,11 +1134,11 @@ def convert(args: argparse.Namespace) -> dict:
             f"convert --tokenizer {args.tokenizer}: a CaseOps model, whose pieces are not the text's bytes"
         )
     table = piece_bytes(args.tokenizer)
-    dummy_prefix = not PieceTokenizer(Path(args.tokenizer), "sp").lossless
+    dummy_prefix = PieceTokenizer(Path(args.tokenizer), "sp").dummy_prefix
     target = Path(args.out) if args.out else Path(args.out_root) / f"{source.name}_byte260"
     entries, totals = [], {"train": [0, 0, 0], "val": [0, 0, 0]}
     text = ShardText()
-    with whole_folder(target, args.force) as folder:
+    with whole_folder(target, args.force) as folder, contextlib.ExitStack() as opened:
         after_bos = {"train": False, "val": False}
         for path in bar(paths, "converting", len(paths), "shard"):
             split = "val" if "_val_" in path.name else "train"
@@ -1038,6 +1146,7 @@ def convert(args: argparse.Namespace) -> dict:
             if len(ids) and int(ids.max()) >= len(table[2]):
                 raise UserError(f"{path}: id {int(ids.max())} is outside the model's {len(table[2])} ids")
             shard = Shard(folder / path.name)
+            opened.callback(shard.abandon)
             for start in range(0, len(ids), 1 << 20):
                 block = ids[start : start + (1 << 20)]
                 out = ids_to_bytes(block, table, dummy_prefix, after_bos[split])
@@ -1045,8 +1154,8 @@ def convert(args: argparse.Namespace) -> dict:
                 shard.write(out)
                 if split == "val":
                     text.add(out)
-                documents = int((out == BOS_ID).sum())
-                for i, value in enumerate((documents, len(out), len(out) - documents)):
+                count = int((out == BOS_ID).sum())
+                for i, value in enumerate((count, len(out), len(out) - count)):
                     totals[split][i] += value
             entries.append(shard.close(split))
         parts = {
@@ -1147,16 +1256,36 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     shared.add_argument("--seed", type=int, default=42)
     shared.add_argument("--force", action="store_true", help="replace the folder if it exists")
+
+    def reads_text(errors: str) -> argparse.ArgumentParser:
+        """Options of a source that reads files; `errors` is what it does unasked."""
+        reads = argparse.ArgumentParser(add_help=False)
+        reads.add_argument(
+            "--errors",
+            default=errors,
+            choices=("strict", "replace"),
+            help="what is not UTF-8: refused (byte260 keeps the bytes of a text file), or U+FFFD, counted "
+            "in the manifest (default: %(default)s)",
+        )
+        return reads
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="source_name", metavar="SOURCE")
+    # Libraries of Python hold files in other encodings, to test these: no reason to stop.
     for name in ("stdlib", "python_extended"):
-        commands.add_parser(name, parents=[shared])
-    commands.add_parser("python", parents=[shared]).add_argument("path")
-    files = commands.add_parser("files", parents=[shared])
-    files.add_argument("train", nargs="+")
-    files.add_argument("--val", nargs="+", default=[])
+        commands.add_parser(name, parents=[shared, reads_text("replace")])
+    commands.add_parser("python", parents=[shared, reads_text("replace")]).add_argument("path")
+    files = commands.add_parser("files", parents=[shared, reads_text("strict")])
+    files.add_argument(
+        "train",
+        nargs="+",
+        metavar="TRAIN",
+        help=f"{ACCEPTED}, a folder of them, a pattern such as 'parts/*.jsonl', or - for standard input",
+    )
+    files.add_argument("--val", nargs="+", default=[], help="the validation text, named in the same way")
+    files.add_argument("--field", default="text", help="the field of JSON lines, the column of Parquet")
     files.add_argument(
         "--train-bytes", type=int, default=0, help="stop after the document that passes this; 0 = all"
     )
@@ -1171,7 +1300,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     shakespeare = commands.add_parser("tinyshakespeare", parents=[shared])
     shakespeare.add_argument("--path", "--file", dest="file", default="", help="a local copy of the file")
     commands.add_parser("markov2", parents=[shared]).add_argument("--bytes", type=int, default=1 << 20)
-    fineweb = commands.add_parser("fineweb", parents=[shared])
+    fineweb = commands.add_parser("fineweb", parents=[shared, reads_text("strict")])
     fineweb.add_argument(
         "--shards", type=int, default=0, help="fetch this many published token shards as they are"
     )
@@ -1190,6 +1319,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def refuse(message: str) -> int:
+    print("error:", " ".join(message.splitlines()), file=sys.stderr)
+    return 2
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     start = time.perf_counter()
@@ -1198,6 +1332,9 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--shard-tokens {args.shard_tokens}: at least 1")
         if not 0 < args.val_share < 1:
             raise UserError(f"--val-share {args.val_share}: between 0 and 1")
+        for name in ("train_bytes", "val_bytes", "val_tail", "val_documents", "shards"):
+            if getattr(args, name, 0) < 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 0")
         if args.source_name == "convert":
             manifest = convert(args)
         elif args.source_name == "fineweb" and args.shards:
@@ -1210,8 +1347,11 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError(f"{target} exists; --force replaces it")
             manifest = {**build(SOURCES[args.source_name](args), args, target), "folder": str(target)}
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(str(error))
+    except OSError as error:
+        return refuse(f"{reason(error, Path(args.out or args.out_root))}; nothing was written")
+    except MemoryError:
+        return refuse(f"{OUT_OF_MEMORY}; nothing was written")
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130

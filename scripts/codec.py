@@ -9,10 +9,12 @@ each next id, a range coder (Martin 1979, as in constriction) spends -log2 p bit
 that has nothing but the script and the artifact follows. `--set` changes a setting of the evaluation, such as
 EVAL_STRIDE=64; it travels in the coded file.
 
-FILE is any file (byte260), UTF-8 text that the tokenizer gives back exactly (SentencePiece, `--tokenizer`),
-or a shard, of which the ids are coded, BOS included. `prove` codes a prefix, decodes it in a process of its
-own and compares the size of the code with -log2 p of the stream and with the batched `score`: each must agree
-to 0.2 % plus 64 bytes.
+FILE is any file (byte260), UTF-8 text (SentencePiece, `--tokenizer`), or a shard, of which the ids are coded,
+BOS included. Text of a CaseOps record is coded in CaseOps form (data/caseops.py). Where the tokenizer folds
+Unicode or white space, the coded file also holds what brings the text back, byte for byte.
+
+`prove` codes a prefix, decodes it in a process of its own and compares the size of the code with -log2 p of
+the stream and with the batched `score`: each must agree to 0.2 % plus 64 bytes.
 
 Both directions run the same steps in fp32 on a fixed number of threads. A file decodes where torch rounds as
 it did when the file was made: the same versions, the same kind of machine. The header names them, and a
@@ -38,12 +40,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from family import Misuse, find_script, load_script, write_atomic
+from family import ROOT, Misuse, find_script, load_script, write_atomic
 
 try:
     from tqdm import tqdm
 except ImportError:  # a bar is a comfort, not a need
     tqdm = None
+
+caseops = load_script(ROOT / "data" / "caseops.py")
 
 PRECISION = 24  # bits of a probability; what constriction's Python interface offers, at 0.00015 bits an id
 TOTAL = 1 << PRECISION
@@ -60,7 +64,7 @@ DICTIONARY = (
 )
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 BOS_ID, BYTE_OFFSET, BYTE_VOCAB = 1, 4, 260
-# What a decoder cannot do without; "tokenizer" and "set" are left out where there is none.
+# What a decoder cannot do without; "tokenizer", "set" and "repair" are left out where there is none.
 TEXTS = ("artifact", "script", "sha256", "kind", "device", "machine", "torch", "numpy", "constriction")
 FIELDS = dict.fromkeys(TEXTS, str) | dict.fromkeys(("bytes", "ids", "first", "threads"), int)
 
@@ -165,9 +169,41 @@ def decode(stream, payload: bytes, count: int, first: int) -> np.ndarray:
 class Text:
     """A file as the stream of ids that is coded. `ids` (n,) int64 begins with the id that is given."""
 
-    kind: str  # byte260 | sentencepiece | shard
+    kind: str  # byte260 | sentencepiece | caseops | shard
     raw: bytes
     ids: np.ndarray
+    repair: bytes = b""  # makes `raw` of what the ids spell, where they spell something else
+
+
+KINDS = ("byte260", "sentencepiece", "caseops", "shard")
+
+
+class Pieces:
+    """A SentencePiece model, of plain text or, where it has the operators, of text in CaseOps form."""
+
+    def __init__(self, model):
+        self.model = model
+        try:
+            self.operators = caseops.operator_ids(model)
+        except ValueError:
+            self.operators = None
+        self.kind = "sentencepiece" if self.operators is None else "caseops"
+
+    def encode(self, text: str) -> np.ndarray:
+        written = text if self.operators is None else caseops.encode(text)
+        return np.array(self.model.encode(written), np.int64)
+
+    def sizes(self, text: str) -> np.ndarray:
+        """Bytes of a text in CaseOps form for which each of its ids stands. Raises ValueError where one id
+        stands for more than a sidecar can count."""
+        written = caseops.encode(text)
+        pieces = self.model.encode(written, return_type="offset_mapping")
+        ids, ends = np.array(pieces["ids"], np.int64), [end for _, end in pieces["offsets"]]
+        return caseops.sidecar(written, ids, np.array(ends, np.int64), self.operators)[1:]
+
+    def spell(self, ids: np.ndarray, kind: str) -> bytes:
+        text = self.model.decode(ids.tolist())
+        return (caseops.decode(text, strict=False) if kind == "caseops" else text).encode("utf-8")
 
 
 def read(path: str | Path, what: str) -> bytes:
@@ -216,8 +252,8 @@ def shard_ids(raw: bytes) -> np.ndarray | None:
     return ids.astype(np.int64) if raw[:SHARD_HEADER_BYTES] == make_shard(ids)[:SHARD_HEADER_BYTES] else None
 
 
-def open_tokenizer(path: str, vocab: int):
-    """(SentencePiece processor, its sha256) for an artifact of `vocab` ids that is not byte260."""
+def open_tokenizer(path: str, vocab: int) -> tuple[Pieces, str]:
+    """(a SentencePiece model, its sha256) for an artifact of `vocab` ids that is not byte260."""
     if not path:
         raise CodecError(f"the artifact has {vocab} ids: --tokenizer or TOKENIZER_PATH names their model")
     try:
@@ -231,11 +267,36 @@ def open_tokenizer(path: str, vocab: int):
         raise CodecError(f"TOKENIZER {path}: no SentencePiece model ({error})") from None
     if tokenizer.vocab_size() != vocab:
         raise CodecError(f"TOKENIZER {path} has {tokenizer.vocab_size()} ids, the artifact {vocab}")
-    return tokenizer, digest(blob)
+    return Pieces(tokenizer), digest(blob)
 
 
-def to_ids(raw: bytes, path: str, tokenizer, vocab: int) -> Text:
-    """The file's ids; byte260 has no tokenizer. Raises CodecError where they do not give it back."""
+def zstd():
+    try:
+        import zstandard
+    except ImportError:
+        raise CodecError("the tokenizer folds this text: pip install zstandard==0.25.0") from None
+    return zstandard
+
+
+def repair(spelled: bytes, raw: bytes) -> bytes:
+    """`raw` for a reader who has `spelled`, a zstd frame: a few bytes for each place that differs."""
+    library = zstd()
+    known = library.ZstdCompressionDict(spelled, dict_type=library.DICT_TYPE_RAWCONTENT)
+    return library.ZstdCompressor(level=19, dict_data=known, write_dict_id=False).compress(raw)
+
+
+def repaired(spelled: bytes, patch: bytes) -> bytes:
+    """The inverse of `repair`. Raises CodecError where the two do not belong together."""
+    library = zstd()
+    known = library.ZstdCompressionDict(spelled, dict_type=library.DICT_TYPE_RAWCONTENT)
+    try:
+        return library.ZstdDecompressor(dict_data=known).decompress(patch)
+    except library.ZstdError as error:
+        raise CodecError(f"what it decodes to cannot be repaired ({error})") from None
+
+
+def to_ids(raw: bytes, path: str, tokenizer: Pieces | None, vocab: int) -> Text:
+    """The file's ids; byte260 has no tokenizer. Raises CodecError where the artifact cannot code the file."""
     ids = shard_ids(raw)
     if ids is not None:
         if ids.size and ids.max() >= vocab:
@@ -251,19 +312,17 @@ def to_ids(raw: bytes, path: str, tokenizer, vocab: int) -> Text:
     except UnicodeDecodeError as error:
         why = f"not UTF-8 at byte {error.start}; this artifact codes text only"
         raise CodecError(f"FILE {path}: {why}") from None
-    back = tokenizer.decode(ids).encode("utf-8")
-    if back != raw:
-        at = next((i for i, (a, b) in enumerate(zip(raw, back)) if a != b), min(len(raw), len(back)))
-        why = f"{raw[at : at + 8]!r} becomes {back[at : at + 8]!r} at byte {at}"
-        raise CodecError(f"FILE {path}: the tokenizer is no identity on this text: {why}")
-    return Text("sentencepiece", raw, np.array([BOS_ID, *ids], np.int64))
+    spelled = tokenizer.spell(ids, tokenizer.kind)
+    patch = b"" if spelled == raw else repair(spelled, raw)
+    return Text(tokenizer.kind, raw, np.concatenate(([BOS_ID], ids)), patch)
 
 
-def to_bytes(kind: str, ids: np.ndarray, tokenizer) -> bytes:
+def to_bytes(kind: str, ids: np.ndarray, tokenizer: Pieces | None, patch: bytes = b"") -> bytes:
     if kind == "shard":
         return make_shard(ids)
-    if kind == "sentencepiece":
-        return tokenizer.decode(ids[1:].tolist()).encode("utf-8")
+    if kind in ("sentencepiece", "caseops"):
+        spelled = tokenizer.spell(ids[1:], kind)
+        return repaired(spelled, patch) if patch else spelled
     if (ids[1:] < BYTE_OFFSET).any():
         raise CodecError("it decodes to ids that are no bytes")
     return (ids[1:] - BYTE_OFFSET).astype(np.uint8).tobytes()
@@ -292,9 +351,10 @@ def unpack(blob: bytes, where: str) -> tuple[dict, bytes]:
     try:
         header = json.loads(zlib.decompressobj(-15, zdict=DICTIONARY).decompress(body[2:length]))
         wrong = [name for name, kind in FIELDS.items() if type(header.get(name)) is not kind]
-        if wrong or len(body) % 4 != length % 4:
+        words = len(body) - length - int(header.get("repair", 0))
+        if wrong or words < 0 or words % 4:
             raise ValueError(f"no {wrong[0]}" if wrong else "the payload is no whole number of words")
-    except (zlib.error, ValueError, AttributeError) as error:
+    except (zlib.error, ValueError, AttributeError, TypeError) as error:
         raise CodecError(f"{where}: its header cannot be read ({error})") from None
     return header, body[length:]
 
@@ -418,11 +478,14 @@ class Record:
             "ids": len(text.ids),
             "first": int(text.ids[0]) if len(text.ids) else 0,
             "kind": text.kind,
+            "repair": len(text.repair),
             "set": self.settings,
             "device": self.device,
             "threads": self.threads,
             **self.circumstances(),
         }
+        if not text.repair:
+            del header["repair"]
         return {key: value for key, value in header.items() if value not in ("", {})}
 
 
@@ -466,7 +529,7 @@ def compress(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     stream = record.stream()
     payload, _, _ = encode(stream, text.ids)
-    blob = pack(record.header(text), payload)
+    blob = pack(record.header(text), payload + text.repair)
     write(out, blob)
     result = {
         "out": str(out),
@@ -474,12 +537,14 @@ def compress(options: argparse.Namespace) -> int:
         "bytes": len(raw),
         "ids": len(text.ids),
         "coded_bytes": len(blob),
-        "header_bytes": len(blob) - len(payload),
+        "header_bytes": len(blob) - len(payload) - len(text.repair),
+        "repair_bytes": len(text.repair),
         "bpb": per_byte(len(blob), len(raw)),
         "seconds": time.perf_counter() - start,
         "updates": getattr(stream, "updates", None),
     }
-    size = f"{len(raw):,} -> {len(blob):,} bytes (header {result['header_bytes']})"
+    folded = f", {len(text.repair):,} for what the tokenizer folds" if text.repair else ""
+    size = f"{len(raw):,} -> {len(blob):,} bytes (header {result['header_bytes']}{folded})"
     line = f"{out}: {size}, {shown(result['bpb'])} BPB, {pace(len(raw), result['seconds'])}"
     print(json.dumps(result) if options.json else line)
     return 0
@@ -488,6 +553,8 @@ def compress(options: argparse.Namespace) -> int:
 def decompress(options: argparse.Namespace) -> int:
     source = Path(options.file)
     header, payload = unpack(read(source, "FILE"), str(source))
+    if header["kind"] not in KINDS:
+        raise CodecError(f"{source}: kind {header['kind']}: a newer codec made it")
     out = output_path(options.output, source.with_suffix("") if source.suffix == ".golf" else None, source)
     record = Record(options, header.get("set", {}), header["device"], header["threads"])
     if header["artifact"] != record.artifact_digest:
@@ -505,9 +572,10 @@ def decompress(options: argparse.Namespace) -> int:
         print(f"warning: made with {odd}: it may not decode here", file=sys.stderr)
     start = time.perf_counter()
     stream = record.stream()
+    code, patch = np.split(np.frombuffer(payload, np.uint8), [len(payload) - header.get("repair", 0)])
     try:
-        ids = decode(stream, payload, header["ids"], header["first"])
-        raw = to_bytes(header["kind"], ids, record.tokenizer)
+        ids = decode(stream, code.tobytes(), header["ids"], header["first"])
+        raw = to_bytes(header["kind"], ids, record.tokenizer, patch.tobytes())
         if len(raw) != header["bytes"] or digest(raw) != header["sha256"]:
             raise CodecError("the checksum of the text does not match")
     except CodecError as error:
@@ -537,7 +605,7 @@ def prefix_of(text: Text, sizes: np.ndarray, limit: int) -> tuple[Text, int]:
         return text, int(sizes.sum())
     targets = int(np.searchsorted(total, limit)) + 1
     ids = text.ids[: targets + 1]
-    kind = "shard" if text.kind == "sentencepiece" else text.kind
+    kind = "shard" if text.kind in ("sentencepiece", "caseops") else text.kind
     return Text(kind, to_bytes(kind, ids, None), ids), int(total[targets - 1])
 
 
@@ -571,12 +639,12 @@ def measure(options: argparse.Namespace, record: Record, text: Text, result: dic
     start = time.perf_counter()
     stream = record.stream()
     payload, nats, gap = encode(stream, text.ids)
-    blob = pack(record.header(text), payload)
+    blob = pack(record.header(text), payload + text.repair)
     result |= {
         "encode_seconds": time.perf_counter() - start,
         "updates": getattr(stream, "updates", None),
         "coded_bytes": len(payload),
-        "header_bytes": len(blob) - len(payload),
+        "header_bytes": len(blob) - len(payload) - len(text.repair),
         "coded_bpb": per_byte(len(payload), size),
         "normalisation_error": gap,
     }
@@ -599,16 +667,45 @@ def measure(options: argparse.Namespace, record: Record, text: Text, result: dic
         result["failures"].append("what was decoded is not what was coded")
 
 
+def sidecar_of(shard: Path, count: int) -> np.ndarray | None:
+    """Bytes of each target of a shard of `count` ids in CaseOps form; None where no sidecar lies beside it.
+
+    That of NAME_val_000000.bin is NAME_val_000000.bytes (data/README.md) or NAME_val_bytes_000000.bin, as
+    published.
+    """
+    stem, _, number = shard.stem.rpartition("_")
+    for path in (shard.with_suffix(".bytes"), shard.with_name(f"{stem}_bytes_{number}{shard.suffix}")):
+        if path.exists():
+            sizes = shard_ids(read(path, "sidecar"))
+            if sizes is None or len(sizes) != count:
+                raise CodecError(f"sidecar {path}: not that of {shard.name}, which has {count} ids")
+            return sizes[1:]
+    return None
+
+
+def target_sizes(record: Record, text: Text, path: str) -> np.ndarray:
+    """Bytes of each target ids[1:]: by a table of the ids, except in CaseOps form, where they depend on the
+    text."""
+    if text.kind == "caseops":
+        try:
+            return record.tokenizer.sizes(text.raw.decode("utf-8"))
+        except ValueError as error:
+            raise CodecError(f"FILE {path}: {error}") from None
+    sizes = sidecar_of(Path(path), len(text.ids)) if text.kind == "shard" else None
+    if sizes is not None:
+        return sizes
+    if record.tokenizer is not None and record.tokenizer.kind == "caseops":
+        raise CodecError(f"FILE {path}: CaseOps ids, without the sidecar that counts their bytes")
+    return record.target_bytes(text.ids)
+
+
 def prove(options: argparse.Namespace) -> int:
     if options.bytes < 1:
         raise CodecError(f"--bytes {options.bytes}: at least 1")
     raw = read(options.file, "FILE")
     record = open_record(options)
     text = to_ids(raw, options.file, record.tokenizer, record.vocab)
-    sidecar = Path(options.file).with_suffix(".bytes")  # of a shard in CaseOps form: see data/README.md
-    sizes = shard_ids(sidecar.read_bytes()) if text.kind == "shard" and sidecar.exists() else None
-    sizes = record.target_bytes(text.ids) if sizes is None or len(sizes) != len(text.ids) else sizes[1:]
-    text, size = prefix_of(text, sizes, options.bytes)
+    text, size = prefix_of(text, target_sizes(record, text, options.file), options.bytes)
     result = {"file": options.file, "kind": text.kind, "bytes": size, "ids": len(text.ids)}
     named = hashlib.sha256(record.script.read_bytes()).hexdigest()
     result |= {"set": record.settings, "script_sha256": named, "failures": []}
@@ -677,7 +774,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except CodecError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or tempfile.gettempdir()}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print(f"error: FILE {options.file}: out of memory; code it in parts", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -607,10 +607,11 @@ def prepare(texts: list[str], folder: Path) -> str:
     so its tail is cut off for validation."""
     source = ["files", *map(os.path.abspath, texts), "--train-bytes", "64000000"] if texts else ["stdlib"]
     if [Path(text).suffix for text in texts] == [".txt"]:
-        text = Path(texts[0]).read_text(encoding="utf-8", errors="replace")
+        # Whatever the bytes are, byte260 has ids for them: what is not UTF-8 is cut like any character.
+        text = Path(texts[0]).read_bytes().decode("utf-8", "surrogateescape")
         cut = len(text) * 9 // 10
         for name, part in (("train.txt", text[:cut]), ("val.txt", text[cut:])):
-            (folder / name).write_text(part, encoding="utf-8")
+            (folder / name).write_bytes(part.encode("utf-8", "surrogateescape"))
         source = ["files", str(folder / "train.txt"), "--val", str(folder / "val.txt")]
     words = [sys.executable, "data/prepare.py", *source, "--out", str(folder / "data"), "--force"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)

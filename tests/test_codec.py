@@ -10,7 +10,8 @@ import zlib
 import codec
 import numpy as np
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, TINY, enlivened, environment
+from family import load_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -288,7 +289,7 @@ def test_misuse_is_one_line(artifact, doctored, tmp_path):
 
 
 def test_text_comes_back_through_a_tokenizer_or_is_refused(artifact, field_tokenizer, tmp_path):
-    """SentencePiece text is coded where the tokenizer is an identity on it, shards of its ids always."""
+    """Text that SentencePiece keeps, text that it folds, shards of its ids; no file that is not UTF-8."""
     generator = random.Random(0)
     words = ["code", "coder", "decode", "range", "naïve"]
     lines = "\n".join(" ".join(generator.choices(words, k=9)) for _ in range(200))
@@ -307,16 +308,16 @@ def test_text_comes_back_through_a_tokenizer_or_is_refused(artifact, field_token
     shard.write_bytes(codec.make_shard(np.array([1, *ids, 1, *ids[:5]])))
     latin.write_bytes(b"na\xefve")
     raw.write_bytes(codec.make_shard(np.array([1, 300])))
-    coded, coded_shard, *odd = call_all(
+    coded, coded_shard, folded, *odd = call_all(
         *(["compress", ROOT, model, path, *exact] for path in (text, shard)),
-        ["compress", ROOT, model, text, "-o", tmp_path / "out", *folding],
+        ["compress", ROOT, model, text, "-o", tmp_path / "folded.golf", *folding],
         ["compress", ROOT, model, text, "-o", tmp_path / "out"],
         ["compress", ROOT, model, latin, *exact],
         ["compress", ROOT, model, raw, *exact],
     )
-    assert coded[0] == 0 and coded_shard[0] == 0, (coded, coded_shard)
+    assert coded[0] == coded_shard[0] == folded[0] == 0, (coded, coded_shard, folded)
+    assert "for what the tokenizer folds" in folded[1] and "folds" not in coded[1]
     why = (
-        "no identity on this text: b' coder",
         "300 ids: --tokenizer",
         "not UTF-8 at byte 2",
         "id 300 is outside",
@@ -325,14 +326,86 @@ def test_text_comes_back_through_a_tokenizer_or_is_refused(artifact, field_token
         assert expected in refused(result)
     *back, other, (code, out, _) = call_all(
         *(["decompress", ROOT, model, f"{p}.golf", "-o", f"{p}.back", *exact] for p in (text, shard)),
+        ["decompress", ROOT, model, tmp_path / "folded.golf", "-o", tmp_path / "unfolded", *folding],
         ["decompress", ROOT, model, f"{text}.golf", "-o", tmp_path / "out", *folding],
         ["prove", ROOT, model, text, *exact, "--json", "--bytes", "9"],
     )
-    assert [result[0] for result in back] == [0, 0], back
+    assert [result[0] for result in back] == [0, 0, 0], back
+    assert (tmp_path / "unfolded").read_bytes() == text.read_bytes()
     assert all(p.read_bytes() == p.with_name(p.name + ".back").read_bytes() for p in (text, shard))
     assert "another tokenizer" in refused(other) and not (tmp_path / "out").exists()
     proof = json.loads(out)
     assert code == 0 and proof["decoded"] and proof["kind"] == "shard" and 9 <= proof["bytes"] < 20
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200), st.binary(max_size=200), st.integers(0, 200))
+def test_what_a_tokenizer_folds_comes_back(left, right, cut):
+    for spelled, raw in ((left, right), (left + right, left[:cut] + b"\n" + right), (left, left)):
+        assert codec.repaired(spelled, codec.repair(spelled, raw)) == raw
+
+
+def caseops_model(folder, prepare, kind: str):
+    """A SentencePiece model of text in CaseOps form: one of data/prepare.py, or one that folds."""
+    words = ["The", "quick", "brown", "FOX", "jumps", "over", "NASA", "and", "OpenAI", "every", "iPhone"]
+    lines = [" ".join(random.Random(i).choices(words, k=200)) for i in range(9)]
+    if kind == "exact":
+        return prepare.train_pieces(iter([line.encode() for line in lines]), 320, folder, with_caseops=True)
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=map(codec.caseops.encode, lines), model_prefix=str(folder / "field"),
+        vocab_size=320, model_type="bpe", hard_vocab_limit=False, minloglevel=2, pad_id=0, bos_id=1,
+        eos_id=2, unk_id=3, byte_fallback=True, user_defined_symbols=list(codec.caseops.OPERATORS),
+    )
+    return folder / "field.model"
+
+
+@pytest.mark.parametrize("kind", ["exact", "folding"])
+def test_a_caseops_record_codes_text_in_caseops_form(kind, prepare, prepare_files, tmp_path):
+    """The network reads what it was trained on, and the file comes back: capitals, literal operators, line
+    ends, and what the field's model folds. A proof counts the bytes of the file, none for an operator."""
+    record = codec.find_script("BiJEPAX")
+    script, model = load_script(record), caseops_model(tmp_path, prepare, kind)
+    size = prepare.PieceTokenizer(model, "sp").vocab_size
+    off = {name: "" for name in TINY if name.startswith(("JEPA_", "NGRAM_"))}
+    small = {"VOCAB_SIZE": size, "TOKENIZER_PATH": model, "MODEL_DIM": 16, "NUM_LAYERS": 4, "GATE_WINDOW": 6}
+    small |= {"LOOP_FIRST": 1, "LOOP_LAST": 1, "PARALLEL_START": 2, "XSA_LAST_N": 4, "PPM_WEIGHT": 0}
+    args = script.Hyperparameters({key: str(value) for key, value in (TINY | off | small).items()})
+    tensors = {key: p.detach().numpy() for key, p in enlivened(script, args).exported().items()}
+    (tmp_path / "model.bin").write_bytes(script.pack(tensors, args))
+
+    document = "\ufeffThe NASA iPhone\r\n  of \ue001 OpenAI\n\n \ufb01 \u00c9T\u00c9\0 AB aB\n"
+    text, size_of_text = tmp_path / "text.txt", len(document.encode())
+    text.write_bytes(document.encode())
+    (tmp_path / "a.txt").write_text("training text " * 20)
+    options = ["--tokenizer", model, "--variant", f"sp{size}-caseops", "--overlap", "off"]
+    shard = prepare_files(tmp_path / "a.txt", text, *options) / "files_val_000000.bin"
+    ids = np.fromfile(shard, "<u2", offset=1024)
+    assert codec.sidecar_of(shard, len(ids)).sum() == size_of_text
+    # As published, the sidecar has another name; without any, nothing says what an id stands for.
+    for name, data in (
+        ("x_val_000000.bin", shard.read_bytes()),
+        ("y_val_000000.bin", shard.read_bytes()),
+        ("y_val_bytes_000000.bin", shard.with_suffix(".bytes").read_bytes()),
+    ):
+        (tmp_path / name).write_bytes(data)
+
+    base, tail = [record, tmp_path / "model.bin"], ["--tokenizer", model, "--json"]
+    proved = text if kind == "exact" else tmp_path / "y_val_000000.bin"
+    packed, back, proof, bare = call_all(
+        ["compress", *base, text, *tail],
+        ["decompress", *base, f"{text}.golf", "-o", tmp_path / "back", *tail],
+        ["prove", *base, proved, *tail],
+        ["prove", *base, tmp_path / "x_val_000000.bin", *tail],
+    )
+    assert packed[0] == back[0] == proof[0] == 0, (packed, back, proof)
+    result = json.loads(packed[1])
+    assert result["kind"] == "caseops" and bool(result["repair_bytes"]) == (kind == "folding")
+    assert result["ids"] == len(ids)  # the very ids of the shards that such a record is trained on
+    assert (tmp_path / "back").read_bytes() == document.encode()
+    assert json.loads(proof[1])["bytes"] == size_of_text and json.loads(proof[1])["decoded"]
+    assert "without the sidecar" in refused(bare)
 
 
 # --- proofs ------------------------------------------------------------------

@@ -157,16 +157,216 @@ def test_files_without_validation_are_split_by_hash(prepare, jsonl, tmp_path):
     assert sorted(held) == sorted(held_b) and sorted(kept) == sorted(kept_b)
 
 
-def test_zst_and_txt_inputs(prepare_files, jsonl, tmp_path):
+def packed(path: Path) -> list[Path]:
+    """The same text in all forms that are read: a file with JSON lines, packed, in frames, as a column."""
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
     import zstandard
 
-    path = Path(jsonl("a.jsonl", [text(i, 40) for i in range(4)]))
-    packed = tmp_path / "a.jsonl.zst"
-    packed.write_bytes(zstandard.compress(path.read_bytes()))
-    (tmp_path / "v.txt").write_bytes(b"held \xff out")
-    out = prepare_files(packed, tmp_path / "v.txt", "--no-shuffle", "--overlap", "off")
-    assert documents_of(out, "train") == [text(i, 40).encode() for i in range(4)]
-    assert documents_of(out, "val") == ["held \ufffd out".encode()]
+    raw = path.read_bytes()
+    lines = raw.splitlines(keepends=True)
+    frames = (zstandard.ZstdCompressor(write_checksum=True).compress(line) for line in lines)
+    forms = {
+        ".jsonl.gz": gzip.compress(raw), ".gz": gzip.compress(raw), ".json.gz": gzip.compress(raw),
+        "_members.jsonl.gz": b"".join(map(gzip.compress, lines)), ".jsonl.zst": zstandard.compress(raw),
+        "_frames.jsonl.zst": b"".join(frames), ".zst": zstandard.compress(raw), "_upper.JSONL": raw,
+    }
+    folder = path.parent / "forms"
+    folder.mkdir()
+    for ending, data in forms.items():
+        (folder / f"a{ending}").write_bytes(data)
+    columns = {"id": list(range(len(lines))), "text": [json.loads(line)["text"] for line in lines]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "a.parquet", row_group_size=3)
+    return sorted(folder.iterdir())
+
+
+def test_every_form_of_a_text_gives_the_same_documents(prepare_files, jsonl, tmp_path):
+    documents = [text(i, 40) for i in range(8)] + ["\ufeffGr\u00fc\u00dfe\r\n\0\u2581 \U0001f600"]
+    path, val = Path(jsonl("a.jsonl", documents)), jsonl("v.jsonl", [text(99, 50)])
+    forms = packed(path)
+    assert len(forms) == 9
+    options = ["--no-shuffle", "--overlap", "off", "--force"]
+    for form in [path, *forms]:
+        out = prepare_files(form, val, *options)
+        assert documents_of(out, "train") == [document.encode() for document in documents], form
+
+
+def test_standard_input_is_read_in_every_form(jsonl, tmp_path):
+    documents = [text(i, 40) for i in range(8)]
+    path, val = Path(jsonl("a.jsonl", documents)), jsonl("v.jsonl", [text(99, 50)])
+    named = ("a.parquet", "a.jsonl.gz", "a.jsonl.zst")
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 " * 9)
+    given = [path, tmp_path / "a.txt", *(form for form in packed(path) if form.name in named)]
+    for form in given:
+        call = [sys.executable, ROOT / "data" / "prepare.py", "files", "-", "--val", val, "--no-shuffle"]
+        call += ["--out", tmp_path / "o", "--force", "--overlap", "off"]
+        with open(form, "rb") as file:
+            done = subprocess.run(list(map(str, call)), stdin=file, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        wanted = [d.encode() for d in documents] if form.name != "a.txt" else [b"caf\xe9 " * 9]
+        assert documents_of(tmp_path / "o", "train") == wanted, form
+        notes = json.loads((tmp_path / "o" / "manifest.json").read_text())["source_notes"]
+        sums = [hashlib.sha256(form.read_bytes()).hexdigest()]
+        assert notes["files"] == ["-"] and notes["files_sha256"] == sums
+        said = {"a.parquet": "", "a.txt": "read as text, one document"}.get(form.name, "read as JSON lines")
+        assert said in done.stderr and bool(said) == bool(done.stderr)
+
+
+def test_folders_and_patterns(prepare_files, jsonl, tmp_path, capsys, monkeypatch):
+    """In the order of their paths, with a word on what is passed over; hidden files do not count."""
+    folder = tmp_path / "parts"
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    parts = [text(i, 40) for i in range(4)]
+    for name, part in zip(("b.jsonl", "a.jsonl", "sub/c.jsonl", ".hidden/d.jsonl"), parts):
+        jsonl(f"parts/{name}", [part])
+    for name in ("README.md", "sub/x.tar.gz", ".c.jsonl"):
+        (folder / name).write_text("{")
+    val, options = jsonl("v.jsonl", [text(99, 50)]), ["--no-shuffle", "--overlap", "off", "--force"]
+    monkeypatch.chdir(tmp_path)
+    for name, found in (
+        ("parts", (1, 0, 2)), ("parts/*", (1, 0)), ("parts/**/*.jsonl", (1, 0, 2)),
+        ("parts/[b]*", (0,)), (["parts/sub", "parts/b.jsonl"], (2, 0)),
+    ):
+        out = prepare_files(name, val, *options)
+        assert documents_of(out, "train") == [parts[i].encode() for i in found], name
+    assert "note: parts: 3 files; passed over: .md .tar.gz\n" in capsys.readouterr().err
+    jsonl("parts/copy.jsonl", [parts[0]])
+    prepare_files("parts", val, *options)
+    said = capsys.readouterr().err
+    assert "parts/copy.jsonl has the same bytes as parts/b.jsonl: its text is there twice" in said
+
+
+def test_the_text_is_where_field_says(prepare_files, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = [text(i, 40) for i in range(4)]
+    rows = [{"content": d, "text": "another"} for d in texts]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "v.txt").write_text(text(99, 50))
+    for name in ("a.jsonl", "a.parquet"):
+        options = ["--field", "content", "--no-shuffle", "--overlap", "off", "--force"]
+        out = prepare_files(tmp_path / name, tmp_path / "v.txt", *options)
+        assert documents_of(out, "train") == [d.encode() for d in texts]
+        assert json.loads((out / "manifest.json").read_text())["source_notes"]["field"] == "content"
+
+
+# CR LF, a byte order mark, NUL, and characters that tokenizers treat in a way of their own
+KEPT = "\ufeffone\r\ntwo\rthree\0\n\ttab  \u2028 \ufffd \u2581 \ufeff\r\n"
+
+
+@pytest.mark.parametrize("variant", ["byte260", "sp320", "sp320-caseops"])
+def test_line_ends_marks_and_zeros_are_kept(prepare, prepare_files, jsonl, tmp_path, variant):
+    (tmp_path / "a.txt").write_bytes(KEPT.encode() + text(0, 300).encode())
+    train = [tmp_path / "a.txt", jsonl("b.jsonl", [KEPT, text(1, 300)])]
+    (tmp_path / "b.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + (tmp_path / "b.jsonl").read_bytes().replace(b"\n", b"\r\n")
+    )
+    wanted = [KEPT + text(0, 300), KEPT, text(1, 300)]
+    options = ["--variant", variant, "--no-shuffle", "--overlap", "off"]
+    out = prepare_files(train, jsonl("v.jsonl", [text(99, 50) + KEPT]), *options)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["bytes"]["train"] == sum(len(document.encode()) for document in wanted)
+    assert manifest["val_normalised_bytes"] == manifest["val_bytes"] and "replacements" not in manifest
+    if variant == "byte260":
+        assert documents_of(out, "train") == [document.encode() for document in wanted]
+        return
+    kind = prepare.CaseOpsTokenizer if "caseops" in variant else prepare.PieceTokenizer
+    model, ids = kind(out / f"{variant}.model", variant).model, ids_of(out, "train")
+    found = [model.decode(part[1:].tolist()) for part in np.split(ids, np.flatnonzero(ids == 1))[1:]]
+    undo = prepare.caseops.decode if "caseops" in variant else str
+    assert [undo(document) for document in found] == wanted
+
+
+def test_bytes_are_kept_or_replaced_and_counted(prepare_files, jsonl, tmp_path, capsys):
+    """What is not UTF-8: byte260 has an id for it, and a tokenizer's text is changed on demand alone."""
+    raw = b"caf\xe9 \xe2\x82 \xef\xbf\xbd \xff\xfe " + text(0, 300).encode()
+    (tmp_path / "a.txt").write_bytes(raw)
+    broken = b'{"text": "na\xefve \\udc80 \\ud83d\\ude00 ' + b"x" * 300 + b'"}\n'
+    (tmp_path / "b.jsonl").write_bytes(broken)
+    val, options = jsonl("v.jsonl", [text(99, 50)]), ["--no-shuffle", "--overlap", "off", "--force"]
+    out = prepare_files(tmp_path / "a.txt", val, *options)
+    assert documents_of(out, "train") == [raw] and not capsys.readouterr().err
+
+    both = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
+    replaced = [raw.decode(errors="replace"), "na\ufffdve \ufffd \U0001f600 " + "x" * 300]
+    out = prepare_files(both, val, *options, "--errors", "replace")
+    assert documents_of(out, "train") == [document.encode() for document in replaced]
+    said = "note: not UTF-8, now U+FFFD: 6 places of the training text, 0 of the validation text\n"
+    assert capsys.readouterr().err == said
+    names = set()
+    for variant in ("byte260", "sp320", "sp320-caseops"):
+        out = prepare_files(val, *both, *options, "--errors", "replace", "--variant", variant)
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert manifest["replacements"] == {"train": 0, "val": 6}
+        names.add(manifest["val_text_sha256"])
+    assert names == {text_sha256(replaced)}
+
+
+def test_python_files_in_other_encodings_are_counted(prepare, tmp_path, capsys):
+    """A library tests encodings with such files: no reason to stop, but a reason to say so."""
+    source = tmp_path / "src"
+    source.mkdir()
+    for i in range(9):
+        (source / f"m{i}.py").write_text(text(i, 60))
+    (source / "latin.py").write_bytes(b"# coding: latin-1\n# caf\xe9\n")
+    call = ["python", str(source), "--val-share", "0.2", "--overlap", "off", "--out", str(tmp_path / "o")]
+    assert prepare.main(call) == 0
+    found = json.loads((tmp_path / "o" / "manifest.json").read_text())["replacements"]
+    assert sum(found.values()) == 1 and "now U+FFFD" in capsys.readouterr().err
+    both = documents_of(tmp_path / "o", "train") + documents_of(tmp_path / "o", "val")
+    assert "# coding: latin-1\n# caf\ufffd\n".encode() in both
+    assert prepare.main([*call, "--force", "--errors", "strict"]) == 0
+    both = documents_of(tmp_path / "o", "train") + documents_of(tmp_path / "o", "val")
+    assert b"# coding: latin-1\n# caf\xe9\n" in both
+    assert prepare.main([*call, "--force", "--errors", "strict", "--variant", "sp320"]) == 2
+    assert "latin.py: byte 0xe9 at offset 23 is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_normalised_bytes_are_what_the_ids_spell(prepare_files, field_tokenizer, trunk, tiny, jsonl, prefix):
+    """The very number by which the training script divides, also of a model that folds and has no prefix."""
+    train = [text(i, 200) for i in range(5)]
+    val = ["  two  spaces\n\nand\tlines \ufb01\u2122 ", text(99, 90), "\u00e9\u6771\u4eac", " \n "]
+    _, model = field_tokenizer("\n".join(train), 320, add_dummy_prefix=prefix, hard_vocab_limit=True)
+    options = ["--variant", "sp320", "--tokenizer", model, "--overlap", "off", "--no-shuffle"]
+    out = prepare_files(jsonl("a.jsonl", train), jsonl("v.jsonl", val), *options)
+    manifest = json.loads((out / "manifest.json").read_text())
+    folded = ["two spaces and lines fiTM", text(99, 90).strip(), "\u00e9\u6771\u4eac", ""]
+    assert manifest["val_normalised_bytes"] == sum(len(document.encode()) for document in folded)
+    assert manifest["val_bytes"] == sum(len(document.encode()) for document in val)
+    tables = trunk.byte_tables(tiny(VOCAB_SIZE=320, TOKENIZER_PATH=model))
+    counted = trunk.target_bytes(ids_of(out, "val").astype(np.int64), tables).sum()
+    assert manifest["val_normalised_bytes"] == counted
+
+
+def test_memory_does_not_grow_with_packed_text(prepare, prepare_files, jsonl, tmp_path):
+    """As below, of files that are unpacked on the way. Arrow's memory is its own: rows come by the batch."""
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+    import zstandard
+
+    small, large = jsonl("a.jsonl", [text(0, 99)]), [text(1 + i, 8000) for i in range(400)]
+    lines = "".join(json.dumps({"text": document}) + "\n" for document in large).encode()
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(lines))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines, 1))
+    pyarrow.parquet.write_table(pyarrow.table({"text": large}), tmp_path / "b.parquet")
+    for name in ("b.jsonl.zst", "b.jsonl.gz", "b.parquet"):
+        tracemalloc.start()
+        try:
+            out = prepare_files(
+                tmp_path / name, small, "--no-shuffle", "--overlap", "off", out=f"of_{name}"
+            )
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert len(ids_of(out, "train")) > 15_000_000 and peak < 10_000_000, (name, peak)
 
 
 def test_memory_does_not_grow_with_the_text(prepare, prepare_files, jsonl, tmp_path):
@@ -399,7 +599,9 @@ def test_interrupted_preparation_leaves_nothing(tmp_path):
     with open(big, "w") as file:
         for i in range(4000):
             file.write(json.dumps({"text": text(i, 2000)}) + "\n")
-    command = [sys.executable, str(ROOT / "data" / "prepare.py"), "files", str(big), "--val", str(big)]
+    (tmp_path / "v.txt").write_text(text(4000, 2000))
+    command = [sys.executable, str(ROOT / "data" / "prepare.py"), "files", str(big)]
+    command += ["--val", str(tmp_path / "v.txt")]
     command += ["--out", str(tmp_path / "o"), "--variant", "sp8000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     deadline = time.time() + 30
