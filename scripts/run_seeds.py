@@ -168,6 +168,10 @@ class Runner:
         self.threads, self.ranks, self.known = threads, ranks, known
         self.signals = 0
 
+    def program(self, job: Job) -> tuple[Path, str, set[str]]:
+        """(script, its sha256, its variables) of a job: here one for all of them."""
+        return self.script, self.script_sha256, self.known
+
     def run(self, jobs: list[Job]) -> None:
         """Runs what waits; afterwards each job has a state. SIGINT and SIGTERM are handled while it lasts."""
         waiting, free = deque(job for job in jobs if job.state == "waiting"), list(self.slots)
@@ -215,7 +219,8 @@ class Runner:
     def start(self, job: Job, slot: Slot) -> subprocess.Popen | None:
         """The process of a job, or None where it cannot start or need not."""
         job.folder.mkdir(parents=True, exist_ok=True)
-        call = [sys.executable, str(self.script)]
+        script, script_sha256, known = self.program(job)
+        call = [sys.executable, str(script)]
         if self.ranks > 1:
             call[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
         given = {**job.settings, "SEED": str(job.seed), "RUN_ID": job.folder.name,
@@ -225,10 +230,10 @@ class Runner:
                 fcntl.flock(console, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return self.refuse(job, f"{job.folder}: another process is at this run")
-            if job.keep(self.script_sha256):  # another process has finished it since this one looked
+            if job.keep(script_sha256):  # another process has finished it since this one looked
                 return None
-            if sha256(self.script) != self.script_sha256:
-                return self.refuse(job, f"{self.script}: changed since the first run was started")
+            if sha256(script) != script_sha256:
+                return self.refuse(job, f"{script}: changed since the first run was started")
             resumes = (job.folder / "last.safetensors").exists()
             if resumes:
                 given["RESUME"] = "auto"
@@ -248,7 +253,7 @@ class Runner:
                 if slot.cores:
                     os.sched_setaffinity(0, slot.cores)
 
-            environment = {key: value for key, value in os.environ.items() if key not in self.known} | given
+            environment = {key: value for key, value in os.environ.items() if key not in known} | given
             # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on once.
             process = subprocess.Popen(call, env=environment, stdin=subprocess.DEVNULL, stdout=console,
                                        stderr=console, start_new_session=True, preexec_fn=in_child)
@@ -263,7 +268,7 @@ class Runner:
     def finish(self, job: Job, code: int, seconds: float) -> None:
         """Reads what a run has left and says how it went."""
         job.exit_code = code
-        if job.read(self.script_sha256) and job.ended_well(code):
+        if job.read(self.program(job)[1]) and job.ended_well(code):
             job.state = "over budget" if job.metrics.get("broken_budgets") else "done"
             return say(f"{job.state:6} {job}: {job.told()} in {seconds:.0f} s")
         job.state = "stopped" if self.signals else "failed"
@@ -273,8 +278,7 @@ class Runner:
             job.tail.append(f"left no {job.result}")
         say(f"{job.state:6} {job}: exit code {code} after {seconds:.0f} s")
 
-    @staticmethod
-    def status(jobs: list[Job]) -> str:
+    def status(self, jobs: list[Job]) -> str:
         through = sum(job.state not in ("running", "waiting") for job in jobs)
         steps = [f"{job} step {job.step()} of {job.settings.get('ITERATIONS', '?')}"
                  for job in jobs if job.state == "running"]
