@@ -1,5 +1,6 @@
 # make train      from nothing to a scored artifact on this machine, about three minutes on two cores
 # make train-mlx  the same in MLX: through Metal on Apple Silicon; shortened on Linux, where MLX's CPU build is slow
+# make generate   the newest artifact goes on from PROMPT="text"; OPTIONS="--temperature 0.8", ARTIFACT=FILE
 # make test       everything that CI runs but the linter; WORKERS=1 for one test at a time
 # make bench      step time and its share of the machine's matmul rate
 # make audit      is every number legal? probes of every script at a tiny size, one to three minutes each
@@ -12,7 +13,7 @@ PY := $(VENV)/bin/python
 RUN := $(shell date +%Y%m%d-%H%M%S)-train
 CORPUS := data/datasets/stdlib_byte260
 
-.PHONY: train train-mlx data test lint audit bench gpu-check clean
+.PHONY: train train-mlx generate data test lint audit bench gpu-check clean
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
@@ -41,6 +42,7 @@ train: data
 	@echo "--- the same artifact, scored by a fresh process"
 	env DATA_PATH=$(CORPUS) RUN_ID=$(RUN)-again EVAL_ONLY=1 ARTIFACT=runs/$(RUN)/artifact.bin EVAL_BUDGET_SECONDS=0 \
 	  $(PY) train_gpt.py
+	@echo "--- make generate PROMPT=\"def \" goes on from a text with it"
 
 $(VENV)/.installed-mlx: requirements-mlx.txt $(VENV)/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-mlx.txt
@@ -55,6 +57,14 @@ train-mlx: data $(VENV)/.installed-mlx
 	@echo "--- the same artifact, scored by a fresh process"
 	env DATA_PATH=$(CORPUS) RUN_ID=$(RUN)-mlx-again EVAL_ONLY=1 ARTIFACT=runs/$(RUN)-mlx/artifact.bin \
 	  EVAL_BUDGET_SECONDS=0 $(filter $(SOME),$(SHORT)) $(PY) train_gpt_mlx.py
+
+PROMPT ?= def
+ARTIFACT ?= $(firstword $(shell ls -t runs/*/artifact.bin 2>/dev/null))
+
+generate: export PROMPT := $(PROMPT)
+generate: $(VENV)/.installed
+	$(if $(ARTIFACT),,$(error runs/ has no artifact.bin: make train writes one, ARTIFACT=FILE names another))
+	@$(PY) scripts/generate.py $(ARTIFACT) $(OPTIONS) -- "$$PROMPT"
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

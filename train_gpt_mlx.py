@@ -8,9 +8,9 @@ Idea:   the same numbers on another framework: checkpoints, artifacts and settin
 Run:    python train_gpt_mlx.py --help                       every variable and its reason
         python train_gpt_mlx.py                              one process, Metal or CPU
         mlx.launch --hosts IP,IP python train_gpt_mlx.py     several Macs, the same batches
-        RESUME=auto RUN_ID=name python train_gpt_mlx.py      go on from runs/name/last.safetensors
+        RESUME=auto RUN_ID=name python train_gpt_mlx.py      go on with a run
         EVAL_ONLY=1 ARTIFACT=FILE python train_gpt_mlx.py    score an artifact of either script
-        GENERATE=TEXT ARTIFACT=FILE python train_gpt_mlx.py  go on from a text, or from a file's
+        python scripts/generate.py FILE TEXT                 what an artifact writes
 
 The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs
 mlx, numpy and safetensors, and uses constriction and sentencepiece if they are installed.
@@ -20,13 +20,16 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import lzma
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -222,16 +225,13 @@ class Hyperparameters:
     ttt_momentum = Var(0.9, "kept from chunk to chunk", 0, 0.9999, ship="eval")
     ttt_grad_clip = Var(1.0, "gradient norm of an update; 0 = no clip", 0, ship="eval")
     eval_only = Var(False, "score ARTIFACT and nothing else")
-    artifact = Var("", "path for EVAL_ONLY and GENERATE")
-    generate = Var("", "a text, or its file, that ARTIFACT goes on from")
-    max_new_tokens = Var(256, "ids to write", 1)
-    temperature = Var(0.0, "0 = greedy", 0)
-    speculate = Var(True, "the same text sooner, by drafts")
+    artifact = Var("", "its path, for EVAL_ONLY")
 
     _run = "Run"
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
     runs_path = Var("./runs", "where runs are kept")
     resume = Var("", "auto, or a checkpoint file")
+    resume_data = Var("same", "changed: other text than before", choices=("same", "changed"))
     checkpoint_every = Var(0, "steps between checkpoints; 0 = on a signal", 0)
     train_log_every = Var(200, "steps between log lines, after the first ten", 1)
     device = Var("auto", "gpu: Metal, or CUDA in MLX's build", choices=("auto", "cpu", "gpu"))
@@ -257,13 +257,15 @@ class Hyperparameters:
         "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
         "TTT_MODULES": ("blocks", "the blocks learn; see BytePatchJEPA"),
         "GRAD_REPORT_EVERY": ("0", "no result used it"),
+        "GENERATE": ("", "scripts/generate.py writes texts"),
         "JEPA_BACKBONE_GRAD": ("0", "ByteJEPA switches parts of the objective"),
         "JEPA_ADAPTER": ("1", "see JEPA_BACKBONE_GRAD"),
         "JEPA_ADAPTER_GRAD": ("1", "see JEPA_BACKBONE_GRAD"),
         "JEPA_LOSS": ("1", "see JEPA_BACKBONE_GRAD"),
     }
     IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
-               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE")
+               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE", "SPECULATE",
+               "TEMPERATURE", "MAX_NEW_TOKENS")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
@@ -293,7 +295,7 @@ class Hyperparameters:
         most = min(self.device_batch_tokens, 32768)  # eight ranks share a chunk of TTT evenly
         self.eval_batch_tokens = self.eval_batch_tokens or most
 
-        if shipped or not (self.eval_only or self.generate):  # they need an artifact's
+        if shipped or not self.eval_only:  # which needs an artifact's
             for function in CHECKS:
                 function(self)
 
@@ -323,6 +325,12 @@ class Hyperparameters:
         """What an artifact must carry to be rebuilt and scored."""
         settings = self.settings()
         return {var.name: settings[var.name] for var in self.vars().values() if var.ship}
+
+    def learning(self) -> dict:
+        """What decides the weights, but for the text and the limits."""
+        free = "DATA_PATH", "VERIFY_DATA", "ITERATIONS", "MAX_WALLCLOCK_SECONDS"
+        names = itertools.takewhile(lambda name: name != "BITS", settings := self.settings())
+        return {name: settings[name] for name in names if name not in free}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
         known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED}
@@ -372,13 +380,16 @@ class Hyperparameters:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes to a temporary name and renames: a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; the old file is whole") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def pick_device(name: str) -> mx.Device:
@@ -392,6 +403,13 @@ def pick_device(name: str) -> mx.Device:
         seen = ", ".join(seen)
         raise UserError(f"DEVICE={name} is not there: mlx {mx.__version__} sees {seen}")
     return mx.Device(getattr(mx, name))
+
+
+@check
+def check_launch(args: Hyperparameters) -> None:
+    nameless = args.resume == "auto" and not args.run_id
+    forbid(nameless, args, "resume run_id", "set RUN_ID")
+    forbid(args.artifact and args.trains, args, "artifact", "set EVAL_ONLY=1 to score it")
 
 
 class Runtime:
@@ -427,7 +445,7 @@ class Runtime:
         return self.device == mx.gpu  # on CPUs kernels take minutes to build
 
     def _limit_memory(self, limit: int) -> None:
-        """Bytes beyond which MLX frees its cache and waits for work in flight; half of it may be cache.
+        """Bytes beyond which MLX frees its cache and waits for work in flight; half is cache.
 
         Metal keeps as much of it resident as the system allows, so that weights are not paged out."""
         mx.set_memory_limit(limit)
@@ -472,6 +490,14 @@ class Runtime:
         """Rank 0's numbers on every rank."""
         return self.all_reduce(values, lambda every, axis: every[0]).tolist()
 
+    def agree(self, what: str, values) -> None:
+        """Raises, on all ranks, where one has other values than rank 0."""
+        mine = zlib.crc32(json.dumps(values, sort_keys=True).encode())
+        first, = self.from_main([mine])
+        apart = [self.rank if mine != first else 0]
+        if rank := int(self.all_reduce(apart, np.max)[0]):
+            raise UserError(f"rank {rank} has other {what} than rank 0")
+
     def peak_memory_mb(self, since_last: bool = False) -> float:
         """The most that MLX held at once; `since_last`: since such a question was last asked."""
         recent = mx.get_peak_memory()
@@ -482,14 +508,14 @@ class Runtime:
 
 
 class Module(nn.Module):
-    """MLX's module under the trunk's names: `forward` is the call, parameters are in torch's order."""
+    """MLX's module under the trunk's names: `forward` is the call, parameters in torch's order."""
 
     def __call__(self, *args, **kwargs):
         return self.forward(*args, **kwargs)
 
     def named_parameters(self) -> dict[str, Tensor]:
-        """A module's own arrays, then those of the modules inside it, in the order in which they were
-        made; frozen ones are what torch calls buffers."""
+        """A module's own arrays, then those of the modules inside it, in the order they were made;
+        frozen ones are what torch calls buffers."""
         return dict(named_arrays(self))
 
 
@@ -541,17 +567,30 @@ class Log:
     """Console on rank 0, `log.txt` and `metrics.jsonl` in the run's folder."""
 
     def __init__(self, folder: Path | None):
-        self.folder = folder
-        if folder is not None:
+        self.folder, self.warned = folder, False
+        if folder is None:
+            return
+        try:
             folder.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(folder / "log.txt", os.O_RDWR | os.O_CREAT)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while the process lives
+        except BlockingIOError:
+            raise UserError(f"RUN_ID={folder.name}: another process runs it") from None
+        except OSError as error:
+            raise UserError(f"RUNS_PATH={folder.parent}: {folder}: {error.strerror}") from None
 
     def __call__(self, text: str, console: bool = True, name: str = "log.txt") -> None:
         if self.folder is None:
             return
         if console:
             print(text, flush=True)
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:  # training can go on without
+            if not self.warned:
+                print(f"warning: {self.folder / name}: {error.strerror}", file=sys.stderr)
+            self.warned = True
 
     def metrics(self, **values) -> None:
         self(json.dumps(values), False, "metrics.jsonl")
@@ -593,7 +632,7 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) 
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
-    """MLX's kernel. q may be only the last positions of k and v."""
+    """MLX's kernel; q may be only the last positions of k and v."""
     mask = within(mask, window, q, k)
     mask = "causal" if mask is None else mask
     scale = q.shape[-1] ** -0.5
@@ -674,13 +713,13 @@ class Dataset:
 
     def __init__(self, args: Hyperparameters, verify: bool):
         self.path = Path(args.data_path)
-        if not self.path.is_dir():
-            raise UserError(f"DATA_PATH={self.path} is no folder: data/prepare.py makes one")
-        self.train_files = sorted(self.path.glob("*_train_*.bin"))
-        self.val_files = sorted(self.path.glob("*_val_*.bin"))
+        self.train_files = self._shards("train", args)
+        self.val_files = self._shards("val", args)
         if not self.val_files or not (self.train_files or args.eval_only):
-            missing = "_train_" if self.val_files else "_val_"
-            raise UserError(f"DATA_PATH={self.path} has no *{missing}*.bin: see data/prepare.py")
+            files = "*_train_*.bin" if self.val_files else "*_val_*.bin"
+            below = next(self.path.glob(f"**/{files}"), None)
+            hint = f"did you mean {below.parent}?" if below else "see data/prepare.py"
+            raise UserError(f"DATA_PATH={self.path} has no {files}: {hint}")
         # training shards stay on disk, the validation text is read whole
         self.vocab_size = args.vocab_size
         self.manifest = self._read_manifest()
@@ -693,6 +732,17 @@ class Dataset:
             self._verify(args.verify_data)
         if len(self.val) < 2:
             raise UserError(f"{self.val_files[0]}: {len(self.val)} ids leave no target")
+
+    def _shards(self, split: str, args: Hyperparameters) -> list[Path]:
+        """The files of a split, SOURCE_split_NUMBER.bin, by number."""
+        files = sorted(self.path.glob(f"*_{split}_*.bin"))
+        names = [re.fullmatch(rf"(.+)_{split}_(\d+)\.bin", path.name) for path in files]
+        for path, name in zip(files, names):
+            if not name or name[1] != names[0][1]:
+                raise UserError(f"{path}: a copy, a sidecar, or another source's")
+        if files and int(names[-1][2]) - int(names[0][2]) != len(files) - 1:
+            args.warnings.append(f"{files[0]} to {files[-1].name}: a number is missing")
+        return files
 
     def _read_manifest(self) -> dict:
         path = self.path / "manifest.json"
@@ -726,10 +776,12 @@ class Dataset:
             digest.update(shard[:4096].tobytes() + shard[-4096:].tobytes())
         told = ("source", "variant", "documents", "bytes", "val_text_sha256")
         known = {key: self.manifest.get(key) for key in told}
-        return {"name": self.path.name, **known, "train_shards": len(self.train_files),
-                "val_shards": len(self.val_files), "train_tokens": sum(map(len, self.train_shards)),
-                "val_tokens": len(self.val), "val_documents": int((self.val == BOS_ID).sum()),
-                "sha256": digest.hexdigest()}
+        return {
+            "name": self.path.name, **known,
+            "train_shards": len(self.train_files), "val_shards": len(self.val_files),
+            "train_tokens": sum(map(len, self.train_shards)), "val_tokens": len(self.val),
+            "val_documents": int((self.val == BOS_ID).sum()), "sha256": digest.hexdigest(),
+        }
 
 
 def open_tokenizer(args: Hyperparameters):
@@ -833,7 +885,7 @@ class Loader:
         self.data, self.args, self.plan, self.rank = data, args, plan, rank
         self.length = args.train_seq_len
         self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
-        self.order = functools.lru_cache(2)(self.order)  # a shard's serves many steps
+        self.order = functools.lru_cache(2)(self.order)  # serves many steps
         if (most := max(map(len, data.train_shards))) <= self.length:
             raise UserError(f"TRAIN_SEQ_LEN={self.length}: no training shard has over {most} ids")
 
@@ -879,7 +931,7 @@ class Loader:
         return batch, weights, dict(self.state)
 
     def prefetch(self):
-        """Iterates over `next()` from a thread, two batches ahead; arrays are made where they are used.
+        """Iterates over `next()` from a thread, two batches ahead; arrays are made at their use.
         """
         with ThreadPoolExecutor(1) as thread:
             ahead = deque(thread.submit(self.next) for _ in range(2))
@@ -1693,7 +1745,8 @@ class Optimizers:
 
     @staticmethod
     def group_of(name: str, p: Tensor) -> str:
-        prefixes = {"aux.": "aux", "draft.": "draft", "ngram.table": "table", "tok_emb.": "embed"}
+        prefixes = {"aux.": "aux", "draft.": "draft",
+                    "ngram.table": "table", "tok_emb.": "embed"}
         for prefix, group in prefixes.items():
             if name.startswith(prefix):
                 return group
@@ -1904,7 +1957,9 @@ def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> 
 
     name = "rans" if constriction and args.compressor != "lzma" else "lzma"
     payload = COMPRESSORS[name][0](raw, planes(entries))
-    header = {"config": args.shipped(), "tensors": entries, "compressor": name}
+    title, digest = __doc__.partition(":")[0], sha256_file(Path(__file__))
+    header = {"config": args.shipped(), "tensors": entries, "compressor": name,
+              "script": f"{title}, script {digest[:8]}"}
     header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little")
     body += header + payload
@@ -1959,7 +2014,8 @@ def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hy
     """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's)."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
-        raise UserError(f"{path}: its config lacks {missing[0]}")
+        maker = header.get("script", "another script")
+        raise UserError(f"{path}: made by {maker}: its config lacks {missing[0]}")
     return Hyperparameters(environ, header["config"])
 
 
@@ -2288,73 +2344,6 @@ class Stream:
 stream = Stream  # the name that every script of the family gives it
 
 
-@check
-def check_generate(args: Hyperparameters) -> None:
-    tokens = args.generate and args.vocab_size != 260
-    forbid(tokens, args, "generate vocab_size", "only byte260 ids (VOCAB_SIZE=260) are text")
-
-
-def picked(logits: np.ndarray, place: int, args: Hyperparameters) -> int:
-    """The id at a place of the text: the best or, at a TEMPERATURE, a draw (Gumbel).
-    The noise is that of the place, whoever draws: what a drafter thinks likely comes true, and a
-    text does not depend on drafts (drafter-invariant speculation: Daliri et al. 2025)."""
-    if args.temperature:
-        noise = np.random.default_rng([args.seed, place]).gumbel(size=len(logits))
-        logits = logits / args.temperature + noise
-    return int(logits.argmax())
-
-
-def drafted(reader: Stream, args: Hyperparameters) -> list[int]:
-    """The heads' guesses after the newest id, which no pass has read: from the position before."""
-    model, drafts = reader.model, [reader.ids[-1]]
-    state = reader.states.get(len(reader.ids) - 2)
-    while state is not None and len(drafts) <= model.args.draft:
-        state = model.draft(state, model.embed(mx.array(drafts[-1])))
-        place = len(reader.ids) + len(drafts) - 1
-        drafts.append(picked(np.array(model.head(state)), place, args))
-    return drafts[1:]
-
-
-def write(model: GPT, prompt: list[int], args: Hyperparameters) -> tuple[list[int], int]:
-    """(MAX_NEW_TOKENS ids that go on from a prompt, passes).
-
-    A pass reads the newest id and drafts after it; those that the model picks too join the text,
-    and after them the id that it picks instead."""
-    reader, passes = Stream(model), 0
-    for token in prompt:
-        reader.push(token)
-    while (made := len(reader.ids) - len(prompt)) < args.max_new_tokens:
-        left = args.max_new_tokens - made - 1
-        drafts = drafted(reader, args)[:left] if args.speculate else []
-        for draft, logprobs in zip([*drafts, None], reader.ahead(drafts)):
-            reader.push(picked(logprobs, len(reader.ids), args))
-            if reader.ids[-1] != draft:
-                break
-        passes += 1
-    return reader.ids[len(prompt) :], passes
-
-
-def generate(args: Hyperparameters, runtime: Runtime) -> int:
-    """Writes what follows GENERATE to stdout, and numbers to stderr; one rank of several does."""
-    if not runtime.main:
-        return 0
-    model = load(args.artifact, runtime.device, args, runtime.dtype)
-    text = os.fsencode(args.generate)
-    with contextlib.suppress(OSError, ValueError):  # a text is no path
-        text = Path(args.generate).read_bytes()
-
-    began = time.perf_counter()
-    made, passes = write(model, [BOS_ID, *(byte + BYTE_OFFSET for byte in text)], args)
-    seconds = time.perf_counter() - began
-    text = bytes(i - BYTE_OFFSET for i in made if i >= BYTE_OFFSET)
-    shown = text.decode(errors="replace").encode() if sys.stdout.isatty() else text
-    sys.stdout.buffer.write(shown)
-    print(f"\nids:{len(made)} bytes:{len(text)} passes:{passes} "
-          f"ids_per_pass:{len(made) / passes:.2f} bytes_per_second:{len(text) / seconds:.1f} "
-          "(the prompt's time in it)", file=sys.stderr)
-    return 0
-
-
 # -----------------------------------------------------------------------------
 # TRAINING
 # -----------------------------------------------------------------------------
@@ -2391,7 +2380,7 @@ def check_calibration(args: Hyperparameters) -> None:
 class Trainer:
     """All that a checkpoint holds, and one step of training."""
 
-    CHECKPOINTED = ("step", "seconds", "best", "loader_state")
+    CHECKPOINTED = ("step", "seconds", "best", "loader_state", "text")
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
         self.args, self.data, self.runtime, self.log = args, data, runtime, log
@@ -2403,7 +2392,7 @@ class Trainer:
         if runtime.compile:
             self.gradients = compiled(training_gradients)
             self.logits = compiled(scoring_logits)
-        self.loader_state = None
+        self.loader_state, self.text = None, data and data.fingerprint()["sha256"]
         self.signal = 0
         self.step, self.seconds, self.best = 0, 0.0, math.inf  # resumed runs included
         self.slowest = 0.0  # seconds of the slowest step, slowly forgotten
@@ -2662,9 +2651,25 @@ class Trainer:
                 raise self.not_finite(self.step, key)
         if self.runtime.main:
             meta = {key: getattr(self, key) for key in self.CHECKPOINTED}
-            meta["config"] = self.args.shipped()
+            meta["config"] = self.args.learning() | self.args.shipped()
             blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
             write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
+
+    def _check_resumed(self, path: Path, meta: dict) -> None:
+        """Refuses another model or text; tells what else is new."""
+        args, before = self.args, meta["config"]
+        for key, value in args.shipped().items():
+            if (other := before.get(key)) != value:
+                raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+        if meta.setdefault("text", self.text) != self.text:
+            if args.resume_data != "changed":
+                raise UserError(f"RESUME={path}: made with other text than {args.data_path}; "
+                                "RESUME_DATA=changed reads this from its start")
+            meta.update(text=self.text, loader_state=None)
+
+        for key, value in args.learning().items():
+            if (other := before.get(key, value)) != value:
+                self.log(f"warning: resumed with {key}={value}, it was {other}")
 
     def restore(self, path: Path) -> None:
         """Goes on from a checkpoint, of the trunk too."""
@@ -2674,9 +2679,7 @@ class Trainer:
                 state = {key: mx.array(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"RESUME={path}: not a checkpoint of this script ({error})") from None
-        for key, value in self.args.shipped().items():
-            if (other := meta["config"].get(key)) != value:
-                raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+        self._check_resumed(path, meta)
         # weights and average
         names = list(self.model.named_parameters())
         update_parameters(self.model, {name: state[f"model.{name}"] for name in names})
@@ -2712,9 +2715,10 @@ def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: d
 def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
     """Trains from the start or a checkpoint; a signal leaves one behind and raises Stopped."""
     args = trainer.args
-    last = run_folder(args) / "last.safetensors"
-    if args.resume and (args.resume != "auto" or last.exists()):
-        trainer.restore(last if args.resume == "auto" else Path(args.resume))
+    last, final = (run_folder(args) / f"{name}.safetensors" for name in ("last", "final"))
+    newest = final if final.exists() else last  # a run that was stopped while it packed
+    if args.resume and (args.resume != "auto" or newest.exists()):
+        trainer.restore(newest if args.resume == "auto" else Path(args.resume))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: setattr(trainer, "signal", received))
     try:
@@ -2760,8 +2764,8 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
     run_until_done(trainer, evaluator)
     # score the weights as they are, then their average
     with runtime.clock("validation"):
-        trainer.log_validation(evaluator.report("final_raw", trainer.model))
         trainer.save("final")
+        trainer.log_validation(evaluator.report("final_raw", trainer.model))
     trainer.ema.apply()
     with runtime.clock("validation"):
         evaluator.report("final_ema", trainer.model)
@@ -2824,13 +2828,10 @@ def main() -> int:
         if sys.argv[1:]:
             raise UserError(f"{sys.argv[1]!r}: settings are environment variables, see --help")
         args = Hyperparameters(os.environ)
-        if args.eval_only or args.generate:
+        if args.eval_only:
             header, _ = unpack(read_file(args.artifact, "ARTIFACT"), args.artifact)
             args = shipped_settings(header, args.artifact, os.environ)
         runtime = Runtime(args)
-        if args.generate:
-            return generate(args, runtime)
-        # from here on all ranks write to one folder
         runtime.attention = pick_attention(args, runtime.dtype)
         started, = runtime.from_main([time.time()])
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
@@ -2838,6 +2839,8 @@ def main() -> int:
         data = Dataset(args, verify=runtime.main)
         log = Log(run_folder(args) if runtime.main else None)
         fingerprint = data.fingerprint()
+        same = [args.shipped(), args.learning(), args.iterations, fingerprint["sha256"]]
+        runtime.agree("settings or text", same)
         log_header(log, args, runtime, fingerprint)
         evaluator = Evaluator(args, data, runtime, log)
         log(evaluator.describe(data.manifest))

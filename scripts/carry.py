@@ -40,7 +40,7 @@ from family import ROOT, Misuse, find_script, read_json
 
 KEPT = ROOT / "runs" / "carry"
 KEPT_BYTES = 1_500_000_000  # of finished runs; the oldest go first
-FORMAT = 2  # of what a finished run leaves in its folder: another number forgets them all
+FORMAT = 3  # of what a finished run leaves in its folder: another number forgets them all
 
 # What is measured with a clock or by the machine, in the lines of metrics.jsonl and in metrics.json.
 TIMED = re.compile(r"(^|_)(seconds|time|ms)(_|$)|per_second|peak_mem")
@@ -187,7 +187,7 @@ class Side:
 
 
 def execute(side: Side, folder: Path) -> None:
-    """Trains and scores in `folder`; then decodes with the artifact, and writes a text if the script can."""
+    """Trains and scores in `folder`; then decodes with the artifact, and writes a text of bytes."""
     folder.mkdir(parents=True)
     script, data = folder / "train_gpt.py", side.data.resolve()
     script.write_bytes(side.source)
@@ -215,8 +215,9 @@ def execute(side: Side, folder: Path) -> None:
             result["decoded"]["error"] = last_line(decoded.stderr.decode(errors="replace"))
         else:
             result["decoded"] |= json.loads(decoded.stdout.splitlines()[-1])
-        if side.settings.get("VOCAB_SIZE", "260") == "260" and declares(side.source.decode(), "GENERATE"):
-            result["generated"] = generated(folder, shard, count, call)
+        if side.settings.get("VOCAB_SIZE", "260") == "260":
+            own = all(declares(side.source.decode(), name) for name in ("GENERATE", "DRAFTER"))
+            result["generated"] = generated(folder, shard, count, call, own)
     for name in ("best", "last"):  # of these it is enough to know whether they are the same
         path = folder / "run" / f"{name}.safetensors"
         if path.exists():
@@ -227,14 +228,20 @@ def execute(side: Side, folder: Path) -> None:
     (folder / "done.json").write_text(json.dumps(result))
 
 
-def generated(folder: Path, shard: Path, count: int, call: Callable) -> dict:
-    """What GENERATE writes after the first ids of a shard."""
+def generated(folder: Path, shard: Path, count: int, call: Callable, own: bool) -> dict:
+    """The text that goes on from the first ids of a shard: by scripts/generate.py, or by the script's `own`
+    GENERATE, where decoding is the product (SGJM)."""
     import numpy as np
 
     ids = np.fromfile(shard, "<u2", offset=1024, count=count)
     (folder / "prompt.txt").write_bytes((ids[ids >= 4] - 4).astype(np.uint8).tobytes())
-    done = call("train_gpt.py", GENERATE="prompt.txt", ARTIFACT="run/artifact.bin", MAX_NEW_TOKENS="48",
-                SEED="7", TEMPERATURE="0.8", DEVICE="cpu", DTYPE="fp32", COMPILE="0")
+    if own:
+        done = call("train_gpt.py", GENERATE="prompt.txt", ARTIFACT="run/artifact.bin", MAX_NEW_TOKENS="48",
+                    SEED="7", TEMPERATURE="0.8", DEVICE="cpu", DTYPE="fp32", COMPILE="0")
+    else:
+        done = call(str(ROOT / "scripts" / "generate.py"), "run/artifact.bin", "--script", "train_gpt.py",
+                    "--file", "prompt.txt", "--max-new-tokens", "48", "--seed", "7", "--temperature", "0.8",
+                    "--device", "cpu")
     told = done.stderr.decode(errors="replace")
     passes = re.search(r"passes:(\d+)", told)
     return {"exit_code": done.returncode, "text": done.stdout.decode("latin-1"),
@@ -418,14 +425,17 @@ def checkpoints_apart(folders: list[Path], name: str, scripts) -> tuple[int, lis
     else:
         return 0, [], []
     config = [dict(part.pop("config", {})) for part in meta]
-    apart, _ = settings_apart(*config, scripts)  # the artifact's header has the same
+    both = {key: value for key, value in config[1].items() if key in config[0]}  # the header has all
+    apart, _ = settings_apart(config[0], both, scripts)
     notes = []
     # nothing draws from torch's own generator, so its state is no number either
     found = [text for text in found if not (text.startswith("rng.") and "missing" in text)]
     if gone := [key for key in meta[0] if key not in meta[1] and tensors[1]]:  # bookkeeping, not a number
         notes.append(f"checkpoints say no more of {', '.join(gone)}")
-    kept = {key: value for key, value in meta[0].items() if key in meta[1]}
-    return len(tensors[0]), [*found, *values_apart(kept, meta[1]), *apart], notes
+    if come := [key for key in meta[1] if key not in meta[0] and tensors[0]]:
+        notes.append(f"checkpoints also say {', '.join(come)}")
+    kept = [{key: part[key] for key in part if key in meta[0] and key in meta[1]} for part in meta]
+    return len(tensors[0]), [*found, *values_apart(*kept), *apart], notes
 
 
 def parts_of(blob: bytes) -> tuple[dict, bytes]:
@@ -505,6 +515,8 @@ def compare(old: Path, new: Path) -> Comparison:
 def compare_artifacts(found: Comparison, folders: list[Path], scripts: tuple[Path, Path]) -> None:
     blobs = [(folder / "run" / "artifact.bin").read_bytes() for folder in folders]
     headers = [parts_of(blob)[0] for blob in blobs]
+    for header in headers:
+        header.pop("script", None)  # which says what made it
     config = [header.pop("config", {}) for header in headers]
     apart, notes = settings_apart(*config, scripts)
     size = len(blobs[1]) - len(blobs[0])

@@ -256,6 +256,20 @@ def assert_drafts_follow_score(script, model, ids) -> None:
                 t += 1
 
 
+def same_text(script, model, prompt, plain: list[int], drafted: list[int], law) -> bool:
+    """Whether two texts after a prompt are one, by a law of scripts/generate.py; or part
+    at a near tie, which may fall the other way in a pass of another shape."""
+    import numpy as np
+
+    if plain == drafted:
+        return True
+    at = next(i for i, pair in enumerate(itertools.zip_longest(plain, drafted)) if len({*pair}) > 1)
+    place = len(prompt) + at
+    row = script.score(model, [*prompt, *plain[:at], 0], [place - 1])[1][place - 1]
+    little = 1e-4 * np.eye(len(row), dtype=np.float32)
+    return all(law.pick(row + little[token], place) == token for token in plain[at:][:1] + drafted[at:][:1])
+
+
 def mlx_or_skip() -> None:
     """Puts MLX on the CPU. Skips a module of tests only where
     it has no wheel: elsewhere requirements-dev.txt brings it."""

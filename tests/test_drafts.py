@@ -1,14 +1,14 @@
 """Draft heads: what they cost the model (nothing), and that text written with drafts is the model's own."""
 
-import itertools
 import subprocess
 import sys
 
+import generate
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_drafts_follow_score, enlivened, environment
+from conftest import ROOT, assert_drafts_follow_score, enlivened, environment, same_text
 from safetensors.torch import load_file
 from scipy.stats import chisquare
 
@@ -94,12 +94,10 @@ def test_drafts_that_came_true_are_not_read_again(trunk, tiny, ids):
     assert lengths == [6, 1, 4, 1]
 
 
-def writer(trunk, model, prompt, **settings):
-    given = {"SPECULATE": 1, "MAX_NEW_TOKENS": 40, "TEMPERATURE": 0, "SEED": 1, **settings}
-    args = model.args
-    for name, value in given.items():
-        setattr(args, name.lower(), value)
-    return trunk.write(model, list(prompt), args)
+def written(trunk, model, prompt, law, count: int = 40, speculate: bool = True) -> tuple[list[int], int]:
+    """(ids that go on from a prompt, passes), as scripts/generate.py writes them."""
+    writer = generate.Writer(trunk, model, [*map(int, prompt)], law, count, speculate)
+    return list(writer), writer.passes
 
 
 @pytest.fixture(scope="module")
@@ -114,22 +112,14 @@ def trained(trunk, corpus, tmp_path_factory):
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_the_text_does_not_depend_on_drafts(trunk, trained, ids, temperature):
-    fewer, ties = 0, 0
+    fewer, ties, law = 0, 0, generate.Law(1, temperature)
     for i in range(20):
         prompt = [1, *ids[5 * i : 5 * i + 10 + i]]
-        plain, passes = writer(trunk, trained, prompt, SPECULATE=0, TEMPERATURE=temperature)
-        drafted, spared = writer(trunk, trained, prompt, TEMPERATURE=temperature)
+        plain, passes = written(trunk, trained, prompt, law, speculate=False)
+        drafted, spared = written(trunk, trained, prompt, law)
         assert passes == len(plain) == len(drafted) == 40
-        if plain != drafted:  # a near tie may fall the other way in a pass of another shape
-            at = next(i for i, (a, b) in enumerate(zip(plain, drafted)) if a != b)
-            place = len(prompt) + at
-            row = trunk.score(trained, [*prompt, *plain], [place - 1])[1][place - 1]
-            pair = [row[token] / (temperature or 1) for token in (plain[at], drafted[at])]
-            if temperature:
-                noise = np.random.default_rng([1, place]).gumbel(size=len(row))
-                pair = [x + noise[token] for x, token in zip(pair, (plain[at], drafted[at]))]
-            assert abs(pair[0] - pair[1]) < 1e-4
-            ties += 1
+        assert same_text(trunk, trained, prompt, plain, drafted, law)
+        ties += plain != drafted
         fewer += passes - spared
     assert fewer > (60 if temperature else 200) and ties < 3
 
@@ -149,26 +139,10 @@ def test_sampled_text_has_the_models_law(trunk, trained, ids):
         shares = longer
     counts = dict.fromkeys(shares, 0)
     for seed in range(seeds):
-        made, _ = writer(trunk, trained, prompt, SEED=seed, TEMPERATURE=temperature, MAX_NEW_TOKENS=4)
+        made, _ = written(trunk, trained, prompt, generate.Law(seed, temperature), 4)
         counts[tuple(made[:2])] = counts.get(tuple(made[:2]), 0) + 1
     often = [key for key, share in shares.items() if share * seeds >= 5]
     expected = [shares[key] * seeds for key in often]
     observed = [counts[key] for key in often]
     expected, observed = ([*part, seeds - sum(part)] for part in (expected, observed))
     assert len(often) > 3 and chisquare(observed, expected).pvalue > 1e-3
-
-
-def test_generate_from_the_command_line(run, tmp_path, corpus):
-    code, output, _ = run(**DRAFT, JEPA_CHUNK_SIZE=0)
-    assert code == 0, output
-    artifact, prompt = tmp_path / "runs" / "test" / "artifact.bin", tmp_path / "prompt.txt"
-    prompt.write_text("def get_payload(self):")
-    texts = set()
-    for text, speculate in itertools.product((prompt.read_text(), prompt), (0, 1)):
-        code, output, _ = run(ARTIFACT=artifact, GENERATE=text, SPECULATE=speculate, MAX_NEW_TOKENS=24,
-                              DATA_PATH="nowhere", JEPA_CHUNK_SIZE=0)
-        assert code == 0 and "ids:24 " in output and "ids_per_pass:" in output, output
-        texts.add(output.split("\nids:")[0])
-    assert len(texts) == 1
-    code, output, _ = run(GENERATE="text", RUN_ID="none")
-    assert code == 2 and "ARTIFACT=FILE is not set" in output

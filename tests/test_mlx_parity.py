@@ -3,8 +3,8 @@ weights give the same logits, losses, gradients, steps, files."""
 
 import ast
 import itertools
-import json
 
+import generate
 import lineage
 import numpy as np
 import pytest
@@ -317,7 +317,7 @@ SHARED = """UserError Var Var.__init__ Var.__set_name__ Var.accepted Var.convert
     pack unpack_tensors unpack shipped_settings read_file check_windows windows WindowPlan
     check_ttt TestTimeTraining TestTimeTraining.rows TestTimeTraining.catch_up Evaluator
     Evaluator.describe Evaluator.report Stream Stream.__init__ Stream.logprobs
-    Stream.push stream check_generate picked generate Stopped run_folder Trainer
+    Stream.push stream Stopped run_folder Trainer
     Trainer.CHECKPOINTED Trainer.progress Trainer.not_finite Trainer.timing
     Trainer.means Trainer.log_step Trainer.validate Trainer.log_validation git_commit
     run_until_done PROGRESS_SECONDS"""
@@ -361,8 +361,11 @@ def test_both_know_the_same_variables(trunk, twin):
     {}, {"QUANT_ROUND": "nearest", "COMPRESSOR": "rans"},
     {"QUANT_RATE": "ngram:0.3", "BITS": "mlp:4,ngram:3", "COMPRESSOR": "lzma", "DRAFT": 1}], ids=named)
 def test_the_same_weights_pack_to_the_same_bytes_and_score_alike(
-    trunk, twin, pair, settings, corpus, tmp_path
+    trunk, twin, pair, settings, corpus, tmp_path, monkeypatch
 ):
+    for script in (trunk, twin):  # the header says which script packed
+        monkeypatch.setattr(script, "sha256_file", lambda path: "0" * 64)
+        monkeypatch.setattr(script, "__doc__", "A script: this one.")
     model, other = pair(**settings)
     hessians = {}
     if settings == {}:  # GPTQ too, given the same moments
@@ -486,18 +489,13 @@ def test_every_target_is_scored_once_and_causally(pair, twin):
 def test_drafts_write_what_the_model_writes_and_what_the_trunk_writes(trunk, twin, pair):
     model, other = pair(DRAFT=3)
     prompt = [1, *range(60, 90)]
-    for temperature in ("0", "0.7"):
-        texts = []
+    for temperature in (0, 0.7):
+        texts, law = [], generate.Law(1337, temperature)
         for script, source in ((trunk, model), (twin, other)):
-            for speculate in ("0", "1"):
-                args = script.Hyperparameters(
-                    {
-                        **TINY, "DRAFT": "3", "MAX_NEW_TOKENS": "24", "SPECULATE": speculate,
-                        "TEMPERATURE": temperature,
-                    }
-                )
-                texts.append(script.write(source, prompt, args))
-        assert len({json.dumps([int(i) for i in made]) for made, _ in texts}) == 1 and len(texts[0][0]) == 24
+            for speculate in (False, True):
+                writer = generate.Writer(script, source, prompt, law, 24, speculate)
+                texts.append((list(writer), writer.passes))
+        assert all(made == texts[0][0] for made, _ in texts) and len(texts[0][0]) == 24
         assert texts[0][1] == texts[2][1] == 24 and texts[1][1] == texts[3][1] <= 24  # passes
 
 

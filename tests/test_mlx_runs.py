@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import generate
 import numpy as np
 import pytest
 from conftest import ROOT, environment, mlx_or_skip
@@ -166,19 +167,16 @@ def test_help_and_half_precision(run):
     assert losses(output)[-1] < losses(output)[0] - 0.3
 
 
-def test_it_writes_from_a_text(trunk, twin, pair, tmp_path):
+def test_it_writes_from_a_text_without_torch(trunk, twin, pair, tmp_path, no_torch):
     _, model = pair(DRAFT=2)
     path = tmp_path / "artifact.bin"
     path.write_bytes(twin.pack({name: np.array(p) for name, p in model.exported().items()}, model.args))
-    env = environment(GENERATE="def", ARTIFACT=path, MAX_NEW_TOKENS=20, DRAFT=2)
-    done = subprocess.run([sys.executable, str(TWIN)], capture_output=True, env=env, timeout=60)
-    assert done.returncode == 0 and re.search(
-        rb"^ids:20 bytes:\d+ passes:\d+ ", done.stderr, re.M
-    ), done.stderr
-    source = trunk.load(path)
-    made, _ = trunk.write(
-        source, [1, *(byte + 4 for byte in b"def")], trunk.Hyperparameters({"MAX_NEW_TOKENS": "20"})
-    )
+    tool = [str(ROOT / "scripts" / "generate.py"), str(path), "def", "--max-new-tokens", "20"]
+    done = subprocess.run([sys.executable, *tool, "--script", str(TWIN)], capture_output=True, timeout=60,
+                          env=environment(PYTHONPATH=no_torch))
+    assert done.returncode == 0 and re.match(rb"ids:20 bytes:\d+ passes:\d+ ", done.stderr), done.stderr
+    source, prompt = trunk.load(path), [1, *(byte + 4 for byte in b"def")]
+    made = generate.Writer(trunk, source, prompt, generate.Law(), 20)
     assert done.stdout == bytes(i - 4 for i in made if i >= 4)
 
 

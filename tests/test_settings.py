@@ -46,7 +46,8 @@ def test_retired_variable_is_refused_with_its_reason(trunk, name, value):
 
 def test_retired_variables_are_taken_at_their_off_value(trunk):
     """The settings that a run before their retirement recorded still start one."""
-    off = {name: value.split()[-1] for name, (value, _) in trunk.Hyperparameters.RETIRED.items()}
+    retired = trunk.Hyperparameters.RETIRED.items()
+    off = {name: (value.split() or [""])[-1] for name, (value, _) in retired}
     args = trunk.Hyperparameters(off | dict.fromkeys(trunk.Hyperparameters.IGNORED, "7"))
     assert args.settings() == trunk.Hyperparameters().settings()
 
@@ -70,9 +71,9 @@ def test_bad_value_names_variable_value_and_what_is_accepted(trunk, name, value)
 
 def test_a_text_keeps_its_spaces_and_a_choice_loses_them(trunk):
     args = trunk.Hyperparameters(
-        {"GENERATE": " def ", "DTYPE": " fp32 ", "NUM_LAYERS": " 3 ", "UNET_SKIPS": " 1 "}
+        {"RUN_ID": " def ", "DTYPE": " fp32 ", "NUM_LAYERS": " 3 ", "UNET_SKIPS": " 1 "}
     )
-    assert (args.generate, args.dtype, args.num_layers, args.unet_skips) == (" def ", "fp32", 3, True)
+    assert (args.run_id, args.dtype, args.num_layers, args.unet_skips) == (" def ", "fp32", 3, True)
 
 
 BAD_PAIRS = [

@@ -8,7 +8,7 @@ Idea:   #2080 on SP8192 with CaseOps, its defects mended: layers that run three 
 Run:    python train_gpt.py --help                             every variable and its reason
         python train_gpt.py                                    one process, any device
         torchrun --standalone --nproc_per_node=8 train_gpt.py  the contest: 8xH100, 600 s, 16 MB
-        RESUME=auto RUN_ID=name torchrun ...                   go on from runs/name/last.safetensors
+        RESUME=auto RUN_ID=name torchrun ...                   go on with a run
         EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py          only score an artifact
 
 The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits.
@@ -22,6 +22,7 @@ import bisect
 import contextlib
 import ctypes
 import difflib
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -30,6 +31,7 @@ import lzma
 import math
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -237,7 +239,7 @@ class Hyperparameters:
     ppm_order = Var(5, "longest context in bytes", 1, 15, ship="eval")
     mix_rows = Var(20, "log2 of the 64-byte rows of a table", 4, 26, ship="eval")
     eval_only = Var(False, "score ARTIFACT and nothing else")
-    artifact = Var("", "path for EVAL_ONLY")
+    artifact = Var("", "its path, for EVAL_ONLY")
 
     _run = "Run"
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
@@ -273,7 +275,8 @@ class Hyperparameters:
         "LQER_ENABLED": ("1", "LQER_TOP_K=0 switches it off"),
     }
     IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
-               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE")
+               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE", "SPECULATE",
+               "TEMPERATURE", "MAX_NEW_TOKENS")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
@@ -299,7 +302,7 @@ class Hyperparameters:
         most = min(self.device_batch_tokens, 32768)  # eight ranks share a chunk of TTT evenly
         self.eval_batch_tokens = self.eval_batch_tokens or most
 
-        if shipped or not self.eval_only:  # it needs an artifact's
+        if shipped or not self.eval_only:  # which needs an artifact's
             for function in CHECKS:
                 function(self)
 
@@ -368,13 +371,16 @@ class Hyperparameters:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes to a temporary name and renames: a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; the old file is whole") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def tune_allocator() -> None:
@@ -410,6 +416,7 @@ piece.compiled = False
 def check_launch(args: Hyperparameters) -> None:
     forbid(args.rank >= args.world_size, args, "rank world_size", "let torchrun set both")
     forbid(args.resume == "auto" and not args.run_id, args, "resume run_id", "set RUN_ID")
+    forbid(args.artifact and args.trains, args, "artifact", "set EVAL_ONLY=1 to score it")
 
 
 class Runtime:
@@ -539,17 +546,30 @@ class Log:
     """Console on rank 0, `log.txt` and `metrics.jsonl` in the run's folder."""
 
     def __init__(self, folder: Path | None):
-        self.folder = folder
-        if folder is not None:
+        self.folder, self.warned = folder, False
+        if folder is None:
+            return
+        try:
             folder.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(folder / "log.txt", os.O_RDWR | os.O_CREAT)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while the process lives
+        except BlockingIOError:
+            raise UserError(f"RUN_ID={folder.name}: another process runs it") from None
+        except OSError as error:
+            raise UserError(f"RUNS_PATH={folder.parent}: {folder}: {error.strerror}") from None
 
     def __call__(self, text: str, console: bool = True, name: str = "log.txt") -> None:
         if self.folder is None:
             return
         if console:
             print(text, flush=True)
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:  # training can go on without
+            if not self.warned:
+                print(f"warning: {self.folder / name}: {error.strerror}", file=sys.stderr)
+            self.warned = True
 
     def metrics(self, **values) -> None:
         self(json.dumps(values), False, "metrics.jsonl")
@@ -677,49 +697,21 @@ def check_rung(rung: str, args: Hyperparameters, runtime: Runtime) -> None:
     torch.testing.assert_close(out.float(), wanted.float(), atol=3e-2, rtol=1e-5)
 
 
-def attention_seconds(rung: str, args: Hyperparameters, runtime: Runtime) -> float:
-    """Seconds of one layer's attention, both ways, in training on a GPU."""
-    rows = max(1, min(args.device_batch_tokens, args.train_batch_tokens) // args.train_seq_len)
-    dim, like = args.model_dim // args.num_heads, {"device": runtime.device, "dtype": runtime.dtype}
-    q, k, v = (torch.randn(rows, args.train_seq_len, heads, dim, **like).requires_grad_()
-               for heads in (args.num_heads, args.num_kv_heads, args.num_kv_heads))
-    attend = attention_of(rung)
-    if runtime.compile:  # which also shows that it fits in a graph
-        attend = torch.compile(attend, dynamic=False, fullgraph=True)
-
-    def both_ways() -> None:
-        out = attend(q, k, v)
-        torch.autograd.grad(out, (q, k, v), out)
-
-    return Timer("both_ways()", globals=locals()).timeit(5).mean  # waits for the GPU
-
-
 def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
-    """From ATTENTION down the first rung that agrees with `math`; with `auto` on GPUs the fastest.
-    On CPUs no clock decides, since bits depend on the rung; with documents flash goes first. All
-    ranks look, rank 0 chooses."""
+    """From ATTENTION down the first rung that runs here and agrees with `math`, by rank 0.
+    No clock decides: documents, which are kept apart by default, leave flash or a mask."""
     rungs = [*FLASH, *ATTENTION]
     first = 0 if args.attention == "auto" else rungs.index(args.attention)
     gpu, bf16 = runtime.device.type == "cuda", runtime.dtype == torch.bfloat16
     unfit = {"cpu"} if gpu else {*FLASH}
-    timed = gpu and args.attention == "auto" and not args.doc_mask
-    seconds: dict[str, float] = {}
     for rung in rungs[first:]:
         if rung in unfit or not bf16 and rung in (*FLASH, "cpu"):
             continue
-        if seconds and (not timed or rung == "math"):
-            break
         with contextlib.suppress(Exception):  # no package, a card that it refuses, no memory
             check_rung(rung, args, runtime)
-            seconds[rung] = attention_seconds(rung, args, runtime) if timed else 0.0
-
-    if not seconds:
-        raise UserError(f"ATTENTION={args.attention}: no rung from there on runs here; use auto")
-    if timed:
-        table = ", ".join(f"{rung} {1e3 * taken:.2f} ms" for rung, taken in seconds.items())
-        runtime.notes.append(f"attention: a layer, both ways: {table}")
-    choice, = runtime.from_main([rungs.index(min(seconds, key=seconds.get))])
-    return rungs[int(choice)]
+            choice, = runtime.from_main([rungs.index(rung)])
+            return rungs[int(choice)]
+    raise UserError(f"ATTENTION={args.attention}: no rung from there on runs here; use auto")
 
 
 # -----------------------------------------------------------------------------
@@ -768,13 +760,13 @@ class Dataset:
 
     def __init__(self, args: Hyperparameters, verify: bool):
         self.path = Path(args.data_path)
-        if not self.path.is_dir():
-            raise UserError(f"DATA_PATH={self.path} is no folder: data/prepare.py makes one")
-        self.train_files = sorted(self.path.glob("*_train_*.bin"))
-        self.val_files = sorted(self.path.glob("*_val_*.bin"))
+        self.train_files = self._shards("train", args)
+        self.val_files = self._shards("val", args)
         if not self.val_files or not (self.train_files or args.eval_only):
-            missing = "_train_" if self.val_files else "_val_"
-            raise UserError(f"DATA_PATH={self.path} has no *{missing}*.bin: see data/prepare.py")
+            files = "*_train_*.bin" if self.val_files else "*_val_*.bin"
+            below = next(self.path.glob(f"**/{files}"), None)
+            hint = f"did you mean {below.parent}?" if below else "see data/prepare.py"
+            raise UserError(f"DATA_PATH={self.path} has no {files}: {hint}")
 
         self.vocab_size = args.vocab_size
         self.manifest = self._read_manifest()
@@ -786,6 +778,18 @@ class Dataset:
             self._verify(args.verify_data)
         if len(self.val) < 2:
             raise UserError(f"{self.val_files[0]}: {len(self.val)} ids leave no target")
+
+    def _shards(self, split: str, args: Hyperparameters) -> list[Path]:
+        """The files of a split, SOURCE_split_NUMBER.bin, by number."""
+        found = self.path.glob(f"*_{split}_*.bin")
+        files = sorted(path for path in found if "_bytes_" not in path.name)  # published sidecars
+        names = [re.fullmatch(rf"(.+)_{split}_(\d+)\.bin", path.name) for path in files]
+        for path, name in zip(files, names):
+            if not name or name[1] != names[0][1]:
+                raise UserError(f"{path}: a copy, a sidecar, or another source's")
+        if files and int(names[-1][2]) - int(names[0][2]) != len(files) - 1:
+            args.warnings.append(f"{files[0]} to {files[-1].name}: a number is missing")
+        return files
 
     def _read_manifest(self) -> dict:
         path = self.path / "manifest.json"
@@ -802,7 +806,9 @@ class Dataset:
 
     def _read_sidecars(self, verify: bool) -> np.ndarray | None:
         """Original bytes of each validation id, uint16, of CaseOps text; else None."""
-        paths = [path.with_suffix(".bytes") for path in self.val_files]
+        paths = [self.path / path.name.replace("_val_", "_val_bytes_") for path in self.val_files]
+        if not all(path.exists() for path in paths):  # they are not named as published
+            paths = [path.with_suffix(".bytes") for path in self.val_files]
         if "caseops" not in self.manifest and not any(path.exists() for path in paths):
             return None
         shards = self.manifest.get("shards", ())
@@ -835,10 +841,12 @@ class Dataset:
             digest.update(shard[:4096].tobytes() + shard[-4096:].tobytes())
         told = ("source", "variant", "documents", "bytes", "val_text_sha256")
         known = {key: self.manifest.get(key) for key in told}
-        return {"name": self.path.name, **known, "train_shards": len(self.train_files),
-                "val_shards": len(self.val_files), "train_tokens": sum(map(len, self.train_shards)),
-                "val_tokens": len(self.val), "val_documents": int((self.val == BOS_ID).sum()),
-                "sha256": digest.hexdigest()}
+        return {
+            "name": self.path.name, **known,
+            "train_shards": len(self.train_files), "val_shards": len(self.val_files),
+            "train_tokens": sum(map(len, self.train_shards)), "val_tokens": len(self.val),
+            "val_documents": int((self.val == BOS_ID).sum()), "sha256": digest.hexdigest(),
+        }
 
 
 def open_tokenizer(args: Hyperparameters):
@@ -1899,7 +1907,9 @@ def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> 
 
     name = "rans" if constriction and args.compressor != "lzma" else "lzma"
     payload = COMPRESSORS[name][0](raw, planes(entries))
-    header = {"config": args.shipped(), "tensors": entries, "compressor": name}
+    title, digest = __doc__.partition(":")[0], sha256_file(Path(__file__))
+    header = {"config": args.shipped(), "tensors": entries, "compressor": name,
+              "script": f"{title}, script {digest[:8]}"}
     header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little")
     body += header + payload
@@ -1968,7 +1978,8 @@ def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hy
     """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's)."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
-        raise UserError(f"{path}: its config lacks {missing[0]}")
+        maker = header.get("script", "another script")
+        raise UserError(f"{path}: made by {maker}: its config lacks {missing[0]}")
     return Hyperparameters(environ, header["config"])
 
 
@@ -2645,7 +2656,8 @@ class TestTimeTraining:
         rate = args.ttt_lr * (1 + age) ** -0.5
         parts = flat.split([p.numel() for p in self.params])
         torch._foreach_mul_(self.momenta, args.ttt_momentum)
-        torch._foreach_add_(self.momenta, [part.view_as(p) for part, p in zip(parts, self.params)])
+        parts = [part.view_as(p) for part, p in zip(parts, self.params)]
+        torch._foreach_add_(self.momenta, parts)
         with torch.no_grad():
             torch._foreach_add_(self.params, self.momenta, alpha=-rate)
         self.updates += 1
@@ -2903,7 +2915,7 @@ def run_folder(args: Hyperparameters) -> Path:
 class Trainer:
     """All that a checkpoint holds, and one step of training."""
 
-    CHECKPOINTED = ("step", "seconds", "best", "loader_state")
+    CHECKPOINTED = ("step", "seconds", "best", "loader_state", "text")
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
         self.args, self.data, self.runtime, self.log = args, data, runtime, log
@@ -2913,7 +2925,7 @@ class Trainer:
         self.model.init_weights(args.seed)
         self.model.to(runtime.device)
 
-        self.loader_state = None
+        self.loader_state, self.text = None, data and data.fingerprint()["sha256"]
         self.signal = 0
         self.step, self.seconds, self.best = 0, 0.0, math.inf  # resumed runs included
         self.slowest = 0.0  # seconds of the slowest step, slowly forgotten
@@ -3175,6 +3187,15 @@ class Trainer:
             blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
             write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
 
+    def _check_resumed(self, path: Path, meta: dict) -> None:
+        """Refuses another model or text."""
+        args, before = self.args, meta["config"]
+        for key, value in args.shipped().items():
+            if (other := before.get(key)) != value:
+                raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+        if meta.setdefault("text", self.text) != self.text:
+            raise UserError(f"RESUME={path}: made with other text than {args.data_path}")
+
     def restore(self, path: Path) -> None:
         try:
             with safe_open(path, "pt") as file:
@@ -3182,9 +3203,7 @@ class Trainer:
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"RESUME={path}: not a checkpoint of this script ({error})") from None
-        for key, value in self.args.shipped().items():
-            if (other := meta["config"].get(key)) != value:
-                raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+        self._check_resumed(path, meta)
         # weights and average
         with torch.no_grad():
             for (key, p), average in zip(self.model.named_parameters(), self.ema.average):
@@ -3224,9 +3243,10 @@ def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: d
 def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
     """Trains from the start or a checkpoint; a signal leaves one behind and raises Stopped."""
     args = trainer.args
-    last = run_folder(args) / "last.safetensors"
-    if args.resume and (args.resume != "auto" or last.exists()):
-        trainer.restore(last if args.resume == "auto" else Path(args.resume))
+    last, final = (run_folder(args) / f"{name}.safetensors" for name in ("last", "final"))
+    newest = final if final.exists() else last  # a run that was stopped while it packed
+    if args.resume and (args.resume != "auto" or newest.exists()):
+        trainer.restore(newest if args.resume == "auto" else Path(args.resume))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: setattr(trainer, "signal", received))
     try:
@@ -3271,8 +3291,8 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
     run_until_done(trainer, evaluator)
     # score the weights as they are, then their average
     with runtime.clock("validation"):
-        trainer.log_validation(evaluator.report("final_raw", trainer.model))
         trainer.save("final")
+        trainer.log_validation(evaluator.report("final_raw", trainer.model))
     trainer.ema.apply()
     with runtime.clock("validation"):
         evaluator.report("final_ema", trainer.model)

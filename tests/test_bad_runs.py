@@ -1,0 +1,247 @@
+"""Bad days of the training scripts: wrong shards, other text on resuming, full disks, kills, unlike ranks.
+
+Each fault is one line that names the file or the variable, exit code 2 and nothing half-written. What every
+script of the family must refuse is tried in every one of them. tests/test_bad_days.py has the other programs.
+"""
+
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, environment
+from family import TRUNK, load_script
+
+FAMILY = [TRUNK, *sorted(ROOT.glob("records/*_[A-Z]*/train_gpt.py"))]
+FAMILY = [path for path in FAMILY if "Baseline" not in path.parent.name and "_Trunk" not in path.parent.name]
+BIJEPAX = next(path for path in FAMILY if "BiJEPAX" in str(path))
+
+
+def shard(path: Path, *ids: int) -> None:
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(ids)
+    path.write_bytes(header.tobytes() + np.array(ids, "<u2").tobytes())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with two shards of training text and one of validation."""
+    path = tmp_path / "data" / "shards"
+    path.mkdir(parents=True)
+    for name in ("x_train_000000", "x_train_000001", "x_val_000000"):
+        shard(path / f"{name}.bin", 1, *range(10, 60))
+    return path
+
+
+def open_data(script: Path, folder: Path):
+    """(the script, the data that it finds in a folder, its settings)."""
+    module = load_script(script)
+    args = module.Hyperparameters({"DATA_PATH": str(folder), "VOCAB_SIZE": "260", "TOKENIZER_PATH": ""})
+    return module, module.Dataset(args, False), args
+
+
+@pytest.mark.parametrize("name, words", [
+    ("x_val_000000 (1).bin", "x_val_000000 (1).bin: a copy"),
+    ("y_val_000000.bin", "y_val_000000.bin: a copy, a sidecar, or another source's"),
+    ("x_val_bytes_000000.bin", "x_val_bytes_000000.bin: a copy, a sidecar"),
+    ("x_train_bytes_000000.bin", "x_train_bytes_000000.bin: a copy, a sidecar"),
+    ("x_train_000000 copy.bin", "x_train_000000 copy.bin: a copy"),
+])
+@pytest.mark.parametrize("script", FAMILY, ids=lambda path: path.parent.name)
+def test_shards_that_would_be_read_twice_or_as_text_are_refused(folder, script, name, words):
+    shard(folder / name, 1, 5, 6)
+    if script == BIJEPAX and "_bytes_" in name:
+        pytest.skip("it reads the published sidecars")
+    module = load_script(script)
+    args = module.Hyperparameters({"DATA_PATH": str(folder), "VOCAB_SIZE": "260", "TOKENIZER_PATH": ""})
+    with pytest.raises(module.UserError) as refused:
+        module.Dataset(args, False)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("script", FAMILY, ids=lambda path: path.parent.name)
+def test_a_gap_is_warned_of_and_a_wrong_folder_names_the_right_one(folder, script):
+    _, data, args = open_data(script, folder)
+    assert len(data.train_files) == 2 and not args.warnings
+    (folder / "x_train_000001.bin").rename(folder / "x_train_000002.bin")
+    module, _, args = open_data(script, folder)
+    assert len(args.warnings) == 1 and args.warnings[0].endswith("x_train_000002.bin: a number is missing")
+    args.data_path = str(folder.parent)
+    with pytest.raises(module.UserError, match=f"did you mean {folder}"):
+        module.Dataset(args, False)
+
+
+def test_published_sidecars_are_read_under_their_own_names(folder):
+    """Two numbers an id, as CaseOps text is published: ids, and the bytes that each stands for."""
+    for split in ("train", "val"):
+        shard(folder / f"x_{split}_bytes_000000.bin", 0, *([3] * 50))
+    shard(folder / "x_train_bytes_000001.bin", 0, *([3] * 50))
+    _, data, _ = open_data(BIJEPAX, folder)
+    assert len(data.val) == 51 and data.val_sizes.tolist() == [0] + [3] * 50
+
+
+# --- resuming ---
+
+
+@pytest.fixture
+def other_text(corpus, tmp_path):
+    """The corpus with one id of the validation text changed."""
+    path = tmp_path / "other"
+    shutil.copytree(corpus, path)
+    (path / "manifest.json").unlink()
+    file = next(path.glob("*_val_*.bin"))
+    data = bytearray(file.read_bytes())
+    data[1024 + 2 * 100] ^= 1
+    file.write_bytes(data)
+    return path
+
+
+def test_resuming_on_other_text_is_refused_and_other_settings_are_told(run, other_text):
+    code, output, _ = run(ITERATIONS=4, CHECKPOINT_EVERY=2)
+    assert code == 0, output
+    again = {"ITERATIONS": 8, "CHECKPOINT_EVERY": 2, "RESUME": "auto"}
+    code, output, _ = run(DATA_PATH=other_text, **again)
+    assert code == 2 and f"made with other text than {other_text}; RESUME_DATA=changed" in output
+    code, output, metrics = run(DATA_PATH=other_text, RESUME_DATA="changed", SEED=7, MATRIX_LR=0.01, **again)
+    assert code == 0 and metrics["steps"] == 8, output
+    told = [line for line in output.splitlines() if line.startswith("warning: resumed with ")]
+    assert told == ["warning: resumed with MATRIX_LR=0.01, it was 0.025",
+                    "warning: resumed with SEED=7, it was 1337"]
+    code, output, _ = run(MODEL_DIM=64, **again)
+    assert code == 2 and "made with MODEL_DIM=32, not 64" in output
+
+
+def test_a_run_that_was_stopped_while_it_packed_does_not_train_again(run, tmp_path):
+    code, output, first = run(CHECKPOINT_EVERY=2)
+    assert code == 0, output
+    folder = tmp_path / "runs" / "test"
+    artifact = (folder / "artifact.bin").read_bytes()
+    for name in ("artifact.bin", "metrics.json"):
+        (folder / name).unlink()
+    code, output, second = run(CHECKPOINT_EVERY=2, RESUME="auto")
+    assert code == 0, output
+    assert f"resume:{folder / 'final.safetensors'} step:6" in output and "step:6/6 train_loss" not in output
+    assert (folder / "artifact.bin").read_bytes() == artifact and second["val_bpb"] == first["val_bpb"]
+
+
+def test_a_run_that_is_killed_anywhere_ends_as_if_it_had_not_been(run, corpus, tmp_path):
+    """SIGKILL at random moments: in training, while a checkpoint is written, in packing and scoring."""
+    settings = {"ITERATIONS": 30, "CHECKPOINT_EVERY": 1, "WARMDOWN_ITERS": 10}
+    code, output, whole = run(RUN_ID="whole", **settings)
+    assert code == 0, output
+    places = {"DATA_PATH": corpus, "RUNS_PATH": tmp_path / "runs", "RUN_ID": "killed", "RESUME": "auto"}
+    chance, kills = random.Random(0), 0
+    while kills < 8:
+        started = subprocess.Popen([sys.executable, str(TRUNK)], env=environment(**settings, **places),
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            started.wait(timeout=chance.uniform(2.0, 7.0))
+            assert started.returncode == 0, started.stdout.read().decode()
+            break
+        except subprocess.TimeoutExpired:
+            started.send_signal(signal.SIGKILL)
+            started.wait()
+            kills += 1
+        finally:
+            started.stdout.close()
+    code, output, killed = run(**settings, **places)
+    assert code == 0, output
+    folders = [tmp_path / "runs" / name for name in ("whole", "killed")]
+    assert (folders[0] / "artifact.bin").read_bytes() == (folders[1] / "artifact.bin").read_bytes()
+    assert whole["val_bpb"] == killed["val_bpb"] and not list(folders[1].glob("*.tmp"))
+
+
+def test_two_processes_may_not_share_a_run(run, corpus, tmp_path):
+    places = {"DATA_PATH": corpus, "RUNS_PATH": tmp_path / "runs", "RUN_ID": "test"}
+    first = subprocess.Popen([sys.executable, str(TRUNK)], env=environment(ITERATIONS=100_000, **places),
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        log = tmp_path / "runs" / "test" / "log.txt"
+        end = time.monotonic() + 60
+        while not (log.exists() and "step:1/" in log.read_text()) and time.monotonic() < end:
+            time.sleep(0.1)
+        code, output, _ = run()
+        assert code == 2 and "error: RUN_ID=test: another process runs it" in output
+    finally:
+        first.kill()
+        first.communicate()
+    code, output, _ = run()
+    assert code == 0, output  # nothing of the lock is left
+
+
+# --- disks, memory, ranks, artifacts ---
+
+
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(run, corpus, tmp_path):
+    """No file may grow beyond a limit, as on a full disk: the log is one of them, and training goes on."""
+    assert run(CHECKPOINT_EVERY=6)[0] == 0
+    folder = tmp_path / "runs" / "test"
+    kept = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    log = folder / "log.txt"
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error, as a disk gives one
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 2000,) * 2)
+
+    places = {"DATA_PATH": corpus, "RUNS_PATH": tmp_path / "runs", "RUN_ID": "test", "RESUME": "auto"}
+    settings = {"ITERATIONS": 12, "CHECKPOINT_EVERY": 12, "MODEL_DIM": 32}
+    done = subprocess.run([sys.executable, str(TRUNK)], env=environment(**settings, **places),
+                          capture_output=True, text=True, preexec_fn=limited)
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
+    assert done.returncode == 2 and len(errors) == 1, done.stderr
+    assert errors[0].startswith(f"error: {folder}/") and errors[0].endswith(
+        ".safetensors: File too large; the old file is whole")
+    warned = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert warned == [f"warning: {log}: File too large"]
+    assert {path.name: path.read_bytes() for path in folder.glob("*.safetensors")} == kept
+    assert not list(folder.glob(".*")), "a temporary file is left"
+
+
+@pytest.mark.parametrize("script", FAMILY, ids=lambda path: path.parent.name)
+def test_a_folder_of_runs_that_is_a_file(script, tmp_path):
+    module = load_script(script)
+    (tmp_path / "runs").write_text("I am a file")
+    with pytest.raises(module.UserError, match="Not a directory|File exists"):
+        module.Log(tmp_path / "runs" / "test")
+    with pytest.raises(module.UserError, match="artifact.bin: (Not a directory|File exists)"):
+        module.write_atomic(tmp_path / "runs" / "artifact.bin", b"x")
+
+
+def test_memory_of_a_gpu_that_runs_out_says_what_to_try(inside, trunk, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trunk, "train", full)
+    code, output, *_ = inside(trunk, DEVICE_BATCH_TOKENS=4096)
+    assert code == 2 and "error: out of GPU memory, try DEVICE_BATCH_TOKENS=2048" in output
+
+
+def test_ranks_that_see_other_text_or_settings_stop(run, other_text, corpus, tmp_path):
+    """Two ranks whose folders differ: both end, and one line says which."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import os, runpy\n"
+        f"if os.environ['RANK'] == '1': os.environ['DATA_PATH'] = {str(other_text)!r}\n"
+        f"runpy.run_path({str(TRUNK)!r}, run_name='__main__')\n"
+    )
+    code, output, _ = run(ranks=2, script=driver)
+    assert code != 0 and "error: rank 1 has other settings or text than rank 0" in output
+
+
+def test_an_artifact_of_another_script_says_who_made_it(run, tmp_path):
+    assert run()[0] == 0
+    path = tmp_path / "runs" / "test" / "artifact.bin"
+    other = load_script(next(path for path in FAMILY if "PatchJEPA" in str(path)))
+    header, _ = other.unpack(path.read_bytes(), str(path))
+    digest = load_script(TRUNK).sha256_file(TRUNK)[:8]
+    with pytest.raises(other.UserError, match=f"made by The trunk, script {digest}: its config lacks "):
+        other.shipped_settings(header, str(path))
+    code, output, _ = run(ARTIFACT=path)
+    assert code == 2 and f"ARTIFACT={path}: set EVAL_ONLY=1 to score it" in output
