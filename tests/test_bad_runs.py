@@ -4,6 +4,8 @@ Each fault is one line that names the file or the variable, exit code 2 and noth
 script of the family must refuse is tried in every one of them. tests/test_bad_days.py has the other programs.
 """
 
+import json
+import os
 import random
 import resource
 import shutil
@@ -18,6 +20,9 @@ import pytest
 import torch
 from conftest import ROOT, environment
 from family import TRUNK, load_script
+from hypothesis import HealthCheck, given
+from hypothesis import settings as rules
+from hypothesis import strategies as st
 
 FAMILY = [TRUNK, *sorted(ROOT.glob("records/*_[A-Z]*/train_gpt.py"))]
 FAMILY = [path for path in FAMILY if "Baseline" not in path.parent.name and "_Trunk" not in path.parent.name]
@@ -85,6 +90,27 @@ def test_published_sidecars_are_read_under_their_own_names(folder):
     shard(folder / "x_train_bytes_000001.bin", 0, *([3] * 50))
     _, data, _ = open_data(BIJEPAX, folder)
     assert len(data.val) == 51 and data.val_sizes.tolist() == [0] + [3] * 50
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["shards", "file", "sha256", "vocab_size", "val_bytes", "caseops", "x"]), inner),
+    max_leaves=12,
+)
+
+
+@rules(max_examples=1000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 100, deadline=None,
+       suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()), st.integers(0, 99))
+def test_any_manifest_is_read_or_refused(trunk, folder, content, cut):
+    """Whatever stands in manifest.json, and cut off anywhere."""
+    (folder / "manifest.json").write_bytes(content[: len(content) * (cut + 1) // 100])
+    args = trunk.Hyperparameters({"DATA_PATH": str(folder)})
+    try:
+        trunk.Dataset(args, True)
+    except trunk.UserError as refused:
+        assert str(folder) in str(refused)
 
 
 # --- resuming ---
