@@ -5,13 +5,13 @@
         --collect records/2026-11-21_BytePPM
     python scripts/run_seeds.py records/DATE_NAME --ranks 8 --gpus 0,1,2,3,4,5,6,7
 
-The settings are those of `--like` (a run's folder with its metrics.json) and `--set`; a variable of the
-script that stands in the environment is not passed on, so that a run is what the command line says. A run's
-folder is named for the script's hash, the settings, the data, the seed and `--ranks` above 1: the same
-command again skips what is finished, and starts what is not, from the script's own checkpoint (`RESUME=auto`)
-where there is one. Whatever a run prints is in `console.txt` of its folder. A run that fails is named at the
-end with its last lines; the others go on. Ctrl-C stops the runs with the signal on which scripts write a
-checkpoint; a second one kills them.
+The settings are those of `--like` (a run's folder with its metrics.json), then those of the environment
+(`export DATA_PATH=...`), then those of `--set`; what the environment gives is said, as options that give the
+same without it. A run's folder is named for the script's hash, the settings, the data, the seed and `--ranks`
+above 1: the same command again skips what is finished, and starts what is not, from the script's own
+checkpoint (`RESUME=auto`) where there is one. Whatever a run prints is in `console.txt` of its folder. A run
+that fails is named at the end with its last lines; the others go on. Ctrl-C stops the runs with the signal on
+which scripts write a checkpoint; a second one kills them.
 
 `--collect FOLDER` copies metrics.json, metrics.jsonl and log.txt of every good run to FOLDER/seed<N>/.
 
@@ -510,8 +510,13 @@ def parser(text: str) -> argparse.ArgumentParser:
     return found
 
 
+def exported(known: set[str]) -> dict[str, str]:
+    """Settings of the script that stand in the environment."""
+    return {key: os.environ[key] for key in sorted(known - OWN) if os.environ.get(key)}
+
+
 def settings_of(options: argparse.Namespace, known: set[str]) -> dict[str, str]:
-    """What every run gets: of `--like` what this script knows, then `--set`.
+    """What every run gets: of `--like` what this script knows, then the environment's, then `--set`.
 
     Raises:
         Misuse: `--like` is no run, or `--set` no setting.
@@ -525,7 +530,12 @@ def settings_of(options: argparse.Namespace, known: set[str]) -> dict[str, str]:
     if strange := sorted(found.keys() - known if known else ()):
         say(f"--like {options.like}: left out, the script has no {', '.join(strange)}")
     found = {key: value for key, value in found.items() if key not in OWN and key not in strange}
-    return found | known_only(assignments(options.set, "--set"), known, "--set")
+    given = known_only(assignments(options.set, "--set"), known, "--set")
+    taken = {key: value for key, value in exported(known).items() if key not in given}
+    if taken:
+        words = itertools.chain.from_iterable(("--set", f"{key}={value}") for key, value in taken.items())
+        say(f"from the environment: {', '.join(taken)}; the same without it: {shlex.join(words)}")
+    return found | taken | given
 
 
 def carry_out(options: argparse.Namespace, script: Path, known: set[str], arms: dict[str, dict[str, str]],
@@ -549,8 +559,8 @@ def carry_out(options: argparse.Namespace, script: Path, known: set[str], arms: 
     if options.collect:
         target(options.collect, script)
     runner = Runner(script, places, options.threads, options.ranks, known)
-    if inherited := sorted(known & os.environ.keys() - {*OF_THE_PROCESS}):
-        say(f"not passed on from the environment: {', '.join(inherited)}; --set gives settings")
+    if unread := sorted(known & OWN & os.environ.keys() - {*OF_THE_PROCESS}):
+        say(f"not taken from the environment, this tool sets it: {', '.join(unread)}")
     # All arms of a seed, then the next seed: a comparison has its first pairs early.
     jobs, digest, data_path = [], runner.script_sha256, variables(script).get("DATA_PATH", "").strip("'\"")
     for seed, (name, settings) in itertools.product(seeds, arms.items()):

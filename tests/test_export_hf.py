@@ -1,5 +1,10 @@
 """SGJM's export_hf.py: the folder loads with transformers, its logits are the script's, caches and padding
 change nothing.
+
+With another version of transformers than the one that requirements-dev.txt pins:
+
+    pip install --target /tmp/other transformers==5.24.0
+    PYTHONPATH=/tmp/other python -m pytest tests/test_export_hf.py
 """
 
 import ast
@@ -110,8 +115,9 @@ def test_logits_are_the_scripts_with_and_without_cache(export, kind):
     )
     torch.testing.assert_close(other(ids, logits_to_keep=3).logits, wanted[:, -3:], atol=1e-5, rtol=1e-5)
     past = other(ids[:, :11], use_cache=True).past_key_values  # a prompt, single ids, several at once
-    for start, stop in ((11, 12), (12, 13), (13, 20), (20, 21), (21, length)):
-        part = other(ids[:, start:stop], past_key_values=past)
+    for i, (start, stop) in enumerate(((11, 12), (12, 13), (13, 20), (20, 21), (21, length))):
+        name = ("past_key_values", "cache")[i % 2]  # up to transformers 5.23, and from 5.24 on
+        part = other(ids[:, start:stop], **{name: past})
         torch.testing.assert_close(part.logits, wanted[:, start:stop], atol=1e-5, rtol=1e-5)
         past = part.past_key_values
         assert past.get_seq_length() == stop
@@ -198,7 +204,9 @@ def test_padding_on_the_right_is_right_or_refused(export, kind):
             "row 1 has padding within its text",
         ),
         (mask[:, :5], {}, r"attention_mask of shape \(2, 5\): \(2, 14\) is needed"),
-        (None, {"past_key_values": object()}, "past_key_values is a object"),
+        (None, {"past_key_values": object()}, "the cache is a object"),
+        (None, {"cache": object()}, "the cache is a object"),
+        (None, {"cache": object(), "past_key_values": object()}, "two names"),
         (None, {"inputs_embeds": torch.zeros(2, 14, 32)}, "one of them, is needed"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -294,7 +302,48 @@ def test_the_folder_stands_alone(export):
                for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))}
     assert modules == {"__future__", "torch", "transformers"}
     assert not any(name.startswith("aux") for name, _ in other.named_parameters())
-    assert "from_pretrained(FOLDER, trust_remote_code=True)" in (folder / "README.md").read_text()
+    readme = (folder / "README.md").read_text()
+    assert "from_pretrained(FOLDER, trust_remote_code=True)" in readme
+    assert readme.splitlines()[0] == f"# {folder.name}"
+
+
+@needed
+@torch.no_grad()
+def test_an_argument_that_forward_does_not_know_is_refused(export):
+    """Swallowed, the cache under a new name gave wrong texts."""
+    _, other, _ = export("hybrid")
+    ids = other.encode("the")
+    for name in ("past", "kv_cache", "token_type_ids"):
+        with pytest.raises(TypeError, match=f"does not know {name}$"):
+            other(ids, **{name: ids})
+    with pytest.raises(TypeError, match="does not know output_attentions$"):
+        other(ids, output_attentions=True, output_hidden_states=False)
+    assert other(ids, output_attentions=False, output_hidden_states=None).logits.shape == (1, 4, 260)
+
+
+@needed
+@pytest.mark.parametrize("kind", ["transformer", "hybrid"])
+def test_the_check_generates_what_users_will(tmp_path, monkeypatch, capsys, kind):
+    """A template that forgets what it kept, as an older one did with transformers 5.24: right logits."""
+    import transformers
+
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    rows = {"TRAIN_SEQ_LEN": 80, "MAX_SEQ_LEN": 80, "TRAIN_BATCH_TOKENS": 80}
+    path = checkpoint(tmp_path, **KINDS[kind], **rows, INIT_STD=0.3)
+    assert export_hf.main([path, str(tmp_path / "good"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["wrong_texts"] == {} and found["difference"] < 1e-4
+    assert found["transformers"] == transformers.__version__
+
+    template, kept = tmp_path / "template.py", "for pair in zip(past, (k, v))"
+    text = export_hf.TEMPLATE.read_text()
+    assert text.count(kept) == 1
+    template.write_text(text.replace(kept, "for pair in zip((part * 0 for part in past), (k, v))"))
+    monkeypatch.setattr(export_hf, "TEMPLATE", template)
+    assert export_hf.main([path, str(tmp_path / "bad")]) == 1
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert "logits differ by 0.0" in told and "with a cache id 2 is wrong" in told
+    assert "without a cache" not in told
 
 
 def test_misuse_writes_nothing(tmp_path):

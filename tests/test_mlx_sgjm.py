@@ -135,8 +135,9 @@ SHARED = """check forbid SIZES Hyperparameters.settings Dataset Dataset._open ch
     unpack_tensors SpeculativeHeads.weights SpeculativeHeads.report check_drafter check_heads check_mamba
     check_positions settings_of windows Evaluator.report Draft SpeculationGraph.alike
     SpeculationGraph.choose SpeculationGraph.settle Place repeated chosen Generator.plan
-    Generator.tree Generator.rows Generator.walk Generator.look_up looping summed_up measured
-    own_prompts read_prompts generate Trainer.means"""
+    Generator.tree Generator.rows Generator.walk Generator.look_up Generator.write
+    drafting_cost CONTROLS screen read_prompt check_heads_of generate check_bench run_beside
+    BASELINE_FF BEYOND Trainer.means"""
 
 
 def test_what_needs_no_framework_is_the_torch_scripts_byte_for_byte():
@@ -164,6 +165,24 @@ def test_speculation_writes_what_plain_decoding_and_torch_write(mlx, overrides):
     assert texts[3][1] <= 40
     writer = mlx.Generator(other, prompt, 7, True, 0.8)
     assert len(writer.write(20)) == 20 and writer.graph.counts["created"] > 0
+
+
+def test_one_bench_measures_both_scripts(mlx, tmp_path, monkeypatch):
+    """Checkpoints of one model: the same greedy texts, in as many passes; drafts cost the same share."""
+    trainers = both_trainers(mlx, BLOCK_SIZE=4, RUNS_PATH=tmp_path, RUN_ID="a")
+    trainers[0].save("final")
+    timing, found = load_script(RECORD / "bench.py"), []
+    assert section.drafting_cost(trainers[0].model) == mlx.drafting_cost(trainers[1].model)
+    for script in (section, mlx):
+        given = {"ARTIFACT": tmp_path / "a/final.safetensors", "MAX_NEW_TOKENS": 20, "BENCH_REPEATS": 1,
+                 "RUNS_PATH": tmp_path, "RUN_ID": "bench", "GENERATE": "so it goes, and so it goes"}
+        monkeypatch.setattr(timing, "beside", lambda name, script=script: script)
+        monkeypatch.setattr(timing.os, "environ", {name: str(value) for name, value in given.items()})
+        assert timing.main(["of this name"]) == 0
+        found.append(json.loads((tmp_path / "bench/bench.json").read_text()))
+    ours, theirs = (report["greedy"]["prompt"]["speculation"] for report in found)
+    assert ours["bytes_per_pass"] == theirs["bytes_per_pass"] and ours["looping"] == theirs["looping"]
+    assert found[0]["torch"] and found[1]["mlx"] and found[0]["script_sha256"] != found[1]["script_sha256"]
 
 
 def step(trainer, progress: float = 0.3) -> None:
@@ -259,12 +278,13 @@ def test_torchs_gate_judges_the_twins_checkpoints(mlx, inside, tmp_path):
         "GATE_BATCHES": 2, "EVAL_BATCH_TOKENS": 1024, "TRAIN_BATCH_TOKENS": 128, "RUN_ID": "gate",
     }
     for sgjm, baseline in pairs:
+        gate["RUN_ID"] = f"gate{len(reports)}"
         code, output, _ = inside(gate_tool, **gate, SGJM=sgjm, BASELINE=baseline)
         assert code == 1 and "gate honest    failed: " in output, output
-        reports.append(json.loads((tmp_path / "runs/gate/gate.json").read_text()))
+        reports.append(json.loads((tmp_path / "runs" / gate["RUN_ID"] / "gate.json").read_text()))
     for kind in ("published", "honest"):
         asked, told = (report[kind]["conditions"] for report in reports)
-        assert len(asked) == 5
+        assert len(asked) == {"published": 5, "honest": 6}[kind]
         for mine, theirs in zip(asked, told):
             assert (mine["name"], mine["passed"], mine["why"]) == (
                 theirs["name"],
@@ -333,7 +353,10 @@ def test_a_run_resumes_and_its_files_are_torchs_too(mlx, inside, corpus, tmp_pat
 
 
 @pytest.mark.parametrize("overrides", [{"EXPORT_HEADS": 1}, HYBRID], ids=named)
-def test_the_same_weights_pack_to_the_same_bytes_and_score_alike(mlx, tmp_path, overrides):
+def test_the_same_weights_pack_to_the_same_bytes_and_score_alike(mlx, tmp_path, overrides, monkeypatch):
+    for script in (section, mlx):  # the header says which script packed
+        monkeypatch.setattr(script, "sha256_file", lambda path: "0" * 64)
+        monkeypatch.setattr(script, "__doc__", "A script: this one.")
     sources = both(mlx, **overrides)
     blobs = [script.pack({name: numpy(p) for name, p in source.exported().items()}, source.args)
              for script, source in zip((section, mlx), sources)]

@@ -261,10 +261,30 @@ def test_ranks_take_their_share_of_the_gpus():
     assert run_seeds.slots(options) == [run_seeds.Slot((), "0,1"), run_seeds.Slot((), "2,3")]
 
 
-def test_a_setting_of_the_environment_is_not_passed_on(go, place, monkeypatch):
+def test_exported_settings_are_handed_on(go, place, monkeypatch):
+    """A page says `export LR=9` once, and runs the script and the tools."""
     monkeypatch.setenv("LR", "9")
+    monkeypatch.setenv("SLEEP", "")  # as if unset
+    monkeypatch.setenv("SEED", "7")
     _, arms, err = go(run_seeds, "--seeds", "1")
-    assert arms["seeds"]["mean"] == pytest.approx(1.001) and "environment: LR" in err
+    assert arms["seeds"]["mean"] == pytest.approx(9.001)
+    assert "from the environment: LR; the same without it: --set LR=9" in err
+    assert "this tool sets it: SEED" in err
+    monkeypatch.delenv("SEED")
+    # the same run as with these options; options and arms go before
+    monkeypatch.delenv("LR")
+    _, again, err = go(run_seeds, "--seeds", "1", "--set", "LR=9")
+    assert states(again["seeds"]) == ["kept"] and "from the environment" not in err
+    monkeypatch.setenv("LR", "9")
+    _, arms, err = go(run_seeds, "--seeds", "1", "--set", "LR=2")
+    assert arms["seeds"]["mean"] == pytest.approx(2.001) and "from the environment" not in err
+    _, arms, _ = go(run_seeds, "--seeds", "1", "--like", place / again["seeds"]["runs"][0]["folder"])
+    assert states(arms["seeds"]) == ["kept"]
+    monkeypatch.setenv("MODE", "over")
+    _, arms, err = go(sweep, "--seeds", "1", "--grid", "LR=3,4")
+    assert {name: arm["settings"] for name, arm in arms.items()} == {
+        f"LR={rate}": {"LR": rate, "MODE": "over"} for rate in "34"}
+    assert "from the environment: LR, MODE" in err
 
 
 def test_settings_of_an_earlier_run(go, place):

@@ -17,6 +17,8 @@ SCRIPT = RECORD / "train_gpt.py"
 section = load_script(RECORD)
 reports = load_script(RECORD / "rows.py")
 
+MATCHED = load_script(RECORD / "gate.py").MATCHED
+
 SMALL = {
     "SIZE": "smoke", "MODEL_DIM": 32, "NUM_LAYERS": 2, "BASELINE_LAYERS": 2, "NUM_HEADS": 2,
     "FF_DIM": 48, "DRAFTER_DIM": 16, "DRAFTER_FF_DIM": 24, "JUDGE_HIDDEN": 24,
@@ -157,7 +159,8 @@ def test_every_size_has_the_published_tensors(size, arch):
         assert (count(published.values()) - sum(parts), *parts, count(published.values())) == counts
     else:
         assert count(published.values()) == baseline_count
-    args = section.Hyperparameters({"SIZE": size, "VOCAB_SIZE": "256", "ARCH": arch})
+    as_published = {"BASELINE_LAYERS": str(baseline_layers), "FF_DIM": str(fields[2])}
+    args = section.Hyperparameters({"SIZE": size, "VOCAB_SIZE": "256", "ARCH": arch, **as_published})
     with torch.device("meta"):
         ours = {name: tuple(p.shape) for name, p in section.GPT(args).named_parameters()}
     fused = {}  # three of ours are one of theirs
@@ -175,6 +178,22 @@ def test_every_size_has_the_published_tensors(size, arch):
     assert all(ours[name] == published[name] or reason[name] in CHANGED for name in published)
     assert fused.keys() <= {name for name in published if reason[name] == "attn.qkv"}
     assert all(fused[name] == published[name] for name in fused)
+
+
+@pytest.mark.parametrize("size", section.SIZES)
+@pytest.mark.parametrize("vocab", [256, 260])
+def test_every_baseline_has_as_many_parameters(size, vocab):
+    """To the 2 % that the gate demands; published up to 24.6 % more, and 7.8 % fewer."""
+    counts = []
+    for arch in ("sgjm", "baseline"):
+        args = section.Hyperparameters({"SIZE": size, "ARCH": arch, "VOCAB_SIZE": str(vocab)})
+        with torch.device("meta"):
+            counts.append(sum(p.numel() for p in section.GPT(args).parameters()))
+    assert abs(counts[1] / counts[0] - 1) < MATCHED
+    # what a run ships is what it was built with, and a setting goes before the size's
+    assert args.shipped()["FF_DIM"] == section.BASELINE_FF.get(size, args.ff_dim)
+    given = section.Hyperparameters({"SIZE": size, "ARCH": "baseline", "FF_DIM": "640"})
+    assert given.ff_dim == 640
 
 
 def test_sizes_are_defaults_field_by_field():
@@ -208,6 +227,25 @@ def test_impossible_settings_are_refused(overrides, message):
     with pytest.raises(section.UserError, match=re.escape(message)):
         settings(**overrides)
     assert settings(POSITIONS="rope", EVAL_SEQ_LEN=48).eval_seq_len == 48
+
+
+def test_a_size_beyond_the_contest_has_no_budget_and_a_plan_beyond_the_budget_no_run(run, tmp_path):
+    """Found out after a whole training, it ended with exit code 3."""
+    lines = []
+    for size in section.SIZES:
+        args = section.Hyperparameters({"SIZE": size})
+        section.check_plan(args, lines.append)
+        planned = int(re.match(r"planned_bytes:(\d+) ", lines[-1])[1])
+        assert args.artifact_budget_bytes == (0 if planned > 16_000_000 else 16_000_000)
+        plan, _ = rate.planned(section, {"SIZE": size})  # by another formula, class by class
+        assert planned == pytest.approx(sum(plan.values()) + len(SCRIPT.read_bytes()), rel=0.015)
+        if not args.artifact_budget_bytes:
+            args = section.Hyperparameters({"SIZE": size, "ARTIFACT_BUDGET_BYTES": "16000000"})
+            with pytest.raises(section.UserError, match="would take about [0-9,]+ bytes; 0 = no limit"):
+                section.check_plan(args, lines.append)
+    code, output, metrics = run(script=SCRIPT, **RUN, ARTIFACT_BUDGET_BYTES=100_000)
+    assert code == 2 and metrics is None and "step:" not in output and "Traceback" not in output
+    assert "error: ARTIFACT_BUDGET_BYTES=100000: code and artifact would take about 2" in output
 
 
 @pytest.mark.parametrize("heads", [0, 1])

@@ -1,20 +1,28 @@
 """The record SGJM writes: drafts change how fast a text
 grows, never the text, nor at a temperature its distribution."""
 
+import codecs
 import json
 import math
 import os
+import re
+import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, environment
+from family import load_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
-from test_sgjm import HYBRID, ROPE, SMALL, alive, batch, reports, section
+from test_sgjm import HYBRID, RECORD, ROPE, SCRIPT, SMALL, alive, batch, reports, section
 from torch import nn
+
+timing = load_script(RECORD / "bench.py")
 
 READ_ALL = {"DRAFT_BYTE_COST": 0, "DRAFT_COST": 1e-9}  # neither a byte nor the heads are ever too dear
 BLOCKS = {"BLOCK_SIZE": 4, **READ_ALL}
@@ -518,9 +526,9 @@ def test_lookup_writes_a_loop_in_few_passes():
 
     text, writer = write(Cycle(), [0, 1, 2, 3, 4, 0, 1, 2], 170)
     assert text == ("\x03\x04\x00\x01\x02" * 34) and writer.read[0] <= 12
-    assert section.looping(text) == 1.0 and section.looping(text[:7] + "abcdefgh" + text[:7]) == 0.0
-    assert section.looping("".join(map(chr, range(52))) * 4) == 1.0
-    assert section.looping("a" * 8) == 0.0 and section.looping("xyz" + "a" * 9 + "uvw") == pytest.approx(0.6)
+    assert timing.looping(text) == 1.0 and timing.looping(text[:7] + "abcdefgh" + text[:7]) == 0.0
+    assert timing.looping("".join(map(chr, range(52))) * 4) == 1.0
+    assert timing.looping("a" * 8) == 0.0 and timing.looping("xyz" + "a" * 9 + "uvw") == pytest.approx(0.6)
 
 
 # What does not pay
@@ -542,25 +550,35 @@ def test_heads_pause_when_nothing_of_theirs_is_taken():
     assert writer.worth > 2 and writer.read[0] < 50
 
 
-@pytest.mark.parametrize("share,rests", [(3.0, True), (0.5, False)])
-def test_the_cost_of_a_draft_is_measured_where_it_is_not_given(monkeypatch, share, rests):
-    """By a clock on which a draft takes as long as three passes:
-    heads that win two bytes each rest; at half a pass they do not."""
-    model, now = alive(BLOCK_SIZE=4, DRAFT_BYTE_COST=0, DRAFTER="heads"), [0.0]
-    truth, _ = write(model, [1, 70], 120, speculate=False)
-    oracle = Oracle("\x01" + "F" + truth, 0)
+def test_a_draft_costs_what_it_reads():
+    """Of SIZE=25m, whose drafts were timed at 0.25 to 0.29 passes on a CPU."""
+    with torch.device("meta"):
+        model = section.GPT(section.Hyperparameters({"SIZE": "25m"}))
+    weights = {name: sum(p.numel() for p in part.parameters()) for name, part in (
+        ("all", model), ("heads", model.aux), ("drafter", model.aux.drafter))}
+    drafts = 4 * weights["drafter"] + weights["heads"] - weights["drafter"]
+    cost = section.drafting_cost(model)
+    assert cost == drafts / (weights["all"] - weights["heads"]) and 0.24 < cost < 0.27
+    small = alive(BLOCK_SIZE=4, DRAFTER="heads")
+    assert section.Generator(small, [1, 5], 0, True, 0.0).cost == section.drafting_cost(small)
+    assert section.Generator(alive(BLOCK_SIZE=4, DRAFT_COST=0.3), [1, 5], 0, True, 0.0).cost == 0.3
 
-    def takes(seconds, function):
-        def slow(*args):
-            now[0] += seconds
-            return function(*args)
-        return slow
-    oracle.draft = takes(share, oracle.draft)
-    monkeypatch.setattr(section.Generator, "states", takes(1.0, section.Generator.states))
-    monkeypatch.setattr(section.time, "perf_counter", lambda: now[0])
-    _, writer = write(model, [1, 70], 120, heads=oracle)
-    assert 1 < writer.worth < 3 and writer.cost == pytest.approx(share, abs=0.4)
-    assert (writer.read[0] > 60) == rests and (writer.graph.counts["created"] < 4 * 30) == rests
+
+@pytest.mark.parametrize("overrides", [{}, {"DRAFTER": "heads"}, HYBRID], ids=str)
+def test_no_clock_decides_what_is_drafted(monkeypatch, overrides):
+    """A text at a temperature depends on what was drafted. The same seed writes the same bytes in the same
+    passes on any machine, however busy: here drafts and passes take a random time, from nothing to an hour.
+    """
+    model = alive(BLOCK_SIZE=4, **overrides)
+    for seed in range(3):
+        found = []
+        for trial in range(3):
+            ticks = iter(np.cumsum(10 ** np.random.default_rng(trial).uniform(-6, 3.5, 4000)).tolist())
+            monkeypatch.setattr(section.time, "perf_counter", ticks.__next__)
+            text, writer = write(model, [1, 70, 71, 70, 71], 60, temperature=1.0, seed=seed)
+            found.append((text, writer.read.tolist(), writer.graph.counts))
+        monkeypatch.undo()
+        assert found[0] == found[1] == found[2] and writer.drafting > 0
 
 
 # The command
@@ -620,8 +638,7 @@ def test_generate_writes_bytes_to_stdout_and_numbers_to_stderr(command, tmp_path
     found = {}
     for name, overrides in {
         "plain": {"SPECULATE": 0}, "fast": {}, "file": {"GENERATE": tmp_path / "prompt.txt"},
-        "hot": {"TEMPERATURE": 1, "DRAFT_COST": 0.3},
-        "hot again": {"TEMPERATURE": 1, "DRAFT_COST": 0.3}, "other": {"TEMPERATURE": 1, "SEED": 1},
+        "hot": {"TEMPERATURE": 1}, "hot again": {"TEMPERATURE": 1}, "other": {"TEMPERATURE": 1, "SEED": 1},
     }.items():
         code, out, err = command(
             **{"GENERATE": "caf\u00e9 \udcff", "ARTIFACT": path, "MAX_NEW_TOKENS": 40, **overrides}
@@ -639,21 +656,29 @@ def test_generate_writes_bytes_to_stdout_and_numbers_to_stderr(command, tmp_path
     assert not (tmp_path / "runs").exists()
 
 
-def test_without_heads_drafts_come_from_the_text(command, tmp_path):
-    path = saved(tmp_path, "stripped", heads=0, VOCAB_SIZE=256)
-    for drafter in ("both", "heads"):
-        code, out, err = command(GENERATE="abcabcabc", ARTIFACT=path, DRAFTER=drafter, MAX_NEW_TOKENS=30)
-        assert code == 0
-        assert len(out) == 30
-        assert err.count("no heads in it, drafts only by prompt lookup") == 1
-        assert "created:0" not in err
-    code, _, err = command(GENERATE="abcabcabc", ARTIFACT=path, SPECULATE=0, MAX_NEW_TOKENS=5)
-    assert code == 0 and "no heads" not in err and "passes:5 " in err and "created:0" in err
+def test_without_heads_drafts_come_from_the_text_or_are_refused(command, tmp_path):
+    """DRAFTER=heads is no wish that a suffix can fulfil; what `both` leaves out is said."""
+    for name, overrides, why in (
+        ("stripped", {"heads": 0}, "no heads in it"),
+        ("short", {"BLOCK_SIZE": 1}, "BLOCK_SIZE=1 drafts nothing"),
+    ):
+        path = saved(tmp_path, name, VOCAB_SIZE=256, **overrides)
+        given = {"GENERATE": "abcabcabc", "ARTIFACT": path, "MAX_NEW_TOKENS": 30}
+        code, out, err = command(**given)
+        assert code == 0 and len(out) == 30 and "created:0" not in err
+        assert err.count(why) == err.count("drafts only by prompt lookup") == 1
+        code, out, err = command(**given, DRAFTER="heads")
+        assert code == 2 and out == b"" and why in err and "DRAFTER=suffix, or SPECULATE=0" in err
+        for overrides in ({"DRAFTER": "suffix"}, {"SPECULATE": 0}, {"SPECULATE": 0, "DRAFTER": "heads"}):
+            code, again, err = command(**given, **overrides)
+            assert code == 0 and why not in err and ("created:0" in err) == ("SPECULATE" in overrides)
+    writer = section.Generator(alive(BLOCK_SIZE=1, DRAFTER="heads"), [1, 7, 7, 7, 7], 0, True, 0.0)
+    writer.write(12)
+    assert writer.read[0] == 12 and writer.graph.counts["created"] == 0
 
 
 @pytest.mark.parametrize("variables,message", [
     ({"GENERATE": "a"}, "ARTIFACT=FILE is not set"),
-    ({"GENERATE_BENCH": 1}, "ARTIFACT=FILE is not set"),
     ({"GENERATE": "a", "ARTIFACT": "nothing.bin"}, "ARTIFACT=nothing.bin: No such file"),
     (
         {"GENERATE": "a", "ARTIFACT": "x", "MAX_NEW_TOKENS": 0},
@@ -671,31 +696,151 @@ def test_mistakes_are_named(command, variables, message):
 def test_odd_prompts_are_refused(command, tmp_path):
     path = saved(tmp_path, "plain", VOCAB_SIZE=256)
     (tmp_path / "empty.txt").write_bytes(b"")
-    (tmp_path / "two.json").write_text('{"a": "1", "b": "2"}')
-    for prompt, message in (
-        ("empty.txt", "1 prompts, or an empty one"),
-        ("two.json", "2 prompts"),
-        ("", "prompts"),
-    ):
-        code, _, err = command(GENERATE=tmp_path / prompt, ARTIFACT=path)
-        assert code == 2 and message in err
+    for prompt in (tmp_path / "empty.txt", tmp_path):
+        code, _, err = command(GENERATE=prompt, ARTIFACT=path)
+        assert code == 2 and "a text or a file that is not empty is needed" in err
 
 
-def test_the_bench_measures_both_ways_in_turn(command, tmp_path, monkeypatch):
+def test_odd_prompts_are_refused_by_the_bench(bench, tmp_path):
+    path = saved(tmp_path, "plain", VOCAB_SIZE=256)
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "none.json").write_text("{}")
+    for prompt, message in (("empty.txt", "1 prompts, or an empty one"), ("none.json", "0 prompts")):
+        code, output, _ = bench(GENERATE=tmp_path / prompt, ARTIFACT=path)
+        assert code == 2 and message in output
+    code, output, _ = bench()
+    assert code == 2 and "ARTIFACT=FILE is not set" in output
+    code, output, _ = bench(ARTIFACT=path, WORLD_SIZE=2)
+    assert code == 2 and "one process measures" in output
+
+
+# Bytes as they are settled
+
+
+def running(tmp_path, path, terminal: bool = False, **variables):
+    """(GENERATE by the script in a process of its own, what it writes to: a pipe or a terminal)."""
+    given = {"GENERATE": "so it goes", "ARTIFACT": path, "SPECULATE": 0, "RUNS_PATH": tmp_path, **variables}
+    env = {key: value for key, value in environment(**given).items() if key not in TINY or key in given}
+    ours, theirs = os.openpty() if terminal else os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT)], env=env | {"DEVICE": "cpu", "DTYPE": "fp32"}, stdout=theirs,
+        stderr=subprocess.PIPE, text=True,
+    )
+    os.close(theirs)
+    return process, ours
+
+
+def all_of(source: int) -> bytes:
+    found = b""
+    while True:
+        try:
+            part = os.read(source, 4096)
+        except OSError:  # so ends a terminal
+            part = b""
+        if not part:
+            return found
+        found += part
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_ctrl_c_keeps_what_is_there_and_the_numbers(tmp_path, terminal):
+    path = saved(tmp_path, "made", VOCAB_SIZE=256, POSITIONS="rope", EVAL_SEQ_LEN=4000)
+    process, source = running(tmp_path, path, terminal, MAX_NEW_TOKENS=100_000)
+    first = os.read(source, 1)  # it is there long before the last one could be
+    process.send_signal(signal.SIGINT)
+    text = first + all_of(source)
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 130 and "Traceback" not in err, err
+    told = re.search(r"^bytes:(\d+) passes:(\d+) bytes_per_pass:1.00 bytes_per_second:", err, re.M)
+    assert 0 < int(told[1]) < 100_000 and told[1] == told[2]
+    model = section.open_model(path)
+    wanted, _ = write(model, [*b"so it goes"], int(told[1]), speculate=False)
+    raw = bytes(map(ord, wanted))
+    assert text == (shown(raw) if terminal else raw)
+
+
+def shown(raw: bytes) -> bytes:
+    """What a terminal gets of bytes: whole characters, nothing that it would obey, its own line ends."""
+    text = raw.decode(errors="replace")
+    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text).replace("\n", "\r\n").encode()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    path = saved(tmp_path, "made", VOCAB_SIZE=256, POSITIONS="rope", EVAL_SEQ_LEN=4000)
+    process, source = running(tmp_path, path, MAX_NEW_TOKENS=3000)
+    os.read(source, 1)
+    os.close(source)
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 0 and "Error" not in err and "bytes_per_second:" in err, err
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bytes_are_written_as_they_are_settled(monkeypatch, terminal):
+    """To a pipe each byte at once; to a terminal a character when its last byte is there, and at the end what
+    is left of one.
+    """
+    written, raw = [], b"caf\xc3\xa9 \xe2\x82\xac\xff\x1b[2J\tx\n\xf0\x9f"
+    stream = SimpleNamespace(
+        isatty=lambda: terminal, buffer=SimpleNamespace(write=written.append, flush=lambda: None)
+    )
+    monkeypatch.setattr(section.sys, "stdout", stream)
+    show = section.screen(4)
+    for byte in raw:
+        show(chr(byte + 4))
+    show("\x01", last=True)  # a special id has no text
+    if not terminal:
+        assert written == [*(bytes([byte]) for byte in raw), b""]
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    characters = [decoder.decode(bytes([byte])) for byte in raw] + [decoder.decode(b"", True)]
+    assert written == [each.replace("\x1b", "\ufffd").encode() for each in characters]
+    assert written[3:5] == [b"", "\u00e9".encode()] and written[-1] == "\ufffd".encode()
+    assert b"".join(written) == shown(raw).replace(b"\r", b"")
+
+
+# The bench
+
+
+@pytest.fixture
+def bench(monkeypatch, capfd, tmp_path):
+    """bench(VAR=value, ...) -> (exit code, what was printed, bench.json or None) of the bench's main."""
+    monkeypatch.setattr(timing, "beside", lambda name: section)
+    monkeypatch.setattr(section.fcntl, "flock", lambda *_: None)  # held while the process lives
+
+    def bench(**variables):
+        given = {"GENERATE_BENCH": 1, "DEVICE": "cpu", "RUNS_PATH": tmp_path / "runs", "RUN_ID": "test"}
+        given = {name: str(value) for name, value in (given | variables).items()}
+        monkeypatch.setattr(timing.os, "environ", given)
+        code, out = timing.main([]), capfd.readouterr()
+        path = tmp_path / "runs" / "test" / "bench.json"
+        found = json.loads(path.read_text(), parse_constant=pytest.fail) if path.exists() else None
+        return code, out.out + out.err, found
+
+    return bench
+
+
+def test_the_script_starts_the_bench_with_the_same_variables(command, tmp_path, monkeypatch):
+    path = saved(tmp_path, "artifact")
+    code, out, err = command(GENERATE_BENCH=1, ARTIFACT=path, MAX_NEW_TOKENS=3, BENCH_REPEATS=1, GENERATE="x")
+    found = json.loads((tmp_path / "runs" / "test" / "bench.json").read_text())
+    assert code == 0 and b"bench sampled prompt ar:" in out, err
+    assert found["settings"]["MAX_NEW_TOKENS"] == 3
+    assert found["script_sha256"] == section.sha256_file(SCRIPT)
+    monkeypatch.setattr(section, "__file__", str(tmp_path / "train_gpt.py"))
+    code, _, err = command(GENERATE_BENCH=1, ARTIFACT=path)
+    assert code == 2 and "bench.py is missing; copy the whole folder" in err
+
+
+def test_the_bench_measures_both_ways_in_turn(bench, tmp_path, monkeypatch):
     path, order, write_ = saved(tmp_path, "artifact"), [], section.Generator.write
     monkeypatch.setattr(
         section.Generator,
         "write",
         lambda self, n: order.append(bool(self.heads)) or write_(self, n),
     )
-    code, out, err = command(GENERATE_BENCH=1, ARTIFACT=path, MAX_NEW_TOKENS=12, BENCH_REPEATS=2)
-    assert (
-        code == 0
-        and order == [False, True] * (1 + 2 * 4 * 2)
-        and "bench greedy prose ar:" in out.decode()
-    ), err
+    code, out, found = bench(ARTIFACT=path, MAX_NEW_TOKENS=12, BENCH_REPEATS=2)
+    assert code == 0 and order == [False, True] * (1 + 2 * 4 * 2) and "bench greedy prose ar:" in out, out
     folder = tmp_path / "runs" / "test"
-    found = json.loads((folder / "bench.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert "bench sampled random ar:" in (folder / "log.txt").read_text()
     assert found["summary"].keys() == {"greedy", "sampled"}
     assert found["summary"]["greedy"]["mismatches"] == found["summary"]["greedy"]["near_ties"] == 0
@@ -723,29 +868,28 @@ def test_the_bench_measures_both_ways_in_turn(command, tmp_path, monkeypatch):
     rows = {row[0]: row for row in reports.generation(folder / "bench.json")["rows"]}
     told = [f"**{result['ratio']:.2f}**", f"{result['speculation']['bytes_per_pass']:.2f}"]
     assert rows["prose, greedy"][3:5] == told
-    kinds = section.read_prompts(section.Hyperparameters({}))
+    kinds = timing.read_prompts("")
     assert all(len(text) == 256 for text in kinds.values())
     assert kinds["prose"].isascii()
     assert b"assert " in kinds["code"]
 
 
-def test_the_bench_takes_folders_and_json_and_tells_a_wrong_text(command, tmp_path, monkeypatch):
+def test_the_bench_takes_folders_and_json_and_tells_a_wrong_text(bench, tmp_path, monkeypatch):
     path, folder = saved(tmp_path, "artifact", VOCAB_SIZE=256), tmp_path / "prompts"
     (folder / "inner").mkdir(parents=True)
     for name in ("one", "two"):
         (folder / f"{name}.txt").write_text(name)
     (tmp_path / "prompts.json").write_text('{"three": "3 3 3 3"}')
     (tmp_path / "odd.json").write_text("[1, 2")
-    settings = {"GENERATE_BENCH": 1, "ARTIFACT": path, "MAX_NEW_TOKENS": 6, "BENCH_REPEATS": 1}
+    settings = {"ARTIFACT": path, "MAX_NEW_TOKENS": 6, "BENCH_REPEATS": 1}
     for where, names in (
         (folder, {"one", "two"}),
         (tmp_path / "prompts.json", {"three"}),
         (tmp_path / "odd.json", {"odd"}),
         ("x", {"prompt"}),
     ):
-        assert command(GENERATE=where, **settings)[0] == 0
-        report = json.loads((tmp_path / "runs" / "test" / "bench.json").read_text())
-        assert report["greedy"].keys() == report["sampled"].keys() == names
+        code, _, report = bench(GENERATE=where, **settings)
+        assert code == 0 and report["greedy"].keys() == report["sampled"].keys() == names
     walk = section.Generator.walk
 
     def wrong(self, place, logits):
@@ -753,10 +897,9 @@ def test_the_bench_takes_folders_and_json_and_tells_a_wrong_text(command, tmp_pa
         self.text = self.text[:-1] + "~" * (self.heads is not None) + self.text[-1] * (self.heads is None)
         return path
     monkeypatch.setattr(section.Generator, "walk", wrong)
-    assert command(GENERATE=folder, **settings)[0] == 1
-    report = json.loads((tmp_path / "runs" / "test" / "bench.json").read_text())
-    assert report["summary"]["greedy"]["mismatches"] == 2 and report["greedy"]["one"]["near_ties"] == 0
-    monkeypatch.setattr(section, "NEAR_TIE", math.inf)
-    assert command(GENERATE=folder, **settings)[0] == 0
-    report = json.loads((tmp_path / "runs" / "test" / "bench.json").read_text())
-    assert report["summary"]["greedy"]["near_ties"] == 2
+    code, _, report = bench(GENERATE=folder, **settings)
+    assert code == 1 and report["summary"]["greedy"]["mismatches"] == 2
+    assert report["greedy"]["one"]["near_ties"] == 0
+    monkeypatch.setattr(timing, "NEAR_TIE", math.inf)
+    code, _, report = bench(GENERATE=folder, **settings)
+    assert code == 0 and report["summary"]["greedy"]["near_ties"] == 2

@@ -7,10 +7,12 @@ The folder: config.json, generation_config.json, model.safetensors (fp32, no pic
 of hf_modeling_sgjm.py, which needs only torch and transformers) and a README.md. It is read by
 `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`. From a checkpoint the averaged weights
 are written, as an artifact holds them. Drafter, judge and verifier are left out: plain generation does not
-use them. Where transformers is installed, the folder is loaded again and its logits are compared with the
-script's (1e-4 at most).
+use them. Where transformers is installed, the folder is loaded again and asked to do what its users will: its
+logits are compared with the script's (1e-4 at most), and 64 ids are generated with a cache and without one:
+both have to be what the script's own decoder writes. Tried with transformers 4.57.6, 5.22.2, 5.23.0 and
+5.24.0; the last line names the version at hand.
 
-The folder appears whole or not at all. Exit code 0; 1 if the logits differ; 2 misuse.
+The folder appears whole or not at all. Exit code 0; 1 if logits or texts differ; 2 misuse.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from family import FINDINGS, FINE, Misuse, command, load_script
 
 SCRIPT = Path(__file__).with_name("train_gpt.py")
 TEMPLATE, CODE = SCRIPT.with_name("hf_modeling_sgjm.py"), "modeling_sgjm"
-AGREE = 1e-4
+AGREE = 1e-4  # logits: between those of the folder and the script's
+WRITTEN, PROMPT = 64, "the "  # ids that the check generates, and after what
 
 
 def config_of(model) -> dict:
@@ -80,8 +83,8 @@ def weights_of(model) -> dict:
     return found
 
 
-def write(model, source: Path, folder: Path) -> None:
-    """The folder's files."""
+def write(model, source: Path, folder: Path, title: str) -> None:
+    """The folder's files; `title` is the name that it will have."""
     from safetensors.torch import save_file
 
     config, weights = config_of(model), weights_of(model)
@@ -95,7 +98,7 @@ def write(model, source: Path, folder: Path) -> None:
         line.removeprefix("    ") for line in TEMPLATE.read_text().split("\n\n")[1].splitlines()
     )
     text = (
-        f"# {folder.name}\n\n"
+        f"# {title}\n\n"
         f"A causal model of bytes, {count:,} parameters: the backbone of an SGJM model, from "
         f"`{source.name}`.\n\n"
         f"```python\n{usage}\n```\n\n"
@@ -104,18 +107,48 @@ def write(model, source: Path, folder: Path) -> None:
     (folder / "README.md").write_text(text)
 
 
-def largest_difference(model, folder: Path) -> float:
-    """Between the logits of the script's model and of the folder, read afresh, on two rows of a window each.
-    """
+def largest_difference(model, other) -> float:
+    """Between the logits of the script's model and of the folder's, on two rows of a window each."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    other = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     generator = torch.Generator().manual_seed(0)
     vocab_size, shape = model.args.vocab_size, (2, model.args.eval_seq_len)
     ids = torch.randint(vocab_size - 256, vocab_size, shape, generator=generator)
     with torch.no_grad():
         return float((model.head(model.hidden(ids, model.rotary_eval)) - other(ids).logits).abs().max())
+
+
+def wrong_texts(script, model, other) -> dict[str, int]:
+    """{how the folder's model generated: the first id that is not the script's}, nothing where all are.
+
+    Greedily, so that an id says what all before it have left behind; ids nearer to each other than rounding
+    may fall either way, and end the comparison.
+    """
+    prompt = other.encode(PROMPT)
+    writer = script.Generator(model, prompt[0].tolist(), 0, False, 0.0)
+    room = model.args.eval_seq_len - prompt.size(1)
+    wanted = list(map(ord, writer.write(min(WRITTEN, room))))
+
+    sure = [writer.gaps[prompt.size(1) + i] > AGREE for i in range(len(wanted))]
+    sure = sure.index(False) if False in sure else len(wanted)
+    options = {"max_new_tokens": len(wanted), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    found = {}
+    for name, cached in (("with a cache", True), ("without a cache", False)):
+        made = other.generate(prompt, use_cache=cached, **options)[0, prompt.size(1) :].tolist()
+        apart = [i for i in range(sure) if made[i] != wanted[i]]
+        found |= {name: apart[0]} if apart else {}
+    return found
+
+
+def checked(script, model, folder: Path) -> dict:
+    """What the folder's model does, read afresh: `difference` of logits, `wrong_texts`, the `transformers`
+    that ran it.
+    """
+    import transformers
+
+    other = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    return {"difference": largest_difference(model, other), "wrong_texts": wrong_texts(script, model, other),
+            "transformers": transformers.__version__}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,23 +178,27 @@ def main(argv: list[str] | None = None) -> int:
     working = options.folder.parent / f".{options.folder.name}.{os.getpid()}.partial"
     working.mkdir(parents=True)
     try:
-        write(model, options.model, working)
+        write(model, options.model, working, options.folder.resolve().name)
         if options.folder.exists():
             shutil.rmtree(options.folder)
         working.rename(options.folder)
     finally:
         shutil.rmtree(working, ignore_errors=True)
 
-    difference, told = None, "not checked, transformers is not installed"
+    found = {"difference": None, "wrong_texts": {}, "transformers": None}
+    told = "not checked, transformers is not installed"
     if importlib.util.find_spec("transformers"):
-        difference = largest_difference(model, options.folder)
-        told = f"logits differ by {difference:.1e} at most"
+        found = checked(script, model, options.folder)
+        texts = ", ".join(f"{how} id {i + 1} is wrong" for how, i in found["wrong_texts"].items())
+        told = (f"with transformers {found['transformers']} logits differ by {found['difference']:.1e} at "
+                f"most, texts: {texts or 'the same with a cache and without'}")
     count = sum(p.numel() for p in weights_of(model).values())
     if options.json:
-        print(json.dumps({"folder": str(options.folder), "parameters": count, "difference": difference}))
+        print(json.dumps({"folder": str(options.folder), "parameters": count, **found}))
     else:
         print(f"{options.folder}: {count:,} parameters, {told}")
-    return FINE if difference is None or difference < AGREE else FINDINGS
+    fine = not found["wrong_texts"] and (found["difference"] or 0.0) < AGREE
+    return FINE if fine else FINDINGS
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).eval()
     print(model.decode(model.generate(model.encode("def main("), max_new_tokens=64)[0]))
 
-SGJM's export_hf.py writes this file into the folder; it needs only torch and transformers. Ids are bytes + 4,
+SGJM's export_hf.py writes this file into the folder; it needs only torch and transformers (tried: 4.57.6,
+5.22.2, 5.23.0 and 5.24.0, which hands the cache on under another name than those before). Ids are bytes + 4,
 after PAD 0, BOS 1, EOS 2, UNK 3 (only bytes with a vocabulary of 256). Every text begins with BOS.
 
 A batch of prompts of different lengths is padded on the left and comes with its attention_mask: a padded row
@@ -22,6 +23,11 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 SPECIAL_IDS = 4  # PAD, BOS, EOS, UNK
+
+# What a forward hands on was called `past_key_values` up to transformers 5.23, and is `cache` from 5.24 on.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+# Arguments that `forward` may get beside its own: places that the cache knows anyway, and what must be off.
+UNREAD, MUST_BE_OFF = {"cache_position"}, {"output_attentions", "output_hidden_states"}
 
 
 class SGJMConfig(PretrainedConfig):
@@ -82,6 +88,7 @@ class SGJMCache:
     """
 
     is_compileable = is_sliding = False
+    is_linear = (False,)  # generation cuts off what `get_seq_length` says is known
 
     def __init__(self, layers: int):
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
@@ -263,6 +270,7 @@ class SGJMForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = SGJMConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = False
+    accepts_loss_kwargs = False  # a loss is the mean of its own batch; a Trainer that accumulates scales it
     _no_split_modules = ["SGJMBlock", "SGJMMambaBlock"]
     _supports_sdpa = True
 
@@ -360,27 +368,32 @@ class SGJMForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: SGJMCache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
         """input_ids (B, T) -> logits (B, T, V), or of the last `logits_to_keep` positions.
 
         With labels (B, T) also the mean cross-entropy of each id after its prefix, in nats (-100 is left
-        out).
+        out). `cache` and `past_key_values` are two names of one thing.
 
         Raises:
+            TypeError: an argument that this model does not know; left unread it could change the text.
             ValueError: more positions than were trained, a mask that does not fit, padding that cannot be
-            handled.
+            handled, one cache under each name.
         """
+        harmless = UNREAD | {name for name in MUST_BE_OFF if not kwargs.get(name)}
+        if unknown := sorted(kwargs.keys() - harmless):
+            raise TypeError(f"forward() does not know {', '.join(unknown)}")
+        if cache is not None and past_key_values is not None and cache is not past_key_values:
+            raise ValueError("cache and past_key_values differ: they are one thing under two names")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids or inputs_embeds, one of them, is needed")
         x = self.tok_emb(input_ids) if inputs_embeds is None else inputs_embeds
         rows, length = x.shape[:2]
         keeps = use_cache if use_cache is not None else not self.training
-        past = past_key_values
+        past = past_key_values if cache is None else cache
         if past is not None and not isinstance(past, SGJMCache):
-            raise ValueError(
-                f"past_key_values is a {type(past).__name__}: this model makes its own, a SGJMCache"
-            )
+            raise ValueError(f"the cache is a {type(past).__name__}: this model makes its own, a SGJMCache")
         if past is None and keeps:
             past = SGJMCache(len(self.blocks))
 
@@ -423,5 +436,5 @@ class SGJMForCausalLM(PreTrainedModel, GenerationMixin):
             full = logits if logits.size(1) == length else F.linear(x, self.tok_emb.weight).float()
             targets = labels[:, 1:].flatten().to(full.device)
             loss = F.cross_entropy(full[:, :-1].flatten(0, 1), targets, ignore_index=-100)
-        found = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past if keeps else None)
+        found = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: past if keeps else None})
         return found if return_dict is None or return_dict else found.to_tuple()

@@ -65,9 +65,11 @@ def gate(path: Path) -> dict:
     for kind in ("published", "honest"):
         for each in found[kind]["conditions"]:
             failed = f"fail ({each['why']})" if each["why"] else "fail"
+            ends = each["interval"] or [None]
             rows.append([
                 f"{kind}: `{each['name']}`",
                 "-" if each["value"] is None else f"{each['value']:.4f}",
+                "" if None in ends else "{:.4f} to {:.4f}".format(*ends),
                 each["wanted"],
                 "pass" if each["passed"] else failed,
             ])
@@ -81,7 +83,7 @@ def gate(path: Path) -> dict:
         f"SGJM: {sizes[0]}; baseline: {sizes[1]}; data `{found['dataset']['name']}`; "
         f"{merge['merged_pairs']:,} merged pairs of {merge['pairs']:,}."
     )
-    header = ["condition", "value", "wanted", "verdict"]
+    header = ["condition", "value", "95 % interval", "wanted", "verdict"]
     return {"header": header, "rows": rows, "note": note, "script_sha256": found["script_sha256"]}
 
 

@@ -24,9 +24,11 @@ There are no n-gram tables, chunk JEPA, U-Net skips, document masks and test-tim
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import ctypes
 import difflib
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -36,6 +38,7 @@ import lzma
 import math
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -127,11 +130,14 @@ SIZES = {
     "smoke": (64, 2, 2, 128, 64, 2, 1, 32, 2, 64, 64, 64, 3, 1, 64, 32, 128),
     "25m": (384, 10, 6, 1536, 512, 4, 2, 192, 4, 768, 512, 256, 11, 1, 64, 256, 4096),
     "100m": (768, 9, 12, 3072, 1024, 4, 2, 384, 6, 1536, 1024, 512, 10, 1, 64, 512, 2048),
-    "250m": (1024, 14, 16, 4096, 1024, 4, 2, 512, 8, 2048, 2048, 1024, 18, 1, 64, 512, 2048),
-    "1b": (2048, 20, 16, 8192, 4096, 2, 3, 768, 12, 3072, 4096, 2048, 26, 1, 64, 2048, 2048),
-    "25m-hybrid": (384, 10, 6, 1536, 512, 4, 2, 192, 4, 768, 512, 256, 11, 8, 64, 256, 4096),
-    "250m-hybrid": (1024, 14, 16, 4096, 1024, 4, 2, 512, 8, 2048, 2048, 1024, 18, 8, 128, 512, 2048),
+    "250m": (1024, 14, 16, 4096, 1024, 4, 2, 512, 8, 2048, 2048, 1024, 15, 1, 64, 512, 2048),
+    "1b": (2048, 20, 16, 8192, 4096, 2, 3, 768, 12, 3072, 4096, 2048, 21, 1, 64, 2048, 2048),
+    "25m-hybrid": (384, 10, 6, 1536, 512, 4, 2, 192, 4, 768, 512, 256, 12, 8, 64, 256, 4096),
+    "250m-hybrid": (1024, 14, 16, 4096, 1024, 4, 2, 512, 8, 2048, 2048, 1024, 16, 8, 128, 512, 2048),
 }
+# Baselines have as many parameters as SGJM, to 2 % (published: up to 25 % more).
+BASELINE_FF = {"250m-hybrid": 2816}  # FF_DIM, where layers alone do not reach that
+BEYOND = "100m", "250m", "1b", "250m-hybrid"  # no contest has room for these
 ROW_GROUP = 4  # rows that lend each other negatives, where the batch divides by it
 
 CHECKS: list = []  # each section adds those of its features: a record keeps both or neither
@@ -229,7 +235,7 @@ class Hyperparameters:
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
     gptq_batches = Var(4, "training batches for these", 1)
     compressor = Var("auto", "auto: rans if it is installed", choices=("auto", "rans", "lzma"))
-    artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit", 0)
+    artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit, as from 100m on", 0)
 
     _evaluation = "Evaluation"
     eval_seq_len = Var(0, "window length; 0 = TRAIN_SEQ_LEN", 0, ship="eval")
@@ -243,7 +249,7 @@ class Hyperparameters:
     eval_gate = Var(False, "judge SGJM against BASELINE: gate.json, exit code 0 or 1")
     sgjm = Var("", "a checkpoint, or an artifact with heads")
     baseline = Var("", "the same of ARCH=baseline, with as many parameters and steps")
-    gate_bench = Var("", "bench.json of GENERATE_BENCH; empty = no speed-up is known")
+    gate_bench = Var("", "bench.json of GENERATE_BENCH; empty: no speed-up is known")
     gate_batches = Var(32, "batches of TRAIN_BATCH_TOKENS that it looks at", 1)
     gate_radius = Var(6, "bits of 64 in which signatures of merged states may differ", 0, 64)
 
@@ -259,7 +265,7 @@ class Hyperparameters:
     draft_branches = Var(4, "blocks that the heads draft", 1, 64)
     draft_budget = Var(16, "drafted bytes a pass; a hybrid reads a chain of them", 1, 63)
     draft_byte_cost = Var(0.1, "time of a byte more in a pass / of a plain step", 0)
-    draft_cost = Var(0.0, "time of a draft / of a pass; 0 = measured: texts may differ", 0)
+    draft_cost = Var(0.0, "work of a draft / of a pass; 0 = by weights read", 0)
     keep_top_k = Var(4, "drafts read in a pass", 1)
     judge_weight = Var(1.0, "of the judge's error where drafts are ranked", 0)
     merge_radius = Var(4, "bits of 64 in which drafts may differ of which one is read", 0, 64)
@@ -323,7 +329,11 @@ class Hyperparameters:
             setattr(self, name, value)
         # of SIZE, where 0 is left
         for name, number in zip(SIZED, SIZES[self.size]):
+            if name == "ff_dim" and self.arch == "baseline":
+                number = BASELINE_FF.get(self.size, number)
             setattr(self, name, getattr(self, name) or number)
+        if self.size in BEYOND and not environ.get("ARTIFACT_BUDGET_BYTES"):
+            self.artifact_budget_bytes = 0
         rows = max(1, self.train_batch_tokens // self.train_seq_len)
         self.row_group = math.gcd(rows, ROW_GROUP)
         if not environ.get("TRAIN_BATCH_TOKENS"):
@@ -407,13 +417,16 @@ class Hyperparameters:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes to a temporary name and renames: a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; the old file is whole") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def tune_allocator() -> None:
@@ -449,6 +462,7 @@ piece.compiled = False
 def check_launch(args: Hyperparameters) -> None:
     forbid(args.rank >= args.world_size, args, "rank world_size", "let torchrun set both")
     forbid(args.resume == "auto" and not args.run_id, args, "resume run_id", "set RUN_ID")
+    forbid(args.artifact and args.trains, args, "artifact", "set EVAL_ONLY=1 to score it")
 
 
 class Runtime:
@@ -578,17 +592,30 @@ class Log:
     """Console on rank 0, `log.txt` and `metrics.jsonl` in the run's folder."""
 
     def __init__(self, folder: Path | None):
-        self.folder = folder
-        if folder is not None:
+        self.folder, self.warned = folder, False
+        if folder is None:
+            return
+        try:
             folder.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(folder / "log.txt", os.O_RDWR | os.O_CREAT)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while the process lives
+        except BlockingIOError:
+            raise UserError(f"RUN_ID={folder.name}: another process runs it") from None
+        except OSError as error:
+            raise UserError(f"RUNS_PATH={folder.parent}: {folder}: {error.strerror}") from None
 
     def __call__(self, text: str, console: bool = True, name: str = "log.txt") -> None:
         if self.folder is None:
             return
         if console:
             print(text, flush=True)
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:  # training can go on without
+            if not self.warned:
+                print(f"warning: {self.folder / name}: {error.strerror}", file=sys.stderr)
+            self.warned = True
 
     def metrics(self, **values) -> None:
         self(json.dumps(values), False, "metrics.jsonl")
@@ -682,49 +709,20 @@ def check_rung(rung: str, args: Hyperparameters, runtime: Runtime) -> None:
     torch.testing.assert_close(out.float(), wanted.float(), atol=3e-2, rtol=1e-5)
 
 
-def attention_seconds(rung: str, args: Hyperparameters, runtime: Runtime) -> float:
-    """Seconds of one layer's attention, both ways, in training on a GPU."""
-    rows = max(1, min(args.device_batch_tokens, args.train_batch_tokens) // args.train_seq_len)
-    dim, like = args.model_dim // args.num_heads, {"device": runtime.device, "dtype": runtime.dtype}
-    shape = rows, args.train_seq_len, args.num_heads, dim
-    q, k, v = (torch.randn(shape, **like).requires_grad_() for _ in range(3))
-    attend = attention_of(rung)
-    if runtime.compile:  # which also shows that it fits in a graph
-        attend = torch.compile(attend, dynamic=False, fullgraph=True)
-
-    def both_ways() -> None:
-        out = attend(q, k, v)
-        torch.autograd.grad(out, (q, k, v), out)
-
-    return Timer("both_ways()", globals=locals()).timeit(5).mean  # waits for the GPU
-
-
 def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
-    """From ATTENTION down the first rung that agrees with `math`; with `auto` on GPUs the fastest.
-    On CPUs no clock decides: bits depend on it.
-    All ranks look, rank 0 chooses."""
+    """From ATTENTION down the first rung that runs here and agrees with `math`, by rank 0."""
     rungs = [*FLASH, *ATTENTION]
     first = 0 if args.attention == "auto" else rungs.index(args.attention)
     gpu, bf16 = runtime.device.type == "cuda", runtime.dtype == torch.bfloat16
     unfit = {"cpu"} if gpu else {*FLASH}
-    timed = gpu and args.attention == "auto"
-    seconds: dict[str, float] = {}
     for rung in rungs[first:]:
         if rung in unfit or not bf16 and rung in (*FLASH, "cpu"):
             continue
-        if seconds and (not timed or rung == "math"):
-            break
         with contextlib.suppress(Exception):  # no package, a card that it refuses, no memory
             check_rung(rung, args, runtime)
-            seconds[rung] = attention_seconds(rung, args, runtime) if timed else 0.0
-
-    if not seconds:
-        raise UserError(f"ATTENTION={args.attention}: no rung from there on runs here; use auto")
-    if timed:
-        table = ", ".join(f"{rung} {1e3 * taken:.2f} ms" for rung, taken in seconds.items())
-        runtime.notes.append(f"attention: a layer, both ways: {table}")
-    choice, = runtime.from_main([rungs.index(min(seconds, key=seconds.get))])
-    return rungs[int(choice)]
+            choice, = runtime.from_main([rungs.index(rung)])
+            return rungs[int(choice)]
+    raise UserError(f"ATTENTION={args.attention}: no rung from there on runs here; use auto")
 
 
 # -----------------------------------------------------------------------------
@@ -773,13 +771,13 @@ class Dataset:
 
     def __init__(self, args: Hyperparameters, verify: bool):
         self.path = Path(args.data_path)
-        if not self.path.is_dir():
-            raise UserError(f"DATA_PATH={self.path} is no folder: data/prepare.py makes one")
-        self.train_files = sorted(self.path.glob("*_train_*.bin"))
-        self.val_files = sorted(self.path.glob("*_val_*.bin"))
+        self.train_files = self._shards("train", args)
+        self.val_files = self._shards("val", args)
         if not self.val_files or not (self.train_files or args.eval_only):
-            missing = "_train_" if self.val_files else "_val_"
-            raise UserError(f"DATA_PATH={self.path} has no *{missing}*.bin: see data/prepare.py")
+            files = "*_train_*.bin" if self.val_files else "*_val_*.bin"
+            below = next(self.path.glob(f"**/{files}"), None)
+            hint = f"did you mean {below.parent}?" if below else "see data/prepare.py"
+            raise UserError(f"DATA_PATH={self.path} has no {files}: {hint}")
         # training shards stay on disk, the validation text is read whole
         self.vocab_size = SHARD_VOCAB
         self.only_bytes = args.vocab_size < SHARD_VOCAB
@@ -799,6 +797,17 @@ class Dataset:
             return open_shard(path, self.vocab_size, checked)
         ids = open_shard(path, self.vocab_size)
         return ids[ids >= BYTE_OFFSET] - BYTE_OFFSET
+
+    def _shards(self, split: str, args: Hyperparameters) -> list[Path]:
+        """The files of a split, SOURCE_split_NUMBER.bin, by number."""
+        files = sorted(self.path.glob(f"*_{split}_*.bin"))
+        names = [re.fullmatch(rf"(.+)_{split}_(\d+)\.bin", path.name) for path in files]
+        for path, name in zip(files, names):
+            if not name or name[1] != names[0][1]:
+                raise UserError(f"{path}: a copy, a sidecar, or another source's")
+        if files and int(names[-1][2]) - int(names[0][2]) != len(files) - 1:
+            args.warnings.append(f"{files[0]} to {files[-1].name}: a number is missing")
+        return files
 
     def _read_manifest(self) -> dict:
         path = self.path / "manifest.json"
@@ -2076,7 +2085,9 @@ def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> 
 
     name = "rans" if constriction and args.compressor != "lzma" else "lzma"
     payload = COMPRESSORS[name][0](raw, planes(entries))
-    header = {"config": args.shipped(), "tensors": entries, "compressor": name}
+    title, digest = __doc__.partition(":")[0], sha256_file(Path(__file__))
+    header = {"config": args.shipped(), "tensors": entries, "compressor": name,
+              "script": f"{title}, script {digest[:8]}"}
     header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little")
     body += header + payload
@@ -2131,7 +2142,8 @@ def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hy
     """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's)."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
-        raise UserError(f"{path}: its config lacks {missing[0]}")
+        maker = header.get("script", "another script")
+        raise UserError(f"{path}: made by {maker}: its config lacks {missing[0]}")
     return Hyperparameters(environ, header["config"])
 
 
@@ -2364,12 +2376,18 @@ def check_gate(args: Hyperparameters) -> None:
     forbid(several, args, "eval_gate world_size", "one process judges")
 
 
-def judge() -> int:
-    """Starts the gate, gate.py beside this script, with the same variables -> its exit code."""
-    tool = Path(__file__).with_name("gate.py")
+@check
+def check_bench(args: Hyperparameters) -> None:
+    several = args.generate_bench and args.world_size > 1
+    forbid(several, args, "generate_bench world_size", "one process measures")
+
+
+def run_beside(name: str) -> int:
+    """Starts a tool beside this script, with the same variables -> its exit code."""
+    tool = Path(__file__).with_name(name)
     if not tool.exists():
-        raise UserError(f"EVAL_GATE=1: {tool} is missing; copy the whole folder")
-    return subprocess.run([sys.executable, str(tool)]).returncode
+        raise UserError(f"{tool} is missing; copy the whole folder")
+    return subprocess.run([sys.executable, str(tool), Path(__file__).name]).returncode
 
 
 # -----------------------------------------------------------------------------
@@ -2411,8 +2429,6 @@ class Stream:
 
 
 stream = Stream  # the name that every script of the family gives it
-
-NEAR_TIE = 1e-4  # logits closer than this are ordered by the rounding of a pass's shape
 
 
 class Draft:
@@ -2584,6 +2600,17 @@ def chosen(p: np.ndarray, offers: list[tuple], rng: np.random.Generator) -> int:
     return int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))
 
 
+def drafting_cost(model: GPT) -> float:
+    """What a draft by the heads reads / what a pass reads, in weights. A clock would make a text
+    depend on what else the machine does."""
+    sums = dict.fromkeys(("drafter", "judge", "verifier", "backbone"), 0)
+    for name, p in dict(model.named_parameters()).items():
+        first, second, *_ = name.split(".")
+        sums[second if first == "aux" else "backbone"] += math.prod(p.shape)
+    draft = model.args.block_size * sums["drafter"] + sums["judge"] + sums["verifier"]
+    return draft / sums["backbone"]
+
+
 class Generator:
     """Goes on from a text. A pass of the backbone reads its last id and drafts after it; those that
     it would have written itself join the text, and then the id that it predicts: the heads draft
@@ -2594,7 +2621,7 @@ class Generator:
     drawing when the text reaches that prefix, be it some passes later. (Forgetting what was not read
     would favour what the graph prefers.) An id is read if its chance, by how drafts of its kind
     fared of late, is DRAFT_BYTE_COST or more; the heads draft only in one pass of 64 while what they
-    win of late does not pay for their time."""
+    win of late does not pay for their work. All of it is counted, nothing timed: one SEED, one text."""
 
     def __init__(self, model: GPT, ids: list[int], seed: int, speculate: bool, temperature: float):
         args = model.args
@@ -2610,25 +2637,28 @@ class Generator:
 
         by_heads = speculate and args.drafter != "suffix" and args.block_size > 1
         self.heads = model.aux if by_heads else None
-        self.suffix = speculate and (args.drafter != "heads" or self.heads is None)
+        self.suffix = speculate and args.drafter != "heads"
         self.rates = {("heads", i): (i + 0.5) / 8 for i in range(8)}
         self.rates |= {("suffix", i): 1 - 0.5 / (i + 1) for i in range(8)}
         self.worth = 1.0  # ids that a draft by the heads wins
-        self.cost = args.draft_cost or 0.25  # its time
-        self.seconds, self.drafting, self.reading = 0.0, 0.0, 0.0
+        self.cost = args.draft_cost or (drafting_cost(model) if by_heads and model.aux else 0.0)
+        self.seconds, self.drafting, self.reading = 0.0, 0.0, 0.0  # for reports only
         self.read, self.taken = np.zeros((2, args.draft_budget + 1), np.int64)  # by depth of drafts
         self.gaps: dict[int, float] = {}  # at temperature 0: {place: best logit - the second}
 
     @torch.no_grad()
-    def write(self, count: int) -> str:
-        """`count` ids more. The clock stands while the prompt is read."""
+    def grow(self, count: int):
+        """Yields `count` ids more, pass by pass. The clock stands while the prompt is read."""
         stop = len(self.text) + count
         self.catch_up()
-        began = time.perf_counter()
-        while len(self.text) < stop:
-            self.step(stop - len(self.text))
-        self.seconds += time.perf_counter() - began
-        return self.text[-count:]
+        while (length := len(self.text)) < stop:
+            began = time.perf_counter()
+            self.step(stop - length)
+            self.seconds += time.perf_counter() - began
+            yield self.text[length:]
+
+    def write(self, count: int) -> str:
+        return "".join(self.grow(count))
 
     def states(self, ids: list[int], tree: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(n, D) of ids that follow the cache, which takes them up."""
@@ -2655,10 +2685,8 @@ class Generator:
         self.graph.settle(self.text)
         self.state = x[path[-1:]]
 
-        drafting, reading = drafted - began, time.perf_counter() - drafted
-        self.drafting, self.reading = self.drafting + drafting, self.reading + reading
-        if self.tried and not self.args.draft_cost:
-            self.cost += 0.2 * (min(drafting / reading, 4.0) - self.cost)
+        self.drafting += drafted - began
+        self.reading += time.perf_counter() - drafted
         self.read[: 1 + max(place.depth for place in read)] += 1
         self.taken[: len(path)] += 1
 
@@ -2765,141 +2793,81 @@ class Generator:
         return path
 
 
-def looping(text: str) -> float:
-    """Share of a text that repeats the text some ids before, for twice as many, at least 8."""
-    ids = np.array(list(map(ord, text)))
-    found = np.zeros(len(text), bool)
-    for period in range(1, len(ids) // 3 + 1):
-        same = (ids[period:] == ids[:-period]).astype(int)
-        edges = np.flatnonzero(np.diff(np.pad(same, 1)))
-        for start, stop in zip(edges[::2], edges[1::2]):
-            if stop - start >= max(2 * period, 8):
-                found[start : stop + period] = True
-    return float(found.mean())
+# Of control codes, which a terminal would obey, all but tab and line feed.
+CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\ufffd")
 
 
-def summed_up(writers: list[Generator], prompt: list[int], count: int) -> dict:
-    """Medians and means of runs that wrote `count` ids each after a prompt."""
-    read = sum(writer.read for writer in writers).tolist()
-    taken = sum(writer.taken for writer in writers).tolist()
-    seconds = sum(writer.seconds for writer in writers)
-    made = [writer.text[len(prompt) :] for writer in writers]
-    speeds = [count / writer.seconds for writer in writers]
-    return {
-        "bytes_per_second": float(np.median(speeds)),
-        "bytes_per_pass": len(writers) * count / read[0],
-        "acceptance": [a / n for a, n in zip(taken[1:], read[1:]) if n],  # by depth, where read
-        "drafting": sum(writer.drafting for writer in writers) / seconds,
-        "verification": sum(writer.reading for writer in writers) / seconds,
-        "looping": float(np.mean([looping(text) for text in made])),
-        "drafts": {state: sum(writer.graph.counts[state] for writer in writers)
-                   for state in SpeculationGraph.AFTER},
-    }
+def screen(special: int):
+    """A function that writes ids to stdout: a pipe gets their bytes as they are settled, a terminal
+    whole characters and no control codes."""
+    decoder = None
+    if sys.stdout.isatty():
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def show(ids: str, last: bool = False) -> None:
+        data = bytes(ord(i) - special for i in ids if ord(i) >= special)
+        if decoder is not None:
+            data = decoder.decode(data, last).translate(CONTROLS).encode()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    return show
 
 
-def measured(model: GPT, prompt: list[int], temperature: float) -> dict:
-    """Plain and speculative decoding of a prompt in turn, BENCH_REPEATS times each."""
-    args, runs = model.args, {"ar": [], "speculation": []}
-    for repeat in range(args.bench_repeats):
-        for name, writers in runs.items():
-            seed, speculate = args.seed + repeat, name != "ar"
-            writers.append(Generator(model, prompt, seed, speculate, temperature))
-            writers[-1].write(args.max_new_tokens)
-    report = {name: summed_up(writers, prompt, args.max_new_tokens)
-              for name, writers in runs.items()}
-    report["ratio"] = report["speculation"]["bytes_per_second"] / report["ar"]["bytes_per_second"]
-    if temperature == 0:  # where the texts part, if they do
-        parted = [(a, len(os.path.commonprefix((a.text, b.text)))) for a, b in zip(*runs.values())]
-        gaps = [a.gaps[place] for a, place in parted if place < len(a.text)]
-        report["near_ties"] = sum(gap < NEAR_TIE for gap in gaps)
-        report["mismatches"] = len(gaps) - report["near_ties"]
-    return report
+def read_prompt(args: Hyperparameters) -> list[int]:
+    """The ids of GENERATE, a text or its file."""
+    special, text = args.vocab_size - 256, os.fsencode(args.generate)
+    with contextlib.suppress(OSError, ValueError):  # a text is no path
+        text = Path(args.generate).read_bytes()
+    prompt = [BOS_ID] * (special > 0) + [byte + special for byte in text]
+    if not prompt or os.path.isdir(args.generate):
+        raise UserError(f"GENERATE={args.generate}: a text or a file that is not empty is needed")
+    return prompt
 
 
-def own_prompts() -> dict[str, bytes]:
-    """Four kinds of text, 256 bytes each, that every machine has."""
-    code = Path(difflib.__file__).read_bytes()
-    prose = " ".join(difflib.SequenceMatcher.__doc__.split())
-    rows = [b"  row %d: yes, no, yes\n" % (i % 3) for i in range(12)]
-    noise = np.random.default_rng(0).integers(0, 256, 256, np.uint8)
-    found = {"prose": prose.encode(), "code": code[code.index(b"def _plain_replace") :],
-             "repetitive": b"".join(rows), "random": noise.tobytes()}
-    return {name: text[:256] for name, text in found.items()}
+def check_heads_of(model: GPT, path: str) -> None:
+    """Says where drafts will not come from the heads; refuses, where they were asked for."""
+    args = model.args
+    missing = "no heads in it" if model.aux is None else ""
+    if args.block_size == 1:
+        missing = "BLOCK_SIZE=1 drafts nothing: its byte is settled already"
+    if missing and args.speculate and args.drafter == "heads":
+        raise UserError(f"DRAFTER=heads: {path}: {missing}; DRAFTER=suffix, or SPECULATE=0")
+    if missing and args.speculate and args.drafter == "both":
+        print(f"{path}: {missing}, drafts only by prompt lookup", file=sys.stderr)
 
 
-def read_prompts(args: Hyperparameters) -> dict[str, bytes]:
-    """{name: prompt} of GENERATE: a text, a file, a folder, JSON; else `own_prompts`."""
-    if not args.generate:
-        return own_prompts()
-    path, found = Path(args.generate), {"prompt": os.fsencode(args.generate)}
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # no such path, no such JSON
-        files = [path] if path.is_file() else filter(Path.is_file, sorted(path.iterdir()))
-        found = {file.stem: file.read_bytes() for file in files}
-        if path.suffix == ".json":
-            texts = json.loads(found[path.stem])
-            found = {name: text.encode() for name, text in texts.items()}
-    return found
-
-
-def generate(args: Hyperparameters, runtime: Runtime, folder: Path) -> int:
-    """Writes what follows GENERATE to stdout, and numbers to stderr; one rank of several does.
-    With GENERATE_BENCH it writes bench.json into `folder`."""
+def generate(args: Hyperparameters, runtime: Runtime) -> int:
+    """Writes what follows GENERATE to stdout as it is settled, and numbers to stderr; one rank of
+    several does. Ctrl-C keeps what is there and ends with exit code 130."""
     if not runtime.main:
         return 0
+    prompt, special = read_prompt(args), args.vocab_size - 256
     model = open_model(args.artifact, runtime.device, args)
-    special = args.vocab_size - 256
-    start = [BOS_ID] if special else []
-    texts = read_prompts(args)
-    prompts = {name: [*start, *(byte + special for byte in text)] for name, text in texts.items()}
-    too_many = len(prompts) > 1 and not args.generate_bench
-    if not prompts or too_many or not all(prompts.values()):
-        raise UserError(f"GENERATE={args.generate}: {len(prompts)} prompts, or an empty one")
-    if model.aux is None and args.speculate and args.drafter != "suffix":
-        print(f"{args.artifact}: no heads in it, drafts only by prompt lookup", file=sys.stderr)
-    if args.generate_bench:
-        return bench(model, prompts, runtime, Log(folder))
-
-    prompt, = prompts.values()
+    check_heads_of(model, args.artifact)
     writer = Generator(model, prompt, args.seed, args.speculate, args.temperature)
-    made = list(map(ord, writer.write(args.max_new_tokens)))
-    passes = int(writer.read[0])
-    text = bytes(i - special for i in made if i >= special)
-    shown = text.decode(errors="replace").encode() if sys.stdout.isatty() else text
-    sys.stdout.buffer.write(shown)
-    states = " ".join(f"{state}:{count}" for state, count in writer.graph.counts.items())
-    print(f"\nbytes:{len(text)} passes:{passes} bytes_per_pass:{len(made) / passes:.2f} "
-          f"bytes_per_second:{len(made) / writer.seconds:.1f} {states}", file=sys.stderr)
-    return 0
+    show, stopped = screen(special), []
 
+    def stop(number: int, _) -> None:  # after this pass; a second Ctrl-C does not wait for it
+        stopped.append(number)
+        signal.signal(number, signal.default_int_handler)
 
-def bench(model: GPT, prompts: dict[str, list[int]], runtime: Runtime, log: Log) -> int:
-    """bench.json: prompts greedy and at temperature 1; exit code 1 if drafts change a text."""
-    args, found, summary = model.args, {}, {}
-    for speculate in (False, True):  # outside the clock
-        Generator(model, next(iter(prompts.values())), 0, speculate, 0.0).write(8)
-    for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        found[kind] = {name: measured(model, prompt, temperature)
-                       for name, prompt in prompts.items()}
-        for name, result in found[kind].items():
-            plain, ours = result["ar"], result["speculation"]
-            log(f"bench {kind} {name} ar:{plain['bytes_per_second']:.1f} "
-                f"speculation:{ours['bytes_per_second']:.1f} bytes/s "
-                f"ratio:{result['ratio']:.2f} bytes_per_pass:{ours['bytes_per_pass']:.2f}")
-        ratios = [result["ratio"] for result in found[kind].values()]
-        summary[kind] = {"ratio": math.prod(ratios) ** (1 / len(ratios))}
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        for ids in writer.grow(args.max_new_tokens):
+            show(ids)
+            if stopped:
+                break
+        show("", last=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    signal.signal(signal.SIGINT, before)
 
-    for key in ("near_ties", "mismatches"):
-        summary["greedy"][key] = sum(result[key] for result in found["greedy"].values())
-    log(f"bench {json.dumps(summary)}")
-    report = {
-        "summary": summary, **found, "settings": args.settings(),
-        "device": runtime.device_name(), "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype), "torch": torch.__version__, "heads": model.aux is not None,
-        "artifact_sha256": sha256_file(Path(args.artifact)),
-        "script_sha256": sha256_file(Path(__file__)),
-    }
-    write_atomic(log.folder / "bench.json", json.dumps(report, indent=1, allow_nan=False).encode())
-    return int(summary["greedy"]["mismatches"] > 0)
+    made, passes = writer.text[len(prompt) :], max(int(writer.read[0]), 1)
+    count, seconds = sum(ord(i) >= special for i in made), max(writer.seconds, 1e-9)
+    states = " ".join(f"{state}:{number}" for state, number in writer.graph.counts.items())
+    print(f"\nbytes:{count} passes:{passes} bytes_per_pass:{len(made) / passes:.2f} "
+          f"bytes_per_second:{len(made) / seconds:.1f} {states}", file=sys.stderr)
+    return 128 + stopped[0] if stopped else 0
 
 
 # -----------------------------------------------------------------------------
@@ -2918,7 +2886,7 @@ def run_folder(args: Hyperparameters) -> Path:
 class Trainer:
     """All that a checkpoint holds, and one step of training."""
 
-    CHECKPOINTED = ("step", "seconds", "best", "loader_state")
+    CHECKPOINTED = ("step", "seconds", "best", "loader_state", "text")
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
         self.args, self.data, self.runtime, self.log = args, data, runtime, log
@@ -2928,7 +2896,7 @@ class Trainer:
         self.model.init_weights(args.seed)
         self.model.to(runtime.device)
 
-        self.loader_state = None
+        self.loader_state, self.text = None, data and data.fingerprint()["sha256"]
         self.signal = 0
         self.step, self.seconds, self.best = 0, 0.0, math.inf  # resumed runs included
         self.slowest = 0.0  # seconds of the slowest step, slowly forgotten
@@ -3183,11 +3151,18 @@ class Trainer:
             blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
             write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
 
+    def _check_resumed(self, path: Path, meta: dict) -> None:
+        """Refuses another model or text."""
+        args, before = self.args, meta["config"]
+        for key, value in args.shipped().items():
+            if (other := before.get(key)) != value:
+                raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+        if meta.setdefault("text", self.text) != self.text:
+            raise UserError(f"RESUME={path}: made with other text than {args.data_path}")
+
     def restore(self, path: Path) -> None:
         meta, state = read_checkpoint(path, "RESUME")
-        for key, value in self.args.shipped().items():
-            if (other := meta["config"].get(key)) != value:
-                raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+        self._check_resumed(path, meta)
         # weights and average
         with torch.no_grad():
             for (key, p), average in zip(self.model.named_parameters(), self.ema.average):
@@ -3227,9 +3202,10 @@ def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: d
 def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
     """Trains from the start or a checkpoint; a signal leaves one behind and raises Stopped."""
     args = trainer.args
-    last = run_folder(args) / "last.safetensors"
-    if args.resume and (args.resume != "auto" or last.exists()):
-        trainer.restore(last if args.resume == "auto" else Path(args.resume))
+    last, final = (run_folder(args) / f"{name}.safetensors" for name in ("last", "final"))
+    newest = final if final.exists() else last  # a run that was stopped while it packed
+    if args.resume and (args.resume != "auto" or newest.exists()):
+        trainer.restore(newest if args.resume == "auto" else Path(args.resume))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: setattr(trainer, "signal", received))
     try:
@@ -3274,8 +3250,8 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
     run_until_done(trainer, evaluator)
     # score the weights as they are, then their average
     with runtime.clock("validation"):
-        trainer.log_validation(evaluator.report("final_raw", trainer.model))
         trainer.save("final")
+        trainer.log_validation(evaluator.report("final_raw", trainer.model))
     trainer.ema.apply()
     with runtime.clock("validation"):
         evaluator.report("final_ema", trainer.model)
@@ -3330,6 +3306,25 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
     return 3 if broken else 0
 
 
+def check_plan(args: Hyperparameters, log: Log) -> None:
+    """Refuses to train what cannot fit: of code and artifact it knows about how many bytes they will
+    take by the entropy of rounded Gaussians (`quantise`); trained weights take a little less."""
+    bits, code = 0.0, len(Path(__file__).read_bytes())
+    with torch.device("meta"):
+        exported = GPT(args).exported()
+    for name, p in exported.items():
+        width, _ = quant_plan(name, p.shape, args)
+        top = 2 ** (width - 1) - 1 if width else 0
+        spread = top / args.k_by_class[tensor_class(name)]
+        each = max(math.log2(spread) + 2.05, 0.0) if width else 16
+        bits += math.prod(p.shape) * each
+
+    planned = code + int(bits / 8)
+    log(f"planned_bytes:{planned} code:{code} budget:{args.artifact_budget_bytes}")
+    forbid(0 < args.artifact_budget_bytes < 0.9 * planned, args, "artifact_budget_bytes",
+           f"code and artifact would take about {planned:,} bytes; 0 = no limit")
+
+
 def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(Hyperparameters.help())
@@ -3340,17 +3335,17 @@ def main() -> int:
             raise UserError(f"{sys.argv[1]!r}: settings are environment variables, see --help")
         args = Hyperparameters(os.environ)
         me = f"rank {args.rank}: " if args.world_size > 1 else ""
-        if args.eval_gate:
-            return judge()
-        if args.eval_only or args.generate or args.generate_bench:
+        if args.eval_gate or args.generate_bench:
+            return run_beside("gate.py" if args.eval_gate else "bench.py")
+        if args.eval_only or args.generate:
             args = settings_of(args.artifact, os.environ)
         runtime = Runtime(args)
         # from here on all ranks write to one folder
         started, = runtime.from_main([time.time()])
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
         args.run_id = args.run_id or f"{stamp}-seed{args.seed}"
-        if args.generate or args.generate_bench:
-            return generate(args, runtime, run_folder(args))
+        if args.generate:
+            return generate(args, runtime)
         runtime.attention = pick_attention(args, runtime)
         data = Dataset(args, verify=runtime.main)
         log = Log(run_folder(args) if runtime.main else None)
@@ -3361,6 +3356,7 @@ def main() -> int:
 
         summary = {"artifact": args.artifact, "dataset": fingerprint}
         if not args.eval_only:
+            check_plan(args, log)
             summary |= train(args, data, runtime, log, evaluator)
         score_artifact(summary["artifact"], args, runtime, evaluator)
         return finish(args, runtime, log, evaluator, summary) if runtime.main else 0
@@ -3375,6 +3371,8 @@ def main() -> int:
         return 1
     except Stopped as stopped:
         return 128 + stopped.args[0]
+    except KeyboardInterrupt:  # training and generation have handled theirs
+        return 128 + signal.SIGINT
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -19,6 +19,7 @@ mlx, numpy and safetensors, and uses constriction and tqdm if they are installed
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import difflib
 import functools
@@ -114,11 +115,14 @@ SIZES = {
     "smoke": (64, 2, 2, 128, 64, 2, 1, 32, 2, 64, 64, 64, 3, 1, 64, 32, 128),
     "25m": (384, 10, 6, 1536, 512, 4, 2, 192, 4, 768, 512, 256, 11, 1, 64, 256, 4096),
     "100m": (768, 9, 12, 3072, 1024, 4, 2, 384, 6, 1536, 1024, 512, 10, 1, 64, 512, 2048),
-    "250m": (1024, 14, 16, 4096, 1024, 4, 2, 512, 8, 2048, 2048, 1024, 18, 1, 64, 512, 2048),
-    "1b": (2048, 20, 16, 8192, 4096, 2, 3, 768, 12, 3072, 4096, 2048, 26, 1, 64, 2048, 2048),
-    "25m-hybrid": (384, 10, 6, 1536, 512, 4, 2, 192, 4, 768, 512, 256, 11, 8, 64, 256, 4096),
-    "250m-hybrid": (1024, 14, 16, 4096, 1024, 4, 2, 512, 8, 2048, 2048, 1024, 18, 8, 128, 512, 2048),
+    "250m": (1024, 14, 16, 4096, 1024, 4, 2, 512, 8, 2048, 2048, 1024, 15, 1, 64, 512, 2048),
+    "1b": (2048, 20, 16, 8192, 4096, 2, 3, 768, 12, 3072, 4096, 2048, 21, 1, 64, 2048, 2048),
+    "25m-hybrid": (384, 10, 6, 1536, 512, 4, 2, 192, 4, 768, 512, 256, 12, 8, 64, 256, 4096),
+    "250m-hybrid": (1024, 14, 16, 4096, 1024, 4, 2, 512, 8, 2048, 2048, 1024, 16, 8, 128, 512, 2048),
 }
+# Baselines have as many parameters as SGJM, to 2 % (published: up to 25 % more).
+BASELINE_FF = {"250m-hybrid": 2816}  # FF_DIM, where layers alone do not reach that
+BEYOND = "100m", "250m", "1b", "250m-hybrid"  # no contest has room for these
 ROW_GROUP = 4  # rows that lend each other negatives, where the batch divides by it
 
 CHECKS: list = []  # each section adds those of its features: a record keeps both or neither
@@ -216,7 +220,7 @@ class Hyperparameters:
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
     gptq_batches = Var(4, "training batches for these", 1)
     compressor = Var("auto", "auto: rans if it is installed", choices=("auto", "rans", "lzma"))
-    artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit", 0)
+    artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit, as from 100m on", 0)
 
     _evaluation = "Evaluation"
     eval_seq_len = Var(0, "window length; 0 = TRAIN_SEQ_LEN", 0, ship="eval")
@@ -240,7 +244,7 @@ class Hyperparameters:
     draft_branches = Var(4, "blocks that the heads draft", 1, 64)
     draft_budget = Var(16, "drafted bytes a pass; a hybrid reads a chain of them", 1, 63)
     draft_byte_cost = Var(0.1, "time of a byte more in a pass / of a plain step", 0)
-    draft_cost = Var(0.0, "time of a draft / of a pass; 0 = measured: texts may differ", 0)
+    draft_cost = Var(0.0, "work of a draft / of a pass; 0 = by weights read", 0)
     keep_top_k = Var(4, "drafts read in a pass", 1)
     judge_weight = Var(1.0, "of the judge's error where drafts are ranked", 0)
     merge_radius = Var(4, "bits of 64 in which drafts may differ of which one is read", 0, 64)
@@ -301,7 +305,11 @@ class Hyperparameters:
             setattr(self, name, value)
         # of SIZE, where 0 is left
         for name, number in zip(SIZED, SIZES[self.size]):
+            if name == "ff_dim" and self.arch == "baseline":
+                number = BASELINE_FF.get(self.size, number)
             setattr(self, name, getattr(self, name) or number)
+        if self.size in BEYOND and not environ.get("ARTIFACT_BUDGET_BYTES"):
+            self.artifact_budget_bytes = 0
         rows = max(1, self.train_batch_tokens // self.train_seq_len)
         self.row_group = math.gcd(rows, ROW_GROUP)
         if not environ.get("TRAIN_BATCH_TOKENS"):
@@ -818,7 +826,7 @@ class Loader:
         self.data, self.args, self.plan, self.rank = data, args, plan, rank
         self.length = args.train_seq_len
         self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
-        self.order = functools.lru_cache(2)(self.order)  # a shard's serves many steps
+        self.order = functools.lru_cache(2)(self.order)  # serves many steps
         if (most := max(map(len, data.train_shards))) <= self.length:
             raise UserError(f"TRAIN_SEQ_LEN={self.length}: no training shard has over {most} ids")
 
@@ -2023,7 +2031,9 @@ def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> 
 
     name = "rans" if constriction and args.compressor != "lzma" else "lzma"
     payload = COMPRESSORS[name][0](raw, planes(entries))
-    header = {"config": args.shipped(), "tensors": entries, "compressor": name}
+    title, digest = __doc__.partition(":")[0], sha256_file(Path(__file__))
+    header = {"config": args.shipped(), "tensors": entries, "compressor": name,
+              "script": f"{title}, script {digest[:8]}"}
     header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = ARTIFACT_VERSION.to_bytes(2, "little") + len(header).to_bytes(4, "little")
     body += header + payload
@@ -2078,7 +2088,8 @@ def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hy
     """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's)."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
-        raise UserError(f"{path}: its config lacks {missing[0]}")
+        maker = header.get("script", "another script")
+        raise UserError(f"{path}: made by {maker}: its config lacks {missing[0]}")
     return Hyperparameters(environ, header["config"])
 
 
@@ -2291,6 +2302,20 @@ class Evaluator:
         return result
 
 
+@check
+def check_bench(args: Hyperparameters) -> None:
+    several = args.generate_bench and args.world_size > 1
+    forbid(several, args, "generate_bench world_size", "one process measures")
+
+
+def run_beside(name: str) -> int:
+    """Starts a tool beside this script, with the same variables -> its exit code."""
+    tool = Path(__file__).with_name(name)
+    if not tool.exists():
+        raise UserError(f"{tool} is missing; copy the whole folder")
+    return subprocess.run([sys.executable, str(tool), Path(__file__).name]).returncode
+
+
 # -----------------------------------------------------------------------------
 # GENERATION
 # -----------------------------------------------------------------------------
@@ -2329,8 +2354,6 @@ class Stream:
 
 
 stream = Stream  # the name that every script of the family gives it
-
-NEAR_TIE = 1e-4  # logits closer than this are ordered by the rounding of a pass's shape
 
 
 class Draft:
@@ -2502,6 +2525,17 @@ def chosen(p: np.ndarray, offers: list[tuple], rng: np.random.Generator) -> int:
     return int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))
 
 
+def drafting_cost(model: GPT) -> float:
+    """What a draft by the heads reads / what a pass reads, in weights. A clock would make a text
+    depend on what else the machine does."""
+    sums = dict.fromkeys(("drafter", "judge", "verifier", "backbone"), 0)
+    for name, p in dict(model.named_parameters()).items():
+        first, second, *_ = name.split(".")
+        sums[second if first == "aux" else "backbone"] += math.prod(p.shape)
+    draft = model.args.block_size * sums["drafter"] + sums["judge"] + sums["verifier"]
+    return draft / sums["backbone"]
+
+
 class Generator:
     """Goes on from a text. A pass of the backbone reads its last id and drafts after it; those that
     the backbone would have written itself join the text, and after them the id that it predicts: the
@@ -2513,7 +2547,7 @@ class Generator:
     drawing when the text reaches that prefix, be it some passes later. (Forgetting what was not read
     would favour what the graph prefers.) An id is read if its chance, by how drafts of its kind
     fared of late, is DRAFT_BYTE_COST or more; the heads draft only in one pass of 64 while what they
-    win of late does not pay for their time."""
+    win of late does not pay for their work. All of it is counted, nothing timed: one SEED, one text."""
 
     def __init__(self, model: GPT, ids: list[int], seed: int, speculate: bool, temperature: float):
         args = model.args
@@ -2528,24 +2562,27 @@ class Generator:
 
         by_heads = speculate and args.drafter != "suffix" and args.block_size > 1
         self.heads = model.aux if by_heads else None
-        self.suffix = speculate and (args.drafter != "heads" or self.heads is None)
+        self.suffix = speculate and args.drafter != "heads"
         self.rates = {("heads", i): (i + 0.5) / 8 for i in range(8)}
         self.rates |= {("suffix", i): 1 - 0.5 / (i + 1) for i in range(8)}
         self.worth = 1.0  # ids that a draft by the heads wins
-        self.cost = args.draft_cost or 0.25  # its time
-        self.seconds, self.drafting, self.reading = 0.0, 0.0, 0.0
+        self.cost = args.draft_cost or (drafting_cost(model) if by_heads and model.aux else 0.0)
+        self.seconds, self.drafting, self.reading = 0.0, 0.0, 0.0  # for reports only
         self.read, self.taken = np.zeros((2, args.draft_budget + 1), np.int64)  # by depth of drafts
         self.gaps: dict[int, float] = {}  # at temperature 0: {place: best logit - the second}
 
-    def write(self, count: int) -> str:
-        """`count` ids more. The clock stands while the prompt is read."""
+    def grow(self, count: int):
+        """Yields `count` ids more, pass by pass. The clock stands while the prompt is read."""
         stop = len(self.text) + count
         self.catch_up()
-        began = time.perf_counter()
-        while len(self.text) < stop:
-            self.step(stop - len(self.text))
-        self.seconds += time.perf_counter() - began
-        return self.text[-count:]
+        while (length := len(self.text)) < stop:
+            began = time.perf_counter()
+            self.step(stop - length)
+            self.seconds += time.perf_counter() - began
+            yield self.text[length:]
+
+    def write(self, count: int) -> str:
+        return "".join(self.grow(count))
 
     def states(self, ids: list[int], tree: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(n, D) of ids that follow the cache, which takes them up."""
@@ -2572,10 +2609,8 @@ class Generator:
         self.graph.settle(self.text)
         self.state = x[path[-1] : path[-1] + 1]
 
-        drafting, reading = drafted - began, time.perf_counter() - drafted
-        self.drafting, self.reading = self.drafting + drafting, self.reading + reading
-        if self.tried and not self.args.draft_cost:
-            self.cost += 0.2 * (min(drafting / reading, 4.0) - self.cost)
+        self.drafting += drafted - began
+        self.reading += time.perf_counter() - drafted
         self.read[: 1 + max(place.depth for place in read)] += 1
         self.taken[: len(path)] += 1
 
@@ -2685,141 +2720,81 @@ class Generator:
         return path
 
 
-def looping(text: str) -> float:
-    """Share of a text that repeats the text some ids before, for twice as many, at least 8."""
-    ids = np.array(list(map(ord, text)))
-    found = np.zeros(len(text), bool)
-    for period in range(1, len(ids) // 3 + 1):
-        same = (ids[period:] == ids[:-period]).astype(int)
-        edges = np.flatnonzero(np.diff(np.pad(same, 1)))
-        for start, stop in zip(edges[::2], edges[1::2]):
-            if stop - start >= max(2 * period, 8):
-                found[start : stop + period] = True
-    return float(found.mean())
+# Of control codes, which a terminal would obey, all but tab and line feed.
+CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\ufffd")
 
 
-def summed_up(writers: list[Generator], prompt: list[int], count: int) -> dict:
-    """Medians and means of runs that wrote `count` ids each after a prompt."""
-    read = sum(writer.read for writer in writers).tolist()
-    taken = sum(writer.taken for writer in writers).tolist()
-    seconds = sum(writer.seconds for writer in writers)
-    made = [writer.text[len(prompt) :] for writer in writers]
-    speeds = [count / writer.seconds for writer in writers]
-    return {
-        "bytes_per_second": float(np.median(speeds)),
-        "bytes_per_pass": len(writers) * count / read[0],
-        "acceptance": [a / n for a, n in zip(taken[1:], read[1:]) if n],  # by depth, where read
-        "drafting": sum(writer.drafting for writer in writers) / seconds,
-        "verification": sum(writer.reading for writer in writers) / seconds,
-        "looping": float(np.mean([looping(text) for text in made])),
-        "drafts": {state: sum(writer.graph.counts[state] for writer in writers)
-                   for state in SpeculationGraph.AFTER},
-    }
+def screen(special: int):
+    """A function that writes ids to stdout: a pipe gets their bytes as they are settled, a terminal
+    whole characters and no control codes."""
+    decoder = None
+    if sys.stdout.isatty():
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def show(ids: str, last: bool = False) -> None:
+        data = bytes(ord(i) - special for i in ids if ord(i) >= special)
+        if decoder is not None:
+            data = decoder.decode(data, last).translate(CONTROLS).encode()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    return show
 
 
-def measured(model: GPT, prompt: list[int], temperature: float) -> dict:
-    """Plain and speculative decoding of a prompt in turn, BENCH_REPEATS times each."""
-    args, runs = model.args, {"ar": [], "speculation": []}
-    for repeat in range(args.bench_repeats):
-        for name, writers in runs.items():
-            seed, speculate = args.seed + repeat, name != "ar"
-            writers.append(Generator(model, prompt, seed, speculate, temperature))
-            writers[-1].write(args.max_new_tokens)
-    report = {name: summed_up(writers, prompt, args.max_new_tokens)
-              for name, writers in runs.items()}
-    report["ratio"] = report["speculation"]["bytes_per_second"] / report["ar"]["bytes_per_second"]
-    if temperature == 0:  # where the texts part, if they do
-        parted = [(a, len(os.path.commonprefix((a.text, b.text)))) for a, b in zip(*runs.values())]
-        gaps = [a.gaps[place] for a, place in parted if place < len(a.text)]
-        report["near_ties"] = sum(gap < NEAR_TIE for gap in gaps)
-        report["mismatches"] = len(gaps) - report["near_ties"]
-    return report
+def read_prompt(args: Hyperparameters) -> list[int]:
+    """The ids of GENERATE, a text or its file."""
+    special, text = args.vocab_size - 256, os.fsencode(args.generate)
+    with contextlib.suppress(OSError, ValueError):  # a text is no path
+        text = Path(args.generate).read_bytes()
+    prompt = [BOS_ID] * (special > 0) + [byte + special for byte in text]
+    if not prompt or os.path.isdir(args.generate):
+        raise UserError(f"GENERATE={args.generate}: a text or a file that is not empty is needed")
+    return prompt
 
 
-def own_prompts() -> dict[str, bytes]:
-    """Four kinds of text, 256 bytes each, that every machine has."""
-    code = Path(difflib.__file__).read_bytes()
-    prose = " ".join(difflib.SequenceMatcher.__doc__.split())
-    rows = [b"  row %d: yes, no, yes\n" % (i % 3) for i in range(12)]
-    noise = np.random.default_rng(0).integers(0, 256, 256, np.uint8)
-    found = {"prose": prose.encode(), "code": code[code.index(b"def _plain_replace") :],
-             "repetitive": b"".join(rows), "random": noise.tobytes()}
-    return {name: text[:256] for name, text in found.items()}
+def check_heads_of(model: GPT, path: str) -> None:
+    """Says where drafts will not come from the heads; refuses, where they were asked for."""
+    args = model.args
+    missing = "no heads in it" if model.aux is None else ""
+    if args.block_size == 1:
+        missing = "BLOCK_SIZE=1 drafts nothing: its byte is settled already"
+    if missing and args.speculate and args.drafter == "heads":
+        raise UserError(f"DRAFTER=heads: {path}: {missing}; DRAFTER=suffix, or SPECULATE=0")
+    if missing and args.speculate and args.drafter == "both":
+        print(f"{path}: {missing}, drafts only by prompt lookup", file=sys.stderr)
 
 
-def read_prompts(args: Hyperparameters) -> dict[str, bytes]:
-    """{name: prompt} of GENERATE: a text, a file, a folder, JSON; else `own_prompts`."""
-    if not args.generate:
-        return own_prompts()
-    path, found = Path(args.generate), {"prompt": os.fsencode(args.generate)}
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # no such path, no such JSON
-        files = [path] if path.is_file() else filter(Path.is_file, sorted(path.iterdir()))
-        found = {file.stem: file.read_bytes() for file in files}
-        if path.suffix == ".json":
-            texts = json.loads(found[path.stem])
-            found = {name: text.encode() for name, text in texts.items()}
-    return found
-
-
-def generate(args: Hyperparameters, runtime: Runtime, folder: Path) -> int:
-    """Writes what follows GENERATE to stdout, and numbers to stderr; one rank of several does.
-    With GENERATE_BENCH it writes bench.json into `folder`."""
+def generate(args: Hyperparameters, runtime: Runtime) -> int:
+    """Writes what follows GENERATE to stdout as it is settled, and numbers to stderr; one rank of
+    several does. Ctrl-C keeps what is there and ends with exit code 130."""
     if not runtime.main:
         return 0
+    prompt, special = read_prompt(args), args.vocab_size - 256
     model = open_model(args.artifact, runtime.device, args)
-    special = args.vocab_size - 256
-    start = [BOS_ID] if special else []
-    texts = read_prompts(args)
-    prompts = {name: [*start, *(byte + special for byte in text)] for name, text in texts.items()}
-    too_many = len(prompts) > 1 and not args.generate_bench
-    if not prompts or too_many or not all(prompts.values()):
-        raise UserError(f"GENERATE={args.generate}: {len(prompts)} prompts, or an empty one")
-    if model.aux is None and args.speculate and args.drafter != "suffix":
-        print(f"{args.artifact}: no heads in it, drafts only by prompt lookup", file=sys.stderr)
-    if args.generate_bench:
-        return bench(model, prompts, runtime, Log(folder))
-
-    prompt, = prompts.values()
+    check_heads_of(model, args.artifact)
     writer = Generator(model, prompt, args.seed, args.speculate, args.temperature)
-    made = list(map(ord, writer.write(args.max_new_tokens)))
-    passes = int(writer.read[0])
-    text = bytes(i - special for i in made if i >= special)
-    shown = text.decode(errors="replace").encode() if sys.stdout.isatty() else text
-    sys.stdout.buffer.write(shown)
-    states = " ".join(f"{state}:{count}" for state, count in writer.graph.counts.items())
-    print(f"\nbytes:{len(text)} passes:{passes} bytes_per_pass:{len(made) / passes:.2f} "
-          f"bytes_per_second:{len(made) / writer.seconds:.1f} {states}", file=sys.stderr)
-    return 0
+    show, stopped = screen(special), []
 
+    def stop(number: int, _) -> None:  # after this pass; a second Ctrl-C does not wait for it
+        stopped.append(number)
+        signal.signal(number, signal.default_int_handler)
 
-def bench(model: GPT, prompts: dict[str, list[int]], runtime: Runtime, log: Log) -> int:
-    """bench.json: each prompt greedy and at temperature 1; exit code 1 if drafts change a text."""
-    args, found, summary = model.args, {}, {}
-    for speculate in (False, True):  # outside the clock
-        Generator(model, next(iter(prompts.values())), 0, speculate, 0.0).write(8)
-    for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        found[kind] = {name: measured(model, prompt, temperature)
-                       for name, prompt in prompts.items()}
-        for name, result in found[kind].items():
-            plain, ours = result["ar"], result["speculation"]
-            log(f"bench {kind} {name} ar:{plain['bytes_per_second']:.1f} "
-                f"speculation:{ours['bytes_per_second']:.1f} bytes/s "
-                f"ratio:{result['ratio']:.2f} bytes_per_pass:{ours['bytes_per_pass']:.2f}")
-        ratios = [result["ratio"] for result in found[kind].values()]
-        summary[kind] = {"ratio": math.prod(ratios) ** (1 / len(ratios))}
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        for ids in writer.grow(args.max_new_tokens):
+            show(ids)
+            if stopped:
+                break
+        show("", last=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    signal.signal(signal.SIGINT, before)
 
-    for key in ("near_ties", "mismatches"):
-        summary["greedy"][key] = sum(result[key] for result in found["greedy"].values())
-    log(f"bench {json.dumps(summary)}")
-    report = {
-        "summary": summary, **found, "settings": args.settings(),
-        "device": runtime.device_name(), "dtype": str(model.dtype), "mlx": mx.__version__,
-        "heads": model.aux is not None,
-        "artifact_sha256": sha256_file(Path(args.artifact)),
-        "script_sha256": sha256_file(Path(__file__)),
-    }
-    write_atomic(log.folder / "bench.json", json.dumps(report, indent=1, allow_nan=False).encode())
-    return int(summary["greedy"]["mismatches"] > 0)
+    made, passes = writer.text[len(prompt) :], max(int(writer.read[0]), 1)
+    count, seconds = sum(ord(i) >= special for i in made), max(writer.seconds, 1e-9)
+    states = " ".join(f"{state}:{number}" for state, number in writer.graph.counts.items())
+    print(f"\nbytes:{count} passes:{passes} bytes_per_pass:{len(made) / passes:.2f} "
+          f"bytes_per_second:{len(made) / seconds:.1f} {states}", file=sys.stderr)
+    return 128 + stopped[0] if stopped else 0
 
 
 # -----------------------------------------------------------------------------
@@ -3207,6 +3182,9 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
     sizes, code = size_plan(trainer.model, args), len(Path(__file__).read_bytes())
     log(f"size_plan:{sum(sizes.values())} + code:{code} of {args.artifact_budget_bytes} bytes: "
         + " ".join(f"{kind}:{size}" for kind, size in sizes.items()))
+    planned = sum(sizes.values()) + code
+    forbid(0 < args.artifact_budget_bytes < 0.9 * planned, args, "artifact_budget_bytes",
+           f"code and artifact would take about {planned:,} bytes; 0 = no limit")
     # compile off the clock, then train
     with runtime.clock("warm-up"):
         trainer.warm_up()
@@ -3275,15 +3253,17 @@ def main() -> int:
         if sys.argv[1:]:
             raise UserError(f"{sys.argv[1]!r}: settings are environment variables, see --help")
         args = Hyperparameters(os.environ)
-        if args.eval_only or args.generate or args.generate_bench:
+        if args.generate_bench:
+            return run_beside("bench.py")
+        if args.eval_only or args.generate:
             args = settings_of(args.artifact, os.environ)
         runtime = Runtime(args)
         # from here on all ranks write to one folder
         started, = runtime.from_main([time.time()])
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
         args.run_id = args.run_id or f"{stamp}-seed{args.seed}"
-        if args.generate or args.generate_bench:
-            return generate(args, runtime, run_folder(args))
+        if args.generate:
+            return generate(args, runtime)
         runtime.attention = pick_attention(args, runtime.dtype)
         data = Dataset(args, verify=runtime.main)
         log = Log(run_folder(args) if runtime.main else None)
@@ -3304,6 +3284,8 @@ def main() -> int:
         return 2
     except Stopped as stopped:
         return 128 + stopped.args[0]
+    except KeyboardInterrupt:  # training and generation have handled theirs
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":
