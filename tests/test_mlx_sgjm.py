@@ -174,12 +174,13 @@ def test_one_bench_measures_both_scripts(mlx, tmp_path, monkeypatch):
     timing, found = load_script(RECORD / "bench.py"), []
     assert section.drafting_cost(trainers[0].model) == mlx.drafting_cost(trainers[1].model)
     for script in (section, mlx):
+        name = script.__name__  # a process keeps the folder of a run to its end
         given = {"ARTIFACT": tmp_path / "a/final.safetensors", "MAX_NEW_TOKENS": 20, "BENCH_REPEATS": 1,
-                 "RUNS_PATH": tmp_path, "RUN_ID": "bench", "GENERATE": "so it goes, and so it goes"}
+                 "RUNS_PATH": tmp_path, "RUN_ID": name, "GENERATE": "so it goes, and so it goes"}
         monkeypatch.setattr(timing, "beside", lambda name, script=script: script)
         monkeypatch.setattr(timing.os, "environ", {name: str(value) for name, value in given.items()})
         assert timing.main(["of this name"]) == 0
-        found.append(json.loads((tmp_path / "bench/bench.json").read_text()))
+        found.append(json.loads((tmp_path / name / "bench.json").read_text()))
     ours, theirs = (report["greedy"]["prompt"]["speculation"] for report in found)
     assert ours["bytes_per_pass"] == theirs["bytes_per_pass"] and ours["looping"] == theirs["looping"]
     assert found[0]["torch"] and found[1]["mlx"] and found[0]["script_sha256"] != found[1]["script_sha256"]
@@ -325,7 +326,9 @@ def test_a_run_resumes_and_its_files_are_torchs_too(mlx, inside, corpus, tmp_pat
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
-    whole, again = start(), start(RESUME="auto")
+    whole = start()
+    (tmp_path / "twin" / "final.safetensors").unlink()  # else there is nothing left to train
+    again = start(RESUME="auto")
     assert losses(whole)[-1] < losses(whole)[0] - 0.3
     assert re.search(r"^step:6/6 .* drafter_loss:\S+ .* verifier_acc:\S+ .* draft_unknown:\S+$", whole, re.M)
     assert "step:4 train_time" in again and scores(again) == scores(whole)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import difflib
+import fcntl
 import functools
 import hashlib
 import json
@@ -29,6 +30,7 @@ import lzma
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -394,13 +396,16 @@ class Hyperparameters:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes to a temporary name and renames: a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; the old file is whole") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def pick_device(name: str) -> mx.Device:
@@ -414,6 +419,13 @@ def pick_device(name: str) -> mx.Device:
         seen = ", ".join(seen)
         raise UserError(f"DEVICE={name} is not there: mlx {mx.__version__} sees {seen}")
     return mx.Device(getattr(mx, name))
+
+
+@check
+def check_launch(args: Hyperparameters) -> None:
+    nameless = args.resume == "auto" and not args.run_id
+    forbid(nameless, args, "resume run_id", "set RUN_ID")
+    forbid(args.artifact and args.trains, args, "artifact", "set EVAL_ONLY=1 to score it")
 
 
 class Runtime:
@@ -562,17 +574,30 @@ class Log:
     """Console on rank 0, `log.txt` and `metrics.jsonl` in the run's folder."""
 
     def __init__(self, folder: Path | None):
-        self.folder = folder
-        if folder is not None:
+        self.folder, self.warned = folder, False
+        if folder is None:
+            return
+        try:
             folder.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(folder / "log.txt", os.O_RDWR | os.O_CREAT)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while the process lives
+        except BlockingIOError:
+            raise UserError(f"RUN_ID={folder.name}: another process runs it") from None
+        except OSError as error:
+            raise UserError(f"RUNS_PATH={folder.parent}: {folder}: {error.strerror}") from None
 
     def __call__(self, text: str, console: bool = True, name: str = "log.txt") -> None:
         if self.folder is None:
             return
         if console:
             print(text, flush=True)
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:  # training can go on without
+            if not self.warned:
+                print(f"warning: {self.folder / name}: {error.strerror}", file=sys.stderr)
+            self.warned = True
 
     def metrics(self, **values) -> None:
         self(json.dumps(values), False, "metrics.jsonl")
@@ -692,13 +717,13 @@ class Dataset:
 
     def __init__(self, args: Hyperparameters, verify: bool):
         self.path = Path(args.data_path)
-        if not self.path.is_dir():
-            raise UserError(f"DATA_PATH={self.path} is no folder: data/prepare.py makes one")
-        self.train_files = sorted(self.path.glob("*_train_*.bin"))
-        self.val_files = sorted(self.path.glob("*_val_*.bin"))
+        self.train_files = self._shards("train", args)
+        self.val_files = self._shards("val", args)
         if not self.val_files or not (self.train_files or args.eval_only):
-            missing = "_train_" if self.val_files else "_val_"
-            raise UserError(f"DATA_PATH={self.path} has no *{missing}*.bin: see data/prepare.py")
+            files = "*_train_*.bin" if self.val_files else "*_val_*.bin"
+            below = next(self.path.glob(f"**/{files}"), None)
+            hint = f"did you mean {below.parent}?" if below else "see data/prepare.py"
+            raise UserError(f"DATA_PATH={self.path} has no {files}: {hint}")
         # training shards stay on disk, the validation text is read whole
         self.vocab_size = SHARD_VOCAB
         self.only_bytes = args.vocab_size < SHARD_VOCAB
@@ -718,6 +743,17 @@ class Dataset:
             return open_shard(path, self.vocab_size, checked)
         ids = open_shard(path, self.vocab_size)
         return ids[ids >= BYTE_OFFSET] - BYTE_OFFSET
+
+    def _shards(self, split: str, args: Hyperparameters) -> list[Path]:
+        """The files of a split, SOURCE_split_NUMBER.bin, by number."""
+        files = sorted(self.path.glob(f"*_{split}_*.bin"))
+        names = [re.fullmatch(rf"(.+)_{split}_(\d+)\.bin", path.name) for path in files]
+        for path, name in zip(files, names):
+            if not name or name[1] != names[0][1]:
+                raise UserError(f"{path}: a copy, a sidecar, or another source's")
+        if files and int(names[-1][2]) - int(names[0][2]) != len(files) - 1:
+            args.warnings.append(f"{files[0]} to {files[-1].name}: a number is missing")
+        return files
 
     def _read_manifest(self) -> dict:
         path = self.path / "manifest.json"
@@ -2831,7 +2867,7 @@ def check_calibration(args: Hyperparameters) -> None:
 class Trainer:
     """All that a checkpoint holds, and one step of training."""
 
-    CHECKPOINTED = ("step", "seconds", "best", "loader_state")
+    CHECKPOINTED = ("step", "seconds", "best", "loader_state", "text")
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
         self.args, self.data, self.runtime, self.log = args, data, runtime, log
@@ -2843,7 +2879,7 @@ class Trainer:
         if runtime.compile:
             self.gradients = compiled(training_gradients)
             self.logits = compiled(scoring_logits)
-        self.loader_state = None
+        self.loader_state, self.text = None, data and data.fingerprint()["sha256"]
         self.signal = 0
         self.step, self.seconds, self.best = 0, 0.0, math.inf  # resumed runs included
         self.slowest = 0.0  # seconds of the slowest step, slowly forgotten
@@ -3097,12 +3133,19 @@ class Trainer:
             blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
             write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
 
+    def _check_resumed(self, path: Path, meta: dict) -> None:
+        """Refuses another model or text."""
+        args, before = self.args, meta["config"]
+        for key, value in args.shipped().items():
+            if (other := before.get(key)) != value:
+                raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+        if meta.setdefault("text", self.text) != self.text:
+            raise UserError(f"RESUME={path}: made with other text than {args.data_path}")
+
     def restore(self, path: Path) -> None:
         """Goes on from a checkpoint, of the torch script too."""
         meta, state = read_checkpoint(path, "RESUME")
-        for key, value in self.args.shipped().items():
-            if (other := meta["config"].get(key)) != value:
-                raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+        self._check_resumed(path, meta)
         # weights and average
         names = list(self.model.named_parameters())
         update_parameters(self.model, {name: state[f"model.{name}"] for name in names})
@@ -3138,9 +3181,10 @@ def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: d
 def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
     """Trains from the start or a checkpoint; a signal leaves one behind and raises Stopped."""
     args = trainer.args
-    last = run_folder(args) / "last.safetensors"
-    if args.resume and (args.resume != "auto" or last.exists()):
-        trainer.restore(last if args.resume == "auto" else Path(args.resume))
+    last, final = (run_folder(args) / f"{name}.safetensors" for name in ("last", "final"))
+    newest = final if final.exists() else last  # a run that was stopped while it packed
+    if args.resume and (args.resume != "auto" or newest.exists()):
+        trainer.restore(newest if args.resume == "auto" else Path(args.resume))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: setattr(trainer, "signal", received))
     try:
@@ -3192,8 +3236,8 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
     run_until_done(trainer, evaluator)
     # score the weights as they are, then their average
     with runtime.clock("validation"):
-        trainer.log_validation(evaluator.report("final_raw", trainer.model))
         trainer.save("final")
+        trainer.log_validation(evaluator.report("final_raw", trainer.model))
     trainer.ema.apply()
     with runtime.clock("validation"):
         evaluator.report("final_ema", trainer.model)
