@@ -27,6 +27,7 @@ import argparse
 import base64
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
@@ -439,8 +440,10 @@ class Record:
             model.args.tokenizer_path = str(self.tokenizer_path)
         return model
 
-    def stream(self):
-        return self.module.stream(self.model())
+    def stream(self, count: int):
+        """A fresh stream for a text of `count` ids, which a script is told that cuts texts by their length."""
+        told = "length" in inspect.signature(self.module.stream).parameters
+        return self.module.stream(self.model(), *[count][:told])
 
     def score(self, ids: np.ndarray) -> np.ndarray:
         """Nats of each target ids[1:] by the routine behind the headline, float64."""
@@ -494,6 +497,12 @@ class Record:
 # -----------------------------------------------------------------------------
 
 
+def updates_of(stream) -> int | None:
+    """Updates that a stream made at test time; None where it learns nothing."""
+    learner = getattr(stream, "learner", None)
+    return learner.updates if learner else None
+
+
 def per_byte(code: float, size: int) -> float | None:
     """Bits a byte, from bytes of code and bytes of text."""
     return 8 * code / size if size else None
@@ -527,7 +536,7 @@ def compress(options: argparse.Namespace) -> int:
     record = open_record(options)
     text = to_ids(raw, str(source), record.tokenizer, record.vocab)
     start = time.perf_counter()
-    stream = record.stream()
+    stream = record.stream(len(text.ids))
     payload, _, _ = encode(stream, text.ids)
     blob = pack(record.header(text), payload + text.repair)
     write(out, blob)
@@ -541,7 +550,7 @@ def compress(options: argparse.Namespace) -> int:
         "repair_bytes": len(text.repair),
         "bpb": per_byte(len(blob), len(raw)),
         "seconds": time.perf_counter() - start,
-        "updates": getattr(stream, "updates", None),
+        "updates": updates_of(stream),
     }
     folded = f", {len(text.repair):,} for what the tokenizer folds" if text.repair else ""
     size = f"{len(raw):,} -> {len(blob):,} bytes (header {result['header_bytes']}{folded})"
@@ -571,7 +580,7 @@ def decompress(options: argparse.Namespace) -> int:
     if odd:
         print(f"warning: made with {odd}: it may not decode here", file=sys.stderr)
     start = time.perf_counter()
-    stream = record.stream()
+    stream = record.stream(header["ids"])
     code, patch = np.split(np.frombuffer(payload, np.uint8), [len(payload) - header.get("repair", 0)])
     try:
         ids = decode(stream, code.tobytes(), header["ids"], header["first"])
@@ -587,7 +596,7 @@ def decompress(options: argparse.Namespace) -> int:
         "bytes": len(raw),
         "ids": len(ids),
         "seconds": time.perf_counter() - start,
-        "updates": getattr(stream, "updates", None),
+        "updates": updates_of(stream),
     }
     line = f"{out}: {len(raw):,} bytes, {pace(len(raw), result['seconds'])}; the checksum matches"
     print(json.dumps(result) if options.json else line)
@@ -637,12 +646,12 @@ def measure(options: argparse.Namespace, record: Record, text: Text, result: dic
     """Fills `result` with sizes, times and `failures`. Raises BadStream where nothing can be coded."""
     size = result["bytes"]
     start = time.perf_counter()
-    stream = record.stream()
+    stream = record.stream(len(text.ids))
     payload, nats, gap = encode(stream, text.ids)
     blob = pack(record.header(text), payload + text.repair)
     result |= {
         "encode_seconds": time.perf_counter() - start,
-        "updates": getattr(stream, "updates", None),
+        "updates": updates_of(stream),
         "coded_bytes": len(payload),
         "header_bytes": len(blob) - len(payload) - len(text.repair),
         "coded_bpb": per_byte(len(payload), size),

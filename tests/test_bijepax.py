@@ -235,7 +235,7 @@ def test_attention_in_blocks_keeps_documents_apart(length, masked):
     mask = section.document_mask("cpu", (ids == section.BOS_ID).cumsum(1)) if masked else None
     q, k, v = (torch.randn(3, length, n, 8, generator=rng, requires_grad=True) for n in (4, 2, 2))
     grad, found = torch.randn(3, length, 4, 8, generator=rng), []
-    for attend in (section.cpu_attention, section.math_attention):
+    for attend in (section.block_attention, section.math_attention):
         out = attend(q, k, v, mask)
         found.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
     assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(*found))
