@@ -499,8 +499,8 @@ class Record:
 
 def updates_of(stream) -> int | None:
     """Updates that a stream made at test time; None where it learns nothing."""
-    learner = getattr(stream, "learner", None)
-    return learner.updates if learner else None
+    learner = getattr(stream, "learner", stream)  # a stream may count them itself
+    return getattr(learner, "updates", None)
 
 
 def per_byte(code: float, size: int) -> float | None:
