@@ -441,7 +441,7 @@ class Record:
         return model
 
     def stream(self, count: int):
-        """A fresh stream for a text of `count` ids, which a script is told that cuts texts by their length."""
+        """A fresh stream for a text of `count` ids; a script that cuts texts by length is told so."""
         told = "length" in inspect.signature(self.module.stream).parameters
         return self.module.stream(self.model(), *[count][:told])
 
@@ -499,7 +499,7 @@ class Record:
 
 def updates_of(stream) -> int | None:
     """Updates that a stream made at test time; None where it learns nothing."""
-    learner = getattr(stream, "learner", stream)  # a stream may count them itself
+    learner = getattr(stream, "learner", None) or stream  # a stream may count them itself
     return getattr(learner, "updates", None)
 
 
