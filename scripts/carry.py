@@ -119,7 +119,7 @@ def probe(settings: dict[str, str], length: Length, sources: tuple[str, str]) ->
         "EVAL_BATCH_TOKENS": 4 * length.row,
         # a piece stands for about three bytes: as many ids, and so as many chunks to learn from
         "VAL_BYTES": length.val_bytes * (3 if pieces else 1), "VAL_LOSS_EVERY": length.steps // 2,
-        "CHECKPOINT_EVERY": length.steps // 2 - 1, "GRAD_REPORT_EVERY": length.steps // 2,
+        "CHECKPOINT_EVERY": length.steps // 2 - 1,
         "TRAIN_LOG_EVERY": 1, "TTT_CHUNK_TOKENS": 4 * length.row, "TTT_BATCH_ROWS": 2,
         "DEVICE": "cpu", "DTYPE": "fp32", "COMPILE": "0", "VERIFY_DATA": "0"}
     for name, most in (("NGRAM_BUCKETS", 2048), ("VOCAB_SIZE", 1024), ("HEAD_POSITIONS", length.row // 4),

@@ -220,18 +220,11 @@ def rotated_again(settings: dict[str, str], own: dict[str, str]) -> dict[str, st
 
 @functools.lru_cache(maxsize=4096)
 def _bytes(script, settings: tuple) -> int:
-    kept, script.SMALL_TENSOR = getattr(script, "SMALL_TENSOR", 0), 0
-    try:
-        return sum(planned(script, dict(settings))[0].values())
-    finally:
-        script.SMALL_TENSOR = kept
+    return sum(planned(script, dict(settings))[0].values())
 
 
 def planned_bytes(script, settings: dict[str, str]) -> int:
-    """Bytes of the artifact that scripts/rate.py plans, without code, every matrix at its class's bits.
-
-    Scripts keep tensors below 4,096 numbers in fp16: at the contest's size gains and mixes, on the two lowest
-    rungs most matrices. Counted so, width would cost almost three times what it costs in the contest.
+    """Bytes of the artifact that scripts/rate.py plans, without code.
 
     Raises:
         Misuse: the script refuses the settings.

@@ -79,7 +79,7 @@ def test_unpack_gives_what_the_quantiser_gives(trunk, packed, tiny, compressor):
     assert compressor in ("auto", header["compressor"]) and list(found) == list(tensors)
     bits = {name: width for name, _, width, _ in header["tensors"]}
     for name, weight in tensors.items():
-        large = weight.ndim >= 2 and weight.size >= trunk.SMALL_TENSOR
+        large = weight.ndim >= 2 and (weight.size >= 4096 or min(weight.shape) >= 16)
         kind = trunk.tensor_class(name)
         assert bits[name] == (args.bits_by_class[kind] if large else 0)
         if large:
@@ -118,7 +118,7 @@ def test_default_configuration_fits_its_budget(trunk):
         model = trunk.GPT(args)
     total = (ROOT / "train_gpt.py").stat().st_size + 20_000
     for name, p in model.exported().items():
-        if p.ndim < 2 or p.numel() < trunk.SMALL_TENSOR:
+        if not trunk.quant_plan(name, p.shape, args)[0]:
             total += 2 * p.numel()
             continue
         kind = trunk.tensor_class(name)

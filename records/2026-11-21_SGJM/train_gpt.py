@@ -303,7 +303,6 @@ class Hyperparameters:
         "QAT_ENABLED": ("0", "see QAT_START"),
         "LATE_QAT": ("0", "see QAT_START"),
         "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
-        "GRAD_REPORT_EVERY": ("0", "no result used it"),
         "JEPA_CHUNK_SIZE": ("0", "judge and drafter took its place"),
         "DOC_MASK": ("0", "rows are short"),
         "TTT": ("0", "not measured with these heads"),
@@ -987,7 +986,7 @@ class Loader:
 # QUANTISER
 # -----------------------------------------------------------------------------
 
-SMALL_TENSOR = 4096  # elements; below it a tensor stays fp16
+SMALL_TENSOR = 4096  # elements; below it gains stay fp16
 SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
 
 
@@ -1005,7 +1004,8 @@ def tensor_class(name: str) -> str:
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
     """(bits, axis of a step's slice: the last); (0, 0): fp16."""
-    if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR:
+    small = math.prod(shape) < SMALL_TENSOR and min(shape, default=0) < 16
+    if len(shape) < 2 or small:
         return 0, 0
     return args.bits_by_class[tensor_class(name)], len(shape) - 1
 

@@ -268,7 +268,6 @@ class Hyperparameters:
         "MTP_NUM_HEADS": ("0", "it costs +0.028 BPB in ten minutes"),
         "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
         "TTT_MODULES": ("blocks", "the blocks learn; see BytePatchJEPA"),
-        "GRAD_REPORT_EVERY": ("0", "no result used it"),
         "TTT_LORA_MODULES": ("attn.proj,mlp.fc,mlp.proj,tok_emb", "all results used it"),
         "BIJEPAX_CYCLE": ("0", "#2080 had it off"),
         "DISABLE_COMPILE": ("0", "COMPILE took its place"),
@@ -1032,7 +1031,7 @@ class Loader:
 # QUANTISER
 # -----------------------------------------------------------------------------
 
-SMALL_TENSOR = 4096  # elements; below it a tensor stays fp16
+SMALL_TENSOR = 4096  # elements; below it gains stay fp16
 SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
 AWQ_WIDTH = 64  # columns of an AWQ-lite group
 
@@ -1047,7 +1046,8 @@ def tensor_class(name: str) -> str:
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
     """(bits, axis of a step's slice), the last; (0, 0): stays fp16."""
-    if len(shape) < 2 or not name.endswith(".weight") or math.prod(shape) < SMALL_TENSOR:
+    small = math.prod(shape) < SMALL_TENSOR and min(shape, default=0) < 16
+    if len(shape) < 2 or small or not name.endswith(".weight"):
         return 0, 0
     return args.bits_by_class[tensor_class(name)], len(shape) - 1
 

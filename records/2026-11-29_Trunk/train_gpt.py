@@ -268,7 +268,6 @@ class Hyperparameters:
         "LATE_QAT": ("0", "see QAT_START"),
         "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
         "TTT_MODULES": ("blocks", "the blocks learn; see BytePatchJEPA"),
-        "GRAD_REPORT_EVERY": ("0", "no result used it"),
         "GENERATE": ("", "scripts/generate.py writes texts"),
         "JEPA_BACKBONE_GRAD": ("0", "ByteJEPA switches parts of the objective"),
         "JEPA_ADAPTER": ("1", "see JEPA_BACKBONE_GRAD"),
@@ -1062,7 +1061,7 @@ class Loader:
 # QUANTISER
 # -----------------------------------------------------------------------------
 
-SMALL_TENSOR = 4096  # elements; below it a tensor stays fp16
+SMALL_TENSOR = 4096  # elements; below it gains stay fp16
 SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
 
 
@@ -1078,7 +1077,8 @@ def tensor_class(name: str) -> str:
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
     """(bits, axis of a step's slice: a table's buckets, else the last); (0, 0): fp16."""
-    if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR:
+    small = math.prod(shape) < SMALL_TENSOR and min(shape, default=0) < 16
+    if len(shape) < 2 or small:
         return 0, 0
     kind = tensor_class(name)
     return args.bits_by_class[kind], len(shape) - (2 if kind == "ngram" else 1)
