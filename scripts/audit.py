@@ -723,7 +723,7 @@ def decode(trial: Trial, size: int = 2000) -> list[Finding]:
         return [unjudged("C1/P7", "the adapter has no stream")]
     encoder, nats = coder.queue.RangeEncoder(), []
     for worker in (one, other):
-        worker.ask(op="stream")
+        worker.ask(op="stream", ids=len(ids))
         worker.ask(op="push", id=int(ids[0]))
     for value in ids[1:]:
         logprobs = np.array(one.ask(op="logprobs")["logprobs"])

@@ -15,6 +15,7 @@ text} ends the session.
 
 import atexit
 import importlib.util
+import inspect
 import json
 import os
 import runpy
@@ -122,8 +123,9 @@ def serve(script: str, artifact: str, adapter: str) -> None:
             def score(ids, positions):
                 return module.score(model(), ids, positions)
 
-            def fresh():
-                return module.stream(model())
+            def fresh(count):  # a script that cuts texts by their length is told it
+                told = "length" in inspect.signature(module.stream).parameters
+                return module.stream(model(), *[count][:told])
 
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(1)
@@ -142,7 +144,7 @@ def serve(script: str, artifact: str, adapter: str) -> None:
                     }
                 )
             elif question["op"] == "stream":
-                stream = fresh()
+                stream = fresh() if adapter else fresh(question["ids"])
                 answer({})
             elif question["op"] == "logprobs":
                 answer({"logprobs": [float(value) for value in stream.logprobs()]})

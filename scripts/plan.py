@@ -53,8 +53,9 @@ BYTES_PER_ID = {1024: 2.436, 8192: 3.727}
 DECODED_PER_SECOND = 38.8e6 / 6.1
 # Host time of a scoring window: NumPy rows, a copy to the device and back. An estimate.
 HOST_SECONDS_PER_WINDOW = 40e-6
-# A mixture's MB/s on its one thread where neither --mix-rate nor its record says: BytePPM's, 2026-11-29.
-MIX_RATE = 0.44
+# A mixture's MB/s on one thread where neither --mix-rate nor its record says: BytePPM's first, 2026-11-29;
+# and the threads that a rank mixes in where MIX_THREADS does not say.
+MIX_RATE, MIX_THREADS = 0.44, 8
 
 # Moments of a run at which a step is looked at: its auxiliary terms and its layers may change on the way.
 MOMENTS = [(i + 0.5) / 20 for i in range(20)]
@@ -923,7 +924,7 @@ def bytes_per_id(vocab_size: int) -> float:
 
 
 def mixture_seconds(script: Path, args, targets: int, rate: float) -> float:
-    """Seconds of a script's mixture over the validation text on the one thread that mixes; 0 without one.
+    """Seconds of a script's mixture over the validation text on one thread; 0 without one.
 
     rate: MB/s; 0: what the record has measured, `measured/mixtures.json` beside the script, with the time to
     distil an id's log-probabilities that its note may name.
@@ -942,11 +943,29 @@ def mixture_seconds(script: Path, args, targets: int, rate: float) -> float:
     return VAL_BYTES / (1e6 * (rate or MIX_RATE)) + distilled * targets
 
 
+def mixed_seconds(network: float, mixture: float, args, ranks: int) -> tuple[float, float]:
+    """(Seconds of the thread that mixes the longest, seconds of the pass) of a network's seconds and a
+    mixture's on one thread.
+
+    A script with MIX_STREAMS cuts the text into as many runs. The network reads them one after another; each
+    is mixed meanwhile, by one of MIX_THREADS threads of one of the ranks, but not before it is read. Other
+    scripts mix on one thread, which the network waits for.
+    """
+    if not hasattr(args, "mix_streams"):
+        return mixture, network + mixture
+    streams = args.mix_streams
+    threads = min(streams, ranks * (args.mix_threads or MIX_THREADS))
+    busiest = mixture / streams * math.ceil(streams / threads)
+    last = network * (1 - 1 / streams) + mixture / streams  # a run that is read last, or waits for its ids
+    return busiest, max(network, busiest, last)
+
+
 def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
     """Seconds of every pass over the contest's validation text, by part.
 
     Each is {"pass", "clock", "forwards" (of a rank), "seconds", and of these "forward", "host", "updates",
-    "mixture"}; `clock` is the one that it runs on: that of "validation" has no limit.
+    "mixture"}; `clock` is the one that it runs on: that of "validation" has no limit. "mixture", of the
+    busiest thread, may run while the others do.
     """
     args, ranks = paper.args, paper.world_size
     targets = round(VAL_BYTES / bytes_per_id(args.vocab_size))
@@ -963,10 +982,11 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
     costs = {span: seconds(paper.forward(batch, length, min(span, length))) for span in {length, stride}}
 
     def add(name: str, clock: str, span: int, forwards: int, updates: float, mixed: bool) -> None:
-        parts = {"forward": forwards * costs[span], "updates": updates, "mixture": mixture * mixed,
+        parts = {"forward": forwards * costs[span], "updates": updates,
                  "host": HOST_SECONDS_PER_WINDOW * targets / span / ranks}
-        rows.append({"pass": name, "clock": clock, "forwards": forwards, **parts,
-                     "seconds": sum(parts.values())})
+        busiest, total = mixed_seconds(sum(parts.values()), mixture * mixed, args, ranks)
+        rows.append({"pass": name, "clock": clock, "forwards": forwards, **parts, "mixture": busiest,
+                     "seconds": total})
 
     for name, clock, span in (
         ("final_raw", "validation", length), ("final_ema", "validation", length),

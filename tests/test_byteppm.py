@@ -5,13 +5,14 @@ import copy
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, assert_drafts_follow_score, enlivened, environment
+from conftest import ROOT, TINY, enlivened, environment
 from family import load_script
 
 RECORD, = (ROOT / "records").glob("*_BytePPM")
@@ -39,6 +40,12 @@ def text(seed: int, n: int) -> np.ndarray:
             if rng.random() < 0.01:
                 ids.append(int(rng.integers(0, 4)))
     return np.array(ids[:n])
+
+
+def shard(ids: np.ndarray) -> bytes:
+    header = np.zeros(256, "<i4")
+    header[:3] = section.SHARD_MAGIC, section.SHARD_VERSION, len(ids)
+    return header.tobytes() + ids.astype("<u2").tobytes()
 
 
 def network(ids: np.ndarray, seed: int) -> np.ndarray:
@@ -182,7 +189,7 @@ def test_bos_forgets_the_history_but_not_the_counts(mix, weight):
         m.score(np.array([4 + x for x in last]), network(np.zeros(6, int), 1))
         m.score(tail[:1], tail_lp[:1])
     if mix == "ppm":
-        assert a.state.now[section.CONTEXT] == b.state.now[section.CONTEXT] == 1
+        assert a.state.now[section.CONTEXT] == b.state.now[section.CONTEXT] == section.ROOT
         assert a.state.now[section.LENGTH] == b.state.now[section.LENGTH] == 0
     else:
         assert not a.state.hashes.any() and not b.state.hashes.any()
@@ -292,7 +299,8 @@ def test_arithmetic_coder_round_trip():
 
 
 BYTES = {key: value for key, value in TINY.items() if "JEPA" not in key}
-SETTINGS = {key: "" for key in TINY if "JEPA" in key} | {"MIX_ROWS": 10}  # an empty variable is unset
+UNSET = {key: "" for key in TINY if "JEPA" in key}  # an empty variable is
+SETTINGS = UNSET | {"MIX_ROWS": 10}
 LEARN = {"TTT": "sgd", "TTT_CHUNK_TOKENS": 256, "TTT_LR": 0.02, "TTT_BATCH_ROWS": 2}
 
 
@@ -302,15 +310,20 @@ def model():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"mix": "binary"}, {"mix": "ppm"}, {"ppm_weight": 0.0}, {"ttt": "sgd"}], ids=str
+    "settings",
+    [{"mix": "binary"}, {"mix": "ppm"}, {"ppm_weight": 0.0}, {"ttt": "sgd"}, {"mix_streams": 3},
+     {"mix_streams": 3, "mix": "ppm", "ttt": "sgd"}],
+    ids=str,
 )
 def test_score_and_stream_agree_on_the_mixture(model, monkeypatch, settings):
     monkeypatch.setattr(model.args, "ttt_chunk_tokens", 64)
     for name, value in settings.items():
         monkeypatch.setattr(model.args, name, value)
     ids = text(1, 250)
+    ids[[90, 170]] = 1  # three documents
     nats, vectors = section.score(model, ids, range(0, 249, 3))
-    stream = section.stream(model)
+    stream = section.stream(model, len(ids))
+    assert len(section.run_starts(ids, model.args.mix_streams)) == settings.get("mix_streams", 1)
     stream.push(ids[0])
     for t in range(249):
         logprobs = stream.logprobs()
@@ -320,10 +333,77 @@ def test_score_and_stream_agree_on_the_mixture(model, monkeypatch, settings):
         stream.push(ids[t + 1])
 
 
+@pytest.mark.parametrize("streams", [1, 2, 3, 7, 1000])
+def test_runs_begin_at_documents_and_are_nearly_equal(streams):
+    """What `score` cuts at once is what a decoder finds from the place of each BOS and the length."""
+    ids = text(11, 20000)
+    starts = section.run_starts(ids, streams)
+    documents = np.flatnonzero(ids == 1)
+    assert starts[0] == 0 and (ids[starts] == 1).all() and (np.diff(starts) > 0).all()
+    found, run = [0], 0
+    for place in documents:
+        if section.run_of(int(place), len(ids), streams) > run:
+            found, run = [*found, place], section.run_of(int(place), len(ids), streams)
+    assert found == starts.tolist()
+    longest = np.diff([*documents, len(ids)]).max()
+    if streams < 10:
+        sizes = np.diff([*starts, len(ids)])
+        assert len(starts) == streams and np.abs(sizes - len(ids) / streams).max() <= longest
+    else:
+        assert 10 < len(starts) <= len(documents)  # no more than there are documents
+
+
+@pytest.mark.parametrize("ids, starts", [
+    (np.full(50, 9), [0]),  # no BOS
+    (np.array([1] + [9] * 49), [0]),  # one document
+    (np.array([9] * 5 + [1] + [9] * 44), [0]),  # the first begins before the text
+    (np.array([1] + [9] * 40 + [1] + [9] * 8), [0, 41]),  # a huge one takes the runs that it covers
+    (np.array([1] * 10), [0, 3, 5, 8]),  # empty ones
+    (np.array([1]), [0]),
+])
+def test_odd_texts_are_cut_sensibly(ids, starts):
+    assert section.run_starts(ids, 4).tolist() == starts
+
+
 @pytest.mark.parametrize("mix", ["binary", "ppm"])
-def test_drafts_go_through_the_mixture(model, monkeypatch, mix):
+def test_each_run_has_counts_of_its_own(model, monkeypatch, mix):
+    """A run is scored as a text of its own would be, given the network's log-probabilities of the whole."""
+    ids = text(12, 900)
     monkeypatch.setattr(model.args, "mix", mix)
-    assert_drafts_follow_score(section, model, text(3, 150))
+    batches = section.scored(model, ids, section.WindowPlan(64, 16, 8))
+    logprobs = np.concatenate([part for _, _, part, _ in batches])
+    monkeypatch.setattr(model.args, "mix_streams", 3)
+    nats, vectors = section.score(model, ids, [500])
+    starts = section.run_starts(ids, 3)
+    assert len(starts) == 3
+    for start, stop in zip(starts, [*starts[1:], len(ids) - 1]):
+        own = section.Mixture(model.args).score(ids[start + 1 : stop + 1], logprobs[start:stop])
+        np.testing.assert_allclose(nats[start:stop], own, rtol=0, atol=1e-5)
+    assert abs(nats[500] + vectors[500][ids[501]]) < 1e-9
+    monkeypatch.setattr(model.args, "mix_streams", 1)
+    whole, _ = section.score(model, ids)
+    np.testing.assert_array_equal(whole[: starts[1]], nats[: starts[1]])  # the first run is that of one run
+    assert np.abs(whole[starts[1] :] - nats[starts[1] :]).max() > 1e-3
+
+
+@pytest.mark.parametrize("mix", ["binary", "ppm"])
+def test_poison_in_one_run_moves_only_what_follows_in_it(model, monkeypatch, mix):
+    """Counts do not leave their run; the network's windows do, as far as they reach."""
+    ids = text(13, 900)
+    ids[[310, 620]] = 1
+    monkeypatch.setattr(model.args, "mix", mix)
+    monkeypatch.setattr(model.args, "mix_streams", 3)
+    _, second, third = section.run_starts(ids, 3)
+    at = int(second) + 40
+    want, before = section.score(model, ids, [at - 1])
+    poisoned = ids.copy()
+    poisoned[at] = 77 if ids[at] != 77 else 78
+    got, after = section.score(model, poisoned, [at - 1])
+    np.testing.assert_array_equal(got[: at - 1], want[: at - 1])
+    np.testing.assert_array_equal(after[at - 1], before[at - 1])
+    far = third + model.args.eval_seq_len
+    np.testing.assert_array_equal(got[far:], want[far:])
+    assert np.abs(got[at : third] - want[at : third]).max() > 1e-4
 
 
 def test_weight_zero_reproduces_the_network(model, monkeypatch):
@@ -336,7 +416,7 @@ def test_weight_zero_reproduces_the_network(model, monkeypatch):
 
 def test_lines_of_a_run_on_any_number_of_ranks(run):
     """The mixture is one stream: two ranks gather their blocks in order and find what one finds."""
-    found = []
+    found, updates = [], []
     for ranks in (1, 2):
         code, output, metrics = run(
             ranks=ranks, script=RECORD / "train_gpt.py", RUN_ID=f"ranks{ranks}", **SETTINGS,
@@ -345,6 +425,8 @@ def test_lines_of_a_run_on_any_number_of_ranks(run):
         assert code == 0, output
         assert metrics["headline"] == "final_int6_ttt_mix"
         found.append(metrics["evals"])
+        updates.append(metrics["evals"]["final_int6_ttt"]["updates"])
+    assert updates[0] == updates[1] == 2 * (1502 // 256)  # an update is all ranks'; the last chunk has none
     names = ["final_int6_sliding", "final_int6_sliding_mix", "final_int6_ttt", "final_int6_ttt_mix"]
     assert set(names) <= set(found[0]) and all(f"{name}_exact" in output for name in names)
     for name in names:
@@ -352,11 +434,56 @@ def test_lines_of_a_run_on_any_number_of_ranks(run):
     assert found[0]["final_int6_sliding_mix"]["val_bpb"] < found[0]["final_int6_sliding"]["val_bpb"]
 
 
+@pytest.mark.parametrize("mix, streams", [("binary", 1), ("binary", 4), ("ppm", 4)])
+def test_ranks_and_threads_change_no_digit(run, model, corpus, tmp_path, mix, streams):
+    """One artifact, scored on one to three ranks by one to five threads each: the same sums, bit for bit."""
+    tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
+    path = tmp_path / "model.bin"
+    path.write_bytes(section.pack(tensors, model.args))
+    data = shutil.copytree(corpus, tmp_path / "data")
+    val, = data.glob("*_val_*.bin")
+    val.write_bytes(shard(text(16, 2500)))  # many documents
+    (data / "manifest.json").unlink(missing_ok=True)
+    found = []
+    for ranks, threads in ((1, 1), (1, 5), (2, 1), (3, 2)):
+        code, output, metrics = run(
+            ranks=ranks, script=RECORD / "train_gpt.py", RUN_ID=f"r{ranks}t{threads}", **UNSET, EVAL_ONLY=1,
+            ARTIFACT=path, DATA_PATH=data, MIX=mix, MIX_STREAMS=streams, MIX_THREADS=threads, DTYPE="fp32",
+            EVAL_STRIDE=16, EVAL_BATCH_TOKENS=512,
+        )
+        assert code == 0, output
+        evals = metrics["evals"]
+        assert evals["final_int6_sliding_mix"]["runs"] == streams
+        assert "slower:" in output and evals["final_int6_sliding_mix"]["mix_seconds"] > 0
+        found.append({name: (result["val_loss"], result["val_bpb"], result["bits_by_class"])
+                      for name, result in evals.items()})
+    assert all(each == found[0] for each in found[1:])
+
+
+def test_a_slow_mixture_holds_the_network_back_and_loses_nothing(model, monkeypatch):
+    """Batches that wait take no more than BACKLOG: then the network waits for its threads."""
+    ids = text(14, 1500)
+    runtime = SimpleNamespace(rank=0, world_size=1, all_reduce=lambda x: x)
+    monkeypatch.setattr(section, "BACKLOG", 0)
+    monkeypatch.setattr(model.args, "mix_streams", 3)
+    ledger = section.Ledger(model.args, runtime, ids, True)
+    waiting = []
+    for batch in section.scored(model, ids, section.WindowPlan(64, 16, 8)):
+        ledger.take(*batch)
+        waiting.append(len(ledger.jobs))
+    network, mixed = ledger.close()
+    nats, _ = section.score(model, ids)
+    assert max(waiting) == 0 and ledger.waited > 0
+    assert network[-1] == mixed[-1] == len(ids) - 1 and not ledger.mixtures  # a run that is over frees its counts
+    assert float(mixed[:-1].sum()) == pytest.approx(nats.sum(), abs=1e-2)
+
+
 @pytest.mark.parametrize("settings, words", [
-    (
-        {"VOCAB_SIZE": 512, "TOKENIZER_PATH": "some.model"},
-        "VOCAB_SIZE=512, PPM_WEIGHT=1.0: the mixture counts bytes",
-    ),
+    ({"VOCAB_SIZE": 512}, "VOCAB_SIZE='512' is not accepted: an integer from 260 to 260"),
+    ({"TOKENIZER_PATH": "some.model"}, "TOKENIZER_PATH='some.model' is retired: ids are bytes"),
+    ({"DRAFT": 2}, "DRAFT='2' is retired: draft heads are the trunk's"),
+    ({"MIX_STREAMS": 0}, "MIX_STREAMS='0' is not accepted"),
+    ({"MIX_ROWS": 7}, "MIX_ROWS='7' is not accepted"),
     ({"PPM_WEIGHT": 0.5}, "MIX=binary, PPM_WEIGHT=0.5"),
     ({"MIX": "lpaq"}, "MIX='lpaq' is not accepted"),
     ({"PPM_ORDER": 0}, "PPM_ORDER='0' is not accepted"),
@@ -369,7 +496,8 @@ def test_bad_settings_are_one_line(run, settings, words):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"MIX": "ppm"}, {"TTT": "sgd", "TTT_CHUNK_TOKENS": 64, "TTT_LR": 0.02}],
+    [{}, {"MIX": "ppm"}, {"TTT": "sgd", "TTT_CHUNK_TOKENS": 64, "TTT_LR": 0.02}, {"MIX_STREAMS": 3},
+     {"MIX_STREAMS": 2, "MIX": "ppm"}],
     ids=str,
 )
 def test_a_codec_proves_the_mixture(model, tmp_path, settings):
@@ -378,6 +506,8 @@ def test_a_codec_proves_the_mixture(model, tmp_path, settings):
     tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
     (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))
     (tmp_path / "text.txt").write_bytes(WORDS * 20)
+    if "MIX_STREAMS" in settings:  # runs begin at documents, which a shard has
+        (tmp_path / "text.txt").write_bytes(shard(text(15, 900)))
     sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     done = subprocess.run(
         [

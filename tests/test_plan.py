@@ -207,6 +207,22 @@ def test_the_mixtures_rate_is_the_callers_or_the_records():
     assert plan.mixture_seconds(TRUNK, SimpleNamespace(), 10, 2.0) == 0
 
 
+@pytest.mark.parametrize("streams, threads, network, mixture, wanted", [
+    (1, 0, 100, 80, (80, 100)),  # hidden under the network
+    (1, 0, 100, 160, (160, 160)),  # one stream is one thread's, whatever there is
+    (8, 1, 100, 160, (20, 107.5)),  # eight ranks: the last run is read from 87.5 s on
+    (8, 2, 100, 160, (20, 107.5)),
+    (32, 1, 10, 320, (40, 40)),  # four runs a thread
+    (3, 1, 10, 300, (100, 10 * 2 / 3 + 100)),
+])
+def test_runs_of_a_mixture_go_to_ranks_and_threads_while_the_network_reads(
+    streams, threads, network, mixture, wanted
+):
+    args = SimpleNamespace(mix_streams=streams, mix_threads=threads)
+    assert plan.mixed_seconds(network, mixture, args, 8) == pytest.approx(wanted)
+    assert plan.mixed_seconds(network, mixture, SimpleNamespace(), 8) == (mixture, network + mixture)
+
+
 def test_this_machine_prices_what_it_has_measured(monkeypatch):
     monkeypatch.setattr(plan.Cpu, "SECONDS", 0.002)
     found = planned(card="cpu", ranks=0)

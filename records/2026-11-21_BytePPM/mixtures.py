@@ -54,7 +54,7 @@ def network_logprobs(script, artifact: str, ids: np.ndarray) -> np.ndarray:
     return found
 
 
-def mixture(script, mix: str = "binary", weight: float = 1.0, order: int = 6, rows: int = 18, contexts=None,
+def mixture(script, mix: str = "binary", weight: float = 1.0, order: int = 6, rows: int = 20, contexts=None,
             network: float = 1.0):
     """A mixture of the record.
 
@@ -66,21 +66,9 @@ def mixture(script, mix: str = "binary", weight: float = 1.0, order: int = 6, ro
     if contexts is None:
         return found
 
-    n = len(contexts)
-    weights = np.zeros((517, n + 2), np.float32)
-    weights[:5, 0] = network
-    weights[:5, 1 : n + 1] = (1 - network) * 0.3
-    found.state = found.state._replace(
-        contexts=np.array(contexts, np.int64).reshape(-1, 2),
-        table=np.zeros((n, 1 << rows, 16), np.uint32),
-        weights=weights,
-        trust=np.zeros((n, 128), np.float32),
-        row=np.zeros((2, n), np.int64),
-        check=np.zeros((2, n), np.int64),
-        met=np.zeros((2, n), np.int64),
-        used=np.zeros((8, n + 2), np.int64),
-        inputs=np.zeros((8, n + 4)),
-    )
+    found.state = script.fresh_mixer(contexts, order, rows)
+    found.state.weights[:5, 0] = network
+    found.state.weights[:5, 1 : len(contexts) + 1] = (1 - network) * 0.3
     return found
 
 
@@ -107,20 +95,16 @@ def only_ppm(script, ids: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarra
 def walk_ppm(script):
     """A kernel over the record's own `ppm_id` and `ppm_push`."""
     # numba reads these as constants of the closure.
-    ppm_id, ppm_push = script.ppm_id, script.ppm_push
-    child, sibling, count, context = script.CHILD, script.SIBLING, script.COUNT, script.CONTEXT
+    ppm_id, ppm_push, context = script.ppm_id, script.ppm_push, script.CONTEXT
+    total, best, count = script.TOTAL, script.BEST, script.COUNT
 
     @script.njit
     def walk(ppm, ids, q, sure):
         for t in range(len(ids)):
-            total, most = 0, 0
-            e = ppm.rows[ppm.now[context], child]
-            while e:
-                total += ppm.rows[e, count]
-                most = max(most, ppm.rows[e, count])
-                e = ppm.rows[e, sibling]
+            node = np.uint32(ppm.now[context])
+            most = np.int64(ppm.rows[ppm.rows[node + best] + count])
+            sure[t] = most / max(np.int64(ppm.rows[node + total]), 1)
             q[t] = ppm_id(ppm, ids[t])
-            sure[t] = most / max(total, 1)
             ppm_push(ppm, ids[t])
 
     return walk
@@ -151,7 +135,7 @@ def without_network(script, ids: np.ndarray, train: np.ndarray, vocab_size: int)
     variants = [
         ("context mixer alone, empty start", 21, train[:0]),
         (f"context mixer alone after {len(train):,} training ids, state not counted", 21, train),
-        ("the same in tables of 2.4 MB", 12, train),
+        ("the same in tables of {:.1f} MB", 12, train),
     ]
     for name, rows, text in variants:
         found = mixture(script, rows=rows, contexts=contexts, network=0.0)
@@ -159,7 +143,7 @@ def without_network(script, ids: np.ndarray, train: np.ndarray, vocab_size: int)
         for stream in (text, ids):
             for piece in np.array_split(stream, len(stream) // 60000 + 1):
                 parts.append(found.score(piece.astype(np.int64), uniform[: len(piece)]))
-        yield name, np.concatenate(parts)[len(text) :]
+        yield name.format(found.state.table.nbytes / 1e6), np.concatenate(parts)[len(text) :]
 
 
 def table(script, artifact: str, ids: np.ndarray, train: np.ndarray | None, log) -> dict:

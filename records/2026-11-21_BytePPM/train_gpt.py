@@ -10,7 +10,8 @@ Run:    python train_gpt.py --help                             every variable an
         python scripts/generate.py FILE TEXT                   what an artifact writes
 
 The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits.
-It needs torch, numpy, safetensors and, for the mixture, numba. The trunk's JEPA is not in it.
+It needs torch, numpy, safetensors and, for the mixture, numba. The trunk's JEPA, draft heads and
+SentencePiece are not in it.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ with contextlib.suppress(ImportError):
     import constriction
 njit = None  # without it, only the network scores
 with contextlib.suppress(ImportError):
-    from numba import njit
+    from llvmlite import ir
+    from numba import extending, njit, types
 
 # -----------------------------------------------------------------------------
 # HYPERPARAMETERS
@@ -135,12 +137,10 @@ class Hyperparameters:
 
     _data = "Data"
     data_path = Var("./data/datasets/fineweb10B_byte260", "folder of shards")
-    tokenizer_path = Var("", "SentencePiece .model; byte260 has none")
-    vocab_size = Var(260, "ids; 260 = 4 special ones + 256 bytes", 5, 65536, ship="model")
+    vocab_size = Var(260, "ids: 4 special ones + 256 bytes", 260, 260, ship="model")
     train_seq_len = Var(4096, "tokens a training row", 2, ship="model")
     train_batch_tokens = Var(393216, "tokens an optimizer step, over all ranks", 2)
     device_batch_tokens = Var(49152, "tokens a forward: the out-of-memory knob", 1)
-    train_order = Var("sequential", "of rows in an epoch", choices=("sequential", "shuffled"))
     verify_data = Var("auto", "by manifest.json; auto: up to 2 GB", choices=("auto", "0", "1"))
 
     _model = "Model"
@@ -166,7 +166,6 @@ class Hyperparameters:
     ngram_buckets = Var(65536, "rows of each table", 2, ship="model")
     ngram_dim = Var(32, "width of a context's embedding", 1, ship="model")
     ngram_hashes = Var(2, "tables, each a hash", 1, 4, ship="model")
-    draft = Var(0, "ids that draft heads guess; 0 = none", 0, 16, ship="model")
 
     _optimizers = "Optimizers and schedule"
     iterations = Var(9000, "optimizer steps at most", 1)
@@ -183,7 +182,6 @@ class Hyperparameters:
     tied_embed_lr = Var(0.035, "AdamW: tied token embedding", 0)
     scalar_lr = Var(0.025, "AdamW: gains, mixes, gates", 0)
     ngram_lr = Var(0.035, "RowAdagrad: n-gram tables", 0)
-    draft_lr = Var(0.003, "AdamW: draft heads", 0)
     adam_wd = Var(0.04, "weight decay of embeddings and scalars", 0)
     beta1 = Var(0.9, "Adam", 0, 0.9999)
     beta2 = Var(0.95, "Adam", 0, 0.99999)
@@ -220,7 +218,9 @@ class Hyperparameters:
     mix = Var("binary", "bit by bit, or PPM-D", choices=("binary", "ppm"), ship="eval")
     ppm_weight = Var(1.0, "0 = only the network, 1 = learned, else fixed", 0, 1, ship="eval")
     ppm_order = Var(6, "longest context in bytes", 1, 15, ship="eval")
-    mix_rows = Var(18, "log2 of the 64-byte rows in each table", 4, 26, ship="eval")
+    mix_rows = Var(20, "log2 of the 64-byte rows in a stream's tables", 8, 26, ship="eval")
+    mix_streams = Var(1, "runs of documents, each with its own counts", 1, 65536, ship="eval")
+    mix_threads = Var(0, "that mix, on each rank; 0 = the cores it has", 0)
     eval_only = Var(False, "score ARTIFACT and nothing else")
     artifact = Var("", "its path, for EVAL_ONLY")
 
@@ -247,24 +247,18 @@ class Hyperparameters:
 
     # Variables of ideas that are gone: {name: (values that mean off, reason)}.
     RETIRED = {
-        "SWA_ENABLED": ("0", "EMA took its place"),
-        "EMA_ENABLED": ("1", "EMA_DECAY=0 scores the last weights"),
-        "TIE_EMBEDDINGS": ("1", "an untied head costs bytes"),
-        "MTP_NUM_HEADS": ("0", "it costs +0.028 BPB in ten minutes; see DRAFT"),
-        "BIGRAM_VOCAB_SIZE": ("0", "NGRAM_ORDERS=2 hashes bigrams; see ByteJEPA"),
+        "MTP_NUM_HEADS": ("0", "it costs +0.028 BPB in ten minutes"),
         "QUANT_CLIP": ("std", "QUANT_K sets every step; a search lost at equal size"),
         "QAT_START": ("1 1.0", "GPTQ took its place; see BytePatchJEPA"),
-        "QAT_ENABLED": ("0", "see QAT_START"),
-        "LATE_QAT": ("0", "see QAT_START"),
-        "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
         "TTT_MODULES": ("blocks", "the blocks learn; see BytePatchJEPA"),
-        "GRAD_REPORT_EVERY": ("0", "no result used it"),
+        "TRAIN_ORDER": ("sequential", "rows are read as they stand"),
         "GENERATE": ("", "scripts/generate.py writes texts"),
         "JEPA_CHUNK_SIZE": ("0", "the JEPA objective is the trunk's"),
+        "DRAFT": ("0", "draft heads are the trunk's"),
+        "TOKENIZER_PATH": ("", "ids are bytes, which the mixture counts"),
     }
-    IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
-               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE", "SPECULATE",
-               "TEMPERATURE", "MAX_NEW_TOKENS")
+    IGNORED = ("MTP_LOSS_WEIGHT", "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE",
+               "SPECULATE", "TEMPERATURE", "MAX_NEW_TOKENS")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
@@ -593,8 +587,7 @@ class Log:
 # ATTENTION
 # -----------------------------------------------------------------------------
 # The rungs of a ladder, fastest first: q (B, T, H, d) and k, v (B, T, K, d) -> (B, T, H, d).
-# `mask` is None for plain causal attention, else what `document_mask` made for that rung. A
-# query sees the last `window` positions, its own among them; 0: all.
+# `mask` is None for plain causal attention, else what `document_mask` made for that rung.
 
 
 def causal_mask(docs: Tensor, queries: int) -> Tensor:
@@ -604,30 +597,18 @@ def causal_mask(docs: Tensor, queries: int) -> Tensor:
     return same_document & (positions[-queries:, None] >= positions)
 
 
-def within(mask: Tensor | None, window: int) -> Tensor | None:
-    """A causal mask (..., queries, T) without what lies before each query's window."""
-    if not window:
-        return mask
-    queries, length = mask.shape[-2:]
-    return mask.triu(length - queries - window + 1)
-
-
-def math_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
+def math_attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     """Causal attention spelt out, the reference that every other rung must agree with."""
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
     if mask is None:
         mask = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1))
-    hidden = ~within(mask, window)
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     """Torch's fused kernels. With a mask, q may be only the last positions of k and v."""
-    if mask is None and window:
-        return block_attention(q, k, v, None, window)
-    mask = within(mask, window)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
     return y.transpose(1, 2)
@@ -636,11 +617,11 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) 
 QUERY_BLOCK = 128  # queries of `block_attention`
 
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
+def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     """Causal attention by blocks of queries, each with the keys that it may see.
     The backward finds all weights kept, where torch's kernel computes them again."""
     if mask is not None:
-        return sdpa_attention(q, k, v, mask, window)
+        return sdpa_attention(q, k, v, mask)
     groups, dim = k.size(2), q.size(3)
     keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))  # (B * K, T, d)
     out = []
@@ -648,13 +629,12 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0)
     for query in (q * dim**-0.5).transpose(1, 2).split(QUERY_BLOCK, 2):
         first = len(out) * QUERY_BLOCK
         stop = first + query.size(2)
-        start = max(0, first - window + 1) if window else 0
-        pairs = torch.ones(stop - first, stop - start, dtype=torch.bool, device=q.device)
-        hidden = ~within(pairs.tril(first - start), window)
+        pairs = torch.ones(stop - first, stop, dtype=torch.bool, device=q.device)
+        hidden = ~pairs.tril(first)
         flat = query.unflatten(1, (groups, -1)).flatten(2, 3).flatten(0, 1)  # heads share keys
-        scores = torch.bmm(flat, keys[:, start:stop].mT)
+        scores = torch.bmm(flat, keys[:, :stop].mT)
         scores = scores.masked_fill(hidden.repeat(q.size(2) // groups, 1), -torch.inf)
-        out.append(torch.bmm(scores.softmax(-1), values[:, start:stop]).view(query.shape))
+        out.append(torch.bmm(scores.softmax(-1), values[:, :stop]).view(query.shape))
     return torch.cat(out, 2).transpose(1, 2)
 
 
@@ -662,14 +642,13 @@ def flash_attention(package: str):
     """FlashAttention 2 or 3; documents go through its kernel for rows of varying length."""
     flash = importlib.import_module(package)  # here, since a graph would break at an import
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens=None, window: int = 0) -> Tensor:
-        how = {"causal": True, "window_size": (window - 1, 0 if window else -1)}
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens=None) -> Tensor:
         if cu_seqlens is None:
-            out = flash.flash_attn_func(q, k, v, **how)
+            out = flash.flash_attn_func(q, k, v, causal=True)
         else:
             flat = [x.flatten(0, 1) for x in (q, k, v)]
             lengths = cu_seqlens, cu_seqlens, q.size(1), q.size(1)
-            out = flash.flash_attn_varlen_func(*flat, *lengths, **how)
+            out = flash.flash_attn_varlen_func(*flat, *lengths, causal=True)
         out = out[0] if isinstance(out, tuple) else out  # some builds return more
         return out.view(q.shape)
     return attend
@@ -872,61 +851,20 @@ class Dataset:
         }
 
 
-def open_tokenizer(args: Hyperparameters):
-    """The SentencePiece model of TOKENIZER_PATH, held against VOCAB_SIZE."""
-    path = args.tokenizer_path
-    try:
-        from sentencepiece import SentencePieceProcessor
-        tokenizer = SentencePieceProcessor(model_file=path)
-    except ImportError:
-        raise UserError("TOKENIZER_PATH is set, but sentencepiece is not installed") from None
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"TOKENIZER_PATH={path}: no SentencePiece model ({error})") from None
-    if (size := tokenizer.vocab_size()) != args.vocab_size:
-        raise UserError(f"TOKENIZER_PATH={path} has {size} ids, VOCAB_SIZE={args.vocab_size}")
-    return tokenizer
-
-
-def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary).
-
-    A target counts base[id] + (space[id] and not edge[previous id]). byte260: a byte for ids from 4
-    up. SentencePiece: 1 for byte pieces, 0 for control, unknown and unused ones, else the UTF-8
-    length with U+2581 as a space; a leading one counts only after ids that are no boundary: there
-    stands the dummy prefix, which models trained by data/prepare.py do not add."""
-    base = np.zeros(args.vocab_size, dtype=np.int64)
-    space = np.zeros(args.vocab_size, dtype=bool)
-    edge = np.zeros(args.vocab_size, dtype=bool)
-    if not args.tokenizer_path:
-        if args.vocab_size != 260:
-            raise UserError(f"VOCAB_SIZE={args.vocab_size} needs TOKENIZER_PATH; byte260 has none")
-        base[BYTE_OFFSET:] = 1
-        edge[:BYTE_OFFSET] = True
-        return base, space, edge
-    # SentencePiece
-    tokenizer = open_tokenizer(args)
-    dummy_prefix = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
-    for i in range(args.vocab_size):
-        piece = tokenizer.id_to_piece(i)
-        edge[i] = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
-        if tokenizer.is_byte(i):
-            base[i] = 1
-        elif not edge[i]:
-            space[i] = dummy_prefix and piece.startswith("\u2581")
-            base[i] = len(piece.replace("\u2581", " ").encode()) - space[i]
-    return base, space, edge
+def byte_tables(args: Hyperparameters) -> tuple[np.ndarray]:
+    """Bytes that an id stands for: one for ids from 4 up."""
+    return (np.arange(args.vocab_size) >= BYTE_OFFSET).astype(np.int64),
 
 
 def target_bytes(ids: np.ndarray, tables: tuple) -> np.ndarray:
     """Bytes of each target ids[1:], int64, by `byte_tables`."""
-    base, space, edge = tables
-    return base[ids[1:]] + (space[ids[1:]] & ~edge[ids[:-1]])
+    return tables[0][ids[1:]]
 
 
 def class_table(vocab_size: int) -> np.ndarray:
     """Class of each id, an index into BYTE_CLASSES, for the bits-by-class report."""
-    names = ["special"] * BYTE_OFFSET + ["token"] * (vocab_size - BYTE_OFFSET)
-    for byte in range(256) if vocab_size == 260 else ():
+    names = ["special"] * vocab_size
+    for byte in range(256):
         text = chr(byte)
         tests = {"non-ascii": byte > 127, "newline": text in "\r\n", "space": text.isspace(),
                  "digit": text.isdigit(), "lower": text.islower(), "upper": text.isupper()}
@@ -965,7 +903,7 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
 
 
 class Loader:
-    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in an order that ranks do not change.
+    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, one after the other.
     `state`, of the checkpoint, is the position of the next row: {"epoch", "shard", "row"}."""
 
     def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int,
@@ -973,31 +911,22 @@ class Loader:
         self.data, self.args, self.plan, self.rank = data, args, plan, rank
         self.length = args.train_seq_len
         self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
-        self.order = functools.lru_cache(2)(self.order)  # serves many steps
         if (most := max(map(len, data.train_shards))) <= self.length:
             raise UserError(f"TRAIN_SEQ_LEN={self.length}: no training shard has over {most} ids")
-
-    def order(self, count: int, *key: int) -> np.ndarray:
-        """In which order `count` rows, or shards, are read."""
-        if self.args.train_order == "sequential":
-            return np.arange(count)
-        return np.random.default_rng([self.args.seed, *key]).permutation(count)
 
     def _next_rows(self, count: int) -> list[tuple[int, int]]:
         """(shard, start) of the next `count` rows; moves the state."""
         rows, state = [], self.state
         while len(rows) < count:
-            shards = self.order(len(self.data.train_shards), state["epoch"])
-            index = int(shards[state["shard"]])
+            index = state["shard"]
             whole = (len(self.data.train_shards[index]) - 1) // self.length  # one id is spare
-            order = self.order(whole, state["epoch"], index)
-            taken = order[state["row"] : state["row"] + count - len(rows)]
-            rows += [(index, self.length * int(row)) for row in taken]
+            taken = range(state["row"], min(whole, state["row"] + count - len(rows)))
+            rows += [(index, self.length * row) for row in taken]
             state["row"] += len(taken)
             if state["row"] >= whole:
                 state["row"] = 0
                 state["shard"] += 1
-            if state["shard"] == len(shards):
+            if state["shard"] == len(self.data.train_shards):
                 state["shard"] = 0
                 state["epoch"] += 1
         return rows
@@ -1045,7 +974,7 @@ class Loader:
 # QUANTISER
 # -----------------------------------------------------------------------------
 
-SMALL_TENSOR = 4096  # elements; below it a tensor stays fp16
+SMALL_TENSOR = 4096  # elements; below it gains stay fp16
 SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
 
 
@@ -1061,7 +990,8 @@ def tensor_class(name: str) -> str:
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
     """(bits, axis of a step's slice: a table's buckets, else the last); (0, 0): fp16."""
-    if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR:
+    small = math.prod(shape) < SMALL_TENSOR and min(shape, default=0) < 16
+    if len(shape) < 2 or small:
         return 0, 0
     kind = tensor_class(name)
     return args.bits_by_class[kind], len(shape) - (2 if kind == "ngram" else 1)
@@ -1155,51 +1085,6 @@ class CastedLinear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-class LatentMLP(nn.Module):
-    """W2 silu(RMSNorm(W1 x)), no biases; the projector and the predictor of #832."""
-
-    def __init__(self, dim_in: int, hidden: int, dim_out: int):
-        super().__init__()
-        self.fc1 = CastedLinear(dim_in, hidden)
-        self.fc2 = CastedLinear(hidden, dim_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.silu(rms_norm(self.fc1(x))))
-
-
-@check
-def check_draft(args: Hyperparameters) -> None:
-    too_long = args.draft + 1 >= args.train_seq_len
-    forbid(too_long, args, "draft train_seq_len", "a row must hold the drafted ids")
-
-
-class DraftHeads(nn.Module):
-    """A chain of guesses at the ids beyond the next (after Hydra, Ankner et al. 2024).
-
-    A link takes in the id that follows and guesses the one after it, from what the link before
-    left of a position's state. Links share weights; the model learns nothing from them."""
-
-    def __init__(self, args: Hyperparameters):
-        super().__init__()
-        self.links = args.draft
-        self.link = LatentMLP(2 * args.model_dim, args.model_dim, args.model_dim)
-
-    def forward(self, state: Tensor, token: Tensor) -> Tensor:
-        """state (..., D) of a position or link, embedded token (..., D) -> (..., D)."""
-        return rms_norm(state + self.link(torch.cat((state, rms_norm(token)), -1)))
-
-    @piece
-    def loss(self, model: GPT, x: Tensor, ids: Tensor) -> Tensor:
-        """x (B, T, D) of ids (B, T + 1) -> nats of a guess on true ids, a mean a row (B,)."""
-        x, tokens, nats = x.detach(), model.embed(ids).detach(), 0.0
-        for i in range(1, self.links + 1):
-            x = self(x[:, :-1], tokens[:, i:-1])
-            logits = model.head(x, frozen=True).mT
-            part = F.cross_entropy(logits, ids[:, i + 1 :], reduction="none").mean(1)
-            nats = nats + part / self.links
-        return nats
-
-
 # -----------------------------------------------------------------------------
 # MODEL
 # -----------------------------------------------------------------------------
@@ -1231,7 +1116,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys, values and last states of the positions that decoding has read."""
+    """Keys and values of the positions that decoding has read."""
 
     def __init__(self, model: GPT):
         args = model.args
@@ -1239,13 +1124,7 @@ class KVCache:
         head_dim = args.model_dim // args.num_heads
         shape = (args.num_layers, 2, 1, args.eval_seq_len, args.num_kv_heads, head_dim)
         self.layers = torch.zeros(shape, **like)
-        self.states = torch.zeros(1, 0, args.model_dim, **like)
         self.length = 0
-
-    def cut(self, length: int) -> None:
-        """Forgets all after the first `length` positions."""
-        self.states = self.states[:, :length]
-        self.length = min(self.length, length)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values of new positions (1, n, K, d); returns those of all."""
@@ -1439,16 +1318,14 @@ class GPT(nn.Module):
         self.tok_emb = nn.Embedding(args.vocab_size, dim)
         self.ngram = None
         if args.ngram_order_list:
-            words = args.ngram_words if args.vocab_size == 260 else 0
             size = args.ngram_buckets, args.ngram_dim, args.ngram_hashes, dim
-            self.ngram = HashEmbedding(args.ngram_order_list, words, *size)
+            self.ngram = HashEmbedding(args.ngram_order_list, args.ngram_words, *size)
         self.reach = max((*args.ngram_order_list, HashEmbedding.WORD_REACH))  # back
         self.smear = SmearGate(dim) if args.smear_gate else None
         self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(layers))
         skips = nn.Parameter(torch.ones(layers // 2, dim))
         self.skip_weights = skips if args.unet_skips else None
         self.aux = None
-        self.draft = DraftHeads(args) if args.draft else None
         self.set_tables()
 
     def set_tables(self) -> None:
@@ -1472,11 +1349,6 @@ class GPT(nn.Module):
             block.mlp.proj.weight.zero_()
         if self.ngram is not None:
             nn.init.orthogonal_(self.ngram.proj.weight, generator=generator)
-        if self.aux is not None:
-            self.aux.init_weights(generator)
-        if self.draft is not None:
-            for layer in self.draft.link.children():
-                nn.init.orthogonal_(layer.weight, generator=generator)
 
     def embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.tok_emb.weight).to(self.dtype)
@@ -1529,29 +1401,17 @@ class GPT(nn.Module):
             past.length = ids.size(1)
         return x
 
-    def injected(self, x: Tensor, past: KVCache | None) -> Tensor:
-        """New states x (B, T, D) with the auxiliary's injection."""
-        if past is None:
-            return self.aux(x)[0]
-        known = past.states.size(1)
-        past.states = torch.cat((past.states, x), 1)
-        return self.aux(past.states[:, self.aux.first_read(known) :])[0][:, -x.size(1) :]
-
     def hidden(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
         """`states`, as the head reads them: (B, T, D), normalised."""
-        x = self.states(ids, rotary, past)
-        if self.aux is not None:
-            x = self.injected(x, past)
-        return rms_norm(x)
+        return rms_norm(self.states(ids, rotary, past))
 
     def exported(self) -> dict[str, nn.Parameter]:
         """Parameters that scoring needs, by name: an artifact holds no others."""
         return dict(self.named_parameters())
 
-    def head(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """States -> capped logits in fp32; `frozen`: no gradient for the head's own weight."""
-        weight = self.tok_emb.weight
-        logits = F.linear(x, (weight.detach() if frozen else weight).to(x.dtype)).float()
+    def head(self, x: Tensor) -> Tensor:
+        """States -> capped logits in fp32."""
+        logits = F.linear(x, self.tok_emb.weight.to(x.dtype)).float()
         cap = self.args.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -1562,19 +1422,9 @@ class GPT(nn.Module):
         return nats.view(targets.shape)
 
     def losses(self, ids: Tensor, weights: Tensor, aux_inputs=None) -> dict[str, Tensor]:
-        """ids (B, T + 1), weights (B,) -> weighted sums: "ce" in nats, other terms."""
-        x, terms = self.states(ids[:, :-1], self.rotary_train), {}
-        if self.aux is not None:
-            x, terms = self.aux(x, aux_inputs)
-        x = rms_norm(x)
-        sums = {"ce": (self.nats(x, ids[:, 1:]).sum(1) * weights).sum()}
-        if self.draft is not None:
-            groups = len(next(iter(terms.values()), ids))
-            total = (self.draft.loss(self, x, ids) * weights).sum()
-            sums["draft"] = total * groups / len(ids)
-        for name, value in terms.items():  # one value a group, whose weights are equal
-            sums[name] = (value * weights.view(len(value), -1).mean(1)).sum()
-        return sums
+        """ids (B, T + 1), weights (B,) -> "ce", the weighted sum of nats."""
+        x = self.hidden(ids[:, :-1], self.rotary_train)
+        return {"ce": (self.nats(x, ids[:, 1:]).sum(1) * weights).sum()}
 
     def logits(self, ids: Tensor, first: Tensor, span: int) -> Tensor:
         """fp32 (B, span, V), from position first[b] of each row b of ids (B, T)."""
@@ -1718,12 +1568,9 @@ class Optimizers:
     matrix   2-D weights of blocks, hash projection  Muon        MATRIX_LR
     table    n-gram tables                           RowAdagrad  NGRAM_LR
     embed    token embedding                         AdamW       TIED_EMBED_LR
-    draft    draft heads                             AdamW       DRAFT_LR, no decay
-    scalar   gains, mixes, gates: all else           AdamW       SCALAR_LR
+    scalar   gains, mixes, gates: all else           AdamW       SCALAR_LR"""
 
-    Draft heads stay out of the norm that clips: the model moves as without them."""
-
-    GROUPS = ("matrix", "embed", "table", "aux", "scalar", "draft")
+    GROUPS = ("matrix", "embed", "table", "scalar")
 
     def __init__(self, model: GPT, args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime, self.model = args, runtime, model
@@ -1733,19 +1580,16 @@ class Optimizers:
         self.muon = Muon(groups["matrix"], args, runtime)
         self.tables = RowAdagrad(groups["table"], args)
         rates = {"embed": (args.tied_embed_lr, args.adam_wd),
-                 "scalar": (args.scalar_lr, args.adam_wd), "draft": (args.draft_lr, 0.0)}
+                 "scalar": (args.scalar_lr, args.adam_wd)}
         adam = [{"params": groups[group], "lr": rate, "peak": rate, "weight_decay": decay}
                 for group, (rate, decay) in rates.items() if groups[group]]
         betas = args.beta1, args.beta2
         self.adam = torch.optim.AdamW(adam, betas=betas, eps=args.adam_eps, fused=True)
         self.replicated = [p for group in self.GROUPS[1:] for p in groups[group]]
-        self.counted = len(self.replicated) - len(groups["draft"])
 
     @staticmethod
     def group_of(name: str, p: nn.Parameter) -> str:
-        prefixes = {"aux.": "aux", "draft.": "draft",
-                    "ngram.table": "table", "tok_emb.": "embed"}
-        for prefix, group in prefixes.items():
+        for prefix, group in {"ngram.table": "table", "tok_emb.": "embed"}.items():
             if name.startswith(prefix):
                 return group
         return "matrix" if p.ndim == 2 and name.endswith(".weight") else "scalar"
@@ -1761,7 +1605,7 @@ class Optimizers:
             flat = torch._utils._flatten_dense_tensors(grads)
             dist.all_reduce(flat)
             torch._foreach_copy_(grads, list(torch._utils._unflatten_dense_tensors(flat, grads)))
-        rest = torch.stack(torch._foreach_norm(grads[: self.counted])).square().sum()
+        rest = torch.stack(torch._foreach_norm(grads)).square().sum()
         return (self.muon.square_norm() + rest).sqrt()
 
     @torch.no_grad()
@@ -2038,10 +1882,6 @@ def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None =
     # the arrays become the weights, without a copy
     found = {name: torch.from_numpy(array) for name, array in tensors.items()}
     model.load_state_dict(found, strict=False, assign=True)
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None and p.is_meta:  # still without data: only training uses it
-                module._parameters[name] = None
     model.set_tables()
     return model.to(device).eval()
 
@@ -2091,7 +1931,8 @@ class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defa
 @torch.no_grad()
 def scored(model: GPT, ids: np.ndarray, plan: WindowPlan,
            learner: TestTimeTraining | None = None, logits=GPT.logits):
-    """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) of each block of n targets.
+    """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) of the n targets of each batch, on
+    the device, which may still be at them.
 
     This is the only path from weights to a score. A learner is shown every chunk but the last,
     once it is scored."""
@@ -2111,9 +1952,8 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan,
             inputs, position, targets = plan.tensors(ids, batch, device)
             logprobs = logits(model, inputs, position, targets.size(1)).log_softmax(-1)
             nats = -logprobs.gather(-1, targets[..., None]).squeeze(-1)
-            nats = nats.cpu().numpy().astype(np.float64)
-            for i, (_, first, stop) in enumerate(batch):
-                yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
+            first, stop = batch[0, 1], batch[-1, 2]
+            yield first, stop, logprobs.flatten(0, 1)[: stop - first], nats.flatten()[: stop - first]
         seen[part[0, 1] : part[-1, 2]] = True
 
 
@@ -2200,18 +2040,73 @@ class TestTimeTraining:
 
 
 def kernel(function):
-    """Compiles a loop over bytes. No fastmath: scorer and decoder have to round alike, whatever the compiler
-    inlines. Nothing divides by zero, and code without that check is a tenth faster."""
-    return njit(error_model="numpy")(function) if njit else function
+    """Compiles a loop over bytes, for a thread of its own. No fastmath: scorer and decoder must round alike.
+    Nothing divides by zero, and nothing is allocated: to count references takes as long as to mix."""
+    options = {"error_model": "numpy", "nogil": True, "forceinline": True, "_nrt": False}
+    return njit(**options)(function) if njit else function
 
 
-# PPM is a trie of the text; a row stands for a string. Row 1 is the empty string and row 0 none: it ends
-# lists. SUFFIX is the string without its first byte, SEEN the document that met it last.
-CHILD, SIBLING, SUFFIX, SYMBOL, COUNT, SEEN = range(6)
-# `now`: rows in use; documents, BOS and ids so far; the longest context that was continued before, its
-# length, whether this document met it; the last ORDER bytes, their number; the gate's three cells.
-USED, DOCUMENT, BOS_SEEN, IDS_SEEN, CONTEXT, LENGTH, FRESH, HERE, HERE_LENGTH, ORDER, CELLS = range(11)
-# rows (entries, 6) int32; now (13,); gate (2, 3, cells): logits, squared gradients; stamp (257,): scratch.
+LANES = 16  # floats in a row that a vector instruction takes
+if njit:
+    # numba cannot know that arrays lie apart and leaves short loops scalar: these are LLVM's instructions
+    VECTOR, WORD = ir.VectorType(ir.FloatType(), LANES), ir.IntType(32)
+
+    def pointer(context, builder, kind, array, place, to):
+        data = context.make_array(kind)(context, builder, array).data
+        return builder.bitcast(builder.gep(data, [place]), to.as_pointer())
+
+    def pick(builder, x, places):
+        mask = ir.Constant(ir.VectorType(WORD, len(places)), [*places])
+        return builder.shuffle_vector(x, x, mask)
+
+    @extending.intrinsic
+    def dot(typing, a, i, b, j):
+        """The sum of a[i : i + 16] * b[j : j + 16], of arrays laid flat, in one order for all."""
+        def emit(context, builder, signature, args):
+            x, y = (builder.load(pointer(context, builder, *part, VECTOR), align=4)
+                    for part in ((a, *args[:2]), (b, *args[2:])))
+            x = builder.fmul(x, y)
+            for half in (8, 4, 2, 1):
+                parts = range(half), range(half, 2 * half)
+                x = builder.fadd(*(pick(builder, x, part) for part in parts))
+            return builder.extract_element(x, WORD(0))
+        return types.float32(a, types.intp, b, types.intp), emit
+
+    @extending.intrinsic
+    def nudge(typing, a, i, step, b, j):
+        """a[i : i + 16] += step * b[j : j + 16]"""
+        def emit(context, builder, signature, args):
+            to = pointer(context, builder, a, *args[:2], VECTOR)
+            x = builder.load(pointer(context, builder, b, *args[3:], VECTOR), align=4)
+            step = builder.insert_element(ir.Constant(VECTOR, None), args[2], WORD(0))
+            x = builder.fmul(pick(builder, step, [0] * LANES), x)
+            builder.store(builder.fadd(builder.load(to, align=4), x), to, align=4)
+            return context.get_dummy_value()
+        return types.void(a, types.intp, types.float32, b, types.intp), emit
+
+    @extending.intrinsic
+    def prefetch(typing, a, i):
+        """Asks memory for a[i] before it is needed."""
+        def emit(context, builder, signature, args):
+            place = pointer(context, builder, a, *args, ir.IntType(8))
+            kind = ir.FunctionType(ir.VoidType(), [place.type, WORD, WORD, WORD])
+            ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
+            builder.call(ask, [place, WORD(1), WORD(3), WORD(1)])  # to write, to keep, data
+            return context.get_dummy_value()
+        return types.void(a, types.intp), emit
+
+
+# PPM is a trie of the text in one array, with ROW numbers for a string; the place of the first is its name.
+# ROOT is the empty string and 0 none: it ends lists. SUFFIX is the string without its first byte, SEEN the
+# document that met it last, TOTAL how many bytes followed it, BEST what it is with the likeliest of them.
+CHILD, SIBLING, SUFFIX, SYMBOL, COUNT, SEEN, TOTAL, BEST = np.arange(8, dtype=np.uint32)
+ROOT = ROW = 8
+# `now`: numbers in use; documents, BOS and ids so far; the longest context that was continued before, its
+# length, whether this document met it; the last ORDER bytes, their number; the longest context that knows the
+# byte last asked for, its ENTRY there and the one BEFORE that in the list; the gate's three cells.
+USED, DOCUMENT, BOS_SEEN, IDS_SEEN, CONTEXT, LENGTH, FRESH, HERE, HERE_LENGTH, ORDER = range(10)
+KNOWN, ENTRY, BEFORE, CELLS = range(10, 14)
+# rows (numbers,) uint32; now (17,); gate (2, 3, cells): logits, squared gradients; stamp (257,): scratch.
 # Constants of this section were chosen on the last megabyte of the training documents.
 PPM = namedtuple("PPM", "rows now gate stamp")
 OFTEN = np.minimum(np.log2(np.arange(256) + 1).astype(np.int64), 7)
@@ -2221,22 +2116,26 @@ GATE_START, GATE_RATE = -2.0, 0.15
 @kernel
 def ppm_byte(ppm, x):
     """PPM-D's probability of byte x: exclusion, escape D / 2T, a symbol (2c - 1) / 2T (Howard 1993)."""
-    rows, stamp = ppm.rows, ppm.stamp
+    rows, stamp, now = ppm.rows, ppm.stamp, ppm.now
     stamp[256] += 1  # a byte that bears this number is excluded
     mass, excluded = 1.0, 0
-    node = ppm.now[CONTEXT]
+    node = np.uint32(now[CONTEXT])
+    now[KNOWN] = 0
     while node:
         total = distinct = count = 0
-        entry = rows[node, CHILD]
+        before, entry = np.uint32(0), rows[node + CHILD]
         while entry:
-            symbol = rows[entry, SYMBOL]
+            symbol = rows[entry + SYMBOL]
             if stamp[symbol] != stamp[256]:
                 stamp[symbol] = stamp[256]
-                total += rows[entry, COUNT]
+                total += np.int64(rows[entry + COUNT])
                 distinct += 1
                 if symbol == x:
-                    count = rows[entry, COUNT]
-            entry = rows[entry, SIBLING]
+                    count = np.int64(rows[entry + COUNT])
+                    now[KNOWN], now[ENTRY], now[BEFORE] = node, entry, before
+                    if not excluded and rows[node + TOTAL] < 256:  # no need to see the rest
+                        return mass * (2 * count - 1) / (2 * np.int64(rows[node + TOTAL]))
+            before, entry = entry, rows[entry + SIBLING]
         # a context that knows x settles it, any other passes its escape on to a shorter one
         excluded += distinct
         if distinct and excluded == 256:  # nothing is left to escape to
@@ -2245,7 +2144,7 @@ def ppm_byte(ppm, x):
             return mass * (2 * count - 1) / (2 * total)
         if distinct:
             mass *= distinct / (2 * total)
-        node = rows[node, SUFFIX]
+        node = rows[node + SUFFIX]
     return mass / (256 - excluded)
 
 
@@ -2266,20 +2165,14 @@ def level(logprob):
 
 @kernel
 def ppm_weight(ppm, logprobs, peak):
-    """PPM's share of the mixture. It depends on the prefix: nothing here knows which id comes.
-
-    Its logit is a sum of three cells, picked by how long the longest known context is, how often it was
-    continued, how alike, and whether this document met it; by the network's highest log-probability,
-    `peak`; and by how likely the network finds PPM's favourite. `now` keeps the cells for learning."""
+    """PPM's share of the mixture. It depends on the prefix: nothing here knows which id comes. Its logit is
+    a sum of three cells, picked by how long the longest known context is, how often it was continued, how
+    alike, and whether this document met it; by the network's highest log-probability, `peak`; and by how
+    likely the network finds PPM's favourite. `now` keeps the cells for learning."""
     rows, gate, now = ppm.rows, ppm.gate, ppm.now
-    total = most = favourite = 0
-    entry = rows[now[CONTEXT], CHILD]
-    while entry:
-        count = rows[entry, COUNT]
-        total += count
-        if count > most:
-            most, favourite = count, rows[entry, SYMBOL]
-        entry = rows[entry, SIBLING]
+    total = np.int64(rows[np.uint32(now[CONTEXT]) + TOTAL])
+    best = rows[np.uint32(now[CONTEXT]) + BEST]
+    most, favourite = np.int64(rows[best + COUNT]), np.int64(rows[best + SYMBOL])
 
     often = OFTEN[min(total, 255)]
     alike = 8 * most // (total + 1)
@@ -2294,7 +2187,7 @@ def ppm_weight(ppm, logprobs, peak):
 
 @kernel
 def ppm_push(ppm, token):
-    """Counts an id after its contexts and moves on. BOS empties the context and keeps the counts.
+    """Counts the id last asked for after its contexts and moves on. BOS empties the context, not the counts.
 
     Update exclusion (Moffat 1990): the longest context that knew the byte counts it, longer ones enter
     it and shorter ones stay as they are. Lists keep the latest byte in front: likely the next."""
@@ -2303,89 +2196,103 @@ def ppm_push(ppm, token):
     if token < BYTE_OFFSET:
         now[BOS_SEEN] += token == BOS_ID
         now[DOCUMENT] += 1
-        now[CONTEXT], now[LENGTH], now[FRESH] = 1, 0, 0
-        now[HERE], now[HERE_LENGTH] = 1, 0
+        now[CONTEXT], now[LENGTH], now[FRESH] = ROOT, 0, 0
+        now[HERE], now[HERE_LENGTH] = ROOT, 0
         return
     # from the last ORDER bytes on, shorter and shorter, until one has met the byte
-    x = token - BYTE_OFFSET
-    node, longest, entered, found = now[HERE], 0, 0, False
+    node, longest, entered, found = np.uint32(now[HERE]), np.uint32(0), np.uint32(0), False
     while node and not found:
-        before, entry = 0, rows[node, CHILD]
-        while entry and rows[entry, SYMBOL] != x:
-            before, entry = entry, rows[entry, SIBLING]
-        found = entry > 0
+        found = node == now[KNOWN]
+        entry, before = np.uint32(now[USED]), np.uint32(0)
         if found:
-            rows[entry, COUNT] += 1
+            entry, before = np.uint32(now[ENTRY]), np.uint32(now[BEFORE])
+            if before:
+                rows[before + SIBLING] = rows[entry + SIBLING]
         else:
-            entry = now[USED]
-            now[USED] += 1
-            rows[entry, SYMBOL], rows[entry, COUNT], rows[entry, SUFFIX] = x, 1, 1
-        if entry != rows[node, CHILD]:  # to the front of its list
-            if before and found:
-                rows[before, SIBLING] = rows[entry, SIBLING]
-            rows[entry, SIBLING], rows[node, CHILD] = rows[node, CHILD], entry
+            now[USED] += ROW
+            rows[entry + SYMBOL], rows[entry + SUFFIX] = token - BYTE_OFFSET, ROOT
+        if before or not found:  # to the front of its list
+            rows[entry + SIBLING], rows[node + CHILD] = rows[node + CHILD], entry
+        rows[node + TOTAL] += 1
+        rows[entry + COUNT] += 1
+        if rows[entry + COUNT] >= rows[rows[node + BEST] + COUNT]:
+            rows[node + BEST] = entry
         if entered:
-            rows[entered, SUFFIX] = entry
-        longest, entered, node = longest or entry, entry, rows[node, SUFFIX]
+            rows[entered + SUFFIX] = entry
+        longest = longest or entry
+        entered, node = entry, rows[node + SUFFIX]
     # the last ORDER bytes, and the longest of their ends that anything followed before
     now[HERE] = longest
     now[HERE_LENGTH] += 1
     if now[HERE_LENGTH] > now[ORDER]:
-        now[HERE], now[HERE_LENGTH] = rows[longest, SUFFIX], now[ORDER]
-    node, now[LENGTH] = now[HERE], now[HERE_LENGTH]
-    while rows[node, CHILD] == 0:
-        rows[node, SEEN] = now[DOCUMENT]
-        node = rows[node, SUFFIX]
+        now[HERE], now[HERE_LENGTH] = rows[longest + SUFFIX], now[ORDER]
+    node, now[LENGTH] = np.uint32(now[HERE]), now[HERE_LENGTH]
+    while rows[node + CHILD] == 0:
+        rows[node + SEEN] = now[DOCUMENT]
+        node = rows[node + SUFFIX]
         now[LENGTH] -= 1
-    now[CONTEXT], now[FRESH] = node, rows[node, SEEN] == now[DOCUMENT]
-    while node and rows[node, SEEN] != now[DOCUMENT]:  # met here once: met with every suffix
-        rows[node, SEEN] = now[DOCUMENT]
-        node = rows[node, SUFFIX]
+    now[CONTEXT], now[FRESH] = node, rows[node + SEEN] == now[DOCUMENT]
+    while node and rows[node + SEEN] != now[DOCUMENT]:  # met here once: met with every suffix
+        rows[node + SEEN] = now[DOCUMENT]
+        node = rows[node + SUFFIX]
 
 
 @kernel
-def ppm_score(ppm, ids, logprobs, peaks, fixed, nats):
-    for t in range(len(ids)):
+def ppm_score(ppm, ids, logprobs, peaks, fixed, nats, learns):
+    for k in range(len(ids)):
+        t = k if learns else 0
         weight = ppm_weight(ppm, logprobs[t], peaks[t]) if fixed == 1 else fixed
-        network = math.exp(np.float64(logprobs[t, ids[t]]))
-        counts = ppm_id(ppm, ids[t])
+        network = math.exp(np.float64(logprobs[t, ids[k]]))
+        counts = ppm_id(ppm, ids[k])
         mixed = (1 - weight) * network + weight * counts
-        nats[t] = -math.log(mixed)
-        if fixed == 1:  # a step of AdaGrad
+        nats[k] = -math.log(mixed)
+        if learns and fixed == 1:  # a step of AdaGrad
             gradient = weight * (1 - weight) * (counts - network) / mixed
             for i in range(3):
                 cell = ppm.now[CELLS + i]
                 ppm.gate[1, i, cell] += gradient * gradient
                 ppm.gate[0, i, cell] += GATE_RATE * gradient / math.sqrt(ppm.gate[1, i, cell])
-        ppm_push(ppm, ids[t])
-
-
-@kernel
-def ppm_distribution(ppm, logprobs, peak, fixed, out):
-    weight = ppm_weight(ppm, logprobs, peak) if fixed == 1 else fixed
-    for token in range(len(out)):
-        network = math.exp(np.float64(logprobs[token]))
-        out[token] = math.log((1 - weight) * network + weight * ppm_id(ppm, token))
+        if learns:
+            ppm_push(ppm, ids[k])
 
 
 # Binary mixing. A byte is eight decisions, first bit first; `node` is a 1 with the bits so far after it.
 # Contexts: orders 1-4 and the word so far, counted for this document only (most of the gain: the network
 # knows the language but not this text), and orders 4, 6 ... and the word, counted for the whole stream.
-# Each owns two rows of its table, one for each half of a byte: 16 uint32, [document << 24 | check, 15
-# counters: probability of a 1 << 10 | n]. Of two contexts that want a row the later one has it.
+# Each owns a row of its table for the first half of a byte and one near it for each second half, a cache
+# line of 16 uint32: [document << 24 | check, 15 counters: probability of a 1 << 10 | n]. Of two contexts
+# that want a row the later one has it.
 Mixer = namedtuple("Mixer", "table contexts hashes text places now weights trust hits refined "
-                            "heap row check met used inputs")
-# table (C, rows, 16); contexts (C, 2): index into hashes, 1 = this document; hashes (order + 1,) uint64:
-# of the last 1 ... order bytes and of the word; text (bytes,) uint8; places (2^20,): where the same `order`
+                            "rows marks spots path used lanes mixed")
+# contexts (C, 4): index into hashes, 1 = this document, where in the table its rows begin, their number - 1;
+# hashes (order + 1,): of the last 1 ... order bytes and of the word; places (2^20,): where the same `order`
 # bytes ended before; now (6,): bytes, end of the match, its length, first byte of the document, last byte,
-# document; weights (517, inputs), trust (C, 128), refined (65536, 24): see `decide`; hits (32,): how often
-# matches of a length go on. Scratch: heap (512,), the network's mass below a node; the rest for `learn`.
+# document; weights (517, 16), trust (C * 128,), refined (65536 * 16,): see `decide` and `refine`; hits (32,):
+# how often matches of a length go on. What follows them is scratch of `follow` and `fetch`.
 BYTES, MATCH, MATCHED, START, LAST, DOC = range(6)
+CELL, MATCH_LENGTH, EXPECTED, LAST_BYTE, PLACE = range(5)  # `spots`
+NODE, SLOT, BIT, WEIGHTS = range(4)  # `path`
 STRETCH = np.log(np.arange(0.5, 4096) / np.arange(4095.5, 0, -1)).astype(np.float32)
-DOUBT = np.digitize(0.5 - np.abs(np.arange(256) - 127.5) / 256, (0.03, 0.12, 0.25))
-TRIALS = np.digitize(np.arange(1024), (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64, 128, 256))
-STEPS, LIMIT = 1 / (np.arange(1024) + 1.6), 255  # of a counter: shrinking steps, its largest n
-RATE, SLOW, TINY = 0.001, 0.02, 1e-12
+DOUBT = 2 * np.digitize(0.5 - np.abs(np.arange(256) - 127.5) / 256, (0.03, 0.12, 0.25)).astype(np.uint32)
+TRIALS = 8 * np.searchsorted([*range(1, 9), 12, 16, 24, 32, 64, 128], range(256), "right").astype(np.uint32)
+# of a counter: shrinking steps in parts of 65536, its largest n, and how it begins
+STEPS, LIMIT = np.round(65536 / (np.arange(256) + 1.6)).astype(np.int64), np.uint32(255)
+UNKNOWN = np.uint32(1 << 31)
+RATE, SLOW, TINY = np.float32(0.001), np.float32(0.02), np.float32(1e-12)
+# of log odds: where they end, where the adaptive map does, points of a table for each unit
+REACH, SURE, FINE = np.float32(12), np.float32(7.5), np.float32(64)
+SQUASHED = (1 / (1 + np.exp(12 - np.arange(24 * 64 + 2) / 64))).astype(np.float32)
+ONES = np.ones(LANES, np.float32)
+SHARE = 8  # column of `odds`, after those of eight bits: what an id's kind, byte or special, has of the whole
+BLOCK, AHEAD = 1024, 6  # ids at once, and how far ahead memory is asked
+
+
+@kernel
+def squash(z):
+    """The logistic function, straight between points of a table."""
+    place = (min(max(z, -REACH), REACH) + REACH) * FINE
+    low = np.uint32(place)
+    return SQUASHED[low] + (SQUASHED[low + 1] - SQUASHED[low]) * (place - np.float32(low))
 
 
 @kernel
@@ -2396,281 +2303,328 @@ def blend(state, symbol):
 
 
 @kernel
-def find(m, half, nibble):
-    """Finds the contexts' rows for a half of the byte; `nibble`: 0, or 16 + its first four bits."""
-    for c in range(len(m.table)):
-        salt = m.contexts[c, 1] * (m.now[DOC] + 1)
-        key = blend(blend(m.hashes[m.contexts[c, 0]], salt), 32 * c + nibble)
-        row = np.int64(key >> np.uint64(8)) & (m.table.shape[1] - 1)
-        check = np.int64(key >> np.uint64(40)) | 1
-        head = np.int64(m.table[c, row, 0])
-        m.row[half, c], m.check[half, c] = row, check
-        here = (head >> 24) == (m.now[DOC] & 255)
-        m.met[half, c] = (2 if here else 1) if (head & 0xFFFFFF) == check else 0
+def bit_odds(ids, probs, odds, tree):
+    """The network's odds of a 1 at each bit of each id, and its share: odds (n, 9) of probs (n, V).
+    tree (32,): scratch."""
+    for t in range(len(ids)):
+        x, special = ids[t] - BYTE_OFFSET, probs[t, ids[t]] + TINY
+        total = 5 * TINY + probs[t, 0] + probs[t, 1] + probs[t, 2] + probs[t, 3]
+        for half in range(2):
+            # the leaves: sums of 16 bytes, then, of the one that x is in, the bytes
+            for i in range(LANES):
+                tree[LANES + i] = probs[t, BYTE_OFFSET + (x & ~15) + i]
+                if half == 0:
+                    place = t * probs.shape[1] + BYTE_OFFSET + LANES * i
+                    tree[LANES + i] = dot(probs, place, ONES, 0)
+            for i in range(LANES - 1, 0, -1):
+                tree[i] = tree[2 * i] + tree[2 * i + 1]
+            if half == 0:
+                odds[t, SHARE] = (special if x < 0 else tree[1] + TINY) / (total + tree[1])
+            for j in range(4 if x >= 0 else 0):
+                node = ((x >> (4 - 4 * half)) & 15 | 16) >> (4 - j)
+                odds[t, 4 * half + j] = (tree[2 * node + 1] + TINY) / (tree[2 * node] + TINY)
 
 
 @kernel
-def counter_of(j, node):
-    """Where the counter of a node, j bits into the byte, lies in its row."""
-    low = 1 << max(j - 4, 0)
-    return node if j < 4 else low | (node & (low - 1))
+def follow(m, ids):
+    """Moves contexts and match on over ids, and notes what each of them and the next will need: of contexts
+    `rows` and the `marks` that these must bear, and `spots`. All depends on ids alone, so memory can be
+    asked for counters in time."""
+    now, hashes, text, spots, order = m.now, m.hashes, m.text, m.spots, len(m.hashes) - 1
+    n = now[BYTES]
+    for t in range(len(ids) + 1):
+        for c in range(len(m.contexts)):
+            key = blend(hashes[m.contexts[c, 0]], m.contexts[c, 1] * (now[DOC] + 1))
+            row = np.int64(key >> np.uint64(8)) & m.contexts[c, 3]
+            m.rows[t, c] = m.contexts[c, 2] + row * LANES
+            m.marks[t, c] = np.int64(key >> np.uint64(40)) | 1 | (now[DOC] & 255) << 24
+        spots[t, CELL] = np.int64(hashes[min(2, order - 1)] >> np.uint64(48))
+        spots[t, LAST_BYTE] = now[LAST]
+        if t == len(ids):
+            break
+        x = ids[t] - BYTE_OFFSET
+        if x < 0:  # BOS forgets the history and keeps what was learned
+            hashes[:] = 0
+            now[LAST] = 0
+            now[DOC] += 1
+            continue
+        for k in range(order - 1, 0, -1):
+            hashes[k] = blend(hashes[k - 1], x + 1)
+        hashes[0] = blend(np.uint64(0), x + 1)
+        letter = x | 32
+        inside = 97 <= letter <= 122 or 48 <= x <= 57 or x >= 128
+        hashes[order] = blend(hashes[order], letter) if inside else np.uint64(0)
+        spots[t, PLACE] = np.int64(hashes[order - 1] >> np.uint64(44))
+        text[now[BYTES]] = x
+        now[LAST] = x
+        now[BYTES] += 1
+    # the match goes on, or the last place of the same bytes may begin another
+    for t in range(len(ids) + 1):
+        length = now[MATCHED]
+        spots[t, MATCH_LENGTH] = min(length, 31)
+        spots[t, EXPECTED] = np.int64(text[now[MATCH]]) | 256 if length else 0
+        if t == len(ids):
+            break
+        if t + AHEAD < len(ids):
+            prefetch(m.places, spots[t + AHEAD, PLACE])
+        if ids[t] < BYTE_OFFSET:
+            now[MATCHED], now[START] = 0, n
+            continue
+        if length and text[now[MATCH]] == text[n]:
+            now[MATCHED] += 1
+            now[MATCH] += 1
+        else:
+            before, length = np.int64(m.places[spots[t, PLACE]]) - 1, 0
+            most = min(before, n - now[START], 31)  # it may not begin before this document does
+            while length <= most and text[before - length] == text[n - length]:
+                length += 1
+            now[MATCHED], now[MATCH] = length if length >= order else 0, before + 1
+        n += 1
+        m.places[spots[t, PLACE]] = n
 
 
 @kernel
-def weight_sets(m, length, guess, node):
-    return 1 + length // 8 if guess >= 0 else 0, 5 + node, 261 + m.now[LAST]
+def refined_row(m, t, node):
+    return ((m.spots[t, CELL] ^ (node * 40503)) & 65535) * LANES
 
 
 @kernel
-def decide(m, nodes, ones):
-    """Writes the probability of a 1 below each of the nodes: logistic mixing (Mahoney 2005, lpaq).
+def fetch(m, t, x, learns):
+    """Reads the counters of byte x's bits; learning, it moves them on at once, since no other bit reads
+    them. `path`: each bit's node, place in a row, value; `lanes`: the inputs of eight decisions and, from
+    8 on, weights of their own; `used`: the cells of `trust` that these are from."""
+    path, table, lanes = m.path, m.table, m.lanes
+    for j in range(8):
+        path[NODE, j], path[BIT, j] = (x | 256) >> (8 - j), (x >> (7 - j)) & 1
+        path[SLOT, j] = ((x if j > 3 else x >> 4) & 15 | 16) >> (4 - (j & 3))
+    # a row that bears another's mark is taken over
+    for c in range(len(m.contexts)):
+        mark = m.marks[t, c]
+        for half in range(2):
+            row = m.rows[t, c] ^ (LANES * (1 + (x >> 4)) * half)
+            head = table[np.uint64(row)]
+            here = np.uint32(head == mark)  # this document has met the context
+            other = ((head ^ mark) & np.uint32(0xFFFFFF)) != 0
+            if learns:
+                table[np.uint64(row)] = mark
+                if other:
+                    table[row + 1 : row + LANES] = UNKNOWN
+            for j in range(4 * half, 4 * half + 4):
+                place = np.uint64(row + path[SLOT, j])
+                counter = UNKNOWN if other else table[place]
+                n, p = counter & np.uint32(1023), np.int64(counter >> np.uint32(10))
+                kind = TRIALS[n] | DOUBT[counter >> np.uint32(24)] | here
+                cell = np.uint64(128 * c + kind)
+                m.used[j, c] = cell
+                lanes[j, 1 + c] = STRETCH[counter >> np.uint32(20)]
+                lanes[8 + j, 1 + c] = m.trust[cell]
+                if learns:
+                    p += ((path[BIT, j] << 22) - p) * STEPS[n] >> 16
+                    table[place] = np.uint32(p << 10) | min(n + np.uint32(1), LIMIT)
 
+
+@kernel
+def decide(m, t, odds):
+    """Writes `mixed`, the log odds of a 1 at each bit of the path: logistic mixing (Mahoney 2005, lpaq).
     Inputs are log odds: the network's, a counter's from each context, the match's. An input's weight is
     a sum of three, picked by how long the match is, by the node and by the last byte. A counter's has a
     fourth, `trust`, picked by how often it was asked, how sure it is and whether this document has met
-    its context. The mixture is averaged with an adaptive map of it, picked by the last three bytes and
-    the node (the APM of lpaq). Only `inputs` and `used` change: eight nodes' part, for `learn`."""
-    heap, contexts, weights, inputs, used = m.heap, len(m.table), m.weights, m.inputs, m.used
-    length = min(m.now[MATCHED], 31)
-    expected = np.int64(m.text[m.now[MATCH]]) | 256 if length else 0
-    recent = m.hashes[min(2, len(m.hashes) - 2)]
+    its context."""
+    path, lanes, contexts = m.path, m.lanes, len(m.contexts)
+    length, expected = m.spots[t, MATCH_LENGTH], m.spots[t, EXPECTED]
     hit = min(max(m.hits[length], 0.001), 0.9999)
-    chance = math.log(hit / (1 - hit))
-    for k in range(len(nodes)):
-        node, slot, j = nodes[k], k & 7, 0
-        while (node >> j) > 1:
-            j += 1
-        half, place, guess, z = j >> 2, counter_of(j, node), -1, 0.0
-        inputs[slot, 0] = min(max(math.log(heap[2 * node + 1] / heap[2 * node]), -12.0), 12.0)
-        for c in range(contexts):
-            used[slot, c], inputs[slot, 1 + c] = 0, 0.0
-            if m.met[half, c]:
-                counter = np.int64(m.table[c, m.row[half, c], place])
-                n = counter & 1023
-                if n:
-                    doubt = DOUBT[counter >> 24]
-                    used[slot, c] = (TRIALS[n] << 3) | (doubt << 1) | (m.met[half, c] - 1)
-                    inputs[slot, 1 + c] = STRETCH[counter >> 20]
-                    z += m.trust[c, used[slot, c]] * STRETCH[counter >> 20]
-        # the match's bit, where its byte fits the bits so far
-        inputs[slot, 1 + contexts] = 0.0
-        if (expected >> (8 - j)) == node:
-            guess = (expected >> (7 - j)) & 1
-            inputs[slot, 1 + contexts] = chance if guess else -chance
-        a, b, c = weight_sets(m, length, guess, node)
-        for i in range(contexts + 2):
-            z += (weights[a, i] + weights[b, i] + weights[c, i]) * inputs[slot, i]
-        # the adaptive map has a knot at each whole number from -11.5 on
-        z = min(max(z, -11.4), 11.4)
-        mixed, knot, part = 1 / (1 + math.exp(-z)), int(z + 11.5), z + 11.5 - int(z + 11.5)
-        cell = np.int64(blend(recent, node) >> np.uint64(48))
-        used[slot, contexts], used[slot, contexts + 1] = guess, cell
-        inputs[slot, contexts + 2], inputs[slot, contexts + 3] = mixed, z + 11.5
-        mapped = m.refined[cell, knot] * (1 - part) + m.refined[cell, knot + 1] * part
-        ones[k] = 0.5 * mixed + 0.5 * mapped
-
-
-@kernel
-def learn(m, x):
-    """Updates all that the eight decisions of byte x used: nothing moves before it is scored."""
-    inputs, used, refined = m.inputs, m.used, m.refined
-    contexts, length = len(m.table), min(m.now[MATCHED], 31)
-    # rows that were another context's begin anew: even odds, never asked
-    for half in range(2):
-        for c in range(contexts):
-            row = m.row[half, c]
-            m.table[c, row, 0] = m.check[half, c] | ((m.now[DOC] & 255) << 24)
-            if not m.met[half, c]:
-                m.table[c, row, 1:] = 1 << 31
-    # weights, counters, the match's odds and the adaptive map
+    chance = np.float32(math.log(hit / (1 - hit)) if length else 0.0)
     for j in range(8):
-        node, y = (x | 256) >> (8 - j), (x >> (7 - j)) & 1
-        step, guess = RATE * (y - inputs[j, contexts + 2]), used[j, contexts]
-        for weights in weight_sets(m, length, guess, node):
-            for i in range(contexts + 2):
-                m.weights[weights, i] += step * inputs[j, i]
-        place = counter_of(j, node)
-        for c in range(contexts):
-            m.trust[c, used[j, c]] += step * inputs[j, 1 + c]
-            row = m.row[j >> 2, c]
-            counter = np.int64(m.table[c, row, place])
-            n, p = counter & 1023, counter >> 10
-            p += int(((y << 22) - p) * STEPS[n])
-            p = min(max(p, 64), (1 << 22) - 64)
-            m.table[c, row, place] = (p << 10) | min(n + 1, LIMIT)
-        if guess >= 0:
-            m.hits[length] += ((guess == y) - m.hits[length]) * SLOW
-        cell, knot = used[j, contexts + 1], int(inputs[j, contexts + 3])
-        part = inputs[j, contexts + 3] - knot
-        refined[cell, knot] += (y - refined[cell, knot]) * (1 - part) * SLOW
-        refined[cell, knot + 1] += (y - refined[cell, knot + 1]) * part * SLOW
+        lanes[j, 0] = min(max(odds[j], -REACH), REACH)
+        # the match's bit, where its byte fits the bits so far
+        lanes[j, 1 + contexts], path[WEIGHTS, j] = 0, 0
+        if (expected >> (8 - j)) == path[NODE, j]:
+            lanes[j, 1 + contexts] = chance if (expected >> (7 - j)) & 1 else -chance
+            path[WEIGHTS, j] = 1 + length // 8
+    last = LANES * (261 + m.spots[t, LAST_BYTE])
+    for j in range(8):
+        a, b, i = LANES * path[WEIGHTS, j], LANES * (5 + path[NODE, j]), LANES * j
+        z = dot(m.weights, a, lanes, i) + dot(m.weights, b, lanes, i)
+        m.mixed[j] = z + (dot(m.weights, last, lanes, i) + dot(lanes, 8 * LANES + i, lanes, i))
 
 
 @kernel
-def advance(m, token):
-    """Moves contexts and match on by an id. BOS forgets the history and keeps what was learned."""
-    now, hashes, text, order = m.now, m.hashes, m.text, len(m.hashes) - 1
-    if token < BYTE_OFFSET:
-        hashes[:] = 0
-        now[MATCHED], now[START], now[LAST] = 0, now[BYTES], 0
-        now[DOC] += 1
-        return
-    x = token - BYTE_OFFSET
-    for k in range(order - 1, 0, -1):
-        hashes[k] = blend(hashes[k - 1], x + 1)
-    hashes[0] = blend(np.uint64(0), x + 1)
-    letter = x | 32
-    inside = 97 <= letter <= 122 or 48 <= x <= 57 or x >= 128
-    hashes[order] = blend(hashes[order], letter) if inside else np.uint64(0)
-    n = now[BYTES]
-    text[n] = x
-    now[LAST], now[BYTES] = x, n + 1
-    # the match goes on, or the last place of the same bytes may begin another
-    if now[MATCHED] and text[now[MATCH]] == x:
-        now[MATCHED] += 1
-        now[MATCH] += 1
-    else:
-        now[MATCHED] = 0
-    place = np.int64(hashes[order - 1] >> np.uint64(44))
-    if now[MATCHED] == 0 and m.places[place]:
-        before, length = m.places[place] - 1, 0
-        most = min(before, n - now[START], 31)  # it may not begin before this document does
-        while length <= most and text[before - length] == text[n - length]:
-            length += 1
-        if length >= order:
-            now[MATCHED], now[MATCH] = length, before + 1
-    m.places[place] = n + 1
+def refine(m, t, j, learns):
+    """The probability of a 1 at bit j: the logistic function of the mixed log odds where they are sure, else
+    averaged with an adaptive map of it, picked by the last three bytes and the node (the APM of lpaq)."""
+    z, one = m.mixed[j], squash(m.mixed[j])
+    if abs(z) < SURE:
+        knot = np.uint64(z + SURE)
+        part = z + SURE - np.float32(knot)
+        place = np.uint64(refined_row(m, t, m.path[NODE, j])) + knot
+        low, high = m.refined[place], m.refined[place + np.uint64(1)]
+        one = np.float32(0.5) * (one + low + (high - low) * part)
+        if learns:
+            y = np.float32(m.path[BIT, j])
+            m.refined[place] += (y - low) * (SLOW - part * SLOW)
+            m.refined[place + np.uint64(1)] += (y - high) * (part * SLOW)
+    return one
 
 
 @kernel
-def fill(m, probs):
-    """Sums the network's mass below each node; returns the whole, the specials' share included."""
-    m.heap[256:] = probs[BYTE_OFFSET:] + TINY
-    for i in range(255, 0, -1):
-        m.heap[i] = m.heap[2 * i] + m.heap[2 * i + 1]
-    total = m.heap[1]
-    for i in range(BYTE_OFFSET):
-        total += probs[i] + TINY
-    return total
+def learn(m, t):
+    """Updates the weights of eight decisions and the match's odds."""
+    path, length, expected = m.path, m.spots[t, MATCH_LENGTH], m.spots[t, EXPECTED]
+    last = LANES * (261 + m.spots[t, LAST_BYTE])
+    for j in range(8):
+        step, i = RATE * (np.float32(path[BIT, j]) - squash(m.mixed[j])), LANES * j
+        nudge(m.weights, LANES * path[WEIGHTS, j], step, m.lanes, i)
+        nudge(m.weights, LANES * (5 + path[NODE, j]), step, m.lanes, i)
+        nudge(m.weights, last, step, m.lanes, i)
+        for c in range(len(m.contexts)):
+            m.trust[m.used[j, c]] += step * m.lanes[j, 1 + c]
+        if path[WEIGHTS, j]:
+            right = ((expected >> (7 - j)) & 1) == path[BIT, j]
+            m.hits[length] += (np.float32(right) - m.hits[length]) * SLOW
 
 
 @kernel
-def mixer_score(m, ids, probs, nats):
-    nodes, ones = np.zeros(8, np.int64), np.zeros(8)
-    for t in range(len(ids)):
-        total = fill(m, probs[t])
-        if ids[t] < BYTE_OFFSET:
-            p = (probs[t, ids[t]] + TINY) / total
-        else:
-            x, p = ids[t] - BYTE_OFFSET, m.heap[1] / total
+def mixer_score(m, ids, odds, nats, learns):
+    """nats (n,) of ids (n,). Learning, they follow one another; else each is what may come next."""
+    for k in range(len(ids)):
+        t, x, p = k if learns else 0, ids[k] - BYTE_OFFSET, 1.0
+        if learns and k + AHEAD < len(ids):
+            soon = max(ids[k + AHEAD] - BYTE_OFFSET, 0)
+            for c in range(len(m.contexts)):
+                prefetch(m.table, m.rows[k + AHEAD, c])
+                prefetch(m.table, m.rows[k + AHEAD, c] ^ (LANES * (1 + (soon >> 4))))
             for j in range(8):
-                nodes[j] = (x | 256) >> (8 - j)
-            find(m, 0, 0)
-            find(m, 1, nodes[4])
-            decide(m, nodes, ones)
+                prefetch(m.refined, refined_row(m, k + AHEAD, (soon | 256) >> (8 - j)))
+        # a special id has the network's share
+        if x >= 0:
+            fetch(m, t, x, learns)
+            decide(m, t, odds[k])
             for j in range(8):
-                p *= ones[j] if (x >> (7 - j)) & 1 else 1 - ones[j]
-            learn(m, x)
-        nats[t] = -math.log(p)
-        advance(m, ids[t])
-
-
-@kernel
-def mixer_distribution(m, probs, out):
-    """All 255 decisions: a leaf is the product that `mixer_score` forms, factor by factor."""
-    tree, ones, nodes = np.zeros(512), np.zeros(1), np.zeros(1, np.int64)
-    total = fill(m, probs)
-    tree[1] = m.heap[1] / total
-    find(m, 0, 0)
-    for top in range(1, 32):  # the first half of the byte, then the second below each of its values
-        if top >= 16:
-            find(m, 1, top)
-        for deeper in range(4 if top >= 16 else 1):
-            for node in range(top << deeper, (top + 1) << deeper):
-                nodes[0] = node
-                decide(m, nodes, ones)
-                tree[2 * node] = tree[node] * (1 - ones[0])
-                tree[2 * node + 1] = tree[node] * ones[0]
-    for i in range(len(out)):
-        out[i] = math.log((probs[i] + TINY) / total if i < BYTE_OFFSET else tree[256 - BYTE_OFFSET + i])
+                one = refine(m, t, j, learns)
+                p *= one if m.path[BIT, j] else 1 - one
+            if learns:
+                learn(m, t)
+        nats[k] = -np.float64(odds[k, SHARE]) - math.log(p)
 
 
 @check
 def check_mixture(args: Hyperparameters) -> None:
     forbid(args.ppm_weight and not njit, args, "ppm_weight", "install numba, or 0: only the network")
-    tokens = args.ppm_weight and args.vocab_size != 260
-    forbid(tokens, args, "vocab_size ppm_weight", "the mixture counts bytes: 260, or weight 0")
     fixed = args.mix == "binary" and args.ppm_weight not in (0, 1)
     forbid(fixed, args, "mix ppm_weight", "binary learns its weights: 0 or 1")
 
 
+def cache_lines(shape: tuple, kind: type) -> np.ndarray:
+    """Zeros that begin with a cache line, so that 64 bytes of them are in one."""
+    size = math.prod(shape) * np.dtype(kind).itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    return raw[-raw.ctypes.data % 64 :][:size].view(kind).reshape(shape)
+
+
+def fresh_mixer(contexts: list, order: int, rows: int) -> Mixer:
+    """A binary mixer that has seen nothing: it begins as only the network. contexts: (order - 1 or, for the
+    word, order; 1 = only of this document, which needs fewer rows than the stream: an eighth)."""
+    sizes = np.array([1 << (rows - 3 * document) for _, document in contexts], np.int64)
+    found = np.array(contexts, np.int64).reshape(-1, 2)
+    found = np.column_stack((found, LANES * (np.cumsum(sizes) - sizes), sizes - 1))
+    weights, n = cache_lines((517, LANES), np.float32), len(contexts)
+    weights[:5, 0] = 1
+    refined = cache_lines((65536, LANES), np.float32)
+    refined[:] = 1 / (1 + np.exp(SURE - np.arange(LANES)))
+    return Mixer(
+        cache_lines((sizes.sum() * LANES,), np.uint32), found, np.zeros(order + 1, np.uint64),
+        np.zeros(0, np.uint8), np.zeros(1 << 20, np.int32), np.zeros(6, np.int64), weights,
+        np.zeros(n * 128, np.float32), np.full(32, 0.75, np.float32), refined.reshape(-1),
+        np.zeros((BLOCK + 1, n), np.int64), np.zeros((BLOCK + 1, n), np.uint32),
+        np.zeros((BLOCK + 1, 5), np.int64), np.zeros((4, 8), np.int64), np.zeros((8, n), np.uint64),
+        cache_lines((2 * 8, LANES), np.float32), np.zeros(8, np.float32))
+
+
 class Mixture:
     """The network's distributions mixed with those of counts, which start empty and learn what was scored.
-    `score` books a run of ids; a decoder asks for `distribution` and hands the id that it decodes to
-    `push`: the same numbers. A step uses what the ids before it taught, so each is a distribution over
-    the vocabulary and a function of the prefix. Ids are byte260's, log-probabilities fp32."""
+    `score` books ids; a decoder asks for `distribution` and hands the id that it decodes to `push`: the
+    same numbers. A step uses what the ids before it taught: a function of the prefix."""
 
     def __init__(self, args: Hyperparameters):
-        self.binary, self.weight, order = args.mix == "binary", args.ppm_weight, args.ppm_order
+        self.args, self.weight, order = args, args.ppm_weight, args.ppm_order
+        self.binary = args.mix == "binary" and self.weight > 0
+        if self.binary:
+            document = [(min(k, order) - 1, 1) for k in range(1, 5)] + [(order, 1)]
+            stream = [(k - 1, 0) for k in range(4, order + 1, 2)] + [(order, 0)]
+            self.state = fresh_mixer(document + stream, order, args.mix_rows)
+            return
         # PPM: a root, and nothing met
-        now = np.zeros(13, np.int64)
-        now[[USED, CONTEXT, HERE, ORDER]] = 2, 1, 1, order
+        now = np.zeros(CELLS + 3, np.int64)
+        now[[USED, CONTEXT, HERE, ORDER]] = ROOT + ROW, ROOT, ROOT, order
         gate = np.zeros((2, 3, 256 * max(order + 1, 8)))
         gate[1] = 0.01
-        self.state = PPM(np.zeros((2, 6), np.int32), now, gate, np.zeros(257, np.int64))
-        if not self.binary or not self.weight:
-            return
-        # binary: it begins as only the network
-        document = [(min(k, order) - 1, 1) for k in range(1, 5)] + [(order, 1)]
-        stream = [(k - 1, 0) for k in range(4, order + 1, 2)] + [(order, 0)]
-        n = len(document + stream)
-        weights = np.zeros((517, n + 2), np.float32)
-        weights[:5, 0] = 1
-        identity = np.float32(1 / (1 + np.exp(11.5 - np.arange(24))))
-        self.state = Mixer(
-            np.zeros((n, 1 << args.mix_rows, 16), np.uint32), np.array(document + stream),
-            np.zeros(order + 1, np.uint64), np.zeros(0, np.uint8), np.zeros(1 << 20, np.int64),
-            np.zeros(6, np.int64), weights, np.zeros((n, 128), np.float32), np.full(32, 0.75),
-            np.tile(identity, (65536, 1)), np.zeros(512), *np.zeros((3, 2, n), np.int64),
-            np.zeros((8, n + 2), np.int64), np.zeros((8, n + 4)))
+        self.state = PPM(np.zeros(2 * ROW, np.uint32), now, gate, np.zeros(257, np.int64))
 
     def _make_room(self, ids: int) -> None:
         """Arrays that grow with the text double, so that kernels never have to allocate."""
         now, name = self.state.now, "text" if self.binary else "rows"
         used = now[BYTES if self.binary else USED]
-        need = used + (ids if self.binary else ids * (now[ORDER] + 1))
+        need = int(used + (ids if self.binary else ids * (now[ORDER] + 1) * ROW))
+        forbid(need >= 1 << 32, self.args, "mix mix_streams", "this text needs more streams")
         if need > len(old := getattr(self.state, name)):
-            grown = np.zeros((max(need, 2 * len(old)), *old.shape[1:]), old.dtype)
+            grown = np.zeros(max(need, 2 * len(old)), old.dtype)
             grown[:used] = old[:used]
             self.state = self.state._replace(**{name: grown})
+
+    def evidence(self, ids: np.ndarray, logprobs: np.ndarray) -> list[np.ndarray]:
+        """What `book` needs of the network's log-probabilities (n, V) at ids (n,); it asks no state."""
+        if not self.weight:
+            return [np.take_along_axis(logprobs, ids[:, None], 1)[:, 0]]
+        if not self.binary:
+            return [logprobs, torch.from_numpy(logprobs).amax(1).numpy()]
+        odds, tree = np.ones((len(ids), SHARE + 1), np.float32), np.zeros(2 * LANES, np.float32)
+        for first in range(0, len(ids), BLOCK):  # probabilities that still fit a cache
+            part = slice(first, first + BLOCK)
+            bit_odds(ids[part], np.exp(logprobs[part]), odds[part], tree)
+        return [np.log(odds, out=odds)]
+
+    def book(self, ids: np.ndarray, evidence: list, learns: bool = True) -> np.ndarray:
+        """fp64 nats (n,) of ids (n,) that follow one another or, unless it learns, may all come next."""
+        if not self.weight:
+            return -evidence[0].astype(np.float64)
+        nats = np.zeros(len(ids))
+        self._make_room(len(ids))
+        for first in range(0, len(ids), BLOCK):
+            part = slice(first, first + BLOCK)
+            found = [x[part] for x in evidence]
+            if self.binary:
+                follow(self.state, ids[part] if learns else ids[:0])
+                mixer_score(self.state, ids[part], *found, nats[part], learns)
+            else:
+                ppm_score(self.state, ids[part], *found, self.weight, nats[part], learns)
+        return nats
 
     def score(self, ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
         """fp64 nats (n,) of ids (n,), given the network's log-probabilities (n, V) at each; learns them."""
         ids, logprobs = np.asarray(ids, np.int64), np.ascontiguousarray(logprobs, np.float32)
-        if not self.weight:
-            return -np.take_along_axis(logprobs, ids[:, None], 1)[:, 0].astype(np.float64)
-        nats = np.zeros(len(ids))
-        self._make_room(len(ids))
-        if not self.binary:
-            ppm_score(self.state, ids, logprobs, logprobs.max(1), self.weight, nats)
-            return nats
-        for first in range(0, len(ids), 1024):  # probabilities that still fit a cache
-            part = slice(first, first + 1024)
-            mixer_score(self.state, ids[part], np.exp(logprobs[part]), nats[part])
-        return nats
+        return self.book(ids, self.evidence(ids, logprobs))
 
     def distribution(self, logprobs: np.ndarray) -> np.ndarray:
-        """fp64 log-probabilities (V,) of the next id, given the network's. Changes nothing."""
-        logprobs = np.ascontiguousarray(logprobs, np.float32)
-        out = logprobs.astype(np.float64)
-        if self.weight and self.binary:
-            mixer_distribution(self.state, np.exp(logprobs), out)
-        elif self.weight:
-            ppm_distribution(self.state, logprobs, logprobs.max(), self.weight, out)
-        return out
+        """fp64 log-probabilities (V,) of the next id, given the network's: what `score` would book for
+        each. Nothing is learned."""
+        ids, logprobs = np.arange(len(logprobs)), np.asarray(logprobs, np.float32)
+        return -self.book(ids, self.evidence(ids, np.tile(logprobs, (len(ids), 1))), False)
 
     def push(self, token: int, logprobs: np.ndarray) -> None:
         self.score(np.array([token]), logprobs[None])
+
+
+def run_of(place, count: int, streams: int):
+    """Which run of MIX_STREAMS a document is in that begins at `place` of `count` ids. What these are does
+    not matter: a decoder that knows how many will come can follow."""
+    return place * streams // max(count, 1)
+
+
+def run_starts(ids: np.ndarray, streams: int) -> np.ndarray:
+    """Where the runs of ids (n,) begin: at a BOS, but the first at 0. With few documents there are fewer."""
+    places = np.union1d(0, np.flatnonzero(ids == BOS_ID))
+    _, first = np.unique(run_of(places, len(ids), streams), return_index=True)
+    return places[first]
 
 
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
@@ -2681,11 +2635,15 @@ def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarr
     plan = WindowPlan(args.eval_seq_len, args.eval_stride, batch)
     learner = TestTimeTraining(model) if args.ttt != "0" else None
     nats, vectors, mixture = np.zeros(max(len(ids) - 1, 0)), {}, Mixture(args)
+    starts = {*run_starts(ids, args.mix_streams)[1:].tolist()}
+    # to each position that is asked for or begins a run, and on
     for first, stop, logprobs, _ in scored(model, ids, plan, learner=learner):
         logprobs, begin = logprobs.cpu().numpy(), first
-        for t in [*sorted(wanted.intersection(range(first, stop))), stop]:
+        for t in [*sorted((wanted | starts).intersection(range(first, stop))), stop]:
             nats[begin:t] = mixture.score(ids[begin + 1 : t + 1], logprobs[begin - first : t - first])
-            if t < stop:
+            if t in starts and t < stop:
+                mixture = Mixture(args)
+            if t in wanted and t < stop:
                 vectors[t] = mixture.distribution(logprobs[t - first])
             begin = t
     if learner is not None:
@@ -2707,6 +2665,87 @@ def try_scoring(model: GPT, runtime: Runtime) -> None:
 PROGRESS_SECONDS = 15  # between lines about a pass under way
 
 
+BACKLOG = 1 << 30  # bytes of a rank's batches that may wait to be mixed
+
+
+def leaving(*tensors: Tensor):
+    """Starts to copy a batch to the host, each tensor in one piece -> a function that waits for them."""
+    if tensors[0].device.type != "cuda":
+        return lambda: [x.cpu().numpy() for x in tensors]
+    copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+              for x in tensors]
+    done = torch.cuda.current_stream().record_event()
+    return lambda: done.synchronize() or [copy.numpy() for copy in copies]
+
+
+class Ledger:
+    """Adds up a pass: nats by class of bytes, the network's and, where `mix`, the mixture's.
+
+    The text is cut into runs of documents, each with counts of its own, and ranks take turns at them, and a
+    rank's threads at its own, while the network reads on. Each is added up in its order: sums are the same
+    to the last digit whoever adds."""
+
+    def __init__(self, args: Hyperparameters, runtime: Runtime, ids: np.ndarray, mix: bool):
+        self.args, self.runtime, self.ids, self.mix = args, runtime, ids, mix
+        self.classes = class_table(args.vocab_size)
+        self.starts = run_starts(ids, args.mix_streams if mix else 1)
+        self.stops = np.append(self.starts[1:], len(ids) - 1)
+        self.sums = np.zeros((1 + mix, len(self.starts), len(BYTE_CLASSES) + 1))
+        self.mixtures: dict[int, Mixture] = {}
+        # a run stays in one thread; any thread may prepare its batches
+        count = args.mix_threads or max(1, os.cpu_count() // runtime.world_size)
+        count = min(count, -(-len(self.starts) // runtime.world_size))
+        self.readers = ThreadPoolExecutor(count)
+        self.threads = [ThreadPoolExecutor(1) for _ in range(count)]
+        self.seconds, self.waited, self.jobs = np.zeros(count), 0.0, deque()
+
+    def take(self, first: int, stop: int, logprobs: Tensor, nats: Tensor) -> None:
+        """Has the targets first ... stop - 1 booked some time later, those that are this rank's."""
+        arrived, ranks = None, self.runtime.world_size
+        runs = range(np.searchsorted(self.starts, first, "right") - 1, np.searchsorted(self.starts, stop))
+        for run in [run for run in runs if run % ranks == self.runtime.rank]:
+            arrived = arrived or leaving(nats, *[logprobs][: self.mix])
+            begin, end = max(first, self.starts[run]), min(stop, self.stops[run])
+            if self.mix and run not in self.mixtures:
+                self.mixtures[run] = Mixture(self.args)
+            ids = self.ids[begin + 1 : end + 1].astype(np.int64)
+            found = self.readers.submit(self.read, run, ids, slice(begin - first, end - first), arrived)
+            thread = run // ranks % len(self.threads)
+            self.jobs.append(self.threads[thread].submit(self.book, thread, run, ids, found))
+        width = SHARE + 2 if self.args.mix == "binary" else logprobs.size(1)
+        self.wait(BACKLOG // (4 * width * (stop - first)))
+
+    def wait(self, left: int) -> None:
+        """Until no more than so many batches are not booked."""
+        began = time.perf_counter()
+        while len(self.jobs) > left:
+            self.jobs.popleft().result()
+        self.waited += time.perf_counter() - began
+
+    def read(self, run: int, ids: np.ndarray, part: slice, arrived) -> tuple:
+        nats, *logprobs = (x[part] for x in arrived())
+        return nats, self.mixtures[run].evidence(ids, *logprobs) if self.mix else None
+
+    def book(self, thread: int, run: int, ids: np.ndarray, found) -> None:
+        (nats, evidence), began = found.result(), time.perf_counter()
+        parts = [nats.astype(np.float64)]
+        if self.mix:
+            parts.append(self.mixtures[run].book(ids, evidence))
+        for sums, part in zip(self.sums[:, run], parts):
+            np.add.at(sums, self.classes[ids], part)
+            sums[-1] += len(ids)
+        if sums[-1] == self.stops[run] - self.starts[run]:
+            self.mixtures.pop(run, None)  # its memory is the next run's
+        self.seconds[thread] += time.perf_counter() - began
+
+    def close(self) -> Tensor:
+        """Sums (1 or 2, classes + 1) of all ranks: nats of the network and of the mixture, targets."""
+        self.wait(0)
+        for pool in (self.readers, *self.threads):
+            pool.shutdown()
+        return self.runtime.all_reduce(torch.from_numpy(self.sums)).sum(1)
+
+
 class Evaluator:
     """Scores models on the validation text; a pass ends as a line of the log."""
 
@@ -2714,7 +2753,6 @@ class Evaluator:
         self.args, self.runtime = args, runtime
         self.log = log
         self.tables = byte_tables(args)
-        self.classes = class_table(args.vocab_size)
         self.results: dict[str, dict] = {}
         # VAL_BYTES cuts the text after the target that reaches it
         ids = data.val
@@ -2749,29 +2787,21 @@ class Evaluator:
             mix: bool = False) -> dict:
         """val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte. `mix`: NAME_mix as well."""
         args, runtime, began = self.args, self.runtime, time.perf_counter()
-        classes = len(BYTE_CLASSES)
-        sums = torch.zeros(2, classes + 1, dtype=torch.float64)  # nats by class, and targets
-        mixture, mixing = Mixture(args) if mix else None, 0.0
+        ledger = Ledger(args, runtime, self.ids, mix)
         learner = TestTimeTraining(model, runtime) if learn else None
         batch = max(1, args.eval_batch_tokens // length)
         plan = WindowPlan(length, stride, batch * runtime.world_size)
         targets, shown = len(self.ids) - 1, began
         for first, stop, logprobs, nats in scored(model, self.ids, plan, learner, self.spread):
-            parts, ids = [nats], self.ids[first + 1 : stop + 1]
-            if mix:
-                mixing -= time.perf_counter()
-                parts.append(mixture.score(ids, logprobs.cpu().numpy()))
-                mixing += time.perf_counter()
-            found = self.classes[ids]
-            for row, part in zip(sums, parts):
-                row[:-1] += torch.from_numpy(np.bincount(found, part, minlength=classes))
-                row[-1] += stop - first
+            ledger.take(first, stop, logprobs, nats)
             if (now := time.perf_counter()) - shown > PROGRESS_SECONDS:
-                shown, loss = now, float(sums[int(mix), :-1].sum() / sums[int(mix), -1])
+                shown, sums = now, ledger.sums[-1].sum(0)
+                loss = sums[:-1].sum() / max(sums[-1], 1)
                 self.log(f"  {name} {stop / targets:.0%} {now - began:.0f}s loss:{loss:.4f}")
 
-        seconds = time.perf_counter() - began
-        for row, label in zip(sums, (name, f"{name}_mix")[: 1 + mix]):
+        read = time.perf_counter() - began - ledger.waited
+        sums, seconds = ledger.close(), time.perf_counter() - began
+        for row, label in zip(sums, (name, f"{name}_mix")):
             assert int(row[-1]) == targets, f"{label}: scored {int(row[-1])} targets of {targets}"
             nats = float(row[:-1].sum())
             by_class = zip(BYTE_CLASSES, row.tolist())
@@ -2781,7 +2811,13 @@ class Evaluator:
                       "seq_len": length, "stride": stride, "bits_by_class": bits}
             self.results[label] = result | ({"prefix_bytes": self.prefix} if self.prefix else {})
         if mix:
-            self.results[label] |= {"mixture": args.mix, "mix_seconds": mixing}
+            spent = torch.tensor([read, max(ledger.seconds), ledger.waited])
+            read, mixed, waited = runtime.all_reduce(spent, dist.ReduceOp.MAX).tolist()
+            runs, slower = len(ledger.starts), "network" if read > mixed else "mixture"
+            self.results[label] |= {"mixture": args.mix, "runs": runs, "network_seconds": read,
+                                    "mix_seconds": mixed, "waited_seconds": waited}
+            self.log(f"  {label} network:{read:.1f}s mixture:{mixed:.1f}s waited:{waited:.1f}s "
+                     f"runs:{runs} slower:{slower}")
         if learner is not None:
             learner.restore()
             self.results[name] |= {"updates": learner.updates, "adapt_seconds": learner.seconds}
@@ -2790,7 +2826,7 @@ class Evaluator:
     def report(self, name: str, model: GPT, stride: int | None = None, learn: bool = False) -> dict:
         """Runs a pass and prints its lines: non-overlapping windows or, with a stride, sliding, mixed."""
         length = self.args.eval_seq_len
-        mix = stride is not None and self.args.ppm_weight > 0 and self.runtime.main
+        mix = stride is not None and self.args.ppm_weight > 0
         self.run(name, model, length, stride or length, learn, mix)
         extra = f" stride:{stride}" if stride else ""
         extra += f" prefix:{self.prefix}" if self.prefix else ""
@@ -2820,70 +2856,49 @@ class Stream:
         self.block, self.start = -1, 0  # the window at hand: its number, where it begins
         self.past = None
         self.known = None  # log-probabilities of the next id
-        self.read = []  # by the last pass: the ids of its window, drafts among them
-        self.states = {}  # of the last pass, by position
-
-    def logprobs(self) -> np.ndarray:
-        """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it."""
-        if self.known is None:
-            self.known = self.ahead([])[0]
-        return self.known
 
     @torch.no_grad()
-    def ahead(self, drafts: list[int]) -> np.ndarray:
-        """The same if `drafts` were to follow, in one pass: (n + 1, V) of the next id and of those
-        after each of the first n drafts, as many as the window takes. Pushed as drafted, an id is
-        not read again."""
+    def logprobs(self) -> np.ndarray:
+        """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it."""
         if not self.ids:
             raise ValueError("push the first id (BOS) before asking for the second")
         args, position = self.model.args, len(self.ids) - 1
-        block, place = divmod(position, args.eval_stride)
-        if block != self.block:
-            if self.learner:
-                self.learner.catch_up(np.array(self.ids), np.ones(position, dtype=bool))
-            self.block, self.past = block, KVCache(self.model)
-            self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
-        # read all that the cache does not hold in one pass
-        self.read = [*self.ids[self.start :], *drafts[: args.eval_stride - 1 - place]]
-        self.past.cut(position - self.start)
-        ids = torch.tensor([self.read], device=self.model.tok_emb.weight.device)
-        x = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
-        states = x[0, position - self.start - len(self.read) :]
-        self.states = dict(enumerate(states, position))
-        return self.model.head(states.float()).log_softmax(-1).cpu().numpy()
+        if self.known is None:
+            if (block := position // args.eval_stride) != self.block:
+                if self.learner:
+                    self.learner.catch_up(np.array(self.ids), np.ones(position, dtype=bool))
+                self.block, self.past = block, KVCache(self.model)
+                self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
+            # read all that the cache does not hold in one pass
+            ids = torch.tensor([self.ids[self.start :]], device=self.model.tok_emb.weight.device)
+            x = self.model.hidden(ids, self.model.rotary_eval, past=self.past)
+            self.known = self.model.head(x[0, -1].float()).log_softmax(-1).cpu().numpy()
+        return self.known
 
     def push(self, token: int) -> None:
-        place = len(self.ids) - self.start
-        if self.past is not None and self.read[place : place + 1] != [token]:
-            self.past.cut(place)
         self.ids.append(int(token))
         self.known = None
 
 
 class MixedStream(Stream):
-    """The stream through the mixture, which learns each id that is pushed."""
+    """The stream through the mixture, which learns each id that is pushed. `length`: how many ids will
+    come, by which `score` cuts MIX_STREAMS; 0: a text without an end is one run."""
 
-    def __init__(self, model: GPT):
+    def __init__(self, model: GPT, length: int = 0):
         super().__init__(model)
-        self.mixture = Mixture(model.args)
-
-    def network(self) -> np.ndarray:
-        if self.known is None:
-            self.known = super().ahead([])[0]
-        return self.known
+        self.mixture, self.run, self.length = Mixture(model.args), 0, length
 
     def logprobs(self) -> np.ndarray:
         """fp64 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it."""
-        return self.mixture.distribution(self.network())
-
-    def ahead(self, drafts: list[int]):
-        """The same if `drafts` were to follow, one by one: push the draft before you ask on."""
-        for self.known in super().ahead(drafts):
-            yield self.mixture.distribution(self.known)
+        return self.mixture.distribution(super().logprobs())
 
     def push(self, token: int) -> None:
         if self.ids and self.mixture.weight:
-            self.mixture.push(int(token), self.network())
+            self.mixture.push(int(token), super().logprobs())
+        if token == BOS_ID and self.length:
+            run = run_of(len(self.ids), self.length, self.model.args.mix_streams)
+            if run > self.run:
+                self.mixture, self.run = Mixture(self.model.args), run
         super().push(token)
 
 
@@ -2928,24 +2943,16 @@ class Trainer:
         self.optimizers = Optimizers(self.model, self.args, self.runtime)
         self.ema = EMA(self.model, self.args.ema_decay)
 
-    def micro_step(self, ids: Tensor, weights: Tensor, term_weights: dict, aux_inputs) -> dict:
+    def micro_step(self, ids: Tensor, weights: Tensor) -> dict:
         """Forward and backward; gradients add up to those of the global batch's mean."""
-        sums = self.model.losses(ids, weights, aux_inputs)
+        sums = self.model.losses(ids, weights)
         loss = sums["ce"] / (self.plan.rows * self.args.train_seq_len)
-        for name, weight in term_weights.items():
-            if weight and name in sums:
-                loss = loss + weight / (self.plan.rows // self.plan.group) * sums[name]
         loss.backward()
         return {name: value.detach() for name, value in sums.items()}
 
     def train_step(self, ids: Tensor, weights: Tensor, progress: float, aux_inputs=None) -> dict:
         """One optimizer step on a global batch -> {term: this rank's sum}."""
-        term_weights = {"draft": 1.0}
-        if self.model.aux is not None:
-            term_weights |= self.model.aux.weights(progress)
-            if aux_inputs is None:  # the loader draws them ahead
-                aux_inputs = self.model.aux.inputs(self.step, self.runtime.device)
-        parts = [self.micro_step(*batch, term_weights, aux_inputs) for batch in zip(ids, weights)]
+        parts = [self.micro_step(*batch) for batch in zip(ids, weights)]
         norm = self.optimizers.reduce()
         self.optimizers.step(self.step, progress, norm)
         self.ema.update(self.step)
@@ -2979,9 +2986,7 @@ class Trainer:
 
     def try_shapes(self, ids: Tensor, weights: Tensor) -> None:
         """Meets every shape of a step and of a score, without a collective."""
-        aux = self.model.aux
-        aux_inputs = None if aux is None else aux.inputs(0, self.runtime.device)
-        sum(self.model.losses(ids[0], weights[0], aux_inputs).values()).backward()
+        self.model.losses(ids[0], weights[0])["ce"].backward()
         try_scoring(self.model, self.runtime)
 
     @torch.no_grad()
@@ -3126,12 +3131,7 @@ class Trainer:
         """Terms of a step, summed over ranks -> what its line says."""
         groups = self.plan.rows // self.plan.group
         means = {name: total / groups for name, total in sums.items()}
-        line = {"train_loss": means.pop("ce") / (self.plan.group * self.args.train_seq_len)}
-        if self.model.draft is not None:
-            line["draft"] = means.pop("draft")
-        if self.model.aux is not None:
-            line |= self.model.aux.report(means)
-        return line
+        return {"train_loss": means["ce"] / (self.plan.group * self.args.train_seq_len)}
 
     def log_step(self, line: dict) -> None:
         """Shows a line of `metrics.jsonl`."""

@@ -1,0 +1,140 @@
+"""What it costs to cut a text into MIX_STREAMS runs with counts of their own, and how fast they are mixed.
+
+    python records/2026-11-21_BytePPM/streams.py runs/NAME/artifact.bin data/datasets/mine/files_val_000000.bin \\
+        --streams 1 2 4 8 16 32 --threads 2 --cache logprobs.npy --out streams.json
+
+The network's log-probabilities are found once, by the windows of `score`, and kept in --cache, 1,040 bytes a
+target. Then they go through the record's own `Ledger` in place of a network, with as many threads as
+--threads says. A run of 1 stream is the record's score; BPB is that of the binary mixture unless --set says
+otherwise. Seconds are those of the wall; predicted are one stream's on one thread, shared by the threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from family import Misuse, command, load_script, markdown_table
+from mixtures import SCRIPT, made_by
+
+HEADER = ["streams", "runs", "BPB", "difference", "threads", "seconds", "predicted", "MB/s"]
+BATCH = 16384  # targets that are handed over at once
+
+
+def cached_logprobs(script, args, artifact: str, ids: np.ndarray, path: Path) -> np.ndarray:
+    """fp32 (targets, V), from a file that is written where it is missing.
+
+    Raises:
+        Misuse: the file is of another text.
+    """
+    shape = len(ids) - 1, args.vocab_size
+    if not path.is_file():
+        runtime = script.Runtime(args)
+        attention = script.pick_attention(args, runtime)
+        model = script.load(artifact, runtime.device, args, runtime.dtype, attention)
+        partial = path.with_name(path.name + ".part")
+        found = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+        plan = script.WindowPlan(args.eval_seq_len, args.eval_stride, max(1, 16384 // args.eval_seq_len))
+        for first, stop, logprobs, _ in script.scored(model, ids, plan):
+            found[first:stop] = logprobs.float().cpu().numpy()
+        found.flush()
+        partial.rename(path)
+    found = np.load(path, mmap_mode="r")
+    if found.shape != shape:
+        raise Misuse(f"--cache {path}: log-probabilities of {len(found):,} targets, the text has {shape[0]:,}")
+    return found
+
+
+def mixed(script, args, ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, int, float, float]:
+    """(nats of the network and of the mixture, runs, seconds, seconds of the busiest thread)."""
+    runtime = SimpleNamespace(rank=0, world_size=1, all_reduce=lambda x: x)
+    began = time.perf_counter()
+    ledger = script.Ledger(args, runtime, ids, True)
+    for first in range(0, len(logprobs), BATCH):
+        part = torch.from_numpy(np.array(logprobs[first : first + BATCH]))
+        targets = torch.from_numpy(ids[first + 1 : first + 1 + len(part)].astype(np.int64))
+        nats = -part.gather(1, targets[:, None])[:, 0]
+        ledger.take(first, first + len(part), part, nats)
+    sums = ledger.close().numpy()
+    assert (sums[:, -1] == len(ids) - 1).all()
+    return sums[:, :-1].sum(1), len(ledger.starts), time.perf_counter() - began, float(max(ledger.seconds))
+
+
+def table(script, options: argparse.Namespace, log) -> dict:
+    """{"header", "rows", "note", ...} of all numbers of streams, one after the other."""
+    header, _ = script.unpack(script.read_file(options.artifact, "ARTIFACT"), options.artifact)
+    changes = dict(item.split("=", 1) for item in options.set)
+    args = script.shipped_settings(header, options.artifact, changes)
+    args.mix_threads = options.threads
+    limit = options.targets + 1 if options.targets else None
+    ids = np.array(script.open_shard(Path(options.shard), 260)[:limit])
+    logprobs = cached_logprobs(script, args, options.artifact, ids, options.cache)
+    size = int((ids[1:] >= script.BYTE_OFFSET).sum())
+    span = math.log(2) * size
+
+    # kernels compile before any clock runs
+    args.mix_streams = 1
+    mixed(script, args, ids[:2000], logprobs[:1999])
+    rows, base, found = [], None, {}
+    for streams in options.streams:
+        args.mix_streams = streams
+        (network, mixture), runs, seconds, busiest = mixed(script, args, ids, logprobs)
+        bpb = mixture / span
+        base = base or (bpb, busiest)  # of the first row
+        threads = min(options.threads, runs)
+        predicted = base[1] / runs * math.ceil(runs / threads)
+        rows.append([f"{streams}", f"{runs}", f"{bpb:.4f}", f"{bpb - base[0]:+.4f}", f"{threads}",
+                     f"{seconds:.1f}", f"{predicted:.1f}", f"{size / seconds / 1e6:.2f}"])
+        found[streams] = {"bpb": bpb, "runs": runs, "seconds": seconds, "busiest_thread": busiest}
+        log(rows[-1])
+    note = (
+        f"{size:,} bytes in {int((ids == script.BOS_ID).sum()):,} documents, `MIX={args.mix}`, the network alone "
+        f"{network / span:.4f} BPB at a stride of {args.eval_stride}; one artifact (one seed)."
+    )
+    return {"header": HEADER, "rows": rows, "targets": len(ids) - 1, "note": note, "network": network / span,
+            "found": found}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("artifact")
+    parser.add_argument("shard", help="*.bin with the text to score")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--threads", type=int, default=1, help="that mix (default: %(default)s)")
+    parser.add_argument("--targets", type=int, default=0, help="how many of the text's; 0 = all")
+    parser.add_argument("--cache", type=Path, required=True, help="file of log-probabilities")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                        help="a setting of the evaluation")
+    parser.add_argument("--out", type=Path, help="write the table here as JSON")
+    options = parser.parse_args(argv)
+
+    script = load_script(SCRIPT)
+    try:
+        found = table(script, options, lambda row: print(row, file=sys.stderr, flush=True))
+    except script.UserError as error:
+        raise Misuse(str(error)) from None
+
+    print(markdown_table(found["header"], found["rows"]) + "\n\n" + found["note"])
+    if options.out:
+        found["artifact_script_sha256"] = made_by(options.artifact)
+        found["script_sha256"] = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+        script.write_atomic(options.out, json.dumps(found, indent=1).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)
