@@ -8,8 +8,9 @@ numbers, checks it as a reviewer would, exports it.
 
 Between `new` and `fill`: change the script, and measure with scripts/run_seeds.py ... --collect
 records/DATE_Name. `fill` reads seed*/metrics.json and keeps what is written by hand. `check` holds the
-record's files against each other, runs the script at a tiny size, alone in a folder of its own (`smoke`), and
-puts it through scripts/lineage.py and scripts/audit.py. `export` refuses what the quick part of `check`
+record's files against each other, plans the contest's run with the script's defaults, scored as the headline
+was (`plan`), runs the script at a tiny size, alone in a folder of its own (`smoke`), and puts it through
+scripts/lineage.py and scripts/audit.py. `export` refuses what the quick part of `check`
 fails. submission.json is described key by key in scripts/submission.schema.json.
 
 Exit code 0; 1 where a finding is a FAIL; 2 misuse.
@@ -54,12 +55,14 @@ from family import (
 
 SCHEMA, SKELETON = (Path(__file__).with_name(name) for name in ("submission.schema.json", "record_readme.md"))
 TODO = "TODO"  # what `new` and `fill` leave to be written by hand, and `check` refuses
-SLOW = ("smoke", "audit")
+SLOW = ("plan", "smoke", "audit")
 FILES = ("README.md", "submission.json", "requirements.txt", "train_gpt.py")
 # A heading of each kind has to be there.
 SECTIONS = {"What changed": "what (changed|it does differently)", "Command": "command",
             "Legality": "legality", "Credits": "credits"}
 SMOKE_SECONDS = 300
+# Settings that say how a score is made, whatever the model's size.
+OF_THE_SCORE = ("TTT", "MIX", "PPM")
 # Variables that a command may have beside the script's.
 OF_THE_MACHINE = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 # The competition's limits, and what of submission.json is only of this repository.
@@ -501,6 +504,24 @@ def smoke_settings(record: Record) -> dict[str, str]:
     return {key: value for key, value in chosen.items() if key not in OWN and (not known or key in known)}
 
 
+def planned(record: Record) -> dict:
+    """`bench.py --plan` of the contest's run on 8xH100: the script's defaults, scored as the headline was."""
+    import plan
+    from run_seeds import variables
+    script = record.folder / "train_gpt.py"
+    seeds = seed_folders(record)
+    settings = run_settings(seeds[0]) if seeds else {}
+    how = {name: settings[name] for name in variables(script)
+           if name in settings and name.startswith(OF_THE_SCORE)}
+    return plan.make_plan(script, how)
+
+
+def limits(record: Record) -> Iterable[Problem]:
+    for item in planned(record)["checks"]:
+        if not item["holds"]:
+            yield "train_gpt.py", f"planned on 8xH100: {item['what']} is broken, {item['text']} (docs/plan.md)"
+
+
 def smoke(record: Record) -> Iterable[Problem]:
     """Runs the script alone in a folder, in a bare environment: bytes beside it are not counted, nor needed.
     """
@@ -567,7 +588,7 @@ def check(folder: Path | str, base: str | None = None, skip: Iterable[str] = ())
     place = str(record.folder.relative_to(record.root))
 
     def judge(rule: str, problems: Iterable[Problem], good: str | Callable[[Record], str]) -> None:
-        level = "WARN" if rule == "stale" and record.frozen else "FAIL"
+        level = "WARN" if rule in ("stale", "plan") and record.frozen else "FAIL"
         try:
             bad = list(problems)
             good = good if bad or isinstance(good, str) else good(record)
@@ -590,6 +611,8 @@ def check(folder: Path | str, base: str | None = None, skip: Iterable[str] = ())
         found.append(Finding("submit/lineage", "FAIL", unfit(error), place))
     for part in skip:
         found.append(Finding(f"submit/{part}", "WARN", "left out by --skip", place))
+    if "plan" not in skip:
+        judge("plan", limits(record), "the contest's run is planned within both clocks, the bytes and the memory")
     if "smoke" not in skip:
         judge("smoke", smoke(record), "runs alone in a folder of its own")
     if "audit" not in skip:

@@ -149,7 +149,7 @@ def test_a_finished_record_passes_with_lineage_and_smoke(made):
     found = submit.check(made / "records" / NAME, "main", ["audit"])
     assert [str(each) for each in found if each.level == "FAIL"] == []
     passed = {each.rule for each in found if each.level == "PASS"}
-    assert {*(f"submit/{rule}" for rule in [*submit.RULES, "scope", "smoke"]), "lineage/symbols"} <= passed
+    assert {*(f"submit/{rule}" for rule in [*submit.RULES, "scope", "plan", "smoke"]), "lineage/symbols"} <= passed
     assert [each.text for each in found if each.rule == "submit/audit"] == ["left out by --skip"]
 
 
@@ -531,6 +531,13 @@ def test_the_smoke_test_takes_what_the_submission_says_of_tiny_runs(copy):
     assert submit.smoke_settings(submit.Record(copy)) == plain | {"NUM_LAYERS": "7"} != plain
 
 
+def test_a_record_that_plans_to_score_for_too_long_does_not_pass(copy):
+    replace("train_gpt.py", r"(eval_budget_seconds = Var\()600\.0", r"\g<1>20.0", 1)(copy)
+    (where, text), = submit.limits(submit.Record(copy))
+    assert where == "train_gpt.py"
+    assert re.search(r"planned on 8xH100: EVAL_BUDGET_SECONDS=20 is broken, \d\d s", text)
+
+
 def test_a_script_that_needs_the_repository_does_not_pass_the_smoke_test(copy):
     (copy / "helper.py").write_text("")  # beside it, and not counted
     replace("train_gpt.py", r"^import torch$", "import helper\nimport torch", 1)(copy)
@@ -589,7 +596,7 @@ MISUSES = [
     (["new", "Probe", "--parent", ".", "--date", "2026-01-02"], "exists already"),
     (["new", "A", "--parent", "Baseline"], "neither the trunk nor a record"),
     (["check", "."], "not a record"),
-    (["check", "{record}", "--skip", "schema"], "--skip schema: parts that can be left out are smoke, audit"),
+    (["check", "{record}", "--skip", "schema"], "--skip schema: parts that can be left out are plan, smoke, audit"),
     (["fill", "nothing"], "nothing: no script"),
     (["fill", "{empty}"], "seed*/metrics.json: no such file"),
     (["fill", "{mixed}"], "no seeds of one configuration"),
@@ -620,9 +627,9 @@ def test_the_command_ends_with_0_1_or_2_and_prints_json(copy):
 
     code, text = end("fill", copy, "--json")
     assert code == 0 and json.loads(text) == {"written": [], "unnamed": []}
-    code, text = end("check", copy, "--skip", "audit,smoke", "--json")
+    code, text = end("check", copy, "--skip", "audit,plan,smoke", "--json")
     assert code == 0 and {"submit/log", "lineage/symbols"} <= {found["rule"] for found in json.loads(text)}
     two_seeds(copy)
-    assert end("check", copy, "--skip", "audit,smoke")[0] == 1
+    assert end("check", copy, "--skip", "audit,plan,smoke")[0] == 1
     code, text = end("check", "nothing")
     assert code == 2 and text.startswith("error: nothing: ")
