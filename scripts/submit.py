@@ -519,7 +519,8 @@ def planned(record: Record) -> dict:
 def limits(record: Record) -> Iterable[Problem]:
     for item in planned(record)["checks"]:
         if not item["holds"]:
-            yield "train_gpt.py", f"planned on 8xH100: {item['what']} is broken, {item['text']} (docs/plan.md)"
+            text = f"{item['what']} is broken, {item['text']} (docs/plan.md)"
+            yield "train_gpt.py", f"planned on 8xH100: {text}"
 
 
 def smoke(record: Record) -> Iterable[Problem]:
@@ -612,7 +613,7 @@ def check(folder: Path | str, base: str | None = None, skip: Iterable[str] = ())
     for part in skip:
         found.append(Finding(f"submit/{part}", "WARN", "left out by --skip", place))
     if "plan" not in skip:
-        judge("plan", limits(record), "the contest's run is planned within both clocks, the bytes and the memory")
+        judge("plan", limits(record), "the contest's run holds both clocks, bytes and memory by plan")
     if "smoke" not in skip:
         judge("smoke", smoke(record), "runs alone in a folder of its own")
     if "audit" not in skip:

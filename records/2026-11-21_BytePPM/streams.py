@@ -1,12 +1,15 @@
 """What it costs to cut a text into MIX_STREAMS runs with counts of their own, and how fast they are mixed.
 
-    python records/2026-11-21_BytePPM/streams.py runs/NAME/artifact.bin data/datasets/mine/files_val_000000.bin \\
+    python records/2026-11-21_BytePPM/streams.py runs/NAME/artifact.bin data/datasets/mine/files_val_*.bin \\
         --streams 1 2 4 8 16 32 --threads 2 --cache logprobs.npy --out streams.json
 
 The network's log-probabilities are found once, by the windows of `score`, and kept in --cache, 1,040 bytes a
 target. Then they go through the record's own `Ledger` in place of a network, with as many threads as
 --threads says. A run of 1 stream is the record's score; BPB is that of the binary mixture unless --set says
 otherwise. Seconds are those of the wall; predicted are one stream's on one thread, shared by the threads.
+
+`--rehearse N` instead tries the arithmetic of `bench.py --plan` on N targets. Rates come from a tenth of them;
+a cache that is too short is read from its beginning again, so that no BPB is told.
 """
 
 from __future__ import annotations
@@ -28,17 +31,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from family import Misuse, command, load_script, markdown_table
 from mixtures import SCRIPT, made_by
+from plan import mixed_seconds
 
+REHEARSED = ["streams", "runs", "predicted s", "measured s", "ratio"]
 HEADER = ["streams", "runs", "BPB", "difference", "threads", "seconds", "predicted", "MB/s"]
 BATCH = 16384  # targets that are handed over at once
 
 
 def cached_logprobs(script, args, artifact: str, ids: np.ndarray, path: Path) -> np.ndarray:
-    """fp32 (targets, V), from a file that is written where it is missing.
-
-    Raises:
-        Misuse: the file is of another text.
-    """
+    """fp32 (targets, V), from a file that is written where it is missing."""
     shape = len(ids) - 1, args.vocab_size
     if not path.is_file():
         runtime = script.Runtime(args)
@@ -51,10 +52,16 @@ def cached_logprobs(script, args, artifact: str, ids: np.ndarray, path: Path) ->
             found[first:stop] = logprobs.float().cpu().numpy()
         found.flush()
         partial.rename(path)
-    found = np.load(path, mmap_mode="r")
-    if found.shape != shape:
-        raise Misuse(f"--cache {path}: log-probabilities of {len(found):,} targets, the text has {shape[0]:,}")
-    return found
+    return np.load(path, mmap_mode="r")
+
+
+def batches(ids: np.ndarray, logprobs: np.ndarray):
+    """Yields (first, stop, log-probabilities, nats) as a network would; a short cache begins again."""
+    for first in range(0, len(ids) - 1, BATCH):
+        stop = min(first + BATCH, len(ids) - 1)
+        part = torch.from_numpy(logprobs[np.arange(first, stop) % len(logprobs)])
+        targets = torch.from_numpy(ids[first + 1 : stop + 1].astype(np.int64))
+        yield first, stop, part, -part.gather(1, targets[:, None])[:, 0]
 
 
 def mixed(script, args, ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, int, float, float]:
@@ -62,49 +69,80 @@ def mixed(script, args, ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarr
     runtime = SimpleNamespace(rank=0, world_size=1, all_reduce=lambda x: x)
     began = time.perf_counter()
     ledger = script.Ledger(args, runtime, ids, True)
-    for first in range(0, len(logprobs), BATCH):
-        part = torch.from_numpy(np.array(logprobs[first : first + BATCH]))
-        targets = torch.from_numpy(ids[first + 1 : first + 1 + len(part)].astype(np.int64))
-        nats = -part.gather(1, targets[:, None])[:, 0]
-        ledger.take(first, first + len(part), part, nats)
+    for batch in batches(ids, logprobs):
+        ledger.take(*batch)
     sums = ledger.close().numpy()
     assert (sums[:, -1] == len(ids) - 1).all()
     return sums[:, :-1].sum(1), len(ledger.starts), time.perf_counter() - began, float(max(ledger.seconds))
 
 
-def table(script, options: argparse.Namespace, log) -> dict:
+def rehearsal(script, args, ids: np.ndarray, logprobs: np.ndarray, streams: list[int], log) -> dict:
+    """Predicted and measured seconds of a long text, by streams: {"header", "rows", "note"}."""
+    tenth, rows = ids[: len(ids) // 10], []
+    began = time.perf_counter()
+    for _ in batches(tenth, logprobs):
+        pass
+    reading = 10 * (time.perf_counter() - began)
+    args.mix_streams = 1
+    mixing = 10 * mixed(script, args, tenth, logprobs)[3]
+    for number in streams:
+        args.mix_streams = number
+        _, predicted = mixed_seconds(reading, mixing, args, 1)
+        _, runs, seconds, _ = mixed(script, args, ids, logprobs)
+        ratio = predicted / seconds
+        rows.append([f"{number}", f"{runs}", f"{predicted:.1f}", f"{seconds:.1f}", f"{ratio:.2f}"])
+        log(rows[-1])
+    note = (
+        f"{len(ids) - 1:,} targets, {args.mix_threads} threads; by a tenth of them, reading takes "
+        f"{reading:.1f} s and mixing {mixing:.1f} s on one thread."
+    )
+    return {"header": REHEARSED, "rows": rows, "note": note}
+
+
+def table(script, args, ids: np.ndarray, logprobs: np.ndarray, streams: list[int], log) -> dict:
     """{"header", "rows", "note", ...} of all numbers of streams, one after the other."""
-    header, _ = script.unpack(script.read_file(options.artifact, "ARTIFACT"), options.artifact)
-    changes = dict(item.split("=", 1) for item in options.set)
-    args = script.shipped_settings(header, options.artifact, changes)
-    args.mix_threads = options.threads
-    limit = options.targets + 1 if options.targets else None
-    ids = np.array(script.open_shard(Path(options.shard), 260)[:limit])
-    logprobs = cached_logprobs(script, args, options.artifact, ids, options.cache)
     size = int((ids[1:] >= script.BYTE_OFFSET).sum())
     span = math.log(2) * size
-
-    # kernels compile before any clock runs
-    args.mix_streams = 1
-    mixed(script, args, ids[:2000], logprobs[:1999])
     rows, base, found = [], None, {}
-    for streams in options.streams:
-        args.mix_streams = streams
+    for number in streams:
+        args.mix_streams = number
         (network, mixture), runs, seconds, busiest = mixed(script, args, ids, logprobs)
         bpb = mixture / span
         base = base or (bpb, busiest)  # of the first row
-        threads = min(options.threads, runs)
+        threads = min(args.mix_threads, runs)
         predicted = base[1] / runs * math.ceil(runs / threads)
-        rows.append([f"{streams}", f"{runs}", f"{bpb:.4f}", f"{bpb - base[0]:+.4f}", f"{threads}",
+        rows.append([f"{number}", f"{runs}", f"{bpb:.4f}", f"{bpb - base[0]:+.4f}", f"{threads}",
                      f"{seconds:.1f}", f"{predicted:.1f}", f"{size / seconds / 1e6:.2f}"])
-        found[streams] = {"bpb": bpb, "runs": runs, "seconds": seconds, "busiest_thread": busiest}
+        found[number] = {"bpb": bpb, "runs": runs, "seconds": seconds, "busiest_thread": busiest}
         log(rows[-1])
+    documents = int((ids == script.BOS_ID).sum())
     note = (
-        f"{size:,} bytes in {int((ids == script.BOS_ID).sum()):,} documents, `MIX={args.mix}`, the network alone "
+        f"{size:,} bytes in {documents:,} documents, `MIX={args.mix}`, the network alone "
         f"{network / span:.4f} BPB at a stride of {args.eval_stride}; one artifact (one seed)."
     )
     return {"header": HEADER, "rows": rows, "targets": len(ids) - 1, "note": note, "network": network / span,
             "found": found}
+
+
+def measured(script, options: argparse.Namespace, log) -> dict:
+    header, _ = script.unpack(script.read_file(options.artifact, "ARTIFACT"), options.artifact)
+    changes = dict(item.split("=", 1) for item in options.set)
+    args = script.shipped_settings(header, options.artifact, changes)
+    args.mix_threads = options.threads
+    text = script.open_shard(Path(options.shard), 260)
+    ids = np.array(text[: options.targets + 1] if options.targets else text)
+    logprobs = cached_logprobs(script, args, options.artifact, ids, options.cache)
+    long = np.array(text[: options.rehearse + 1])
+    if logprobs.shape[1] != args.vocab_size or not options.rehearse and len(logprobs) != len(ids) - 1:
+        raise Misuse(f"--cache {options.cache}: has {len(logprobs):,} targets, the text {len(ids) - 1:,}")
+    if options.rehearse >= len(text):
+        raise Misuse(f"--rehearse {options.rehearse}: {options.shard} has only {len(text) - 1:,} targets")
+
+    args.mix_streams = 1
+    mixed(script, args, ids[:2000], logprobs)  # kernels compile before any clock runs
+    if options.rehearse:
+        return rehearsal(script, args, long, logprobs, options.streams, log)
+    return table(script, args, ids, logprobs, options.streams, log)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,6 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="that mix (default: %(default)s)")
     parser.add_argument("--targets", type=int, default=0, help="how many of the text's; 0 = all")
     parser.add_argument("--cache", type=Path, required=True, help="file of log-probabilities")
+    parser.add_argument("--rehearse", type=int, default=0, metavar="N", help="only the time, of N targets")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                         help="a setting of the evaluation")
     parser.add_argument("--out", type=Path, help="write the table here as JSON")
@@ -124,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
 
     script = load_script(SCRIPT)
     try:
-        found = table(script, options, lambda row: print(row, file=sys.stderr, flush=True))
+        found = measured(script, options, lambda row: print(row, file=sys.stderr, flush=True))
     except script.UserError as error:
         raise Misuse(str(error)) from None
 
