@@ -474,7 +474,8 @@ def test_a_slow_mixture_holds_the_network_back_and_loses_nothing(model, monkeypa
     network, mixed = ledger.close()
     nats, _ = section.score(model, ids)
     assert max(waiting) == 0 and ledger.waited > 0
-    assert network[-1] == mixed[-1] == len(ids) - 1 and not ledger.mixtures  # a run that is over frees its counts
+    assert network[-1] == mixed[-1] == len(ids) - 1
+    assert not ledger.mixtures  # a run that is over frees its counts
     assert float(mixed[:-1].sum()) == pytest.approx(nats.sum(), abs=1e-2)
 
 

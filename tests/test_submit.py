@@ -149,7 +149,8 @@ def test_a_finished_record_passes_with_lineage_and_smoke(made):
     found = submit.check(made / "records" / NAME, "main", ["audit"])
     assert [str(each) for each in found if each.level == "FAIL"] == []
     passed = {each.rule for each in found if each.level == "PASS"}
-    assert {*(f"submit/{rule}" for rule in [*submit.RULES, "scope", "plan", "smoke"]), "lineage/symbols"} <= passed
+    rules = [*submit.RULES, "scope", "plan", "smoke"]
+    assert {*(f"submit/{rule}" for rule in rules), "lineage/symbols"} <= passed
     assert [each.text for each in found if each.rule == "submit/audit"] == ["left out by --skip"]
 
 
@@ -596,7 +597,8 @@ MISUSES = [
     (["new", "Probe", "--parent", ".", "--date", "2026-01-02"], "exists already"),
     (["new", "A", "--parent", "Baseline"], "neither the trunk nor a record"),
     (["check", "."], "not a record"),
-    (["check", "{record}", "--skip", "schema"], "--skip schema: parts that can be left out are plan, smoke, audit"),
+    (["check", "{record}", "--skip", "schema"],
+     "--skip schema: parts that can be left out are plan, smoke, audit"),
     (["fill", "nothing"], "nothing: no script"),
     (["fill", "{empty}"], "seed*/metrics.json: no such file"),
     (["fill", "{mixed}"], "no seeds of one configuration"),

@@ -8,8 +8,8 @@ target. Then they go through the record's own `Ledger` in place of a network, wi
 --threads says. A run of 1 stream is the record's score; BPB is that of the binary mixture unless --set says
 otherwise. Seconds are those of the wall; predicted are one stream's on one thread, shared by the threads.
 
-`--rehearse N` instead tries the arithmetic of `bench.py --plan` on N targets. Rates come from a tenth of them;
-a cache that is too short is read from its beginning again, so that no BPB is told.
+`--rehearse N` instead tries the arithmetic of `bench.py --plan` on N targets. Rates come from a tenth of
+them; a cache that is too short is read from its beginning again, so that no BPB is told.
 """
 
 from __future__ import annotations
