@@ -11,9 +11,9 @@ A number that follows from others has a note, best after its paragraph:
 
     <!-- number 0.59 0.94: ms_per_step of base/seed42.json, 1,037, by that of plain/seed42.json, 1,752 -->
 
-Numbers in a note are held to the same rule, and files that it names must be there: it says nothing that a
-file does not. What this cannot see: a number that is that of another thing. Where a folder has a thousand
-numbers, some number of three digits is near one of them by chance; one of four digits seldom is.
+The numbers that a note argues with are held to the same rule, and files that it names must be there. Whether
+the argument holds is for its reader. Nor can this see a number that is that of another thing: where a folder
+has a thousand numbers, some number of three digits is near one of them by chance, one of four digits seldom.
 """
 
 from __future__ import annotations
