@@ -1,16 +1,18 @@
 """Writes the tables of README files from `metrics.json` files: no number in a table is typed.
 
-    python scripts/tables.py            rewrites what stands between the markers
-    python scripts/tables.py --check    exits with 1 where a README and its files disagree
+    python scripts/tables.py            rewrites what stands between the markers, and looks at nothing else
+    python scripts/tables.py --check    exits with 1 where a README and its files disagree: a table that is
+                                        not what the files give, and a number in prose that no file supports,
+                                        a line `README:LINE: ...` each; scripts/prose.py has the rules
 
 A marker pair `<!-- table: KIND FOLDER [ARGUMENT] -->` ... `<!-- end -->` names what to build from the files
 below FOLDER: `headline` (a sentence), `seeds` (a row a seed), `ablation` (arms of a folder
 `ablations/<arm>/seed*.json` against the arm `base`, seeds paired), `bench` (what scripts/bench.py --json
 wrote, with --twin or without), `classes` (bits by byte class), `passes` (every scoring pass against the one
 before it that it adds to, seeds paired), `proofs` (what codec.py prove --json wrote), `audit` (what audit.py
-RECORD --json printed), and `rows`: any JSON file {"header": [...], "rows": [[...]], "note": "..."}. Tools
-write it for a table of their own: scripts/rate.py, scripts/sweep.py (a ranking), and the tools in the
-records' folders.
+RECORD --json printed), and `rows`: any JSON file {"header": [...], "rows": [[...]], "note": "..."}, or one
+part of it, `FILE#PART`. Tools write it for a table of their own: scripts/rate.py, scripts/sweep.py (a
+ranking), and the tools in the records' folders.
 
 A table of a record ends with the script that made its numbers; where these do not hold for the record's
 present script, *stale* says so. Numbers hold there if `scripts/lineage.py carry` has shown it. Verdicts are
@@ -28,6 +30,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
+import prose
 import stats
 from bench import report
 from family import FINDINGS, FINE, ROOT, Misuse, command, markdown_table, read_json, write_atomic
@@ -232,8 +235,10 @@ def proofs(folder: Path, _) -> str:
     )
 
 
-def plain_rows(folder: Path, argument: str) -> str:
-    found = read_json(folder / (argument or "rows.json"))
+def plain_rows(folder: Path, argument: str | None) -> str:
+    name, _, part = (argument or "rows.json").partition("#")
+    found = read_json(folder / name)
+    found = found[part] if part else found
     table = markdown_table(found["header"], found["rows"])
     return f"{table}\n\n{found['note']}" if found.get("note") else table
 
@@ -386,11 +391,16 @@ def main(argv: list[str] | None = None) -> int:
             if not options.check:
                 write_atomic(path, new.encode())
     word = "stale" if options.check else "rewritten"
+    found = {word: [path.as_posix() for path in stale]}
+    if options.check:
+        found["unsupported"] = prose.check(ROOT)
     if options.json:
-        print(json.dumps({word: [path.as_posix() for path in stale]}))
+        print(json.dumps(found))
     else:
-        print("\n".join(f"{word}: {path}" for path in stale) or "all tables agree")
-    return FINDINGS if stale and options.check else FINE
+        lines = [*(f"{word}: {path}" for path in found[word]), *found.get("unsupported", [])]
+        agree = "all tables and numbers agree" if options.check else "all tables agree"
+        print("\n".join(lines) or agree)
+    return FINDINGS if options.check and any(found.values()) else FINE
 
 
 if __name__ == "__main__":
