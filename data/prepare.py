@@ -23,6 +23,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -600,13 +601,15 @@ def train_pieces(
         import sentencepiece
     except ImportError:
         raise UserError("training a tokenizer needs the sentencepiece package") from None
-    prefix = folder / (f"sp{size}-caseops" if with_caseops else f"sp{size}")
+    path = folder / (f"sp{size}-caseops.model" if with_caseops else f"sp{size}.model")
+    # Into memory: a model that is written by its trainer holds the name of its file, which differs by run.
+    model = io.BytesIO()
     texts = (document.decode("utf-8") for document in take_bytes(documents, limit))
     pieces = (part for text in texts for part in slices(caseops.encode(text) if with_caseops else text))
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=pieces,
-            model_prefix=str(prefix),
+            model_writer=model,
             vocab_size=size,
             model_type="bpe",
             byte_fallback=True,
@@ -624,9 +627,9 @@ def train_pieces(
             **({"user_defined_symbols": list(caseops.OPERATORS)} if with_caseops else {}),
         )
     except (RuntimeError, OSError) as error:
-        raise UserError(f"variant {prefix.name}: {' '.join(str(error).split())}") from None
-    prefix.with_suffix(".vocab").unlink(missing_ok=True)
-    return prefix.with_suffix(".model")
+        raise UserError(f"variant {path.stem}: {' '.join(str(error).split())}") from None
+    path.write_bytes(model.getvalue())
+    return path
 
 
 def slices(text: str, size: int = 4000) -> Iterator[str]:

@@ -546,6 +546,13 @@ def test_conversion_table_equals_decoding_with_a_dummy_prefix(prepare, field_tok
         assert np.array_equal(np.concatenate(parts), whole)
 
 
+def test_a_trained_tokenizer_does_not_depend_on_its_folder(prepare_files, jsonl):
+    files = jsonl("a.jsonl", [text(i, 300) for i in range(9)]), jsonl("v.jsonl", [text(99, 50)])
+    folders = [prepare_files(*files, "--variant", "sp320", out=out) for out in ("first", "second")]
+    first, second = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    assert first == second and "sp320.model" in first
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=60))
 def test_trained_tokenizer_loses_nothing(prepare, pieces, document):
