@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -254,7 +255,9 @@ def test_pieces_spell_what_sentencepiece_decodes(artifact, field_tokenizer, told
     assert fast["made"] == plain["made"] and fast["text"] == plain["text"]
     prompt = tokenizer.encode("the coder")
     whole = tokenizer.decode([*prompt, *plain["made"]])
-    assert "the coder" + plain["text"] == whole or "\ufffd" in whole
+    # of bytes that are no UTF-8, Python and SentencePiece write another number of U+FFFD
+    ours, wanted = (re.sub("\ufffd+", "\ufffd", each) for each in ("the coder" + plain["text"], whole))
+    assert ours == wanted
     assert "300 ids: --tokenizer or TOKENIZER_PATH" in refused(*common)
     (tmp_path / "latin").write_bytes(b"na\xefve")
     assert "not UTF-8 at byte 2" in refused(model, "--file", tmp_path / "latin", "--tokenizer", path)
