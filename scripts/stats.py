@@ -135,6 +135,22 @@ def t_quantile(p: float, df: float) -> float:
 # --- Comparisons ---
 
 
+def negligible(interval: tuple[float, float]) -> bool:
+    """Whether a difference in BPB is too small to matter wherever it lies in its interval."""
+    low, high = interval
+    return max(-low, high) <= NO_EFFECT
+
+
+def word(interval: tuple[float, float]) -> str:
+    """The house's verdict on a difference, arm minus base, by its 95 % interval."""
+    low, high = interval
+    if high < 0:
+        return "better"
+    if low > 0:
+        return "worse"
+    return "no effect" if negligible(interval) else "undecided"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """How an arm differs from its base, in BPB: difference = arm - base, negative is better.
@@ -174,13 +190,7 @@ class Comparison:
 
     @property
     def word(self) -> str:
-        """The house's verdict."""
-        low, high = self.interval
-        if high < 0:
-            return "better"
-        if low > 0:
-            return "worse"
-        return "no effect" if max(-low, high) <= NO_EFFECT else "undecided"
+        return word(self.interval)
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -392,7 +392,7 @@ def test_mistakes_are_one_line(artifact, refused, tmp_path):
         ([tmp_path / "gone.bin"], f"ARTIFACT={tmp_path / 'gone.bin'}: No such file or directory"),
         ([damaged], "its sha256 does not match: truncated or altered"),
         ([other], "not an artifact of this family"),
-        ([path, "--script", "BytePPM"], "its config lacks MIX"),
+        ([path, "--script", "BytePPM"], "its config lacks MIX (read by --script BytePPM; without it, by "),
         ([path, "--script", "none"], "none: no script, no folder with a train_gpt.py and no record"),
         ([path, "--script", other], "no function stream: not a script of the family"),
         ([path, "--script", damaged], f"--script {damaged}: no Python file"),
