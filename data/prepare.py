@@ -135,7 +135,7 @@ def take_bytes(documents: Iterator[bytes], limit: int) -> Iterator[bytes]:
 
 
 def hold_out(name: str, digests: Iterable[bytes], val_share: float) -> set[bytes]:
-    """The validation documents' digests: a function of each document alone, at least one of them."""
+    """The validation documents' digests: a function of each document by itself, at least one of them."""
     digests = set(digests)
     held_out = {key for key in digests if int.from_bytes(key[8:], "big") < val_share * 2**64}
     held_out = held_out or {min(digests, default=b"")}

@@ -283,7 +283,7 @@ def test_line_ends_marks_and_zeros_are_kept(prepare, prepare_files, jsonl, tmp_p
 
 
 def test_bytes_are_kept_or_replaced_and_counted(prepare_files, jsonl, tmp_path, capsys):
-    """What is not UTF-8: byte260 has an id for it, and a tokenizer's text is changed on demand alone."""
+    """What is not UTF-8: byte260 has an id for it, and a tokenizer's text is changed only on demand."""
     raw = b"caf\xe9 \xe2\x82 \xef\xbf\xbd \xff\xfe " + text(0, 300).encode()
     (tmp_path / "a.txt").write_bytes(raw)
     broken = b'{"text": "na\xefve \\udc80 \\ud83d\\ude00 ' + b"x" * 300 + b'"}\n'

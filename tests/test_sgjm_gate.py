@@ -239,7 +239,7 @@ def written(model, count: int, share: float = 0.7) -> np.ndarray:
 
 
 def honest(model, ids: np.ndarray, args) -> dict:
-    """Of all windows of 32, one behind the other."""
+    """Of all windows of 32, one after the other."""
     return tool.figures(model, model, ids, np.arange(0, len(ids) - 32, 32), args)[1]
 
 

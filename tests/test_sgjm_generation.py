@@ -380,7 +380,7 @@ class Near:
 
 
 def test_blocks_of_a_real_model_come_as_often_as_they_should():
-    """Three bytes behind a prompt: each likely block by its exact probability."""
+    """Three bytes after a prompt: each likely block by its exact probability."""
     model, heat, tries = alive(seed=1, **BLOCKS, KEEP_TOP_K=2, DRAFT_BRANCHES=3), 0.6, 1200
     ids = [1, *b"abcabdabcab"]
     writer = section.Generator(model, ids, 0, True, heat)
