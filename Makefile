@@ -41,7 +41,7 @@ train: data
 	  $(VENV)/bin/torchrun --standalone --nproc_per_node=1 train_gpt.py
 	@echo "--- the same artifact, scored by a fresh process"
 	env DATA_PATH=$(CORPUS) RUN_ID=$(RUN)-again EVAL_ONLY=1 ARTIFACT=runs/$(RUN)/artifact.bin EVAL_BUDGET_SECONDS=0 \
-	  $(PY) train_gpt.py
+	  $(filter VAL_BYTES=% EVAL_%,$(TRAIN)) $(PY) train_gpt.py
 	@echo "--- make generate PROMPT=\"def \" goes on from a text with it"
 
 $(VENV)/.installed-mlx: requirements-mlx.txt $(VENV)/.installed

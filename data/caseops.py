@@ -8,10 +8,10 @@ symbols:
 
 | symbol  | code   | what it does                                                     |
 |---------|--------|------------------------------------------------------------------|
-| TITLE   | U+E001 | the letter behind it, the first of a word, is a capital          |
-| ALLCAPS | U+E002 | all letters of the word behind it, two or more, are capitals     |
-| CAPNEXT | U+E003 | the letter behind it, inside a word, is a capital                |
-| ESCAPE  | U+E004 | the operator behind it is a character of the text and no operator |
+| TITLE   | U+E001 | the letter after it, the first of a word, is a capital           |
+| ALLCAPS | U+E002 | all letters of the word after it, two or more, are capitals      |
+| CAPNEXT | U+E003 | the letter after it, inside a word, is a capital                 |
+| ESCAPE  | U+E004 | the operator after it is a character of the text and no operator |
 
 A word is a run of [A-Za-z] that is as long as can be. Everything else stays as it is: case outside ASCII does
 not change its bytes in the same way ('\u00df', '\u0130', '\u0149', '\u01c5' have lower or upper forms of
@@ -20,14 +20,12 @@ is one to one.
 
 Where the published transform leaves something open, or says less than *bijective*:
 
-- Its decoder reads several spellings of one text (CAPNEXT for TITLE, CAPNEXT
-letter by letter for ALLCAPS, an ESCAPE before
-  anything). `decode` takes those that `encode` writes and refuses all others, so the two are inverse to one
-  another on texts and on transformed texts. `decode(..., strict=False)` reads anything, for what a model
-  writes or a normalising tokenizer makes of it ("\u2122" behind NFKC is a bare "TM").
-- A normalising tokenizer drops white space at the ends of a
-document, which belongs to no piece's surface. The
-  sidecar gives it to the nearest piece that holds text, so that the sum is the document's length always.
+- Its decoder reads several spellings of one text (CAPNEXT for TITLE, CAPNEXT letter by letter for ALLCAPS, an
+  ESCAPE before anything). `decode` takes those that `encode` writes and refuses all others, so the two are
+  inverse to one another on texts and on transformed texts. `decode(..., strict=False)` reads anything, for
+  what a model writes or a normalising tokenizer makes of it ("\u2122" after NFKC is a bare "TM").
+- A normalising tokenizer drops white space at the ends of a document, which belongs to no piece's surface.
+  The sidecar gives it to the nearest piece that holds text, so that the sum is the document's length always.
 - A piece that stands for more bytes than 16 bits hold (a very long run of
 white space, folded into one) passes the rest on.
 """
@@ -98,7 +96,7 @@ def decode(text: str, strict: bool = True) -> str:
 
 
 def acting(symbols: np.ndarray, operators: np.ndarray) -> np.ndarray:
-    """Where `symbols` (n,) holds an operator that acts, and no literal one behind an ESCAPE: (n,) bool.
+    """Where `symbols` (n,) holds an operator that acts, and no literal one after an ESCAPE: (n,) bool.
 
     `symbols` are ids, or code points; `operators` (4,) is what
     TITLE, ALLCAPS, CAPNEXT and ESCAPE are among them.
@@ -129,7 +127,7 @@ def sidecar(transformed: str, ids: np.ndarray, ends: np.ndarray, operators: np.n
     """Original UTF-8 bytes for BOS and for each token, by the piece's surface: (1 +
     n,) uint16; the sum is the document's length.
 
-    `ids` (n,) are the tokens of `transformed`, `ends` (n,) the character behind each token's surface, as
+    `ids` (n,) are the tokens of `transformed`, `ends` (n,) the character after each token's surface, as
     `model.encode(transformed, return_type="offset_mapping")` of SentencePiece tells; `operators` as in
     `operator_ids`. Fits any model, also one that normalises. Of several byte pieces of a character the last
     has its bytes, as in #1729. Operators that act and BOS count 0, except that BOS holds the bytes of a
@@ -149,9 +147,9 @@ def sidecar(transformed: str, ids: np.ndarray, ends: np.ndarray, operators: np.n
     total, most = int(edges[-1]), SIDECAR_LIMIT * np.arange(len(bearing) + 1)
     if total > most[-1]:
         raise ValueError(f"{total} bytes in {len(bearing)} tokens: a sidecar holds {SIDECAR_LIMIT} a token")
-    # What lies between two surfaces goes to the piece behind it, what lies after the last to the last.
+    # What lies between two surfaces goes to the piece after it, what lies after the last to the last.
     held = np.concatenate(([0], edges[ends[bearing[:-1] - 1]], [total]))
-    # A token's excess goes to the ones behind it, and from the end back to the ones before.
+    # A token's excess goes to the ones after it, and from the end back to the ones before.
     held = np.minimum.accumulate(held - most) + most
     held = np.maximum(held, total - most[::-1])
     sizes[bearing] = np.diff(held)

@@ -1,14 +1,15 @@
 """Text -> documents -> shards: everything between a corpus and `train_gpt.py`.
 
-    python data/prepare.py                                 the running Python's standard library (no network)
+    python data/prepare.py                            the running Python's standard library (no network)
     python data/prepare.py files A.jsonl.zst B.parquet C.txt FOLDER 'parts/*.jsonl.gz' --val D.txt
-    zcat parts/*.gz | python data/prepare.py files -          standard input
-    python data/prepare.py python PATH                        every .py file below PATH
-    python data/prepare.py python_extended                    standard library and site-packages
+    zcat parts/*.gz | python data/prepare.py files -  standard input
+    python data/prepare.py python PATH                every .py file below PATH
+    python data/prepare.py python_extended            standard library and site-packages
     python data/prepare.py tinyshakespeare [--path input.txt]
     python data/prepare.py fineweb [--shards N | --documents] [--hub-folder PATH]
-    python data/prepare.py markov2                            a deterministic toy stream, for tests only
+    python data/prepare.py markov2                    a deterministic toy stream, for tests only
     python data/prepare.py convert --from FOLDER --variant byte260 --tokenizer sp1024.model
+    python data/prepare.py SOURCE --help              the options of a source
 
 A folder is written whole or not at all: the work happens in a hidden folder beside it that is renamed at the
 end. `data/README.md` describes every source, variant and file. Exit codes: 0 fine; 2 for what the user can
@@ -22,6 +23,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -133,7 +135,7 @@ def take_bytes(documents: Iterator[bytes], limit: int) -> Iterator[bytes]:
 
 
 def hold_out(name: str, digests: Iterable[bytes], val_share: float) -> set[bytes]:
-    """The validation documents' digests: a function of each document alone, at least one of them."""
+    """The validation documents' digests: a function of each document by itself, at least one of them."""
     digests = set(digests)
     held_out = {key for key in digests if int.from_bytes(key[8:], "big") < val_share * 2**64}
     held_out = held_out or {min(digests, default=b"")}
@@ -202,9 +204,8 @@ def source_python_extended(args: argparse.Namespace) -> Corpus:
     return split_by_hash("python_extended", python_files(roots, ("dist-packages",)), args, notes)
 
 
-def source_files(args: argparse.Namespace) -> Corpus:
-    """Named files, in their order (`--no-shuffle`) or in the order of a seeded permutation of the documents.
-    """
+def named_files(args: argparse.Namespace) -> tuple[list[Path | Piped], list[Path | Piped]]:
+    """(training files, validation files) that the command line names; no file is on both sides."""
     if args.val and args.val_tail:
         raise UserError("files: --val and --val-tail both name the validation text; give one")
     if "-" in args.train and "-" in args.val:
@@ -214,7 +215,13 @@ def source_files(args: argparse.Namespace) -> Corpus:
     for path in train_files:
         if isinstance(path, Path) and path.resolve() in validation:
             raise UserError(f"{path}: named as training text and as validation text")
-    reading = reading_of(args)
+    return train_files, val_files
+
+
+def source_files(args: argparse.Namespace) -> Corpus:
+    """Named files, in their order (`--no-shuffle`) or in the order of a seeded permutation of the documents.
+    """
+    (train_files, val_files), reading = named_files(args), reading_of(args)
 
     def texts(paths: list[Path | Piped]) -> Iterator[bytes]:
         for path in paths:
@@ -292,7 +299,7 @@ def shuffle_blocks(documents: Iterator[bytes], seed: int, block: int = 64_000_00
 
 
 def source_tinyshakespeare(args: argparse.Namespace) -> Corpus:
-    """The 1.1 MB file, cut once, behind the paragraph that passes nine tenths: training, then validation."""
+    """The 1.1 MB file, cut once, after the paragraph that passes nine tenths: training, then validation."""
     url, wanted = TINYSHAKESPEARE
     path = Path(args.file) if args.file else Path(args.out_root) / "downloads" / "tinyshakespeare.txt"
     if not path.exists():
@@ -594,13 +601,15 @@ def train_pieces(
         import sentencepiece
     except ImportError:
         raise UserError("training a tokenizer needs the sentencepiece package") from None
-    prefix = folder / (f"sp{size}-caseops" if with_caseops else f"sp{size}")
+    path = folder / (f"sp{size}-caseops.model" if with_caseops else f"sp{size}.model")
+    # Into memory: a model that is written by its trainer holds the name of its file, which differs by run.
+    model = io.BytesIO()
     texts = (document.decode("utf-8") for document in take_bytes(documents, limit))
     pieces = (part for text in texts for part in slices(caseops.encode(text) if with_caseops else text))
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=pieces,
-            model_prefix=str(prefix),
+            model_writer=model,
             vocab_size=size,
             model_type="bpe",
             byte_fallback=True,
@@ -618,9 +627,9 @@ def train_pieces(
             **({"user_defined_symbols": list(caseops.OPERATORS)} if with_caseops else {}),
         )
     except (RuntimeError, OSError) as error:
-        raise UserError(f"variant {prefix.name}: {' '.join(str(error).split())}") from None
-    prefix.with_suffix(".vocab").unlink(missing_ok=True)
-    return prefix.with_suffix(".model")
+        raise UserError(f"variant {path.stem}: {' '.join(str(error).split())}") from None
+    path.write_bytes(model.getvalue())
+    return path
 
 
 def slices(text: str, size: int = 4000) -> Iterator[str]:
@@ -707,6 +716,11 @@ class OverlapScan:
         hits = self.found[np.searchsorted(self.sorted, self.all)] if len(self.all) else np.zeros(0, bool)
         edges = np.cumsum([0, *self.documents])
         return np.array([hits[a:b].mean() if b > a else 0.0 for a, b in zip(edges[:-1], edges[1:])])
+
+    def share_found(self, shares: np.ndarray) -> float:
+        """The same of the whole validation text, from its documents' shares."""
+        weights = np.array(self.documents)
+        return float((shares * weights).sum() / max(weights.sum(), 1))
 
 
 # -----------------------------------------------------------------------------
@@ -816,6 +830,11 @@ def sha256_file(path: Path | Piped) -> str:
     return sha.hexdigest()
 
 
+def target_of(args: argparse.Namespace, name: str) -> Path:
+    """The folder to write: `--out`, or this name below `--out-root`."""
+    return Path(args.out) if args.out else Path(args.out_root) / name
+
+
 @contextlib.contextmanager
 def whole_folder(target: Path, force: bool):
     """Yields a hidden folder that becomes `target` when the block ends well, and vanishes when it does not.
@@ -899,48 +918,17 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
         raise UserError(f"{corpus.name}: no validation documents")
     if scan:
         scan.close_validation()
+
     with (
         whole_folder(target, args.force) as folder,
         ShardWriter(folder, corpus.name, "train", args.shard_tokens) as train,
         ShardWriter(folder, corpus.name, "val", args.shard_tokens) as val,
     ):
         tokenizer = make_tokenizer(args, corpus, folder)
-        yielded = 0
-        for number, document in enumerate(bar(corpus.train(), "training")):
-            if (equal := held_out.get(digest(document))) is not None:
-                if not corpus.fixed_val:
-                    raise UserError(
-                        f"{corpus.name}: validation document {equal} equals training document {number}: "
-                        "remove one of them"
-                    )
-                yielded += 1
-                continue
-            train.add(*tokenizer.encode_sized(document), document)
-            if scan:
-                scan.add_training(document)
-        train.close_shard()
-        if not train.documents:
-            raise UserError(f"{corpus.name}: no training documents")
-        shares = np.zeros(0)
-        if scan:
-            scan.flush()
-            shares = scan.shares()
-        drop = shares > OVERLAP_LIMIT if args.overlap == "drop" else np.zeros(len(shares), bool)
-        text, spelled = TextHash(), 0
-        for number, document in enumerate(bar(corpus.val(), "validation")):
-            if scan and drop[number]:
-                continue
-            text.add(document)
-            ids, sizes = tokenizer.encode_sized(document)
-            val.add(ids, sizes, document)
-            spelled += tokenizer.spelled_bytes(ids)
-        val.close_shard()
-        if not val.documents:
-            raise UserError(
-                f"{corpus.name}: all {len(shares)} validation documents repeat training text (more than "
-                f"{OVERLAP_LIMIT:.0%} of their {SHINGLE}-byte shingles): no score on them would mean anything"
-            )
-        weights = np.array(scan.documents) if scan else np.zeros(0)
+        skipped = write_training(corpus, tokenizer, train, held_out, scan)
+        shares = scan.shares() if scan else np.zeros(0)
+        dropped = set(np.flatnonzero(shares > OVERLAP_LIMIT)) if args.overlap == "drop" else set()
+        text, spelled = write_validation(corpus, tokenizer, val, dropped)
         manifest = {
             "source": corpus.name,
             "source_notes": corpus.notes,
@@ -960,9 +948,9 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
                 "mode": args.overlap,
                 "shingle_bytes": SHINGLE,
                 "limit": OVERLAP_LIMIT,
-                "share_found": float((shares * weights).sum() / max(weights.sum(), 1)) if scan else None,
-                "documents_dropped": int(drop.sum()),
-                "train_documents_equal_to_val_skipped": yielded,
+                "share_found": scan.share_found(shares) if scan else None,
+                "documents_dropped": len(dropped),
+                "train_documents_equal_to_val_skipped": skipped,
             },
             **tokenizer.notes,
             **replacements(train.replaced, val.replaced),
@@ -970,6 +958,59 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
+
+
+def write_training(
+    corpus: Corpus,
+    tokenizer: ByteTokenizer | PieceTokenizer,
+    train: ShardWriter,
+    held_out: dict[bytes, int],
+    scan: OverlapScan | None,
+) -> int:
+    """Writes and scans the training documents -> how many gave way to an equal one that is held out."""
+    skipped = 0
+    for number, document in enumerate(bar(corpus.train(), "training")):
+        if (equal := held_out.get(digest(document))) is not None:
+            if not corpus.fixed_val:
+                raise UserError(
+                    f"{corpus.name}: validation document {equal} equals training document {number}: "
+                    "remove one of them"
+                )
+            skipped += 1
+            continue
+        train.add(*tokenizer.encode_sized(document), document)
+        if scan:
+            scan.add_training(document)
+
+    train.close_shard()
+    if not train.documents:
+        raise UserError(f"{corpus.name}: no training documents")
+    if scan:
+        scan.flush()
+    return skipped
+
+
+def write_validation(
+    corpus: Corpus, tokenizer: ByteTokenizer | PieceTokenizer, val: ShardWriter, dropped: set[int]
+) -> tuple[TextHash, int]:
+    """Writes the validation documents that are not dropped -> (hash of their text, bytes that ids spell)."""
+    text, spelled = TextHash(), 0
+    for number, document in enumerate(bar(corpus.val(), "validation")):
+        if number in dropped:
+            continue
+        text.add(document)
+        ids, sizes = tokenizer.encode_sized(document)
+        val.add(ids, sizes, document)
+        spelled += tokenizer.spelled_bytes(ids)
+
+    val.close_shard()
+    if not val.documents:
+        raise UserError(
+            f"{corpus.name}: all {len(dropped)} validation documents repeat training text (more than "
+            f"{OVERLAP_LIMIT:.0%} of their {SHINGLE}-byte shingles): a score on them says nothing; hold out "
+            "other text, or keep them with --overlap report"
+        )
+    return text, spelled
 
 
 def replacements(train: int, val: int) -> dict:
@@ -1021,17 +1062,12 @@ def read_shard(path: Path) -> np.ndarray:
     return np.memmap(path, "<u2", "r", 1024, (int(header[2]),))
 
 
-def piece_bytes(model_path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Look-up table of a SentencePiece model: (all pieces' bytes
+def piece_table(tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Look-up table of a SentencePieceProcessor: (all pieces' bytes
     joined, start of each id's, length of each id's).
 
     A piece's leading space is part of it; `ids_to_bytes` drops it after a BOS, where the dummy prefix stood.
     """
-    return piece_table(PieceTokenizer(Path(model_path), "sp").model)
-
-
-def piece_table(tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`piece_bytes` of a SentencePieceProcessor."""
     pieces = []
     for i in range(tokenizer.vocab_size()):
         if tokenizer.is_byte(i):
@@ -1042,6 +1078,18 @@ def piece_table(tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             pieces.append(tokenizer.id_to_piece(i).replace(SPACE, " ").encode())
     lengths = np.array([len(piece) for piece in pieces], np.int64)
     return np.frombuffer(b"".join(pieces), np.uint8), np.cumsum(lengths) - lengths, lengths
+
+
+def plain_pieces(path: str) -> PieceTokenizer:
+    """The model that made published shards, whose pieces are the text's own bytes."""
+    if not path:
+        raise UserError("convert needs --tokenizer, the SentencePiece model that made the shards")
+    tokenizer = PieceTokenizer(Path(path), "sp")
+    try:
+        caseops.operator_ids(tokenizer.model)
+    except ValueError:  # it has no operators
+        return tokenizer
+    raise UserError(f"convert --tokenizer {path}: a CaseOps model, whose pieces are not the text's bytes")
 
 
 def ids_to_bytes(
@@ -1098,6 +1146,8 @@ SHARD_NAME = re.compile(r".*_(train|val)_(\d+)\.bin")
 
 def published(source: Path) -> list[Path]:
     """The shards of a folder, training first. Refuses a folder that holds more than one text's ids."""
+    if not source.is_dir():
+        raise UserError(f"--from {source}: not a folder")
     paths = sorted(source.glob("*_train_*.bin")) + sorted(source.glob("*_val_*.bin"))
     if not paths:
         raise UserError(f"--from {source}: no *_train_*.bin or *_val_*.bin")
@@ -1126,16 +1176,9 @@ def convert(args: argparse.Namespace) -> dict:
     paths = published(source)
     if args.variant != "byte260":
         raise UserError(f"convert --variant {args.variant}: byte260 is what a table can make")
-    if not args.tokenizer:
-        raise UserError("convert needs --tokenizer, the model behind the shards")
-    with contextlib.suppress(ValueError):
-        caseops.operator_ids(PieceTokenizer(Path(args.tokenizer), "sp").model)
-        raise UserError(
-            f"convert --tokenizer {args.tokenizer}: a CaseOps model, whose pieces are not the text's bytes"
-        )
-    table = piece_bytes(args.tokenizer)
-    dummy_prefix = PieceTokenizer(Path(args.tokenizer), "sp").dummy_prefix
-    target = Path(args.out) if args.out else Path(args.out_root) / f"{source.name}_byte260"
+    tokenizer = plain_pieces(args.tokenizer)
+    table = piece_table(tokenizer.model)
+    target = target_of(args, f"{source.name}_byte260")
     entries, totals = [], {"train": [0, 0, 0], "val": [0, 0, 0]}
     text = ShardText()
     with whole_folder(target, args.force) as folder, contextlib.ExitStack() as opened:
@@ -1149,7 +1192,7 @@ def convert(args: argparse.Namespace) -> dict:
             opened.callback(shard.abandon)
             for start in range(0, len(ids), 1 << 20):
                 block = ids[start : start + (1 << 20)]
-                out = ids_to_bytes(block, table, dummy_prefix, after_bos[split])
+                out = ids_to_bytes(block, table, tokenizer.dummy_prefix, after_bos[split])
                 after_bos[split] = bool(block[-1] == BOS_ID)
                 shard.write(out)
                 if split == "val":
@@ -1192,7 +1235,7 @@ def fetch_shards(args: argparse.Namespace) -> dict:
             + ("; byte260 is not published: convert sp1024 shards" if args.variant == "byte260" else "")
         )
     models = [path for path in files if path.endswith(f"fineweb_{args.variant.removeprefix('sp')}_bpe.model")]
-    target = Path(args.out) if args.out else Path(args.out_root) / folder_name
+    target = target_of(args, folder_name)
     entries = []
     with whole_folder(target, args.force) as folder:
         for path in bar(train + val + models[:1], "fetching", None, "file"):
@@ -1238,82 +1281,103 @@ SOURCES = {
 }
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def shared_options() -> argparse.ArgumentParser:
+    """Options of every source."""
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--variant", default="byte260", help="byte260, sp<N> or sp<N>-caseops, for example sp1024"
-    )
-    shared.add_argument("--tokenizer", default="", help="a .model to use instead of training one")
-    shared.add_argument("--out", default="", help="folder to write (default: OUT_ROOT/<source>_<variant>)")
-    shared.add_argument("--out-root", default="data/datasets", help="where folders go by default")
-    shared.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="ids a shard holds at most")
-    shared.add_argument("--val-share", type=float, default=0.02, help="share of documents held out by hash")
-    shared.add_argument(
+    option = shared.add_argument
+    option("--variant", default="byte260", help="byte260, sp<N> or sp<N>-caseops, for example sp1024")
+    option("--tokenizer", default="", help="a .model to use instead of training one")
+    option("--out", default="", help="folder to write (default: OUT_ROOT/<source>_<variant>)")
+    option("--out-root", default="data/datasets", help="where folders go by default")
+    option("--shard-tokens", type=int, default=SHARD_TOKENS, help="ids a shard holds at most")
+    option("--val-share", type=float, default=0.02, help="share of documents held out by hash")
+    option(
         "--overlap",
         default="drop",
         choices=("drop", "report", "off"),
         help="validation documents that repeat training text: drop (default), only report, or no scan",
     )
-    shared.add_argument("--seed", type=int, default=42)
-    shared.add_argument("--force", action="store_true", help="replace the folder if it exists")
+    option("--seed", type=int, default=42, help="of the shuffle, and of markov2 (default: %(default)s)")
+    option("--force", action="store_true", help="replace the folder if it exists")
+    return shared
 
-    def reads_text(errors: str) -> argparse.ArgumentParser:
-        """Options of a source that reads files; `errors` is what it does unasked."""
-        reads = argparse.ArgumentParser(add_help=False)
-        reads.add_argument(
-            "--errors",
-            default=errors,
-            choices=("strict", "replace"),
-            help="what is not UTF-8: refused (byte260 keeps the bytes of a text file), or U+FFFD, counted "
-            "in the manifest (default: %(default)s)",
-        )
-        return reads
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def reading_options(errors: str) -> argparse.ArgumentParser:
+    """Options of a source that reads files; `errors` is what it does unasked."""
+    reads = argparse.ArgumentParser(add_help=False)
+    reads.add_argument(
+        "--errors",
+        default=errors,
+        choices=("strict", "replace"),
+        help="what is not UTF-8: refused (byte260 keeps the bytes of a text file), or U+FFFD, counted "
+        "in the manifest (default: %(default)s)",
     )
-    commands = parser.add_subparsers(dest="source_name", metavar="SOURCE")
-    # Libraries of Python hold files in other encodings, to test these: no reason to stop.
-    for name in ("stdlib", "python_extended"):
-        commands.add_parser(name, parents=[shared, reads_text("replace")])
-    commands.add_parser("python", parents=[shared, reads_text("replace")]).add_argument("path")
-    files = commands.add_parser("files", parents=[shared, reads_text("strict")])
+    return reads
+
+
+def add_files_options(files: argparse.ArgumentParser) -> None:
     files.add_argument(
         "train",
         nargs="+",
         metavar="TRAIN",
         help=f"{ACCEPTED}, a folder of them, a pattern such as 'parts/*.jsonl', or - for standard input",
     )
-    files.add_argument("--val", nargs="+", default=[], help="the validation text, named in the same way")
-    files.add_argument("--field", default="text", help="the field of JSON lines, the column of Parquet")
-    files.add_argument(
-        "--train-bytes", type=int, default=0, help="stop after the document that passes this; 0 = all"
-    )
-    files.add_argument("--val-bytes", type=int, default=0)
-    files.add_argument(
+    option = files.add_argument
+    option("--val", nargs="+", default=[], help="the validation text, named in the same way")
+    option("--field", default="text", help="the field of JSON lines, the column of Parquet")
+    option("--train-bytes", type=int, default=0, help="stop after the document that passes this; 0 = all")
+    option("--val-bytes", type=int, default=0, help="the same for the validation text")
+    option(
         "--val-tail",
         type=int,
         default=0,
         help="hold out the last documents of TRAIN, this many bytes: tune on them",
     )
-    files.add_argument("--no-shuffle", action="store_true", help="keep the order of the files")
+    option("--no-shuffle", action="store_true", help="keep the order of the files")
+
+
+def add_fineweb_options(fineweb: argparse.ArgumentParser) -> None:
+    option = fineweb.add_argument
+    option("--shards", type=int, default=0, help="fetch this many published token shards as they are")
+    option("--documents", action="store_true", help="tokenize the published documents (default)")
+    option("--train-bytes", type=int, default=0, help="stop after the document that passes this; 0 = all")
+    option(
+        "--val-documents",
+        type=int,
+        default=VAL_DOCUMENTS_FINEWEB,
+        help="the first documents, held out (default, the contest's: %(default)s)",
+    )
+    option("--repo", default=FINEWEB_REPO, help="dataset repository on the hub (default: %(default)s)")
+    option("--revision", default="main", help="of the repository (default: %(default)s)")
+    option("--hub-folder", default="", help="a local folder laid out like the repository")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(
+        dest="source_name",
+        metavar="SOURCE",
+        help="one of the above (default: stdlib); SOURCE --help lists its options",
+    )
+    shared, reads = shared_options(), reading_options("strict")
+    # Libraries of Python hold files in other encodings, to test these: no reason to stop.
+    lenient = reading_options("replace")
+    for name in ("stdlib", "python_extended"):
+        commands.add_parser(name, parents=[shared, lenient])
+    python = commands.add_parser("python", parents=[shared, lenient])
+    python.add_argument("path", help="a folder")
+
+    add_files_options(commands.add_parser("files", parents=[shared, reads]))
     shakespeare = commands.add_parser("tinyshakespeare", parents=[shared])
     shakespeare.add_argument("--path", "--file", dest="file", default="", help="a local copy of the file")
-    commands.add_parser("markov2", parents=[shared]).add_argument("--bytes", type=int, default=1 << 20)
-    fineweb = commands.add_parser("fineweb", parents=[shared, reads_text("strict")])
-    fineweb.add_argument(
-        "--shards", type=int, default=0, help="fetch this many published token shards as they are"
-    )
-    fineweb.add_argument(
-        "--documents", action="store_true", help="tokenize the published documents (default)"
-    )
-    fineweb.add_argument("--train-bytes", type=int, default=0)
-    fineweb.add_argument("--val-documents", type=int, default=VAL_DOCUMENTS_FINEWEB)
-    fineweb.add_argument("--repo", default=FINEWEB_REPO)
-    fineweb.add_argument("--revision", default="main")
-    fineweb.add_argument("--hub-folder", default="", help="a local folder laid out like the repository")
+    markov = commands.add_parser("markov2", parents=[shared])
+    markov.add_argument("--bytes", type=int, default=1 << 20, help="of the stream (default: %(default)s)")
+    add_fineweb_options(commands.add_parser("fineweb", parents=[shared, reads]))
     converter = commands.add_parser("convert", parents=[shared])
-    converter.add_argument("--from", dest="source", required=True)
+    converter.add_argument("--from", dest="source", required=True, help="a folder of published shards")
+
     if not argv or argv[0].startswith("-") and not {"-h", "--help"} & set(argv):
         argv = ["stdlib", *argv]
     return parser.parse_args(argv)
@@ -1340,9 +1404,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.source_name == "fineweb" and args.shards:
             manifest = fetch_shards(args)
         else:
-            target = (
-                Path(args.out) if args.out else Path(args.out_root) / f"{args.source_name}_{args.variant}"
-            )
+            target = target_of(args, f"{args.source_name}_{args.variant}")
             if target.exists() and not args.force:
                 raise UserError(f"{target} exists; --force replaces it")
             manifest = {**build(SOURCES[args.source_name](args), args, target), "folder": str(target)}

@@ -115,7 +115,7 @@ class Piped:
 
 
 def sources(names: list[str]) -> list[Path | Piped]:
-    """The files behind the names: files, folders, patterns such as `data/*.jsonl`, `-` for standard input."""
+    """The files that are named: one by one, by folder, by a pattern such as `data/*.jsonl`, `-` for stdin."""
     found: list[Path | Piped] = []
     for name in names:
         path = Path(name)

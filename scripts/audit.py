@@ -2,7 +2,7 @@
 its source, and checks the files of its runs.
 
     python scripts/audit.py RECORD                a record's folder, its name, or a script; `.` is the trunk
-    python scripts/audit.py RECORD --only future,poison   some probes alone (`--list` names probes and rules)
+    python scripts/audit.py RECORD --only future,poison   only these probes (`--list` names probes and rules)
     python scripts/audit.py SCRIPT --adapter FILE         a script that is not of this family
 
 Probes train the script on a few hundred kilobytes of the standard library's source and a validation text of 3

@@ -3,7 +3,7 @@
     python -I audit_worker.py main SCRIPT                        the script as a program, watched
     python -I audit_worker.py serve SCRIPT ARTIFACT [ADAPTER]    JSON lines in, JSON lines out
 
-It is copied into the folder of the trial and needs the standard library and numpy alone. What it watches goes
+It is copied into the folder of the trial and needs only the standard library and numpy. What it watches goes
 to the file that AUDIT_WATCH names when the process ends: variables of the environment that the script's own
 lines read, connections tried (and refused), processes started. A script that means to deceive can get round
 all of this, since it runs in the same interpreter.

@@ -160,7 +160,7 @@ def carried(submission: dict, measured: str, present: str, result: str) -> bool:
     return present in reached
 
 
-# What a run's settings say about its process alone.
+# What a run's settings say only about its process.
 OF_THE_PROCESS = (
     "RANK",
     "LOCAL_RANK",

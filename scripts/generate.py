@@ -35,9 +35,10 @@ import codec
 import family
 import numpy as np
 from carry import parts_of
+from codec import BOS_ID, BYTE_OFFSET, BYTE_VOCAB
 from family import Misuse
 
-BOS_ID, EOS_ID, BYTE_OFFSET, BYTE_VOCAB = 1, 2, 4, 260
+EOS_ID = 2
 INTERRUPTED = 128 + 2  # what a shell makes of SIGINT
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
@@ -431,8 +432,11 @@ def generate(options: argparse.Namespace) -> int:
     text = prompt_of(options)
     header = header_of(options.artifact)
     path = family.find_script(options.script) if options.script else named_script(header or {})
-    guessed = header is not None and path is None
-    hint = f" (read by {family.TRUNK.name}; --script names another)" if guessed else ""
+    hint = ""
+    if header is not None and options.script:
+        hint = f" (read by --script {options.script}; without it, by the script that the artifact names)"
+    elif header is not None and path is None:
+        hint = f" (read by {family.TRUNK.name}; --script names another)"
 
     script = open_script(path or family.TRUNK)
     model = load_model(script, options, hint)
@@ -456,8 +460,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("artifact", metavar="ARTIFACT", help="artifact.bin of a run")
-    add("text", metavar="TEXT", nargs="?", help="to go on from; always a text; - reads standard input")
-    add("--file", help="takes the prompt from a file")
+    add("text", metavar="TEXT", nargs="?", help="the prompt itself, never a file's name; - reads stdin")
+    add("--file", help="the file that holds the prompt")
 
     # what is written
     add("--max-new-tokens", type=int, default=256, metavar="N", help="ids at most (%(default)s)")
@@ -465,7 +469,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--top-p", type=float, default=1.0, help="draws from the fewest ids of this probability (1: all)")
     add("--seed", type=int, default=0, help="of the draws (%(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends before this text; may be repeated")
-    add("--samples", type=int, default=1, metavar="N", help="as many texts, with seeds from --seed on")
+    add("--samples", type=int, default=1, metavar="N", help="so many texts, with seeds from --seed on")
     add("--no-speculate", action="store_true", help="no drafts: the same text from more passes")
 
     # by what

@@ -13,8 +13,8 @@ import numpy as np
 import rungs
 from family import markdown_table, write_atomic
 from leaderboard import digest, stored_digest, style
-from stats import paired, spread
-from trends import FEWEST_RUNGS, Fitted, Line, fitted, side, verdict, word
+from stats import paired, spread, word
+from trends import FEWEST_RUNGS, Fitted, Line, fitted, verdict
 
 BLOCK = re.compile(r"(<!-- ladder -->\n).*?(<!-- end -->)", re.S)
 BYTES_OFF = 0.02  # of the base's bytes, beyond which an arm is marked
@@ -171,7 +171,7 @@ def left_out(line: Line, x: float, top: list[float]) -> dict:
 
 
 def curves(ladder, runs: Runs) -> dict[str, Fitted]:
-    """The absolute curve of each arm with three rungs or more."""
+    """The absolute curve of each arm with four rungs or more: three fix it, the fourth tests it."""
     found = {}
     for arm in ladder.arms:
         scores: dict[float, list[float]] = {}
@@ -395,9 +395,8 @@ def numbers_of(ladder, runs: Runs) -> tuple[dict, dict[str, Fitted]]:
             continue
         row = {"arm": arm, **trend({each["rung"]: each["differences"] for each in mine})}
         if row["rungs"] < FEWEST_RUNGS:
-            signs = {side(each["interval"]) if each["interval"] else 0 for each in mine}
-            words = {-1: "better", 1: "worse", 0: "undecided"}
-            row["word"] = words[signs.pop()] if len(signs) == 1 else "undecided"
+            words = {each["word"] for each in mine}
+            row["word"] = words.pop() if len(words) == 1 else "undecided"
         priced = all(each["price"] is not None for each in mine)
         timed = {each["rung"]: [value + each["price"] for value in each["differences"]]
                  for each in mine} if priced else {}

@@ -254,7 +254,7 @@ class Runner:
                     os.sched_setaffinity(0, slot.cores)
 
             environment = {key: value for key, value in os.environ.items() if key not in known} | given
-            # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on once.
+            # A session of its own: Ctrl-C in a terminal reaches only this process, which passes it on once.
             process = subprocess.Popen(call, env=environment, stdin=subprocess.DEVNULL, stdout=console,
                                        stderr=console, start_new_session=True, preexec_fn=in_child)
         job.state = "running"

@@ -21,7 +21,6 @@ WEIGHTS = LAYERS * LAYER * WIDTH**2
 TEXT = BATCH * STEPS / WEIGHTS  # bytes of text a block weight: 148
 TABLES = 8 / 13  # weights of the hash tables a block weight: 7 contexts x 65,536 rows x 32
 CONTEXTS = 7
-BUDGET = 0.66  # bytes of artifact a block weight
 
 SMALL_BATCH, SMALL_TEXT = 8192, 4.4e6  # the anchor of the law of the batch
 GROUP = 4  # rows that SIGReg pools: JEPA_SIGREG_GROUP

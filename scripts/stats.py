@@ -6,7 +6,7 @@ verdicts of this house and of the competition.
     python scripts/stats.py --base their_logs --eval final_int6_sliding --json new=A/log.txt,B/log.txt
     python scripts/stats.py --base 1.9226,1.9231,1.9224 A=1.92,1.93,1.94 B=42:1.92,314:1.93
 
-A group is `NAME=SOURCE,SOURCE...` or sources alone. A source is a metrics.json, a log with lines
+A group is `NAME=SOURCE,SOURCE...` or only sources. A source is a metrics.json, a log with lines
 `final_..._exact val_loss:.. val_bpb:..` (the one that the log calls its headline counts, else the last), a
 folder of either (a run, seed*/ or seed*.json, logs), a record's name, or a number, with or without its seed.
 Scores are bits per byte (BPB), lower is better, *difference* is arm minus base.
@@ -135,6 +135,22 @@ def t_quantile(p: float, df: float) -> float:
 # --- Comparisons ---
 
 
+def negligible(interval: tuple[float, float]) -> bool:
+    """Whether a difference in BPB is too small to matter wherever it lies in its interval."""
+    low, high = interval
+    return max(-low, high) <= NO_EFFECT
+
+
+def word(interval: tuple[float, float]) -> str:
+    """The house's verdict on a difference, arm minus base, by its 95 % interval."""
+    low, high = interval
+    if high < 0:
+        return "better"
+    if low > 0:
+        return "worse"
+    return "no effect" if negligible(interval) else "undecided"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """How an arm differs from its base, in BPB: difference = arm - base, negative is better.
@@ -174,13 +190,7 @@ class Comparison:
 
     @property
     def word(self) -> str:
-        """The house's verdict."""
-        low, high = self.interval
-        if high < 0:
-            return "better"
-        if low > 0:
-            return "worse"
-        return "no effect" if max(-low, high) <= NO_EFFECT else "undecided"
+        return word(self.interval)
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -740,7 +750,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help="NAME=SOURCE,SOURCE... or sources alone")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help="NAME=SOURCE,SOURCE... or only sources")
     parser.add_argument("--base", required=True, metavar="GROUP", help="what the others are compared with")
     parser.add_argument("--eval", metavar="NAME", help="another evaluation of the runs than their headline")
     parser.add_argument("--tokens-per-byte", type=float, metavar="RATIO",

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from stats import CONFIDENCE, NO_EFFECT, betainc, t_quantile
+from stats import CONFIDENCE, betainc, negligible, t_quantile
 
 BENT_P = 0.05
 FEWEST_RUNGS = 3  # for a verdict, 4 for a curve
@@ -32,16 +32,6 @@ def side(interval: Interval) -> int:
     """-1 or 1 where an interval lies on one side of zero, else 0."""
     low, high = interval
     return -1 if high < 0 else 1 if low > 0 else 0
-
-
-def negligible(interval: Interval) -> bool:
-    return max(-interval[0], interval[1]) <= NO_EFFECT
-
-
-def word(interval: Interval) -> str:
-    """The house's word for an interval of a difference."""
-    named = {-1: "better", 1: "worse", 0: "no effect" if negligible(interval) else "undecided"}
-    return named[side(interval)]
 
 
 @dataclass(frozen=True)
@@ -133,7 +123,8 @@ def verdict(line: Line | None, x: list[float], contest: float) -> str:
                 cross zero only beyond the highest rung fades too
     undecided   anything else
 
-    The words are about the difference, be it a gain or a loss; `word(line.interval(highest))` says which.
+    The words are about the difference, be it a gain or a loss: `stats.word` of the line's interval at the
+    highest rung says which.
     """
     if line is None or len({*x}) < FEWEST_RUNGS:
         return "undecided"

@@ -35,6 +35,18 @@ TINY = {
 }
 
 
+# Of tests that damage files at random.
+EXAMPLES = 1000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 100
+
+
+def shard(*ids: int) -> bytes:
+    """A shard of these ids."""
+    import codec
+    import numpy as np
+
+    return codec.make_shard(np.array(ids))
+
+
 @pytest.fixture(scope="session")
 def trunk():
     return load_script(ROOT / "train_gpt.py")

@@ -1,8 +1,9 @@
-"""Bad days: wrong files, foreign layouts, full disks. Each is refused in one line that says what to do.
+"""Bad days of data/prepare.py: wrong files, foreign layouts, full disks. Each is refused in one line that
+says what to do. tests/test_bad_runs.py has those of the training scripts.
 
 A row of `FAULTS` is one bad day: how its files are made, the command, the words that the user reads. Each
 ends with exit code 2 and one `error: ` line, without a traceback, and leaves all files as they were. To add a
-row, append a `Fault`; to add a program, name it in `PROGRAMS`.
+row, append a `Fault`.
 
 Below the table, hypothesis damages files: never a traceback, exit code 0 only where the input is right. Each
 kind has 100 examples, and 1,000 with HYPOTHESIS_PROFILE=nightly.
@@ -26,15 +27,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from conftest import ROOT, environment
+from conftest import EXAMPLES, ROOT, environment, shard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-PROGRAMS = {
-    "prepare": ROOT / "data" / "prepare.py", "train": ROOT / "train_gpt.py",
-    "codec": ROOT / "scripts" / "codec.py",
-}
-EXAMPLES = 1000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 100
+PREPARE = ROOT / "data" / "prepare.py"
 
 
 # --- the machine -------------------------------------------------------------
@@ -104,19 +101,15 @@ def mounting_works() -> bool:
 
 @dataclass(frozen=True)
 class Fault:
-    """A bad day. `make` gets an empty folder, in which `command` runs, and a function that gives a fixture.
-
-    `leaves` are patterns of what may be new afterwards, such as a run's log.
-    """
+    """A bad day. `make` gets an empty folder, in which prepare.py runs with the arguments of `command`."""
 
     name: str
-    make: Callable[[Path, Callable], None]
-    command: str  # the first word is one of PROGRAMS
+    make: Callable[[Path], None]
+    command: str
     says: tuple[str, ...]
     machine: Machine = Machine()
     stdin: bytes = b""
     env: dict = field(default_factory=dict)
-    leaves: tuple[str, ...] = ()
 
 
 def write(folder: Path, files: dict[str, bytes | str]) -> None:
@@ -128,7 +121,7 @@ def write(folder: Path, files: dict[str, bytes | str]) -> None:
 
 def holds(files: dict[str, bytes | str]) -> Callable:
     """A `make` that writes these files."""
-    return lambda folder, get: write(folder, files)
+    return lambda folder: write(folder, files)
 
 
 def words(seed: int, count: int) -> str:
@@ -137,12 +130,6 @@ def words(seed: int, count: int) -> str:
 
 def jsonl(*documents: str) -> bytes:
     return "".join(json.dumps({"text": document}) + "\n" for document in documents).encode()
-
-
-def shard(*ids: int) -> bytes:
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, len(ids)
-    return header.tobytes() + np.array(ids, "<u2").tobytes()
 
 
 def zst(data: bytes, **options) -> bytes:
@@ -156,7 +143,7 @@ def flipped(data: bytes, at: int) -> bytes:
 
 TEXT, VAL = words(0, 200), words(1, 200)
 LINES = jsonl(*(words(i, 150) for i in range(2, 152)))
-FILES = "prepare files {} --val v.txt --out o"
+FILES = "files {} --val v.txt --out o"
 REPLACE = "; --errors replace writes U+FFFD in its place"
 
 
@@ -214,7 +201,7 @@ NAMES = [
           ("error: v.txt: named as training text and as validation text",)),
     Fault("standard input twice", holds({"v.txt": VAL}), FILES.format("- -"),
           ("error: - is named twice: standard input can be read once",), stdin=LINES),
-    Fault("standard input on both sides", holds({}), "prepare files - --val - --out o",
+    Fault("standard input on both sides", holds({}), "files - --val - --out o",
           ("error: - is named twice",), stdin=LINES),
     Fault("nothing on standard input", holds({"v.txt": VAL}), FILES.format("-"),
           ("error: files: no training documents",)),
@@ -226,7 +213,7 @@ NAMES = [
     bad_text("packed twice", "a.parquet.gz", gzip.compress(b"x"), ": packed twice, unpack it first"),
     Fault("--train-bytes below zero", holds({"a.txt": TEXT, "v.txt": VAL}),
           FILES.format("a.txt") + " --train-bytes -1", ("error: --train-bytes -1: at least 0",)),
-    Fault("--val-tail below zero", holds({"a.txt": TEXT}), "prepare files a.txt --val-tail -1 --out o",
+    Fault("--val-tail below zero", holds({"a.txt": TEXT}), "files a.txt --val-tail -1 --out o",
           ("error: --val-tail -1: at least 0",)),
 ]
 
@@ -245,9 +232,9 @@ ENCODINGS = [
              rf": line 2: '\ud83d' at character 2 of the text is a lone surrogate, not UTF-8{REPLACE}"),
     bad_text("Latin-1 in Parquet", "a.parquet", parquet({"text": [b"good", b"caf\xe9"]}),
              f": row 2: byte 0xe9 at offset 3 is not UTF-8{REPLACE}"),
-    Fault("bytes for a tokenizer", holds({}), "prepare markov2 --variant sp320 --out o",
+    Fault("bytes for a tokenizer", holds({}), "markov2 --variant sp320 --out o",
           ("error: markov2 --variant sp320: its bytes are no text; byte260 has ids for them",)),
-    Fault("no bytes at all", holds({}), "prepare markov2 --bytes -1 --out o", ("--bytes -1: at least 100",)),
+    Fault("no bytes at all", holds({}), "markov2 --bytes -1 --out o", ("--bytes -1: at least 100",)),
 ]
 
 NO_OBJECT = ": line 1 is not a JSON object with a text"
@@ -301,16 +288,16 @@ PACKED = [
     Fault(".zst on standard input, cut", holds({"v.txt": VAL}), FILES.format("-"),
           (f"error: standard input{BLOCK}",), stdin=CUT),
     Fault(".zst of FineWeb, cut", holds({"hub/docs_selected.jsonl.zst": CUT}),
-          "prepare fineweb --hub-folder hub --val-documents 3 --out o", (BLOCK,)),
+          "fineweb --hub-folder hub --val-documents 3 --out o", (BLOCK,)),
     Fault("sums without names", holds({"hub/docs_selected.jsonl": LINES, "hub/SHA256SUMS": "0123abcd\n"}),
-          "prepare fineweb --hub-folder hub --out o", ("SHA256SUMS: line 1 is not a sum and a name",)),
+          "fineweb --hub-folder hub --out o", ("SHA256SUMS: line 1 is not a sum and a name",)),
 ]
 
 SHARDS = {"s/x_train_000000.bin": shard(1, 5, 6), "s/x_val_000000.bin": shard(1, 5), "m.model": "no model"}
 
 
 def bad_shards(title: str, files: dict, *says: str) -> Fault:
-    command = "prepare convert --from s --tokenizer m.model --out o"
+    command = "convert --from s --tokenizer m.model --out o"
     return Fault(title, holds({**SHARDS, **files}), command, says)
 
 
@@ -333,21 +320,21 @@ FORCE = " --force --overlap off"
 TOO_LARGE = ("error: o: File too large; nothing was written",)
 
 
-def on_a_disk(folder: Path, get: Callable) -> None:
+def on_a_disk(folder: Path) -> None:
     write(folder / "given", {"o/manifest.json": "{}", "o/old.bin": b"1"})
     write(folder, {"a.txt": words(3, 60_000), "v.txt": VAL})
     (folder / "disk").mkdir()
 
 
 def disk(title: str, options: str, says: str, kind: str = "small") -> Fault:
-    command = f"prepare files a.txt --val v.txt {options} {FORCE}"
+    command = f"files a.txt --val v.txt {options} {FORCE}"
     return Fault(title, on_a_disk, command, (f"error: {says}; nothing was written",), Machine(disk=kind))
 
 
 def huge(file: str) -> Callable:
     """A `make` of a text larger than the memory, on a disk that holds next to nothing of it."""
 
-    def make(folder: Path, get: Callable) -> None:
+    def make(folder: Path) -> None:
         write(folder, {file: "", "v.txt": VAL})
         os.truncate(folder / file, 250_000_000)
 
@@ -374,9 +361,9 @@ MACHINES = [
     Fault("a file where the folder goes, by force", holds({"a.txt": TEXT, "v.txt": VAL, "o": "x"}),
           FILES.format("a.txt") + FORCE, ("error: o is a file: --out names a folder",)),
     Fault("a file above the folder", holds({"a.txt": TEXT, "v.txt": VAL, "f": "x"}),
-          "prepare files a.txt --val v.txt --out f/o",
+          "files a.txt --val v.txt --out f/o",
           ("error: f/o: ", "/f is a file, not a folder")),
-    Fault("a folder in place of a file", holds({"f/a": "x"}), "prepare tinyshakespeare --path f --out o",
+    Fault("a folder in place of a file", holds({"f/a": "x"}), "tinyshakespeare --path f --out o",
           ("error: f: Is a directory",)),
     Fault("too little memory for a text", huge("a.txt"), FILES.format("a.txt"),
           ("error: a.txt: out of memory", "--no-shuffle", "JSON lines"), memory(300_000_000)),
@@ -405,15 +392,14 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_a_bad_day_ends_in_one_line(fault: Fault, tmp_path, request):
+def test_a_bad_day_ends_in_one_line(fault: Fault, tmp_path):
     if why := fault.machine.unable():
         pytest.skip(why)
-    fault.make(tmp_path, request.getfixturevalue)
+    fault.make(tmp_path)
     before = contents(tmp_path)
 
-    program, *arguments = shlex.split(fault.command)
     done = subprocess.run(
-        fault.machine.wrap([sys.executable, str(PROGRAMS[program]), *arguments]),
+        fault.machine.wrap([sys.executable, str(PREPARE), *shlex.split(fault.command)]),
         cwd=tmp_path, env=environment(**fault.env), input=fault.stdin, capture_output=True, timeout=120,
         preexec_fn=fault.machine.start if fault.machine.limit else None,
     )
@@ -424,9 +410,7 @@ def test_a_bad_day_ends_in_one_line(fault: Fault, tmp_path, request):
     for part in fault.says:
         assert part in said[0], said[0]
 
-    after = contents(tmp_path)
-    allowed = {str(path.relative_to(tmp_path)) for leaves in fault.leaves for path in tmp_path.glob(leaves)}
-    assert {name: held for name, held in after.items() if name not in allowed} == before
+    assert contents(tmp_path) == before
 
 
 def test_no_two_rows_have_one_name():

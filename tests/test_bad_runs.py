@@ -1,11 +1,10 @@
 """Bad days of the training scripts: wrong shards, other text on resuming, full disks, kills, unlike ranks.
 
 Each fault is one line that names the file or the variable, exit code 2 and nothing half-written. What every
-script of the family must refuse is tried in every one of them. tests/test_bad_days.py has the other programs.
+script of the family must refuse is tried in every one of them. tests/test_bad_days.py has data/prepare.py.
 """
 
 import json
-import os
 import random
 import resource
 import shutil
@@ -15,10 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import EXAMPLES, ROOT, environment, shard
 from family import TRUNK, load_script
 from hypothesis import HealthCheck, given
 from hypothesis import settings as rules
@@ -29,19 +27,13 @@ FAMILY = [path for path in FAMILY if "Baseline" not in path.parent.name and "_Tr
 BIJEPAX = next(path for path in FAMILY if "BiJEPAX" in str(path))
 
 
-def shard(path: Path, *ids: int) -> None:
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, len(ids)
-    path.write_bytes(header.tobytes() + np.array(ids, "<u2").tobytes())
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A folder with two shards of training text and one of validation."""
     path = tmp_path / "data" / "shards"
     path.mkdir(parents=True)
     for name in ("x_train_000000", "x_train_000001", "x_val_000000"):
-        shard(path / f"{name}.bin", 1, *range(10, 60))
+        (path / f"{name}.bin").write_bytes(shard(1, *range(10, 60)))
     return path
 
 
@@ -61,7 +53,7 @@ def open_data(script: Path, folder: Path):
 ])
 @pytest.mark.parametrize("script", FAMILY, ids=lambda path: path.parent.name)
 def test_shards_that_would_be_read_twice_or_as_text_are_refused(folder, script, name, words):
-    shard(folder / name, 1, 5, 6)
+    (folder / name).write_bytes(shard(1, 5, 6))
     if script == BIJEPAX and "_bytes_" in name:
         pytest.skip("it reads the published sidecars")
     module = load_script(script)
@@ -86,8 +78,8 @@ def test_a_gap_is_warned_of_and_a_wrong_folder_names_the_right_one(folder, scrip
 def test_published_sidecars_are_read_under_their_own_names(folder):
     """Two numbers an id, as CaseOps text is published: ids, and the bytes that each stands for."""
     for split in ("train", "val"):
-        shard(folder / f"x_{split}_bytes_000000.bin", 0, *([3] * 50))
-    shard(folder / "x_train_bytes_000001.bin", 0, *([3] * 50))
+        (folder / f"x_{split}_bytes_000000.bin").write_bytes(shard(0, *([3] * 50)))
+    (folder / "x_train_bytes_000001.bin").write_bytes(shard(0, *([3] * 50)))
     _, data, _ = open_data(BIJEPAX, folder)
     assert len(data.val) == 51 and data.val_sizes.tolist() == [0] + [3] * 50
 
@@ -100,8 +92,7 @@ JSON = st.recursive(
 )
 
 
-@rules(max_examples=1000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 100, deadline=None,
-       suppress_health_check=[HealthCheck.function_scoped_fixture])
+@rules(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()), st.integers(0, 99))
 def test_any_manifest_is_read_or_refused(trunk, folder, content, cut):
     """Whatever stands in manifest.json, and cut off anywhere."""

@@ -283,7 +283,7 @@ def test_line_ends_marks_and_zeros_are_kept(prepare, prepare_files, jsonl, tmp_p
 
 
 def test_bytes_are_kept_or_replaced_and_counted(prepare_files, jsonl, tmp_path, capsys):
-    """What is not UTF-8: byte260 has an id for it, and a tokenizer's text is changed on demand alone."""
+    """What is not UTF-8: byte260 has an id for it, and a tokenizer's text is changed only on demand."""
     raw = b"caf\xe9 \xe2\x82 \xef\xbf\xbd \xff\xfe " + text(0, 300).encode()
     (tmp_path / "a.txt").write_bytes(raw)
     broken = b'{"text": "na\xefve \\udc80 \\ud83d\\ude00 ' + b"x" * 300 + b'"}\n'
@@ -533,7 +533,7 @@ def test_conversion_table_equals_decoding_with_a_dummy_prefix(prepare, field_tok
     model, path = field_tokenizer("\n".join(text(i, 60) for i in range(40)), 400)
     texts = ["the quick fox", " leading  double", "na\u00efve \u4f60\u597d", "", "dog" * 30, "a\ttab"]
     ids = np.concatenate([[1, *model.encode(t)] for t in texts])
-    table = prepare.piece_bytes(str(path))
+    table = prepare.piece_table(model)
     whole = prepare.ids_to_bytes(ids, table, True, False)
     wanted = b"".join(b"\x00" + model.decode(model.encode(t)).encode() for t in texts)
     assert (whole[whole == 1]).size == len(texts)
@@ -546,11 +546,18 @@ def test_conversion_table_equals_decoding_with_a_dummy_prefix(prepare, field_tok
         assert np.array_equal(np.concatenate(parts), whole)
 
 
+def test_a_trained_tokenizer_does_not_depend_on_its_folder(prepare_files, jsonl):
+    files = jsonl("a.jsonl", [text(i, 300) for i in range(9)]), jsonl("v.jsonl", [text(99, 50)])
+    folders = [prepare_files(*files, "--variant", "sp320", out=out) for out in ("first", "second")]
+    first, second = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    assert first == second and "sp320.model" in first
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=60))
 def test_trained_tokenizer_loses_nothing(prepare, pieces, document):
     ids = pieces.encode(document.encode())
-    joined, starts, lengths = prepare.piece_bytes(str(pieces.path))
+    joined, starts, lengths = prepare.piece_table(pieces.model)
     assert b"".join(joined[starts[i] : starts[i] + lengths[i]].tobytes() for i in ids) == document.encode()
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -251,7 +252,9 @@ def test_pieces_spell_what_sentencepiece_decodes(artifact, field_tokenizer, told
     assert fast["made"] == plain["made"] and fast["text"] == plain["text"]
     prompt = tokenizer.encode("the coder")
     whole = tokenizer.decode([*prompt, *plain["made"]])
-    assert "the coder" + plain["text"] == whole or "\ufffd" in whole
+    # of bytes that are no UTF-8, Python and SentencePiece write another number of U+FFFD
+    ours, wanted = (re.sub("\ufffd+", "\ufffd", each) for each in ("the coder" + plain["text"], whole))
+    assert ours == wanted
     assert "300 ids: --tokenizer or TOKENIZER_PATH" in refused(*common)
     (tmp_path / "latin").write_bytes(b"na\xefve")
     assert "not UTF-8 at byte 2" in refused(model, "--file", tmp_path / "latin", "--tokenizer", path)
@@ -386,7 +389,7 @@ def test_mistakes_are_one_line(artifact, refused, tmp_path):
         ([tmp_path / "gone.bin"], f"ARTIFACT={tmp_path / 'gone.bin'}: No such file or directory"),
         ([damaged], "its sha256 does not match: truncated or altered"),
         ([other], "not an artifact of this family"),
-        ([path, "--script", "BytePPM"], "its config lacks MIX"),
+        ([path, "--script", "BytePPM"], "its config lacks MIX (read by --script BytePPM; without it, by "),
         ([path, "--script", "none"], "none: no script, no folder with a train_gpt.py and no record"),
         ([path, "--script", other], "no function stream: not a script of the family"),
         ([path, "--script", damaged], f"--script {damaged}: no Python file"),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import run_seeds
 import rungs
+import stats
 import trends
 from conftest import ROOT
 from family import TRUNK, Misuse
@@ -171,7 +172,7 @@ def test_a_mirrored_arm_has_the_same_verdict(low, high, noise, seed):
     a, b = trends.Line.through(found), trends.Line.through(mirrored)
     assert judged(found) == judged(mirrored) in trends.WORDS
     opposite = {"better": "worse", "worse": "better"}
-    words = [trends.word(line.interval(X[-1])) for line in (a, b)]
+    words = [stats.word(line.interval(X[-1])) for line in (a, b)]
     assert words[1] == opposite.get(words[0], words[0])
     # an interval of the line lies in that of a new pair
     for x in (X[0], CONTEST):

@@ -108,7 +108,7 @@ def test_pairs_that_a_window_leaves(queries, keys, window):
     assert plan.visible_pairs(queries, keys, False) == queries * keys
 
 
-def test_windows_scale_the_attention_of_their_layers_alone(tiny):
+def test_windows_scale_the_attention_of_their_layers_only(tiny):
     full, cut = plan.visible_pairs(64, 64, True), plan.visible_pairs(64, 64, True, 16)
     groups = planned(ATTN_WINDOW="16", ATTN_WINDOW_LAYERS="0,2")["groups"]
     for name in ("attention forward", "attention backward"):

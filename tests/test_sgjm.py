@@ -557,7 +557,7 @@ def test_other_rows_of_a_group_are_negatives():
 
 
 def slow_acceptance(model, ids, t: int, tokens) -> int:
-    """Bytes of a draft behind ids[: t + 1] that the backbone,
+    """Bytes of a draft after ids[: t + 1] that the backbone,
     run on what is accepted so far, would choose itself."""
     context = ids[: t + 1].tolist()
     for i, token in enumerate(tokens.tolist()):

@@ -380,7 +380,7 @@ class Near:
 
 
 def test_blocks_of_a_real_model_come_as_often_as_they_should():
-    """Three bytes behind a prompt: each likely block by its exact probability."""
+    """Three bytes after a prompt: each likely block by its exact probability."""
     model, heat, tries = alive(seed=1, **BLOCKS, KEEP_TOP_K=2, DRAFT_BRANCHES=3), 0.6, 1200
     ids = [1, *b"abcabdabcab"]
     writer = section.Generator(model, ids, 0, True, heat)
@@ -859,11 +859,8 @@ def test_the_bench_measures_both_ways_in_turn(bench, tmp_path, monkeypatch):
             assert plain["drafts"]["created"] == 0 < fast["drafts"]["created"]
             for part in (plain, fast):
                 assert 0 < part["drafting"] + part["verification"] <= 1 and 0 <= part["looping"] <= 1
-                assert (
-                    all(0 <= share <= 1 for share in part["acceptance"])
-                    and part["acceptance"] == sorted(part["acceptance"])[::-1]
-                    or part is fast
-                )
+                assert all(0 <= share <= 1 for share in part["acceptance"])
+            assert not plain["acceptance"] and fast["acceptance"]
     result = found["greedy"]["prose"]
     rows = {row[0]: row for row in reports.generation(folder / "bench.json")["rows"]}
     told = [f"**{result['ratio']:.2f}**", f"{result['speculation']['bytes_per_pass']:.2f}"]
