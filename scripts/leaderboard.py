@@ -304,6 +304,18 @@ def verdict(record: Record, group: list[Record]) -> str:
     return "; ".join([f"{word}: {found.difference:+.4f}{span}", *([", ".join(other)] if other else [])])
 
 
+def notes(record: Record) -> list[str]:
+    """What a reader has to know beside the score: it is stale, or divided by other bytes than the text's."""
+    lines, text, entry = [], record.text, record.group.runs[0].entry
+    if record.stale:
+        lines.append(f"{record.title} is {record.stale}.")
+    if text.bytes and not text.prefix and entry["bytes"] != text.bytes:
+        lines.append(
+            f"{record.title}'s tokenizer normalises the text: its bits are divided by "
+            f"{entry['bytes']:,} bytes instead of {text.bytes:,}, which makes its score higher.")
+    return lines
+
+
 HEADER = ["rank", "record", "BPB", "evaluation", "ids", "bytes", "budget", "training bytes",
           "parameters", "verdict", "parent", "hardware", "date"]
 
@@ -324,12 +336,7 @@ def table(group: list[Record]) -> str:
             f"{setting.budget:,}" if setting.budget else "none", f"{setting.trained:,}{limit}",
             f"{first.metrics['params']:,}", verdict(record, group), record.parent or "none", record.hardware,
             record.date])
-        if record.stale:
-            lines.append(f"{record.title} is {record.stale}.")
-        if text.bytes and not text.prefix and first.entry["bytes"] != text.bytes:
-            lines.append(
-                f"{record.title}'s tokenizer normalises the text: its bits are divided by "
-                f"{first.entry['bytes']:,} bytes instead of {text.bytes:,}, which makes its score higher.")
+        lines += notes(record)
     return "\n\n".join([f"Text {text}:", markdown_table(HEADER, rows), *lines])
 
 
