@@ -116,6 +116,6 @@ def classes(group: list[Record]) -> Figure | None:
     return Figure(
         "Where the bits go", Axis(against), Axis("", names=names), series,
         "Bits spent on each class of byte by each record.",
-        "By class of the byte that is predicted, where ids are bytes. The table has the bits, which add up to "
-        "the score.",
+        "By class of the byte that is predicted, where ids are bytes. The table has the bits, which add "
+        "up to the score.",
         ["record", *names], rows, zero=bool(trunk))

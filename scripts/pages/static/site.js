@@ -66,7 +66,8 @@ function shownValue(value, axis) {
   return Number(value.toPrecision(5)).toLocaleString("en", { maximumSignificantDigits: 6 });
 }
 
-for (const figure of document.querySelectorAll("figure.plot")) {
+/** Makes a figure answer: its legend hides lines, the point under the pointer is read out. */
+function enhanceFigure(figure) {
   const numbers = JSON.parse(figure.querySelector("script.numbers").textContent);
   const picture = figure.querySelector(".picture");
   const svg = picture.querySelector("svg");
@@ -111,6 +112,11 @@ for (const figure of document.querySelectorAll("figure.plot")) {
   });
   picture.addEventListener("pointerleave", () => { ring.hidden = true; readout.textContent = "\u00a0"; });
 }
+
+function enhanceFigures(root) {
+  for (const figure of root.querySelectorAll("figure.plot")) enhanceFigure(figure);
+}
+enhanceFigures(document);
 
 // --- Commands ---
 
