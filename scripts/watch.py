@@ -40,7 +40,7 @@ BARS = "▁▂▃▄▅▆▇█"
 ENDED = ("finished", "died", "silent")
 PORT = 8642
 LOSSES = "loss so far"
-SPARE = ("memory", "text", "loss", LOSSES, "MFU", "validation", "speed", "left")  # go first where room is short
+SPARE = ("memory", "text", "loss", LOSSES, "MFU", "validation", "speed", "left")  # first to go
 COLOURS = {"training": "green", "scoring": "cyan", "starting": "cyan", "died": "red", "silent": "yellow"}
 
 
