@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import threading
 import time
 import urllib.parse
 from typing import TYPE_CHECKING
@@ -38,10 +39,14 @@ class Page:
 
     def __init__(self, watch: Watch):
         self.watch, self.seen, self.figure, self.looked, self.part = watch, None, None, 0.0, ""
-        self.templates = environment()
+        self.templates, self.lock = environment(), threading.Lock()
 
     def runs(self) -> str:
         """HTML of the table and the figure; many viewers cost what one does."""
+        with self.lock:
+            return self.made()
+
+    def made(self) -> str:
         if self.part and time.monotonic() - self.looked < self.watch.options.every / 2:
             return self.part
         rows = self.watch.rows()
@@ -92,10 +97,13 @@ def handler(page: Page, port: int) -> type[http.server.BaseHTTPRequestHandler]:
     return Handler
 
 
-def server(watch: Watch, port: int) -> http.server.HTTPServer:
-    """Bound to loopback; port 0 takes a free one. Raises Misuse where the port is taken."""
+def server(watch: Watch, port: int) -> http.server.ThreadingHTTPServer:
+    """Bound to loopback; port 0 takes a free one. Raises Misuse where the port is taken.
+
+    A thread a connection: browsers open some that they do not use, and one of these would hold up all others.
+    """
     try:
-        made = http.server.HTTPServer(("127.0.0.1", port), http.server.BaseHTTPRequestHandler)
+        made = http.server.ThreadingHTTPServer(("127.0.0.1", port), http.server.BaseHTTPRequestHandler)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise Misuse(f"--web {port}: {reason}; another port, or 0 for a free one") from None

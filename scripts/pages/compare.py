@@ -114,7 +114,7 @@ def page(repository: Repository) -> dict:
         folder, name = entry.record.folder, slug(entry.record.name)
         add(name, entry.record.name, folder / "train_gpt.py", entry)
         add(f"{name}-mlx", f"{entry.record.name} in MLX", folder / lineage.TWIN, None)
-    family_of = {"texts": [*map(highlighted, texts.known)], "codes": texts.codes,
+    family_of = {"texts": [highlighted(text.rstrip("\n")) for text in texts.known], "codes": texts.codes,
                  "titles": ["HEAD", *lineage.TITLES], "scripts": scripts}
     return {"family": family_of, "scripts": [(each["key"], each["label"]) for each in scripts],
             "problems": problems}

@@ -82,8 +82,8 @@ class Figure:
         _, box, limits = self.drawn
         axes = {name: {"label": axis.label, "log": axis.log, "limits": ends, "names": list(axis.names)}
                 for name, axis, ends in zip("xy", (self.x, self.y), limits)}
-        series = [{"name": each.name, "points": [[*map(short, point)] for point in each.points]}
-                  for each in self.series]
+        series = [{"name": each.name, "kind": each.kind,
+                   "points": [[*map(short, point)] for point in each.points]} for each in self.series]
         return as_script({"box": [round(each, 2) for each in box], **axes, "series": series})
 
 

@@ -58,7 +58,8 @@ class Entry:
     @cached_property
     def scripts_line(self) -> str:
         """Which script made the seeds' numbers, and whether they hold for the present one."""
-        return tables.of_script("seeds", self.record.folder, None, family.ROOT).strip()
+        folder = self.record.folder
+        return tables.of_script("seeds", folder, None, folder.parent.parent).strip()
 
     @cached_property
     def marks(self) -> list[tuple[str, str]]:

@@ -65,7 +65,7 @@ def ideas(entry: Entry, root: Path) -> dict | None:
     if parent is None:
         return None
     scripts = Script.read(parent), Script.read(entry.record.folder / "train_gpt.py")
-    pairs = [pair for pair in lineage.pairs(*scripts) if pair.status != "identical"]
+    pairs = [pair for pair in lineage.pairs(*scripts, reach=False) if pair.status != "identical"]
     reasons = {name: each["reason"] for name, each in submission.get("changes", {}).items()}
     groups = {name: {"name": name, "reason": reason, "symbols": [], "added": 0, "removed": 0}
               for name, reason in reasons.items()}
