@@ -60,7 +60,7 @@ class Page:
 
     def whole(self) -> str:
         return self.templates.get_template("watch.html").render(
-            up="", here="", commit="", source="", runs=self.runs(), every=self.watch.options.every,
+            up="", here="", commit="", runs=self.runs(), every=self.watch.options.every,
             against=self.watch.against)
 
 

@@ -26,7 +26,7 @@ def chromium():
         made.close()
 
 
-class Watched:
+class Observed:
     """A page that keeps what went wrong on it, and what it asked for."""
 
     def __init__(self, browser, size=DESK, dark=False):

@@ -45,14 +45,14 @@ def opened(browser):
     contexts = []
 
     def opened(address, size=DESK, dark=False):
-        watched = pages_in.Watched(browser, size, dark)
-        contexts.append(watched)
-        return watched.open(address if isinstance(address, str) else address.as_uri())
+        observed = pages_in.Observed(browser, size, dark)
+        contexts.append(observed)
+        return observed.open(address if isinstance(address, str) else address.as_uri())
     yield opened
-    for watched in contexts:
-        watched.context.close()
-        assert not watched.errors
-        assert all(address.startswith(("file://", "data:")) for address in watched.asked), watched.asked
+    for observed in contexts:
+        observed.context.close()
+        assert not observed.errors
+        assert all(address.startswith(("file://", "data:")) for address in observed.asked), observed.asked
 
 
 def pages_of(site: Path) -> list[Path]:
@@ -331,6 +331,7 @@ def odd(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     number.write_text(number.read_text().replace("2.5", "NaN"))
     half = odd_record(root, "2026-01-03_Half") / "seed2" / "metrics.jsonl"
     half.write_text(half.read_text()[:-20])
+    (half.parent.parent / "train_gpt.py").write_text("print('another script')\n")
     broken = odd_record(root, "2026-01-04_Broken") / "seed3" / "metrics.json"
     broken.write_text(broken.read_text()[:100])
     ladder = root / "records" / "ladder" / "evil"
@@ -350,7 +351,9 @@ def test_odd_files_are_marked(odd):
     assert re.search(r"2026-01-03_Half: loss: .*seed2/metrics.jsonl:4: not JSON", said)
     assert re.search(r"records/2026-01-04_Broken: .*seed3/metrics.json: not JSON", said)
     assert "1 values in metrics.jsonl are no numbers" in (site / "records/2026-01-02_NaN.html").read_text()
-    assert "cannot be read" in (site / "index.html").read_text()
+    board = (site / "index.html").read_text()
+    assert "cannot be read" in board and board.count('class="mark stale"') == 1
+    assert 'class="mark stale"' in (site / "records/2026-01-03_Half.html").read_text()
     assert not (site / "records/2026-01-04_Broken.html").exists()
 
 

@@ -269,7 +269,7 @@ def test_the_page_is_for_this_machine_and_gives_no_other_file(served):
 
 def test_the_page_follows_the_run(served, browser):
     address, folder = served
-    page_of = pages_in.Watched(browser)
+    page_of = pages_in.Observed(browser)
     page = page_of.open(address)
     assert page.get_by_text("19 of 100").is_visible() and page.locator("figure.plot svg").count() > 1
     assert serious(page) == []

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -66,8 +67,21 @@ class Site:
 
     def page(self, place: str, template: str, values: dict) -> None:
         up = "../" * place.count("/")
-        self.files[place] = environment().get_template(template).render(
-            up=up, here=place, commit=commit(self.root), source=self.link, **values)
+        self.files[place] = self.templates.get_template(template).render(
+            up=up, here=place, commit=self.commit, **values)
+
+    @cached_property
+    def templates(self) -> Environment:
+        return environment()
+
+    @cached_property
+    def commit(self) -> str:
+        """Short name of the commit that the pages show; empty without git."""
+        call = ["git", "-C", str(self.root), "rev-parse", "--short", "HEAD"]
+        try:
+            return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return ""
 
     def prose(self, repository: Repository, folder: Path, depth: int) -> Prose:
         """Markdown of a folder of the repository, for a page `depth` folders below the site's."""
@@ -111,12 +125,3 @@ class Site:
 def may_replace(out: Path) -> bool:
     """Whether nothing but an earlier site is lost."""
     return not out.exists() or out.is_dir() and ((out / MARK).is_file() or not any(out.iterdir()))
-
-
-def commit(root: Path) -> str:
-    """Short name of the commit that the pages show; empty without git."""
-    call = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
