@@ -390,8 +390,9 @@ def test_highlighting_changes_no_character():
 
 def test_prose_keeps_html_as_words():
     table = f"| a |\n|---|\n| {EVIL} |\n"
-    text = prose.Prose().html(f"{EVIL} [x](javascript:alert(1)) [y](notes.md)\n\n{table}", "T")
-    assert "<script" not in text and "<img" not in text and "href" not in text
+    comment = "<!-- number 1.5: of a file,\nover two lines -->\n"
+    text = prose.Prose().html(f"{EVIL} [x](javascript:alert(1)) [y](notes.md)\n{comment}\n{table}", "T")
+    assert not any(part in text for part in ("<script", "<img", "href", "number 1.5", "over two lines"))
     assert '<div class="scroll" role="region" tabindex="0"' in text
 
 

@@ -27,7 +27,7 @@ class Prose:
 
     def html(self, text: str, name: str, below: int = 2) -> Markup:
         """name: of tables, for a screen reader; below: the level of the heading above the text."""
-        tokens = self.reader.parse(without_markers(text))
+        tokens = self.reader.parse(without_comments(text))
         for token in tokens:
             if token.type in ("heading_open", "heading_close"):
                 token.tag = f"h{min(6, int(token.tag[1]) + below)}"
@@ -65,9 +65,9 @@ class Prose:
         return html.replace("<pre>", '<pre tabindex="0">')
 
 
-def without_markers(text: str) -> str:
-    """Without the lines that mark tables for scripts/tables.py and its like."""
-    return re.sub(r"^<!-- (?:table: .*|end|ladder|leaderboard) -->\n?", "", text, flags=re.M)
+def without_comments(text: str) -> str:
+    """Without what Markdown hides: marks of tables, notes on numbers."""
+    return re.sub(r"<!--.*?-->\n?", "", text, flags=re.S)
 
 
 def sections(text: str) -> dict[str, str]:
