@@ -3,6 +3,8 @@
 # make generate   the newest artifact goes on from PROMPT="text"; OPTIONS="--temperature 0.8", ARTIFACT=FILE
 # make test       everything that CI runs but the linter; WORKERS=1 for one test at a time
 # make bench      step time and its share of the machine's matmul rate
+# make site       the records as pages: site/index.html; LINK=https://host/name/blob/main links to the files
+# make watch      the runs in progress, live; OPTIONS="--against BytePPM", OPTIONS=--web for a page
 # make audit      is every number legal? probes of every script at a tiny size, one to three minutes each
 # make gpu-check  one command for a day with a GPU, without a network; TEXT=FILE (.txt, .jsonl, .jsonl.zst) trains on
 #                 that instead of the standard library
@@ -13,7 +15,7 @@ PY := $(VENV)/bin/python
 RUN := $(shell date +%Y%m%d-%H%M%S)-train
 CORPUS := data/datasets/stdlib_byte260
 
-.PHONY: train train-mlx generate data test lint audit bench gpu-check clean
+.PHONY: train train-mlx generate data test lint site watch audit bench gpu-check clean
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
@@ -21,7 +23,7 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements.txt requirements-mlx.txt requirements-parquet.txt requirements-dev.txt $(VENV)/.installed
+$(VENV)/.installed-dev: requirements.txt requirements-mlx.txt requirements-parquet.txt requirements-site.txt requirements-dev.txt $(VENV)/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
@@ -72,6 +74,16 @@ lint: $(VENV)/.installed-dev
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal tests
 
+$(VENV)/.installed-site: requirements-site.txt $(VENV)/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-site.txt
+	touch $@
+
+site: $(VENV)/.installed-site
+	$(PY) scripts/site.py $(if $(LINK),--link $(LINK))
+
+watch: $(VENV)/.installed-site
+	@$(PY) scripts/watch.py $(OPTIONS)
+
 audit: $(VENV)/.installed
 	$(PY) scripts/audit.py . $(dir $(wildcard records/*/train_gpt.py))
 
@@ -83,4 +95,4 @@ gpu-check:
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) scripts/bench.py --check $(if $(TEXT),--text $(TEXT))
 
 clean:
-	rm -rf $(VENV) runs data/datasets
+	rm -rf $(VENV) runs data/datasets site

@@ -38,6 +38,7 @@ import math
 import re
 import statistics
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -281,18 +282,38 @@ def base_of(record: Record, group: list[Record]) -> Record | None:
 # --- Table ---
 
 
-def verdict(record: Record, group: list[Record]) -> str:
+def held_against(record: Record, group: list[Record]) -> tuple[Record, stats.Comparison, list[str]] | None:
+    """(its base, the comparison of their scores, what else differs); None where there is no base."""
     base = base_of(record, group)
     if base is None:
+        return None
+    found = stats.compare(record.group.scores, base.group.scores)
+    return base, found, [f"other {what}" for what in record.setting.differences(base.setting)]
+
+
+def verdict(record: Record, group: list[Record]) -> str:
+    held = held_against(record, group)
+    if held is None:
         missing = "no trunk before it" if record.trunk else "no parent"
         return "its parent is not measured on this text" if record.parent and not record.trunk else missing
 
-    found = stats.compare(record.group.scores, base.group.scores)
+    base, found, other = held
     low, high = found.interval
     word = found.word + (" than " if found.word in ("better", "worse") else " against ") + base.title
     span = f" ({low:+.4f} to {high:+.4f})" if math.isfinite(low) else ""
-    other = [f"other {what}" for what in record.setting.differences(base.setting)]
     return "; ".join([f"{word}: {found.difference:+.4f}{span}", *([", ".join(other)] if other else [])])
+
+
+def notes(record: Record) -> list[str]:
+    """What a reader has to know beside the score: it is stale, or divided by other bytes than the text's."""
+    lines, text, entry = [], record.text, record.group.runs[0].entry
+    if record.stale:
+        lines.append(f"{record.title} is {record.stale}.")
+    if text.bytes and not text.prefix and entry["bytes"] != text.bytes:
+        lines.append(
+            f"{record.title}'s tokenizer normalises the text: its bits are divided by "
+            f"{entry['bytes']:,} bytes instead of {text.bytes:,}, which makes its score higher.")
+    return lines
 
 
 HEADER = ["rank", "record", "BPB", "evaluation", "ids", "bytes", "budget", "training bytes",
@@ -315,12 +336,7 @@ def table(group: list[Record]) -> str:
             f"{setting.budget:,}" if setting.budget else "none", f"{setting.trained:,}{limit}",
             f"{first.metrics['params']:,}", verdict(record, group), record.parent or "none", record.hardware,
             record.date])
-        if record.stale:
-            lines.append(f"{record.title} is {record.stale}.")
-        if text.bytes and not text.prefix and first.entry["bytes"] != text.bytes:
-            lines.append(
-                f"{record.title}'s tokenizer normalises the text: its bits are divided by "
-                f"{first.entry['bytes']:,} bytes instead of {text.bytes:,}, which makes its score higher.")
+        lines += notes(record)
     return "\n\n".join([f"Text {text}:", markdown_table(HEADER, rows), *lines])
 
 
@@ -490,21 +506,42 @@ def smooth(line: list[list[float]]) -> dict[float, tuple[float, float]]:
     return curve
 
 
+@dataclass(frozen=True)
+class Band:
+    """The seeds of one curve together: at `seen` bytes of text the running means of the loss have this mean
+    and these ends, after `seconds`, their mean too.
+    """
+
+    seen: float
+    seconds: float
+    mean: float
+    low: float
+    high: float
+
+
+def band(seeds: Iterable[dict[str, list]]) -> list[Band]:
+    """One curve from those of `read_curve`, where all seeds have a line; empty where they share none."""
+    curves = [smooth(curve["train"]) for curve in seeds if curve["train"]]
+    found = []
+    for seen in sorted(set.intersection(*map(set, curves))) if curves else ():
+        losses = [curve[seen][1] for curve in curves]
+        seconds = statistics.mean(curve[seen][0] for curve in curves)
+        found.append(Band(seen, seconds, statistics.mean(losses), min(losses), max(losses)))
+    return found
+
+
 def draw_training(row, group: dict) -> None:
     """A line is the mean of the seeds' running means, its band goes from the lowest seed to the highest."""
     for axes, unit in zip(row, ("bytes of text", "seconds of training")):
         ends = []
         for i, record in enumerate(group["records"]):
-            curves = [smooth(curve["train"]) for curve in record["seeds"].values() if curve["train"]]
-            shared = sorted(set.intersection(*map(set, curves)))
-            if not shared:
+            curve = band(record["seeds"].values())
+            if not curve:
                 continue
-            losses = [[curve[place][1] for curve in curves] for place in shared]
-            seconds = [statistics.mean(curve[place][0] for curve in curves) for place in shared]
-            x, y = shared if unit == "bytes of text" else seconds, [*map(statistics.mean, losses)]
+            x = [point.seen if unit == "bytes of text" else point.seconds for point in curve]
+            y, low, high = ([getattr(point, key) for point in curve] for key in ("mean", "low", "high"))
 
-            axes.fill_between(x, [*map(min, losses)], [*map(max, losses)], color=style(i)["color"], alpha=0.2,
-                              linewidth=0)
+            axes.fill_between(x, low, high, color=style(i)["color"], alpha=0.2, linewidth=0)
             axes.plot(x, y, **style(i) | {"marker": None}, linewidth=1.4,
                       label=f"{record['name']}, {record['hardware']}")
             ends.append((y[-1], x[-1], record["name"]))

@@ -46,11 +46,7 @@ class Symbol:
 
     def code(self) -> list[str]:
         """What Python sees of it: no layout, no comments, no docstrings."""
-        nodes = copy.deepcopy(self.nodes)
-        for node in (part for whole in nodes for part in ast.walk(whole)):
-            if isinstance(node, (*FUNCTION, ast.ClassDef)) and is_text(node.body[0]):
-                del node.body[0]
-        return list(map(plain, nodes))
+        return list(map(plain, self.nodes))
 
     def fingerprint(self) -> str:
         """Twelve digits of the hash of its code, the same under every version of Python."""
@@ -58,14 +54,19 @@ class Symbol:
 
 
 def plain(node: object) -> str:
-    """A syntax tree as a text. Fields without content are left out: newer versions of Python have more."""
+    """A syntax tree as a text, without docstrings. Fields without content are left out: newer Pythons have
+    more of them.
+    """
     if isinstance(node, list):
         return "[" + " ".join(map(plain, node)) + "]"
     if not isinstance(node, ast.AST):
         return repr(node)
 
-    fields = [f"{name}={plain(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
-    return f"{type(node).__name__}({' '.join(fields)})"
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, (*FUNCTION, ast.ClassDef)) and is_text(node.body[0]):
+        fields["body"] = node.body[1:]
+    shown = [f"{name}={plain(value)}" for name, value in fields.items() if value not in (None, [])]
+    return f"{type(node).__name__}({' '.join(shown)})"
 
 
 def is_text(node: ast.AST) -> bool:

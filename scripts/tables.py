@@ -28,6 +28,7 @@ import math
 import re
 import statistics
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import prose
@@ -243,67 +244,89 @@ def plain_rows(folder: Path, argument: str | None) -> str:
     return f"{table}\n\n{found['note']}" if found.get("note") else table
 
 
-def ablation(folder: Path, _) -> str:
-    arms = {
+@dataclass(frozen=True)
+class Arm:
+    """One arm of an ablation beside its base, {seed: metrics} each; seeds that both have are paired."""
+
+    name: str
+    why: str
+    runs: dict[int, dict]
+    base: dict[int, dict]
+
+    @property
+    def shared(self) -> list[int]:
+        return sorted(self.runs.keys() & self.base.keys())
+
+    @property
+    def score(self) -> float:
+        return statistics.mean(headline(self.runs[seed]) for seed in self.shared)
+
+    @property
+    def differences(self) -> list[float]:
+        """BPB against the base, one a shared seed."""
+        return [headline(self.runs[seed]) - headline(self.base[seed]) for seed in self.shared]
+
+    @property
+    def step_time(self) -> float:
+        """Of the base's."""
+        ratios = (self.runs[seed]["ms_per_step"] / self.base[seed]["ms_per_step"] for seed in self.shared)
+        return statistics.mean(ratios)
+
+    @property
+    def bytes_model(self) -> float:
+        return statistics.mean(run["bytes_model"] for run in self.runs.values())
+
+
+def ablation_arms(folder: Path) -> list[Arm]:
+    """The arms in `ablations/<arm>/seed*.json` of a folder: the base, then the others as arms.json has them.
+
+    Raises:
+        Misuse: arms.json names other arms, there is no base, or arms are not to be compared.
+    """
+    found = {
         path.name: {seed_of(file): read_json(file) for file in path.glob("seed*.json")}
         for path in sorted({file.parent for file in (folder / "ablations").glob("*/seed*.json")})
     }
     notes = read_json(folder / "ablations" / "arms.json")
-    if set(arms) != set(notes) or "base" not in arms:
+    if set(found) != set(notes) or "base" not in found:
         raise Misuse(
-            f"{folder}/ablations: arms.json names {', '.join(notes)}, the folders are {', '.join(arms)}; "
+            f"{folder}/ablations: arms.json names {', '.join(notes)}, the folders are {', '.join(found)}; "
             "base is one of both"
         )
     groups = {name: stats.Group(name, [stats.read_run(folder / "ablations" / name / f"seed{seed}.json")
-                                       for seed in sorted(runs)]) for name, runs in arms.items()}
+                                       for seed in sorted(runs)]) for name, runs in found.items()}
     for name, group in groups.items():
         against = stats.check_pair(group, groups["base"]) if name != "base" else []
         for finding in stats.check_group(group) + against:
             if finding.level == "FAIL":
                 raise Misuse(f"{folder}/ablations/{name}: {finding.rule}: {finding.text}")
-    base = arms.pop("base")
-    rows = [
-        [
-            f"base: {notes['base']}",
-            f"{statistics.mean(map(headline, base.values())):.4f}",
-            "",
-            "",
-            "",
-            "1.00",
-            f"{statistics.mean(run['bytes_model'] for run in base.values()):,.0f}",
-        ]
-    ]
-    ordered = sorted(arms.items(), key=lambda item: list(notes).index(item[0]))
-    for name, runs in ordered:
-        shared = sorted(runs.keys() & base.keys())
-        mean, half, word = verdict([headline(runs[seed]) - headline(base[seed]) for seed in shared])
-        interval = f"{mean - half:+.4f} to {mean + half:+.4f}" if math.isfinite(half) else "one seed"
-        ratio = statistics.mean(runs[seed]["ms_per_step"] / base[seed]["ms_per_step"] for seed in shared)
-        rows.append(
-            [
-                notes[name],
-                f"{statistics.mean(headline(runs[seed]) for seed in shared):.4f}",
-                f"{mean:+.4f}",
-                interval,
-                word,
-                f"{ratio:.2f}",
-                f"{statistics.mean(r['bytes_model'] for r in runs.values()):,.0f}",
-            ]
-        )
-    first = next(iter(base.values()))
-    pooled = spread(map(headline, runs.values()) for runs in [base, *arms.values()])
-    note = (
-        f"`{first['headline']}` BPB, {first['steps']} steps, seeds {', '.join(map(str, sorted(base)))}, "
-        f"{first['device']}, {first['evals'][first['headline']]['bytes']:,} bytes of the last training "
-        "documents; "
+    return [Arm(name, notes[name], found[name], found["base"])
+            for name in sorted(found, key=lambda name: (name != "base", list(notes).index(name)))]
+
+
+def ablation_note(arms: list[Arm]) -> str:
+    """What was scored, and how far seeds are apart."""
+    first = next(iter(arms[0].runs.values()))
+    pooled = spread(map(headline, arm.runs.values()) for arm in arms)
+    return (
+        f"`{first['headline']}` BPB, {first['steps']} steps, seeds "
+        f"{', '.join(map(str, sorted(arms[0].runs)))}, {first['device']}, "
+        f"{first['evals'][first['headline']]['bytes']:,} bytes of the last training documents; "
         f"spread {pooled:.4f}."
     )
-    return (
-        markdown_table(
-            ["arm", "BPB", "difference", "95 % interval", "verdict", "step time", "model bytes"], rows
-        )
-        + f"\n\n{note}"
-    )
+
+
+def ablation(folder: Path, _) -> str:
+    arms = ablation_arms(folder)
+    base = arms[0]
+    rows = [[f"base: {base.why}", f"{base.score:.4f}", "", "", "", "1.00", f"{base.bytes_model:,.0f}"]]
+    for arm in arms[1:]:
+        mean, half, word = verdict(arm.differences)
+        interval = f"{mean - half:+.4f} to {mean + half:+.4f}" if math.isfinite(half) else "one seed"
+        rows.append([arm.why, f"{arm.score:.4f}", f"{mean:+.4f}", interval, word, f"{arm.step_time:.2f}",
+                     f"{arm.bytes_model:,.0f}"])
+    header = ["arm", "BPB", "difference", "95 % interval", "verdict", "step time", "model bytes"]
+    return f"{markdown_table(header, rows)}\n\n{ablation_note(arms)}"
 
 
 def bench(folder: Path, argument: str | None) -> str:

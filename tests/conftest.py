@@ -66,6 +66,14 @@ def corpus(tmp_path_factory, prepare) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium for the tests of pages."""
+    from browser import chromium  # here: other tests need none
+    with chromium() as made:
+        yield made
+
+
 def environment(**overrides) -> dict[str, str]:
     """A clean environment with the tiny model in it."""
     kept = {
