@@ -4,6 +4,7 @@ Each fault is one line that names the file or the variable, exit code 2 and noth
 script of the family must refuse is tried in every one of them. tests/test_bad_days.py has data/prepare.py.
 """
 
+import errno
 import json
 import random
 import resource
@@ -191,6 +192,18 @@ def test_two_processes_may_not_share_a_run(run, corpus, tmp_path):
         first.communicate()
     code, output, _ = run()
     assert code == 0, output  # nothing of the lock is left
+
+
+@pytest.mark.parametrize("script", FAMILY, ids=lambda path: path.parent.name)
+def test_a_file_system_without_locks_is_no_reason_to_stop(script, tmp_path, monkeypatch):
+    module = load_script(script)
+
+    def no_locks(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", no_locks)
+    module.Log(tmp_path / "run")("a line", console=False)
+    assert (tmp_path / "run" / "log.txt").read_text() == "a line\n"
 
 
 # --- disks, memory, ranks, artifacts ---
