@@ -734,7 +734,8 @@ def test_the_bench_measures_both_ways_in_turn(bench, tmp_path, monkeypatch):
             for part in (plain, fast):
                 assert 0 < part["drafting"] + part["verification"] <= 1 and 0 <= part["looping"] <= 1
                 assert all(0 <= share <= 1 for share in part["acceptance"])
-            assert not plain["acceptance"] and fast["acceptance"]
+            assert not plain["acceptance"]
+        assert any(result["speculation"]["acceptance"] for result in found[kind].values())
     result = found["greedy"]["prose"]
     rows = {row[0]: row for row in reports.generation(folder / "bench.json")["rows"]}
     told = [f"**{result['ratio']:.2f}**", f"{result['speculation']['bytes_per_pass']:.2f}"]
