@@ -205,7 +205,7 @@ def test_the_commands_of_sgjm_are_carried_out(tmp_path, carried_out):
             assert code == 0 or code == 1 and variables.get("EVAL_GATE") == "1", (call, variables, output)
             assert not re.search("^failed |Traceback", output, re.M), output
             done.append(Path(call[0]).stem)
-    assert {"prepare", "train_gpt", "export_hf", "sweep", "rows"} == {*done}
+    assert {"prepare", "train_gpt", "generate", "bench", "export_hf", "sweep", "rows"} == {*done}
     place = tmp_path / "cwd"
     assert json.loads((place / "exported/config.json").read_text())["hidden_size"] == 32
     for name in ("bench/bench.json", "gate/gate.json", "small_gate/gate.json"):
