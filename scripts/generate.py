@@ -12,18 +12,23 @@ A text ends after --max-new-tokens ids, before a --stop text, or where the model
 
 Where the model has draft heads (DRAFT), a pass reads the newest id and drafts after it, and keeps those that
 the model picks too. Model and heads draw with the same noise at the same place of a text, so drafts save
-passes and never change a text, at any temperature. Exit codes: 0 fine, 2 misuse, 130 stopped by Ctrl-C.
+passes and never change a text, at any temperature. A script that drafts by itself (SGJM's `Generator`: trees
+of drafts by heads and by what followed a like text before) writes the same text with drafts and without where
+the likeliest id is taken, and at a temperature draws from the same distribution, other ids with drafts than
+without. Exit codes: 0 fine, 2 misuse, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import inspect
 import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import zlib
@@ -35,10 +40,11 @@ import codec
 import family
 import numpy as np
 from carry import parts_of
-from codec import BOS_ID, BYTE_OFFSET, BYTE_VOCAB
+from codec import BOS_ID, BYTE_VOCAB
 from family import Misuse
 
 EOS_ID = 2
+BYTES = 256, BYTE_VOCAB  # vocabularies of bytes, the second with special ids before them
 INTERRUPTED = 128 + 2  # what a shell makes of SIGINT
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
@@ -138,6 +144,22 @@ class Writer:
             return state, self.model.head(state).cpu().numpy()
 
 
+class Decoder:
+    """The same by the script's own `Generator`, which settles several ids a pass."""
+
+    def __init__(self, script, model, prompt: list[int], law: Law, count: int, speculate: bool = True):
+        self.prompt, self.law, self.count = prompt, law, count
+        self.own = script.Generator(model, prompt, law.seed, speculate, law.temperature, law.top_p)
+
+    def __iter__(self) -> Iterator[int]:
+        for settled in self.own.grow(self.count):  # a character an id
+            yield from map(ord, settled)
+
+    @property
+    def passes(self) -> int:
+        return int(self.own.read[0])
+
+
 # -----------------------------------------------------------------------------
 # TEXT
 # -----------------------------------------------------------------------------
@@ -153,8 +175,9 @@ class Alphabet:
     prefixed: bool = False  # a space is put before a text, and no part of it
 
     @classmethod
-    def of_bytes(cls) -> Alphabet:
-        return cls([b""] * BYTE_OFFSET + [bytes([i]) for i in range(256)], {BOS_ID, EOS_ID})
+    def of_bytes(cls, vocab: int) -> Alphabet:
+        special = vocab - 256
+        return cls([b""] * special + [bytes([i]) for i in range(256)], {BOS_ID, EOS_ID} if special else set())
 
     @classmethod
     def of_pieces(cls, pieces: codec.Pieces) -> Alphabet:
@@ -173,13 +196,16 @@ class Alphabet:
         return cls(table, ends, pieces, first.startswith("\u2581"))
 
     def ids(self, text: bytes) -> list[int]:
-        """A prompt's ids, BOS in front.
+        """A prompt's ids, BOS in front where there is one.
 
         Raises:
-            Misuse: the text is not UTF-8, and the ids are pieces.
+            Misuse: the text is not UTF-8, and the ids are pieces; or there is neither text nor BOS.
         """
         if self.pieces is None:
-            return [BOS_ID, *(byte + BYTE_OFFSET for byte in text)]
+            special = len(self.table) - 256
+            if not special and not text:
+                raise Misuse("this artifact has no id that begins a document: a prompt is needed")
+            return [BOS_ID] * (special > 0) + [byte + special for byte in text]
         try:
             return [BOS_ID, *self.pieces.encode(text.decode()).tolist()]
         except UnicodeDecodeError as error:
@@ -222,6 +248,19 @@ class Screen:
             self.put(b"\n")
 
 
+@contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+    """Ctrl-C waits for the end of what is inside."""
+    kept: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: kept.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        for number in kept[:1]:
+            signal.raise_signal(number)
+
+
 class Page:
     """A text that grows, up to the first of the stop texts; `put` is handed what is settled of it."""
 
@@ -245,9 +284,10 @@ class Page:
         return max(lengths, default=0)
 
     def show(self, held: int = 0) -> None:
-        first, self.shown = self.shown, max(self.shown, len(self.text) - held)
-        if self.shown > first:
-            self.put(self.text[first : self.shown])
+        with unbroken():  # what is shown is counted
+            first, self.shown = self.shown, max(self.shown, len(self.text) - held)
+            if self.shown > first:
+                self.put(self.text[first : self.shown])
 
 
 # -----------------------------------------------------------------------------
@@ -269,6 +309,7 @@ class Sample:
     def numbers(self) -> dict:
         return {"ids": len(self.ids), "bytes": len(self.text), "passes": self.passes,
                 "ids_per_pass": round(len(self.ids) / max(self.passes, 1), 2),
+                "bytes_per_pass": round(len(self.text) / max(self.passes, 1), 2),
                 "bytes_per_second": round(len(self.text) / max(self.seconds, 1e-9), 1),
                 "seed": self.seed, "ended": self.ended}
 
@@ -280,7 +321,7 @@ class Sample:
         return json.dumps(self.numbers() | {"seconds": self.seconds, "made": self.ids, "text": text})
 
 
-def write(writer: Writer, alphabet: Alphabet, page: Page) -> Sample:
+def write(writer: Writer | Decoder, alphabet: Alphabet, page: Page) -> Sample:
     """One text, shown on `page` as it grows; Ctrl-C ends it and keeps what is there."""
     made = Sample(writer.law.seed)
     joined = alphabet.joined(writer.prompt)
@@ -364,8 +405,8 @@ def load_model(script, options: argparse.Namespace, hint: str):
 
 def alphabet_of(model, options: argparse.Namespace) -> Alphabet:
     vocab = model.args.vocab_size
-    if vocab == BYTE_VOCAB:
-        return Alphabet.of_bytes()
+    if vocab in BYTES:
+        return Alphabet.of_bytes(vocab)
     try:
         pieces, _ = codec.open_tokenizer(options.tokenizer, vocab)
     except codec.CodecError as error:
@@ -409,7 +450,8 @@ def check(options: argparse.Namespace) -> None:
 def sample(script, model, alphabet: Alphabet, prompt: list[int], law: Law,
            options: argparse.Namespace) -> Sample:
     """One text: to stdout as it grows and its numbers to stderr, or a line of JSON."""
-    writer = Writer(script, model, prompt, law, options.max_new_tokens, not options.no_speculate)
+    kind = Decoder if hasattr(script, "Generator") else Writer
+    writer = kind(script, model, prompt, law, options.max_new_tokens, not options.no_speculate)
     stops = [os.fsencode(stop) for stop in options.stop]
     if options.json:
         made = write(writer, alphabet, Page(stops, lambda data: None))
@@ -433,7 +475,9 @@ def generate(options: argparse.Namespace) -> int:
     header = header_of(options.artifact)
     path = family.find_script(options.script) if options.script else named_script(header or {})
     hint = ""
-    if header is not None and options.script:
+    if path is None and options.artifact.endswith(".safetensors"):
+        hint = " (a checkpoint: SGJM's are read with --script SGJM, of other scripts artifact.bin)"
+    elif header is not None and options.script:
         hint = f" (read by --script {options.script}; without it, by the script that the artifact names)"
     elif header is not None and path is None:
         hint = f" (read by {family.TRUNK.name}; --script names another)"
@@ -459,7 +503,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("artifact", metavar="ARTIFACT", help="artifact.bin of a run")
+    add("artifact", metavar="ARTIFACT", help="artifact.bin of a run; a checkpoint with --script SGJM")
     add("text", metavar="TEXT", nargs="?", help="the prompt itself, never a file's name; - reads stdin")
     add("--file", help="the file that holds the prompt")
 
@@ -470,7 +514,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="of the draws (%(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends before this text; may be repeated")
     add("--samples", type=int, default=1, metavar="N", help="so many texts, with seeds from --seed on")
-    add("--no-speculate", action="store_true", help="no drafts: the same text from more passes")
+    add("--no-speculate", action="store_true", help="no drafts: the same text, or law, from more passes")
 
     # by what
     add("--script", default="", metavar="NAME", help="a record or a path; default: what the artifact names")

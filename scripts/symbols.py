@@ -323,7 +323,8 @@ def dead(script: Script, companions: Iterable[ast.Module] = ()) -> dict[str, boo
     By names alone: a namesake in use keeps a symbol alive. Functions, classes and methods are certain, but
     not a method that a foreign base class may call; fields, constants and imports are not.
     """
-    names, attributes = {"main", "load", "score", "stream"}, {"logprobs", "push"}  # what tools call
+    names = {"main", "load", "score", "stream", "Generator"}  # what tools call
+    attributes = {"logprobs", "push"}
     for tree in companions:
         attributes |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     functions = {node.name for node in script.tree.body if isinstance(node, FUNCTION)}

@@ -22,10 +22,13 @@ from family import TRUNK, load_script
 from hypothesis import HealthCheck, given
 from hypothesis import settings as rules
 from hypothesis import strategies as st
+from test_sgjm import RUN, SCRIPT
 
 FAMILY = [TRUNK, *sorted(ROOT.glob("records/*_[A-Z]*/train_gpt.py"))]
 FAMILY = [path for path in FAMILY if "Baseline" not in path.parent.name and "_Trunk" not in path.parent.name]
 BIJEPAX = next(path for path in FAMILY if "BiJEPAX" in str(path))
+# The trunk, and the record that is least like it, each with its small model beside the trunk's.
+UNLIKE = pytest.mark.parametrize("script, small", [(TRUNK, {}), (SCRIPT, RUN)], ids=["trunk", "SGJM"])
 
 
 @pytest.fixture
@@ -121,18 +124,21 @@ def other_text(corpus, tmp_path):
     return path
 
 
-def test_resuming_on_other_text_is_refused_and_other_settings_are_told(run, other_text):
-    code, output, _ = run(ITERATIONS=4, CHECKPOINT_EVERY=2)
+@UNLIKE
+def test_resuming_on_other_text_is_refused_and_other_settings_are_told(run, other_text, script, small):
+    small = {"script": script, **small, "MODEL_DIM": 32}
+    code, output, _ = run(**small | {"ITERATIONS": 4, "CHECKPOINT_EVERY": 2})
     assert code == 0, output
-    again = {"ITERATIONS": 8, "CHECKPOINT_EVERY": 2, "RESUME": "auto"}
+    again = small | {"ITERATIONS": 8, "CHECKPOINT_EVERY": 2, "RESUME": "auto"}
     code, output, _ = run(DATA_PATH=other_text, **again)
     assert code == 2 and f"made with other text than {other_text}; RESUME_DATA=changed" in output
-    code, output, metrics = run(DATA_PATH=other_text, RESUME_DATA="changed", SEED=7, MATRIX_LR=0.01, **again)
+    changed = {"RESUME_DATA": "changed", "SEED": 7, "MATRIX_LR": 0.01}
+    code, output, metrics = run(DATA_PATH=other_text, **again | changed)
     assert code == 0 and metrics["steps"] == 8, output
     told = [line for line in output.splitlines() if line.startswith("warning: resumed with ")]
     assert told == ["warning: resumed with MATRIX_LR=0.01, it was 0.025",
                     "warning: resumed with SEED=7, it was 1337"]
-    code, output, _ = run(MODEL_DIM=64, **again)
+    code, output, _ = run(**again | {"MODEL_DIM": 64})
     assert code == 2 and "made with MODEL_DIM=32, not 64" in output
 
 
@@ -244,24 +250,27 @@ def test_a_folder_of_runs_that_is_a_file(script, tmp_path):
         module.write_atomic(tmp_path / "runs" / "artifact.bin", b"x")
 
 
-def test_memory_of_a_gpu_that_runs_out_says_what_to_try(inside, trunk, monkeypatch):
+@UNLIKE
+def test_memory_of_a_gpu_that_runs_out_says_what_to_try(inside, monkeypatch, script, small):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trunk, "train", full)
-    code, output, *_ = inside(trunk, DEVICE_BATCH_TOKENS=4096)
+    module = load_script(script)
+    monkeypatch.setattr(module, "train", full)
+    code, output, *_ = inside(module, **small | {"DEVICE_BATCH_TOKENS": 4096})
     assert code == 2 and "error: out of GPU memory, try DEVICE_BATCH_TOKENS=2048" in output
 
 
-def test_ranks_that_see_other_text_or_settings_stop(run, other_text, corpus, tmp_path):
+@UNLIKE
+def test_ranks_that_see_other_text_or_settings_stop(run, other_text, corpus, tmp_path, script, small):
     """Two ranks whose folders differ: both end, and one line says which."""
     driver = tmp_path / "driver.py"
     driver.write_text(
         "import os, runpy\n"
         f"if os.environ['RANK'] == '1': os.environ['DATA_PATH'] = {str(other_text)!r}\n"
-        f"runpy.run_path({str(TRUNK)!r}, run_name='__main__')\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
     )
-    code, output, _ = run(ranks=2, script=driver)
+    code, output, _ = run(ranks=2, script=driver, **small)
     assert code != 0 and "error: rank 1 has other settings or text than rank 0" in output
 
 

@@ -85,7 +85,7 @@ def export(tmp_path_factory):
             other = transformers.AutoModelForCausalLM.from_pretrained(
                 place / "out", trust_remote_code=True
             ).eval()
-            done[kind] = section.open_model(path), other, place / "out"
+            done[kind] = section.load(path), other, place / "out"
         return done[kind]
 
     yield export
@@ -272,7 +272,7 @@ def test_it_trains_and_is_saved_again_and_made_anew(export, tmp_path):
 @needed
 def test_an_artifact_is_exported_as_it_is_scored(export, tmp_path, capsys):
     import transformers
-    model = section.open_model(checkpoint(tmp_path, **HYBRID))
+    model = section.load(checkpoint(tmp_path, **HYBRID))
     args = section.Hyperparameters(None, {**model.args.shipped(), "EXPORT_HEADS": True})
     (tmp_path / "artifact.bin").write_bytes(
         section.pack({name: p.detach().numpy() for name, p in model.named_parameters()}, args)

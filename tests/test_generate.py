@@ -201,15 +201,16 @@ def test_an_artifact_of_every_record_writes(name, tmp_path, told):
     args = script.Hyperparameters({key: str(value) for key, value in settings.items()})
     path = pack(script, enlivened(script, args), tmp_path / "artifact.bin")
     prompt = "The cat sat on the mat, the cat "
-    common = [path, prompt, "--script", name, "--max-new-tokens", 16, "--temperature", 0.7]
+    heat = 0.0 if hasattr(script, "Generator") else 0.7
+    common = [path, prompt, "--script", name, "--max-new-tokens", 16, "--temperature", heat]
     (fast,), (plain,) = told(*common), told(*common, "--no-speculate")
     assert fast["made"] == plain["made"] and 0 < fast["passes"] <= plain["passes"]
 
-    # the law is that of the scorer
+    # the law is that of the scorer, which SGJM's own decoder draws from with other noise
     ids = [1, *of_bytes(prompt.encode())]
     places = range(len(ids) - 1, len(ids) - 1 + len(plain["made"]))
     rows = script.score(script.load(path), [*ids, *plain["made"], 0], places)[1]
-    law = generate.Law(0, 0.7)
+    law = generate.Law(0, heat)
     assert [law.pick(row, place + 1) for place, row in rows.items()] == plain["made"]
 
 
@@ -231,6 +232,108 @@ def test_the_twin_writes_what_the_trunk_writes(artifact, told):
 def test_an_artifact_names_its_script(maker, found):
     assert generate.named_script({"script": maker}) == (found and find_script(found))
     assert generate.named_script({}) is None
+
+
+# A script that drafts by itself
+
+
+@pytest.fixture
+def sgjm(tmp_path):
+    """sgjm(VAR=value, ...) -> an artifact of SGJM with its heads."""
+    script = load_script("SGJM")
+
+    def sgjm(**overrides):
+        settings = {"SIZE": "smoke", "BLOCK_SIZE": 4, "MODEL_DIM": 32, "EXPORT_HEADS": 1, "INIT_STD": 0.15}
+        settings |= {"TRAIN_SEQ_LEN": 64, "MAX_SEQ_LEN": 64} | overrides
+        args = script.Hyperparameters({key: str(value) for key, value in settings.items()})
+        return pack(script, enlivened(script, args), tmp_path / "artifact.bin")
+
+    return sgjm
+
+
+@pytest.mark.parametrize("vocab", [256, 260])
+def test_sgjms_drafts_save_passes_and_change_no_greedy_text(sgjm, told, call, vocab):
+    """Through windows that are read again; every end falls where it falls without drafts."""
+    path, saved = sgjm(VOCAB_SIZE=vocab), 0
+    for prompt in ("abcabcabcabcabc", "so it goes, and so it goes", "x" * 70):
+        common = [path, prompt, "--max-new-tokens", 90]
+        (fast,), (plain,) = told(*common), told(*common, "--no-speculate")
+        assert fast["made"] == plain["made"] and fast["text"] == plain["text"]
+        assert plain["passes"] == len(plain["made"]) + (plain["ended"] == "document")
+        saved += plain["passes"] - fast["passes"]
+        if vocab == 256:
+            stop = ["--stop", os.fsdecode(bytes(plain["made"][20:22]))]
+            (fast,), (plain,) = told(*common, *stop), told(*common, *stop, "--no-speculate")
+            assert fast["made"] == plain["made"] and fast["ended"] == plain["ended"] == "stop"
+    assert saved > 0
+    whole, = told(*common)
+    code, out, line = call(*common)
+    assert code == 0 and len(out) == whole["bytes"]
+    assert f" bytes_per_pass:{whole['bytes_per_pass']} " in line
+
+
+@pytest.mark.parametrize("more", [[], ["--top-p", 0.8], ["--no-speculate"]], ids=str)
+def test_sgjms_texts_at_a_temperature_are_those_of_their_seeds(sgjm, told, more):
+    """Other ids with drafts than without, of one law (tests/test_sgjm_generation.py), the same every time."""
+    common = [sgjm(VOCAB_SIZE=256), "so it goes, and so", "--temperature", 0.6, "--max-new-tokens", 40, *more]
+    lines = told(*common, "--samples", 3, "--seed", 5)
+    assert len({line["text"] for line in lines}) == 3
+    for line in lines:
+        again, = told(*common, "--seed", line["seed"])
+        assert (again["made"], again["passes"]) == (line["made"], line["passes"])
+        stop = bytes(line["made"][10:12])
+        cut, = told(*common, "--seed", line["seed"], "--stop", os.fsdecode(stop))
+        assert cut["bytes"] == bytes(line["made"]).index(stop) and cut["ended"] == "stop"
+        assert cut["made"] == line["made"][: len(cut["made"])]
+
+
+def test_sgjms_texts_are_those_of_its_decoder(sgjm, told):
+    script, path = load_script("SGJM"), sgjm(VOCAB_SIZE=256)
+    for temperature, top_p in ((0, 1), (1, 1), (0.7, 0.9)):
+        writer = script.Generator(script.load(path), [*b"so it goes"], 3, True, temperature, top_p)
+        wanted = writer.write(40).encode("latin-1")
+        law = ["--temperature", temperature, "--top-p", top_p] if temperature else []
+        line, = told(path, "so it goes", "--seed", 3, "--max-new-tokens", 40, *law)
+        assert line["text"] == wanted.decode(errors="replace") and bytes(line["made"]) == wanted
+        assert line["passes"] == writer.read[0]
+
+
+def test_bytes_without_special_ids_need_a_prompt(sgjm, refused):
+    assert "no id that begins a document: a prompt is needed" in refused(sgjm(VOCAB_SIZE=256))
+
+
+@pytest.mark.parametrize("ends", [[1], [2], []])
+def test_a_document_ends_inside_a_pass(speller, call, ends):
+    """Of ten ids that a pass settles, the model's end is one: none after it is written."""
+    ids = [*of_bytes(b"so it goes"), *ends]
+    script, *more = speller(ids)
+    script.write_text(script.read_text() + """
+class Generator:
+    def __init__(self, model, ids, seed, speculate, temperature, top_p):
+        self.ids, self.read = IDS, [0]
+    def grow(self, count):
+        text = "".join(map(chr, IDS)) * count
+        for start in range(0, count, 10):
+            self.read[0] += 1
+            yield text[start : min(start + 10, count)]
+""")
+    code, out, line = call(script, *more, "--max-new-tokens", 25)
+    assert code == 0 and out == (b"so it goes" if ends else b"so it goesso it goesso it")
+    assert line.startswith(f"ids:{len(out)} bytes:{len(out)} passes:{2 if ends else 3} ")
+    assert line.endswith(" ended:document" if ends else " ended:length")
+
+
+def test_sgjm_goes_on_from_a_checkpoint_and_others_say_what_to_take(told, refused, tmp_path):
+    """Of other scripts artifact.bin is needed, and which script a checkpoint is of has to be said."""
+    script, small = load_script("SGJM"), {"SIZE": "smoke", "RUNS_PATH": str(tmp_path), "RUN_ID": "a"}
+    args = script.Hyperparameters(small | {"DEVICE": "cpu"})
+    script.Trainer(args, None, script.Runtime(args), script.Log(None)).save("final")
+    path = tmp_path / "a" / "final.safetensors"
+    common = [path, "so it goes", "--script", "SGJM", "--max-new-tokens", 12]
+    (fast,), (plain,) = told(*common), told(*common, "--no-speculate")
+    assert fast["made"] == plain["made"] and len(fast["made"]) == 12
+    assert "not an artifact of this family" in refused(path, "--script", ROOT / "train_gpt.py")
+    assert "a checkpoint: SGJM's are read with --script SGJM, of other scripts artifact.bin" in refused(path)
 
 
 # Pieces
@@ -334,8 +437,10 @@ def test_a_terminal_gets_whole_characters_and_no_control_codes():
             assert file.getvalue() == b"n\xc3\xa9e\t\n\x1b[2J\x80\xe6\x9d"
 
 
-def test_ctrl_c_keeps_what_is_there(artifact):
-    with process(artifact(), "text", "--max-new-tokens", 10**6, "--temperature", 1.5) as tool:
+@pytest.mark.parametrize("of", ["artifact", "sgjm"])
+def test_ctrl_c_keeps_what_is_there(of, request):
+    path = request.getfixturevalue(of)()
+    with process(path, "text", "--max-new-tokens", 10**6, "--temperature", 1.5) as tool:
         begun = tool.stdout.read(5)  # streamed, long before the end
         tool.send_signal(signal.SIGINT)
         out, err = tool.communicate(timeout=60)

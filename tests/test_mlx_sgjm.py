@@ -134,10 +134,10 @@ SHARED = """check forbid SIZES Hyperparameters.settings Dataset Dataset._open ch
     code_slices code_plane code_planes rans_encode rans_decode COMPRESSORS pack unpack
     unpack_tensors SpeculativeHeads.weights SpeculativeHeads.report check_drafter check_heads check_mamba
     check_positions settings_of windows Evaluator.report Draft SpeculationGraph.alike
-    SpeculationGraph.choose SpeculationGraph.settle Place repeated chosen Generator.plan
+    SpeculationGraph.choose SpeculationGraph.settle Place repeated nucleus chosen Generator.plan
     Generator.tree Generator.rows Generator.walk Generator.look_up Generator.write
-    drafting_cost CONTROLS screen read_prompt check_heads_of generate check_bench run_beside
-    BASELINE_FF BEYOND Trainer.means"""
+    drafting_cost BASELINE_FF BEYOND Trainer.means Trainer._check_resumed
+    Hyperparameters.learning Hyperparameters.resume_data"""
 
 
 def test_what_needs_no_framework_is_the_torch_scripts_byte_for_byte():
@@ -155,7 +155,7 @@ def test_the_stream_has_the_scorers_distributions(mlx, overrides):
 
 @pytest.mark.parametrize("overrides", BACKBONES[:3], ids=named)
 def test_speculation_writes_what_plain_decoding_and_torch_write(mlx, overrides):
-    model, other = both(mlx, **overrides, MAX_NEW_TOKENS=40, DRAFT_COST=0.01)
+    model, other = both(mlx, **overrides, DRAFT_COST=0.01)
     prompt, texts = [1, *b"so it goes, and so it goes", *b" so it"], []
     for script, source in ((section, model), (mlx, other)):
         for speculate in (False, True):
@@ -163,7 +163,7 @@ def test_speculation_writes_what_plain_decoding_and_torch_write(mlx, overrides):
             texts.append((writer.write(40), int(writer.read[0])))
     assert len({written for written, _ in texts}) == 1 and texts[0][1] == texts[2][1] == 40
     assert texts[3][1] <= 40
-    writer = mlx.Generator(other, prompt, 7, True, 0.8)
+    writer = mlx.Generator(other, prompt, 7, True, 0.8, 0.9)
     assert len(writer.write(20)) == 20 and writer.graph.counts["created"] > 0
 
 
@@ -175,11 +175,11 @@ def test_one_bench_measures_both_scripts(mlx, tmp_path, monkeypatch):
     assert section.drafting_cost(trainers[0].model) == mlx.drafting_cost(trainers[1].model)
     for script in (section, mlx):
         name = script.__name__  # a process keeps the folder of a run to its end
-        given = {"ARTIFACT": tmp_path / "a/final.safetensors", "MAX_NEW_TOKENS": 20, "BENCH_REPEATS": 1,
-                 "RUNS_PATH": tmp_path, "RUN_ID": name, "GENERATE": "so it goes, and so it goes"}
+        given = {"RUNS_PATH": tmp_path, "RUN_ID": name}
+        words = [str(tmp_path / "a/final.safetensors"), "so it goes, and so it goes", "--repeats", "1"]
         monkeypatch.setattr(timing, "beside", lambda name, script=script: script)
         monkeypatch.setattr(timing.os, "environ", {name: str(value) for name, value in given.items()})
-        assert timing.main(["of this name"]) == 0
+        assert timing.main([*words, "--max-new-tokens", "20"]) == 0
         found.append(json.loads((tmp_path / name / "bench.json").read_text()))
     ours, theirs = (report["greedy"]["prompt"]["speculation"] for report in found)
     assert ours["bytes_per_pass"] == theirs["bytes_per_pass"] and ours["looping"] == theirs["looping"]
@@ -347,7 +347,7 @@ def test_a_run_resumes_and_its_files_are_torchs_too(mlx, inside, corpus, tmp_pat
     assert len(final) == 2
     assert all(scores(output)[name] == pytest.approx(scores(whole)[name], abs=1e-4) for name in final)
     assert scores(whole)["final_int7_sliding"] == pytest.approx(metrics["val_bpb"], abs=1e-7)
-    models = [script.open_model(checkpoint) for script in (section, mlx)]  # a text with the heads' drafts
+    models = [script.load(checkpoint) for script in (section, mlx)]  # a text with the heads' drafts
     texts = [
         script.Generator(model, [1, *b"so it goes"], 1, True, 0.0).write(16)
         for script, model in zip((section, mlx), models)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import generate
 import pytest
 import run_seeds
 import sweep
@@ -74,11 +75,13 @@ def arms(monkeypatch):
 @pytest.mark.parametrize("record", records(), ids=lambda record: record.name)
 def test_commands_are_understood(record, tmp_path, monkeypatch, arms):
     """`train_gpt.py` is the record's, in a page of the record."""
-    parse = argparse.ArgumentParser.parse_args
+    ways = {name: getattr(argparse.ArgumentParser, name) for name in ("parse_args", "parse_intermixed_args")}
 
-    def only_parse(self, *given):
-        parse(self, *given)
-        raise Parsed
+    def only_parse(parse):
+        def parsed(self, *given):
+            parse(self, *given)
+            raise Parsed
+        return parsed
     monkeypatch.setattr(run_seeds, "say", lambda text: None)
     calls = [call for block in blocks(record / "README.md") for call in recorded(block, tmp_path)]
     assert calls
@@ -97,7 +100,8 @@ def test_commands_are_understood(record, tmp_path, monkeypatch, arms):
                 script.Hyperparameters(settings)
             continue
         with monkeypatch.context() as patch, pytest.raises(Parsed):
-            patch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+            for way, parse in ways.items():
+                patch.setattr(argparse.ArgumentParser, way, only_parse(parse))
             patch.setattr(sys, "argv", [name, *argv])
             tool.main(argv)
 
@@ -123,8 +127,8 @@ SMOKE = {
     "DRAFTER_DIM": 16, "DRAFTER_LAYERS": 1, "DRAFTER_HEADS": 2, "DRAFTER_FF_DIM": 24, "JUDGE_HIDDEN": 16,
     "VERIFIER_HIDDEN": 16, "HEAD_POSITIONS": 8, "TRAIN_SEQ_LEN": 32, "MAX_SEQ_LEN": 32, "EVAL_SEQ_LEN": 32,
     "TRAIN_BATCH_TOKENS": 128, "ITERATIONS": 3, "WARMDOWN_ITERS": 1, "WARMUP_STEPS": 0, "VAL_BYTES": 600,
-    "EVAL_STRIDE": 16, "EVAL_BATCH_TOKENS": 1024, "GATE_BATCHES": 1, "BENCH_REPEATS": 1, "MAX_NEW_TOKENS": 4,
-    "GPTQ_BATCHES": 1, "COMPILE": 0, "DEVICE": "cpu", "DTYPE": "fp32", "OMP_NUM_THREADS": 1,
+    "EVAL_STRIDE": 16, "EVAL_BATCH_TOKENS": 1024, "GATE_BATCHES": 1, "GPTQ_BATCHES": 1,
+    "COMPILE": 0, "DEVICE": "cpu", "DTYPE": "fp32", "OMP_NUM_THREADS": 1,
 }
 SMOKE = {key: str(value) for key, value in SMOKE.items()}
 
@@ -135,6 +139,7 @@ def carried_out(corpus, tmp_path, monkeypatch, capfd):
     folder that has nothing but what earlier commands have left.
     """
     tools = {name: load_script(RECORD / f"{name}.py") for name in ("gate", "bench", "export_hf", "rows")}
+    tools["generate"] = generate
     place = tmp_path / "cwd"
     (place / RECORD.relative_to(ROOT) / "measured").mkdir(parents=True)
     (place / RECORD.relative_to(ROOT) / "train_gpt.py").write_bytes((RECORD / "train_gpt.py").read_bytes())
@@ -142,9 +147,7 @@ def carried_out(corpus, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(place)
     monkeypatch.setattr(tools["bench"], "beside", lambda name: section)
 
-    def run_beside(name: str) -> int:
-        return tools["gate"].main() if name == "gate.py" else tools["bench"].main([])
-    monkeypatch.setattr(section, "run_beside", run_beside)
+    monkeypatch.setattr(section, "run_beside", lambda name: tools["gate"].main())
 
     class Inside:
         """A run of the script as run_seeds.py starts it, finished when it has started."""
@@ -180,7 +183,9 @@ def carried_out(corpus, tmp_path, monkeypatch, capfd):
             kept = [i for i in kept if i == 0 or i - 1 in kept or argv[i - 1] != "--set"]
             code = sweep.main([*(argv[i] for i in kept), "--seeds", "42"])
         else:
-            code = tools[Path(name).stem].main(argv)
+            tool, few = Path(name).stem, ["--max-new-tokens", "4"]
+            short = {"generate": few, "bench": [*few, "--repeats", "1"]}.get(tool, [])
+            code = tools[tool].main([*argv, *short])
         shown = capfd.readouterr()
         return code, shown.out + shown.err
 
@@ -200,7 +205,7 @@ def test_the_commands_of_sgjm_are_carried_out(tmp_path, carried_out):
             assert code == 0 or code == 1 and variables.get("EVAL_GATE") == "1", (call, variables, output)
             assert not re.search("^failed |Traceback", output, re.M), output
             done.append(Path(call[0]).stem)
-    assert {"prepare", "train_gpt", "export_hf", "sweep", "rows"} == {*done}
+    assert {"prepare", "train_gpt", "generate", "bench", "export_hf", "sweep", "rows"} == {*done}
     place = tmp_path / "cwd"
     assert json.loads((place / "exported/config.json").read_text())["hidden_size"] == 32
     for name in ("bench/bench.json", "gate/gate.json", "small_gate/gate.json"):

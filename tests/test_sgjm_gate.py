@@ -64,7 +64,7 @@ def test_a_checkpoint_opens_as_its_average(tmp_path, overrides):
     trainer = section.Trainer(args, None, section.Runtime(args), section.Log(None))
     trainer.train_step(torch.from_numpy(text(132)).view(1, 4, 33), torch.ones(1, 4), 0.0)
     trainer.save("last")
-    model = section.open_model(tmp_path / "a" / "last.safetensors")
+    model = section.load(tmp_path / "a" / "last.safetensors")
     assert (model.aux is None) == ("ARCH" in overrides) and not model.training
     assert model.args.shipped() == args.shipped()
     raw = section.score(trainer.model, text())[0]
@@ -76,7 +76,7 @@ def test_a_checkpoint_opens_as_its_average(tmp_path, overrides):
     tensors = {name: p.detach().numpy() for name, p in model.named_parameters()}
     packed = settings(EXPORT_HEADS=int(model.aux is not None), **overrides)
     (tmp_path / "a.bin").write_bytes(section.pack(tensors, packed))
-    again = section.open_model(
+    again = section.load(
         str(tmp_path / "a.bin"),
         "cpu",
         section.settings_of(tmp_path / "a.bin", {"EVAL_BATCH_TOKENS": "64"}),
@@ -100,7 +100,7 @@ def test_files_that_are_no_models_are_refused_by_name(tmp_path):
         odd = {name: part for name, part in odd.items() if value is None or not name.startswith("ema.")}
         (tmp_path / "odd.safetensors").write_bytes(section.safetensors_bytes(odd, {"golf": json.dumps(meta)}))
         with pytest.raises(section.UserError, match=words):
-            section.open_model(tmp_path / "odd.safetensors")
+            section.load(tmp_path / "odd.safetensors")
     (tmp_path / "bare.safetensors").write_bytes(section.safetensors_bytes({"x": torch.ones(1)}))
     (tmp_path / "torn.safetensors").write_bytes(b"123")
     (tmp_path / "a.bin").write_bytes(b"123")
@@ -247,8 +247,7 @@ def written_by(model, prompt: list[int], count: int = 31) -> tuple[list[int], fl
     """(prompt and `count` ids that the model goes on with, greedily, what the bench says of its bytes a
     pass).
     """
-    model.args.max_new_tokens = count
-    found = timing.measured(section, model, prompt, 0.0)["speculation"]["bytes_per_pass"]
+    found = timing.measured(section, model, prompt, 0.0, count, 1)["speculation"]["bytes_per_pass"]
     writer = section.Generator(model, prompt, 0, False, 0.0)
     return [*prompt, *map(ord, writer.write(count))], found
 
@@ -256,7 +255,7 @@ def written_by(model, prompt: list[int], count: int = 31) -> tuple[list[int], fl
 def learned(size: int):
     """A model that has read one sentence often enough to draft it, now and then wrongly."""
     one_draft = {"DRAFTER": "heads", "DRAFT_BRANCHES": 1, "DRAFT_BYTE_COST": 0, "DRAFT_COST": 1e-9}
-    args = settings(BLOCK_SIZE=size, POSITIONS="rope", BENCH_REPEATS=1, **one_draft)
+    args = settings(BLOCK_SIZE=size, POSITIONS="rope", **one_draft)
     trainer = section.Trainer(args, None, section.Runtime(args), section.Log(None))
     words = np.frombuffer(b"so it goes, and so it went, and so it will go on; " * 20, np.uint8) + 4
     for i in range(120):
@@ -542,7 +541,7 @@ def test_two_checkpoints_are_judged(judge, pair, monkeypatch):
     # 16 windows of either kind
     assert honest["n_tokens"] == report["published"]["sgjm"]["n_tokens"] == 4 * 128
     assert honest["merge"]["places"] == 16 * 29
-    model = section.open_model(pair[0])  # the headline's routine, the whole text
+    model = section.load(pair[0])  # the headline's routine, the whole text
     val = section.Dataset(settings(DATA_PATH=report["settings"]["DATA_PATH"]), verify=False).val[:2001]
     assert honest["val_bpb"][0] == pytest.approx(
         section.score(model, val)[0].sum() / math.log(2) / 2000, rel=1e-6
@@ -608,7 +607,7 @@ def test_what_cannot_be_measured_is_null(judge, pair, monkeypatch):
 def test_artifacts_are_judged_by_the_run_they_lie_in(judge, pair, tmp_path):
     paths = []
     for i, path in enumerate(pair):
-        model = section.open_model(path)
+        model = section.load(path)
         args = section.Hyperparameters(None, {**model.args.shipped(), "EXPORT_HEADS": i == 0})
         folder = tmp_path / f"run{i}"
         folder.mkdir()

@@ -1,12 +1,8 @@
 """The record SGJM writes: drafts change how fast a text
 grows, never the text, nor at a temperature its distribution."""
 
-import codecs
 import json
 import math
-import os
-import re
-import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -323,6 +319,31 @@ def test_a_toy_text_has_the_distribution_of_its_chain(overrides):
     assert counts["created"] == counts["committed"] + counts["expired"] + len(writer.graph.alive)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_nucleus_is_the_fewest_ids_of_a_share(share):
+    p = np.random.default_rng(2).dirichlet(np.full(9, 0.5)) * 7  # of any sum
+    kept, law = section.nucleus(p, share), np.sort(p)[::-1] / p.sum()
+    count = int(np.searchsorted(law.cumsum(), share)) + 1
+    assert (kept > 0).sum() == count and kept.max() == p.max() and ((kept == p) | (kept == 0)).all()
+    assert section.nucleus(np.array([0.0, 3.0]), 0.1).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("drafter", ["heads", "suffix", "both"])
+def test_a_toy_text_has_the_likeliest_part_of_its_chain(drafter):
+    """Top-p under drafts that know nothing of it: its law, and no id outside, as without drafts."""
+    law = np.random.default_rng(1).dirichlet(np.full(LETTERS, 1), LETTERS)
+    part = np.stack([section.nucleus(row, 0.8) for row in law])
+    part /= part.sum(1, keepdims=True)
+    assert (part == 0).sum() >= LETTERS
+    for speculate in (True, False):
+        writer = section.Generator(Chain(law, DRAFTER=drafter), [0], 3, speculate, 1.0, 0.8)
+        if writer.heads is not None:
+            writer.heads = Picky(0)
+        ids = np.array([0, *map(ord, writer.write(4000))])
+        assert transitions(ids, part, 1) > 1e-3 and part[ids[:-1], ids[1:]].all()
+        assert writer.read[0] < 4000 / 1.1 if speculate else writer.read[0] == 4000
+
+
 def test_drafts_of_real_heads_keep_a_chain():
     law = np.random.default_rng(1).dirichlet(np.full(LETTERS, 0.6), LETTERS)
     text, writer = write(Chain(law), [0], 1500, temperature=0.8, seed=3)
@@ -606,212 +627,20 @@ def saved(folder, name: str, heads: int = 1, **overrides):
     return path
 
 
-@pytest.fixture
-def command(monkeypatch, capfdbinary, tmp_path):
-    """command(VAR=value, ...) -> (exit code, what stdout got,
-    what stderr got) of the script's main, in this process."""
-
-    def command(**variables):
-        for name in list(os.environ):
-            if name in {var.name for var in section.Hyperparameters.vars().values()}:
-                monkeypatch.delenv(name)
-        for name, value in {
-            "DEVICE": "cpu",
-            "RUNS_PATH": tmp_path / "runs",
-            "RUN_ID": "test",
-            **variables,
-        }.items():
-            monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr("sys.argv", ["train_gpt.py"])
-        code = section.main()
-        sys.stdout.flush()
-        out, err = capfdbinary.readouterr()
-        return code, out, err.decode()
-
-    return command
-
-
-@pytest.mark.parametrize("kind", ["artifact", "checkpoint"])
-def test_generate_writes_bytes_to_stdout_and_numbers_to_stderr(command, tmp_path, kind):
-    path = saved(tmp_path, kind)
-    (tmp_path / "prompt.txt").write_bytes(b"caf\xc3\xa9 \xff")
-    found = {}
-    for name, overrides in {
-        "plain": {"SPECULATE": 0}, "fast": {}, "file": {"GENERATE": tmp_path / "prompt.txt"},
-        "hot": {"TEMPERATURE": 1}, "hot again": {"TEMPERATURE": 1}, "other": {"TEMPERATURE": 1, "SEED": 1},
-    }.items():
-        code, out, err = command(
-            **{"GENERATE": "caf\u00e9 \udcff", "ARTIFACT": path, "MAX_NEW_TOKENS": 40, **overrides}
-        )
-        assert code == 0 and 30 < len(out) <= 40, err
-        assert "bytes_per_pass:" in err and "bytes_per_second:" in err and "committed:" in err
-        found[name] = out
-    assert found["plain"] == found["fast"] == found["file"]
-    assert found["hot"] == found["hot again"] != found["other"]
-    args = section.settings_of(path)
-    wanted, _ = write(
-        section.open_model(path, args=args), [1, *(byte + 4 for byte in b"caf\xc3\xa9 \xff")], 40
-    )
-    assert found["plain"] == bytes(ord(c) - 4 for c in wanted if ord(c) >= 4)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_without_heads_drafts_come_from_the_text_or_are_refused(command, tmp_path):
-    """DRAFTER=heads is no wish that a suffix can fulfil; what `both` leaves out is said."""
-    for name, overrides, why in (
-        ("stripped", {"heads": 0}, "no heads in it"),
-        ("short", {"BLOCK_SIZE": 1}, "BLOCK_SIZE=1 drafts nothing"),
-    ):
-        path = saved(tmp_path, name, VOCAB_SIZE=256, **overrides)
-        given = {"GENERATE": "abcabcabc", "ARTIFACT": path, "MAX_NEW_TOKENS": 30}
-        code, out, err = command(**given)
-        assert code == 0 and len(out) == 30 and "created:0" not in err
-        assert err.count(why) == err.count("drafts only by prompt lookup") == 1
-        code, out, err = command(**given, DRAFTER="heads")
-        assert code == 2 and out == b"" and why in err and "DRAFTER=suffix, or SPECULATE=0" in err
-        for overrides in ({"DRAFTER": "suffix"}, {"SPECULATE": 0}, {"SPECULATE": 0, "DRAFTER": "heads"}):
-            code, again, err = command(**given, **overrides)
-            assert code == 0 and why not in err and ("created:0" in err) == ("SPECULATE" in overrides)
-    writer = section.Generator(alive(BLOCK_SIZE=1, DRAFTER="heads"), [1, 7, 7, 7, 7], 0, True, 0.0)
-    writer.write(12)
-    assert writer.read[0] == 12 and writer.graph.counts["created"] == 0
-
-
-@pytest.mark.parametrize("variables,message", [
-    ({"GENERATE": "a"}, "ARTIFACT=FILE is not set"),
-    ({"GENERATE": "a", "ARTIFACT": "nothing.bin"}, "ARTIFACT=nothing.bin: No such file"),
-    (
-        {"GENERATE": "a", "ARTIFACT": "x", "MAX_NEW_TOKENS": 0},
-        "MAX_NEW_TOKENS='0' is not accepted: an integer from 1",
-    ),
-    ({"GENERATE": "a", "ARTIFACT": "x", "TEMPERATURE": -1}, "TEMPERATURE='-1' is not accepted"),
-    ({"GENERATE": "a", "ARTIFACT": "x", "DRAFTER": "both2"}, "heads | suffix | both"),
-    ({"GENERAT": "a"}, "did you mean GENERATE?"),
-], ids=str)
-def test_mistakes_are_named(command, variables, message):
-    code, _, err = command(**variables)
-    assert code == 2 and message in err
-
-
-def test_odd_prompts_are_refused(command, tmp_path):
-    path = saved(tmp_path, "plain", VOCAB_SIZE=256)
-    (tmp_path / "empty.txt").write_bytes(b"")
-    for prompt in (tmp_path / "empty.txt", tmp_path):
-        code, _, err = command(GENERATE=prompt, ARTIFACT=path)
-        assert code == 2 and "a text or a file that is not empty is needed" in err
-
-
-def test_odd_prompts_are_refused_by_the_bench(bench, tmp_path):
-    path = saved(tmp_path, "plain", VOCAB_SIZE=256)
-    (tmp_path / "empty.txt").write_bytes(b"")
-    (tmp_path / "none.json").write_text("{}")
-    for prompt, message in (("empty.txt", "1 prompts, or an empty one"), ("none.json", "0 prompts")):
-        code, output, _ = bench(GENERATE=tmp_path / prompt, ARTIFACT=path)
-        assert code == 2 and message in output
-    code, output, _ = bench()
-    assert code == 2 and "ARTIFACT=FILE is not set" in output
-    code, output, _ = bench(ARTIFACT=path, WORLD_SIZE=2)
-    assert code == 2 and "one process measures" in output
-
-
-# Bytes as they are settled
-
-
-def running(tmp_path, path, terminal: bool = False, **variables):
-    """(GENERATE by the script in a process of its own, what it writes to: a pipe or a terminal)."""
-    given = {"GENERATE": "so it goes", "ARTIFACT": path, "SPECULATE": 0, "RUNS_PATH": tmp_path, **variables}
-    env = {key: value for key, value in environment(**given).items() if key not in TINY or key in given}
-    ours, theirs = os.openpty() if terminal else os.pipe()
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT)], env=env | {"DEVICE": "cpu", "DTYPE": "fp32"}, stdout=theirs,
-        stderr=subprocess.PIPE, text=True,
-    )
-    os.close(theirs)
-    return process, ours
-
-
-def all_of(source: int) -> bytes:
-    found = b""
-    while True:
-        try:
-            part = os.read(source, 4096)
-        except OSError:  # so ends a terminal
-            part = b""
-        if not part:
-            return found
-        found += part
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_ctrl_c_keeps_what_is_there_and_the_numbers(tmp_path, terminal):
-    path = saved(tmp_path, "made", VOCAB_SIZE=256, POSITIONS="rope", EVAL_SEQ_LEN=4000)
-    process, source = running(tmp_path, path, terminal, MAX_NEW_TOKENS=100_000)
-    first = os.read(source, 1)  # it is there long before the last one could be
-    process.send_signal(signal.SIGINT)
-    text = first + all_of(source)
-    err = process.stderr.read()
-    assert process.wait(timeout=60) == 130 and "Traceback" not in err, err
-    told = re.search(r"^bytes:(\d+) passes:(\d+) bytes_per_pass:1.00 bytes_per_second:", err, re.M)
-    assert 0 < int(told[1]) < 100_000 and told[1] == told[2]
-    model = section.open_model(path)
-    wanted, _ = write(model, [*b"so it goes"], int(told[1]), speculate=False)
-    raw = bytes(map(ord, wanted))
-    assert text == (shown(raw) if terminal else raw)
-
-
-def shown(raw: bytes) -> bytes:
-    """What a terminal gets of bytes: whole characters, nothing that it would obey, its own line ends."""
-    text = raw.decode(errors="replace")
-    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text).replace("\n", "\r\n").encode()
-
-
-def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
-    path = saved(tmp_path, "made", VOCAB_SIZE=256, POSITIONS="rope", EVAL_SEQ_LEN=4000)
-    process, source = running(tmp_path, path, MAX_NEW_TOKENS=3000)
-    os.read(source, 1)
-    os.close(source)
-    err = process.stderr.read()
-    assert process.wait(timeout=60) == 0 and "Error" not in err and "bytes_per_second:" in err, err
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_bytes_are_written_as_they_are_settled(monkeypatch, terminal):
-    """To a pipe each byte at once; to a terminal a character when its last byte is there, and at the end what
-    is left of one.
-    """
-    written, raw = [], b"caf\xc3\xa9 \xe2\x82\xac\xff\x1b[2J\tx\n\xf0\x9f"
-    stream = SimpleNamespace(
-        isatty=lambda: terminal, buffer=SimpleNamespace(write=written.append, flush=lambda: None)
-    )
-    monkeypatch.setattr(section.sys, "stdout", stream)
-    show = section.screen(4)
-    for byte in raw:
-        show(chr(byte + 4))
-    show("\x01", last=True)  # a special id has no text
-    if not terminal:
-        assert written == [*(bytes([byte]) for byte in raw), b""]
-        return
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    characters = [decoder.decode(bytes([byte])) for byte in raw] + [decoder.decode(b"", True)]
-    assert written == [each.replace("\x1b", "\ufffd").encode() for each in characters]
-    assert written[3:5] == [b"", "\u00e9".encode()] and written[-1] == "\ufffd".encode()
-    assert b"".join(written) == shown(raw).replace(b"\r", b"")
-
-
 # The bench
 
 
 @pytest.fixture
 def bench(monkeypatch, capfd, tmp_path):
-    """bench(VAR=value, ...) -> (exit code, what was printed, bench.json or None) of the bench's main."""
+    """bench(argument, ..., VAR=value, ...) -> (exit code, what was printed, bench.json or None)."""
     monkeypatch.setattr(timing, "beside", lambda name: section)
     monkeypatch.setattr(section.fcntl, "flock", lambda *_: None)  # held while the process lives
 
-    def bench(**variables):
-        given = {"GENERATE_BENCH": 1, "DEVICE": "cpu", "RUNS_PATH": tmp_path / "runs", "RUN_ID": "test"}
+    def bench(*arguments, **variables):
+        given = {"DEVICE": "cpu", "RUNS_PATH": tmp_path / "runs", "RUN_ID": "test"}
         given = {name: str(value) for name, value in (given | variables).items()}
         monkeypatch.setattr(timing.os, "environ", given)
-        code, out = timing.main([]), capfd.readouterr()
+        code, out = timing.main([str(argument) for argument in arguments]), capfd.readouterr()
         path = tmp_path / "runs" / "test" / "bench.json"
         found = json.loads(path.read_text(), parse_constant=pytest.fail) if path.exists() else None
         return code, out.out + out.err, found
@@ -819,16 +648,61 @@ def bench(monkeypatch, capfd, tmp_path):
     return bench
 
 
-def test_the_script_starts_the_bench_with_the_same_variables(command, tmp_path, monkeypatch):
+def test_the_old_ways_to_write_and_to_measure_say_what_took_their_place():
+    for variables, words in (({"GENERATE": "so it goes"}, "scripts/generate.py writes texts"),
+                             ({"GENERATE_BENCH": "1"}, "bench.py beside this script measures")):
+        with pytest.raises(section.UserError, match=words):
+            section.Hyperparameters(variables)
+    off = {"GENERATE": "", "GENERATE_BENCH": "0", "MAX_NEW_TOKENS": "5", "TEMPERATURE": "1", "SPECULATE": "0"}
+    assert section.Hyperparameters(off).warnings == []
+
+
+def test_without_heads_drafts_come_from_the_text_or_are_refused(bench, tmp_path):
+    """DRAFTER=heads is no wish that a suffix can fulfil; what `both` leaves out is said."""
+    for name, overrides, why in (
+        ("stripped", {"heads": 0}, "no heads in it"),
+        ("short", {"BLOCK_SIZE": 1}, "BLOCK_SIZE=1 drafts nothing"),
+    ):
+        path = saved(tmp_path, name, VOCAB_SIZE=256, **overrides)
+        given = path, "abcabcabc", "--max-new-tokens", 30, "--repeats", 1
+        code, out, found = bench(*given)
+        assert code == 0 and found["greedy"]["prompt"]["speculation"]["drafts"]["created"] > 0
+        assert out.count(why) == out.count("drafts only by prompt lookup") == 1
+        code, out, _ = bench(*given, DRAFTER="heads")
+        assert code == 2 and why in out and "DRAFTER=suffix drafts without" in out
+        code, out, _ = bench(*given, DRAFTER="suffix")
+        assert code == 0 and why not in out
+    writer = section.Generator(alive(BLOCK_SIZE=1, DRAFTER="heads"), [1, 7, 7, 7, 7], 0, True, 0.0)
+    writer.write(12)
+    assert writer.read[0] == 12 and writer.graph.counts["created"] == 0
+
+
+def test_mistakes_are_named(bench, tmp_path):
+    path = saved(tmp_path, "plain", VOCAB_SIZE=256)
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "none.json").write_text("{}")
+    for prompt, message in (("empty.txt", "1 prompts, or an empty one"), ("none.json", "0 prompts")):
+        code, output, _ = bench(path, tmp_path / prompt)
+        assert code == 2 and message in output
+    for arguments, variables, message in (
+        (["nothing.bin"], {}, "ARTIFACT=nothing.bin: No such file"),
+        ([path, "--repeats", 0], {}, "--max-new-tokens and --repeats: at least 1"),
+        ([path], {"DRAFTER": "both2"}, "heads | suffix | both"),
+    ):
+        code, output, _ = bench(*arguments, **variables)
+        assert code == 2 and message in output
+
+
+def test_the_bench_starts_beside_a_script(tmp_path):
     path = saved(tmp_path, "artifact")
-    code, out, err = command(GENERATE_BENCH=1, ARTIFACT=path, MAX_NEW_TOKENS=3, BENCH_REPEATS=1, GENERATE="x")
-    found = json.loads((tmp_path / "runs" / "test" / "bench.json").read_text())
-    assert code == 0 and b"bench sampled prompt ar:" in out, err
-    assert found["settings"]["MAX_NEW_TOKENS"] == 3
+    env = {key: value for key, value in environment().items() if key not in TINY}
+    env |= {"RUNS_PATH": str(tmp_path), "RUN_ID": "test", "DEVICE": "cpu"}
+    line = [sys.executable, RECORD / "bench.py", path, "x", "--max-new-tokens", "3", "--repeats", "1"]
+    done = subprocess.run(line, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "bench sampled prompt ar:" in done.stdout, done.stderr
+    found = json.loads((tmp_path / "test" / "bench.json").read_text())
+    assert found["settings"]["MAX_NEW_TOKENS"] == 3 and found["settings"]["BENCH_REPEATS"] == 1
     assert found["script_sha256"] == section.sha256_file(SCRIPT)
-    monkeypatch.setattr(section, "__file__", str(tmp_path / "train_gpt.py"))
-    code, _, err = command(GENERATE_BENCH=1, ARTIFACT=path)
-    assert code == 2 and "bench.py is missing; copy the whole folder" in err
 
 
 def test_the_bench_measures_both_ways_in_turn(bench, tmp_path, monkeypatch):
@@ -838,7 +712,7 @@ def test_the_bench_measures_both_ways_in_turn(bench, tmp_path, monkeypatch):
         "write",
         lambda self, n: order.append(bool(self.heads)) or write_(self, n),
     )
-    code, out, found = bench(ARTIFACT=path, MAX_NEW_TOKENS=12, BENCH_REPEATS=2)
+    code, out, found = bench(path, "--max-new-tokens", 12, "--repeats", 2)
     assert code == 0 and order == [False, True] * (1 + 2 * 4 * 2) and "bench greedy prose ar:" in out, out
     folder = tmp_path / "runs" / "test"
     assert "bench sampled random ar:" in (folder / "log.txt").read_text()
@@ -860,7 +734,8 @@ def test_the_bench_measures_both_ways_in_turn(bench, tmp_path, monkeypatch):
             for part in (plain, fast):
                 assert 0 < part["drafting"] + part["verification"] <= 1 and 0 <= part["looping"] <= 1
                 assert all(0 <= share <= 1 for share in part["acceptance"])
-            assert not plain["acceptance"] and fast["acceptance"]
+            assert not plain["acceptance"]
+        assert any(result["speculation"]["acceptance"] for result in found[kind].values())
     result = found["greedy"]["prose"]
     rows = {row[0]: row for row in reports.generation(folder / "bench.json")["rows"]}
     told = [f"**{result['ratio']:.2f}**", f"{result['speculation']['bytes_per_pass']:.2f}"]
@@ -878,14 +753,14 @@ def test_the_bench_takes_folders_and_json_and_tells_a_wrong_text(bench, tmp_path
         (folder / f"{name}.txt").write_text(name)
     (tmp_path / "prompts.json").write_text('{"three": "3 3 3 3"}')
     (tmp_path / "odd.json").write_text("[1, 2")
-    settings = {"ARTIFACT": path, "MAX_NEW_TOKENS": 6, "BENCH_REPEATS": 1}
+    short = "--max-new-tokens", 6, "--repeats", 1
     for where, names in (
         (folder, {"one", "two"}),
         (tmp_path / "prompts.json", {"three"}),
         (tmp_path / "odd.json", {"odd"}),
         ("x", {"prompt"}),
     ):
-        code, _, report = bench(GENERATE=where, **settings)
+        code, _, report = bench(path, where, *short)
         assert code == 0 and report["greedy"].keys() == report["sampled"].keys() == names
     walk = section.Generator.walk
 
@@ -894,9 +769,9 @@ def test_the_bench_takes_folders_and_json_and_tells_a_wrong_text(bench, tmp_path
         self.text = self.text[:-1] + "~" * (self.heads is not None) + self.text[-1] * (self.heads is None)
         return path
     monkeypatch.setattr(section.Generator, "walk", wrong)
-    code, _, report = bench(GENERATE=folder, **settings)
+    code, _, report = bench(path, folder, *short)
     assert code == 1 and report["summary"]["greedy"]["mismatches"] == 2
     assert report["greedy"]["one"]["near_ties"] == 0
     monkeypatch.setattr(timing, "NEAR_TIE", math.inf)
-    code, _, report = bench(GENERATE=folder, **settings)
+    code, _, report = bench(path, folder, *short)
     assert code == 0 and report["summary"]["greedy"]["near_ties"] == 2

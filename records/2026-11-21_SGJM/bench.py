@@ -1,15 +1,18 @@
 """The bench: how fast a model writes with drafts and without, by one code path with one cache, in turn.
 
-    GENERATE_BENCH=1 ARTIFACT=FILE python train_gpt.py             starts this file; so does train_gpt_mlx.py
-    GENERATE_BENCH=1 ARTIFACT=FILE GENERATE=measured/prompts python train_gpt.py    a folder, a file or JSON
+    python bench.py FILE                                 a checkpoint or an artifact, from prompts of its own
+    python bench.py FILE measured/prompts                a text, a file, a folder of files, JSON
+    DRAFTER=heads RUN_ID=heads python bench.py FILE      settings of the drafts are the script's variables
+    python bench.py FILE --script train_gpt_mlx.py       the same in MLX
 
-From every prompt it writes greedily and at temperature 1, BENCH_REPEATS times with drafts and as often
-without; all settings are variables of the script (`--help` lists them). The run's folder gets a log and
-bench.json. Exit code 0; 1 if drafts change a greedy text; 2 misuse; 130 stopped.
+From every prompt it writes greedily and at temperature 1, --repeats times with drafts and as often without.
+The run's folder (RUNS_PATH, RUN_ID) gets a log and bench.json. Exit code 0; 1 if drafts change a greedy text;
+2 misuse; 130 stopped.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import importlib.util
@@ -67,15 +70,15 @@ def summed_up(writers: list, prompt: list[int], count: int) -> dict:
     }
 
 
-def measured(script, model, prompt: list[int], temperature: float) -> dict:
-    """Plain and speculative decoding of a prompt in turn, BENCH_REPEATS times each."""
-    args, runs = model.args, {"ar": [], "speculation": []}
-    for repeat in range(args.bench_repeats):
+def measured(script, model, prompt: list[int], temperature: float, count: int, repeats: int) -> dict:
+    """Plain and speculative decoding of `count` ids after a prompt in turn, `repeats` times each."""
+    runs = {"ar": [], "speculation": []}
+    for repeat in range(repeats):
         for name, writers in runs.items():
-            seed, speculate = args.seed + repeat, name != "ar"
+            seed, speculate = model.args.seed + repeat, name != "ar"
             writers.append(script.Generator(model, prompt, seed, speculate, temperature))
-            writers[-1].write(args.max_new_tokens)
-    report = {name: summed_up(writers, prompt, args.max_new_tokens) for name, writers in runs.items()}
+            writers[-1].write(count)
+    report = {name: summed_up(writers, prompt, count) for name, writers in runs.items()}
     report["ratio"] = report["speculation"]["bytes_per_second"] / report["ar"]["bytes_per_second"]
 
     if temperature == 0:  # where the texts part, if they do
@@ -98,7 +101,7 @@ def own_prompts() -> dict[str, bytes]:
 
 
 def read_prompts(place: str) -> dict[str, bytes]:
-    """{name: prompt} of GENERATE: a text, a file, a folder, JSON; else `own_prompts`."""
+    """{name: prompt} of a text, a file, a folder or JSON; else `own_prompts`."""
     if not place:
         return own_prompts()
     path, found = Path(place), {"prompt": os.fsencode(place)}
@@ -111,15 +114,16 @@ def read_prompts(place: str) -> dict[str, bytes]:
     return found
 
 
-def bench(script, model, prompts: dict[str, list[int]], runtime, log) -> int:
+def bench(script, model, prompts: dict[str, list[int]], runtime, log, options: argparse.Namespace) -> int:
     """bench.json: prompts greedy and at temperature 1; exit code 1 if drafts change a text."""
-    args, found, summary = model.args, {}, {}
+    count, repeats, found, summary = options.max_new_tokens, options.repeats, {}, {}
     for speculate in (False, True):  # outside the clock
         script.Generator(model, next(iter(prompts.values())), 0, speculate, 0.0).write(8)
     for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         found[kind] = {}
         for name, prompt in prompts.items():
-            found[kind][name] = result = measured(script, model, prompt, temperature)
+            found[kind][name] = result = measured(
+                script, model, prompt, temperature, count, repeats)
             plain, ours = result["ar"], result["speculation"]
             log(f"bench {kind} {name} ar:{plain['bytes_per_second']:.1f} "
                 f"speculation:{ours['bytes_per_second']:.1f} bytes/s "
@@ -132,9 +136,10 @@ def bench(script, model, prompts: dict[str, list[int]], runtime, log) -> int:
         summary["greedy"][key] = sum(result[key] for result in found["greedy"].values())
     log(f"bench {json.dumps(summary)}")
     report = {
-        "summary": summary, **found, "settings": args.settings(), "heads": model.aux is not None,
+        "summary": summary, **found, "heads": model.aux is not None,
         "device": runtime.device_name(), "dtype": str(model.dtype), **versions(script),
-        "artifact_sha256": script.sha256_file(Path(args.artifact)),
+        "settings": model.args.settings() | {"MAX_NEW_TOKENS": count, "BENCH_REPEATS": repeats},
+        "artifact_sha256": script.sha256_file(Path(options.model)),
         "script_sha256": script.sha256_file(Path(script.__file__)),
         "bench_sha256": script.sha256_file(Path(__file__)),
     }
@@ -150,26 +155,49 @@ def versions(script) -> dict:
     return {"mlx": script.mx.__version__}
 
 
-def run(script) -> int:
-    """Reads the model and the prompts that the environment names, and measures."""
-    args = script.settings_of(os.environ.get("ARTIFACT", ""), os.environ)
+def check_heads_of(script, model, path: str) -> None:
+    """Says where drafts will not come from the heads; refuses, where they were asked for."""
+    args, missing = model.args, "no heads in it" if model.aux is None else ""
+    if args.block_size == 1:
+        missing = "BLOCK_SIZE=1 drafts nothing: its byte is settled already"
+    if missing and args.drafter == "heads":
+        raise script.UserError(f"DRAFTER=heads: {path}: {missing}; DRAFTER=suffix drafts without")
+    if missing and args.drafter == "both":
+        print(f"{path}: {missing}, drafts only by prompt lookup", file=sys.stderr)
+
+
+def run(script, options: argparse.Namespace) -> int:
+    """Reads the model and the prompts, and measures."""
+    if min(options.max_new_tokens, options.repeats) < 1:
+        raise script.UserError("--max-new-tokens and --repeats: at least 1")
+    args = script.settings_of(options.model, os.environ)
     runtime = script.Runtime(args)
     args.run_id = args.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-seed{args.seed}"
     special = args.vocab_size - 256
     start = [script.BOS_ID] if special else []
-    texts = read_prompts(args.generate)
+    texts = read_prompts(options.prompts)
     prompts = {name: [*start, *(byte + special for byte in text)] for name, text in texts.items()}
     if not prompts or not all(prompts.values()):
-        raise script.UserError(f"GENERATE={args.generate}: {len(prompts)} prompts, or an empty one")
-    model = script.open_model(args.artifact, runtime.device, args)
-    script.check_heads_of(model, args.artifact)
-    return bench(script, model, prompts, runtime, script.Log(script.run_folder(args)))
+        raise script.UserError(f"{options.prompts}: {len(prompts)} prompts, or an empty one")
+    model = script.load(options.model, runtime.device, args)
+    check_heads_of(script, model, options.model)
+    return bench(script, model, prompts, runtime, script.Log(script.run_folder(args)), options)
 
 
-def main(argv: list[str]) -> int:
-    script = beside(argv[0] if argv else "train_gpt.py")
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="FILE", help="best|last|final.safetensors, or an artifact")
+    parser.add_argument("prompts", nargs="?", default="", help="a text, a file, a folder or JSON")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="ids (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each kind (%(default)s)")
+    parser.add_argument("--script", default="train_gpt.py", help="in this folder (%(default)s)")
+    options = parser.parse_args(argv)
+
+    script = beside(options.script)
     try:
-        return run(script)
+        return run(script, options)
     except script.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -178,4 +206,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
             "replace it"
         )
     try:
-        model = script.open_model(str(options.model))
+        model = script.load(str(options.model))
     except script.UserError as error:
         raise Misuse(str(error)) from None
 

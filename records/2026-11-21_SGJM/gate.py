@@ -351,8 +351,8 @@ def gate_models(args: script.Hyperparameters, device: torch.device) -> tuple[scr
                             f"where {value} is needed")
     for name in ("eval_seq_len", "eval_stride", "eval_batch_tokens"):
         setattr(theirs, name, getattr(args, name))
-    model = script.open_model(args.sgjm, device, args)
-    plain = script.open_model(args.baseline, device, theirs)
+    model = script.load(args.sgjm, device, args)
+    plain = script.load(args.baseline, device, theirs)
     if model.aux is None:
         raise script.UserError(f"SGJM={args.sgjm}: no heads in it; a checkpoint has them, or EXPORT_HEADS=1")
     return model, plain

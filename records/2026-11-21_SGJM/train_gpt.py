@@ -13,8 +13,7 @@ Run:    python train_gpt.py --help           every variable and its reason
         TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=393216 \\
             torchrun --standalone --nproc_per_node=8 train_gpt.py  the contest: 8xH100, 600 s, 16 MB
         EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py              only score an artifact
-        GENERATE=TEXT ARTIFACT=FILE python train_gpt.py            go on from a text
-        GENERATE_BENCH=1 ARTIFACT=FILE python train_gpt.py         how fast: bench.json
+        python bench.py FILE                                       how fast it writes with drafts
         EVAL_GATE=1 SGJM=FILE BASELINE=FILE python train_gpt.py    are the heads worth having?
 
 The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits.
@@ -24,7 +23,6 @@ There are no n-gram tables, chunk JEPA, U-Net skips, document masks and test-tim
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import ctypes
 import difflib
@@ -245,21 +243,15 @@ class Hyperparameters:
     val_loss_every = Var(0, "steps between validations; 0 = only at the end", 0)
     eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
     eval_only = Var(False, "score ARTIFACT and nothing else")
-    artifact = Var("", "path for EVAL_ONLY; for GENERATE a checkpoint, too")
+    artifact = Var("", "its path, for EVAL_ONLY")
     eval_gate = Var(False, "judge SGJM against BASELINE: gate.json, exit code 0 or 1")
     sgjm = Var("", "a checkpoint, or an artifact with heads")
     baseline = Var("", "the same of ARCH=baseline, with as many parameters and steps")
-    gate_bench = Var("", "bench.json of GENERATE_BENCH; empty: no speed-up is known")
+    gate_bench = Var("", "bench.json of bench.py; empty: no speed-up is known")
     gate_batches = Var(32, "batches of TRAIN_BATCH_TOKENS that it looks at", 1)
     gate_radius = Var(6, "bits of 64 in which signatures of merged states may differ", 0, 64)
 
-    _generation = "Generation"
-    generate = Var("", "a text, or its file, that ARTIFACT goes on from")
-    generate_bench = Var(False, "speed: bench.json; GENERATE: also a folder, JSON")
-    bench_repeats = Var(3, "its runs of each kind, in turn", 1)
-    max_new_tokens = Var(256, "ids to write", 1)
-    temperature = Var(0.0, "0 = greedy", 0)
-    speculate = Var(True, "read drafts too: the same text, or the same distribution")
+    _generation = "Drafts, for bench.py; scripts/generate.py takes the defaults"
     drafter = Var("both", "suffix: what followed a like text before",
                   choices=("heads", "suffix", "both"))
     draft_branches = Var(4, "blocks that the heads draft", 1, 64)
@@ -274,6 +266,7 @@ class Hyperparameters:
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
     runs_path = Var("./runs", "where runs are kept")
     resume = Var("", "auto, or a checkpoint file")
+    resume_data = Var("same", "changed: other text than before", choices=("same", "changed"))
     checkpoint_every = Var(0, "steps between checkpoints; 0 = on a signal", 0)
     train_log_every = Var(200, "steps between log lines, after the first ten", 1)
     device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
@@ -307,9 +300,12 @@ class Hyperparameters:
         "DOC_MASK": ("0", "rows are short"),
         "TTT": ("0", "not measured with these heads"),
         "TOKENIZER_PATH": ("none", "this model reads bytes"),
+        "GENERATE": ("", "scripts/generate.py writes texts"),
+        "GENERATE_BENCH": ("0", "bench.py beside this script measures"),
     }
     IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
-               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE")
+               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE", "SPECULATE",
+               "TEMPERATURE", "MAX_NEW_TOKENS")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
@@ -346,8 +342,7 @@ class Hyperparameters:
         most = min(self.device_batch_tokens, 32768)  # as the trunk
         self.eval_batch_tokens = self.eval_batch_tokens or most
 
-        others = self.eval_only, self.eval_gate, self.generate_bench, self.generate
-        if shipped or not any(others):  # they need an artifact's
+        if shipped or not (self.eval_only or self.eval_gate):  # which need an artifact's
             for function in CHECKS:
                 function(self)
 
@@ -377,6 +372,12 @@ class Hyperparameters:
         """What an artifact must carry to be rebuilt and scored."""
         settings = self.settings()
         return {var.name: settings[var.name] for var in self.vars().values() if var.ship}
+
+    def learning(self) -> dict:
+        """What decides the weights, but for the text and the limits."""
+        free = "DATA_PATH", "VERIFY_DATA", "ITERATIONS", "MAX_WALLCLOCK_SECONDS"
+        names = itertools.takewhile(lambda name: name != "BITS", settings := self.settings())
+        return {name: settings[name] for name in names if name not in free}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
         known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED}
@@ -564,6 +565,14 @@ class Runtime:
             dist.broadcast(tensor, 0)
         return tensor.tolist()
 
+    def agree(self, what: str, values) -> None:
+        """Raises, on all ranks, where one has other values than rank 0."""
+        mine = zlib.crc32(json.dumps(values, sort_keys=True).encode())
+        first, = self.from_main([mine])
+        apart = torch.tensor(self.rank if mine != first else 0)
+        if rank := int(self.all_reduce(apart, dist.ReduceOp.MAX)):
+            raise UserError(f"rank {rank} has other {what} than rank 0")
+
     def compile_by(self, attempt, log) -> None:
         """Compiles what `attempt` runs, on all ranks or none: it has no collective."""
         piece.compiled, failure = True, ""
@@ -708,20 +717,49 @@ def check_rung(rung: str, args: Hyperparameters, runtime: Runtime) -> None:
     torch.testing.assert_close(out.float(), wanted.float(), atol=3e-2, rtol=1e-5)
 
 
+def attention_seconds(rung: str, args: Hyperparameters, runtime: Runtime) -> float:
+    """Seconds of attention, both ways, on a GPU: a layer."""
+    rows = max(1, min(args.device_batch_tokens, args.train_batch_tokens) // args.train_seq_len)
+    dim = args.model_dim // args.num_heads
+    like = {"device": runtime.device, "dtype": runtime.dtype}
+    q, k, v = (torch.randn(rows, args.train_seq_len, args.num_heads, dim, **like).requires_grad_()
+               for _ in range(3))
+    attend = attention_of(rung)
+    if runtime.compile:  # it must fit in a graph
+        attend = torch.compile(attend, dynamic=False, fullgraph=True)
+
+    def both_ways() -> None:
+        out = attend(q, k, v)
+        torch.autograd.grad(out, (q, k, v), out)
+
+    return Timer("both_ways()", globals=locals()).timeit(5).mean  # waits for the GPU
+
+
 def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
-    """From ATTENTION down the first rung that runs here and agrees with `math`, by rank 0."""
+    """From ATTENTION down the first rung that agrees with `math`; with `auto` on GPUs the fastest.
+    On CPUs no clock decides, since bits depend on the rung. All ranks look, rank 0 chooses."""
     rungs = [*FLASH, *ATTENTION]
     first = 0 if args.attention == "auto" else rungs.index(args.attention)
     gpu, bf16 = runtime.device.type == "cuda", runtime.dtype == torch.bfloat16
     unfit = {"cpu"} if gpu else {*FLASH}
+    timed = gpu and args.attention == "auto"
+    seconds: dict[str, float] = {}
     for rung in rungs[first:]:
         if rung in unfit or not bf16 and rung in (*FLASH, "cpu"):
             continue
+        if seconds and (not timed or rung == "math"):
+            break
         with contextlib.suppress(Exception):  # no package, a card that it refuses, no memory
             check_rung(rung, args, runtime)
-            choice, = runtime.from_main([rungs.index(rung)])
-            return rungs[int(choice)]
-    raise UserError(f"ATTENTION={args.attention}: no rung from there on runs here; use auto")
+            seconds[rung] = attention_seconds(rung, args, runtime) if timed else 0.0
+
+    if not seconds:
+        raise UserError(f"ATTENTION={args.attention}: no rung from there on runs here; use auto")
+    if timed:
+        table = ", ".join(f"{rung} {1e3 * taken:.2f} ms" for rung, taken in seconds.items())
+        runtime.notes.append(f"attention: a layer, both ways: {table}")
+    choice, = runtime.from_main([rungs.index(min(seconds, key=seconds.get))])
+    return rungs[int(choice)]
 
 
 # -----------------------------------------------------------------------------
@@ -2156,25 +2194,6 @@ def read_file(path: str | Path, variable: str) -> bytes:
         raise UserError(f"{variable}={path}: {error.strerror}") from None
 
 
-def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None = None,
-         dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> GPT:
-    """The model of an artifact; `args` may change how it scores."""
-    header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
-    args = args or shipped_settings(header, str(artifact_path))
-    with torch.device("meta"):
-        model = GPT(args, attention, dtype)
-    wanted = {(name, tuple(p.shape)) for name, p in model.exported().items()}
-    if odd := wanted ^ {(name, array.shape) for name, array in tensors.items()}:
-        raise UserError(f"{artifact_path}: its tensors do not fit its config, first {min(odd)}")
-    # the arrays become the weights, without a copy
-    found = {name: torch.from_numpy(array) for name, array in tensors.items()}
-    model.load_state_dict(found, strict=False, assign=True)
-    if not args.export_heads:
-        model.aux = None
-    model.set_tables()
-    return model.to(device).eval()
-
-
 def read_checkpoint(path: str | Path, variable: str, parts: tuple = ("",)) -> tuple[dict, dict]:
     """(metadata, {name: tensor}) of a checkpoint; names begin with one of `parts`."""
     try:
@@ -2190,28 +2209,49 @@ def settings_of(path: str | Path, environ: dict[str, str] | None = None,
                 variable: str = "ARTIFACT") -> Hyperparameters:
     """The settings in an artifact or a checkpoint, with what `environ` may change."""
     if Path(path).suffix == ".safetensors":
-        meta, _ = read_checkpoint(path, variable, ())
-        return shipped_settings(meta, str(path), environ)
-    header, _ = unpack(read_file(path, variable), str(path))
+        header, _ = read_checkpoint(path, variable, ())
+        config = header["config"]  # which also says how it was trained
+        names = [var.name for var in Hyperparameters.vars().values() if var.ship]
+        header["config"] = {name: config[name] for name in names if name in config}
+    else:
+        header, _ = unpack(read_file(path, variable), str(path))
     return shipped_settings(header, str(path), environ)
 
 
-def open_model(path: str | Path, device="cpu", args: Hyperparameters | None = None) -> GPT:
-    """The model in an artifact or a checkpoint, fp32, to evaluate.
-
-    Of a checkpoint: the average of the weights where it has one, and the heads, which an artifact
-    has only with EXPORT_HEADS=1 (else `model.aux` is None)."""
-    if Path(path).suffix != ".safetensors":
-        return load(path, device, args)
+def load_checkpoint(path: str | Path, device, args: Hyperparameters | None, dtype: torch.dtype,
+                    attention: str) -> GPT:
+    """The average of the weights where a file has one, and the heads, which an artifact has only
+    with EXPORT_HEADS=1 (else `model.aux` is None)."""
     _, state = read_checkpoint(path, "checkpoint", ("model.", "ema."))
     kind = "ema." if any(key.startswith("ema.") for key in state) else "model."
     found = {key.removeprefix(kind): value for key, value in state.items() if key.startswith(kind)}
     with torch.device("meta"):
-        model = GPT(args or settings_of(path))
+        model = GPT(args or settings_of(path), attention, dtype)
     try:
         model.load_state_dict(found, assign=True)
     except RuntimeError as error:
         raise UserError(f"{path}: its tensors do not fit its config ({error})") from None
+    model.set_tables()
+    return model.to(device).eval()
+
+
+def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None = None,
+         dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> GPT:
+    """The model of an artifact or a checkpoint; `args` may change how it scores."""
+    if Path(artifact_path).suffix == ".safetensors":
+        return load_checkpoint(artifact_path, device, args, dtype, attention)
+    header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
+    args = args or shipped_settings(header, str(artifact_path))
+    with torch.device("meta"):
+        model = GPT(args, attention, dtype)
+    wanted = {(name, tuple(p.shape)) for name, p in model.exported().items()}
+    if odd := wanted ^ {(name, array.shape) for name, array in tensors.items()}:
+        raise UserError(f"{artifact_path}: its tensors do not fit its config, first {min(odd)}")
+    # the arrays become the weights, without a copy
+    found = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    model.load_state_dict(found, strict=False, assign=True)
+    if not args.export_heads:
+        model.aux = None
     model.set_tables()
     return model.to(device).eval()
 
@@ -2376,18 +2416,12 @@ def check_gate(args: Hyperparameters) -> None:
     forbid(several, args, "eval_gate world_size", "one process judges")
 
 
-@check
-def check_bench(args: Hyperparameters) -> None:
-    several = args.generate_bench and args.world_size > 1
-    forbid(several, args, "generate_bench world_size", "one process measures")
-
-
 def run_beside(name: str) -> int:
     """Starts a tool beside this script, with the same variables -> its exit code."""
     tool = Path(__file__).with_name(name)
     if not tool.exists():
         raise UserError(f"{tool} is missing; copy the whole folder")
-    return subprocess.run([sys.executable, str(tool), Path(__file__).name]).returncode
+    return subprocess.run([sys.executable, str(tool)]).returncode
 
 
 # -----------------------------------------------------------------------------
@@ -2578,6 +2612,16 @@ def repeated(text: str, limit: int) -> tuple[int, str]:
     return length, (text[after:] * (limit // period + 1))[:limit]
 
 
+def nucleus(p: np.ndarray, share: float) -> np.ndarray:
+    """p (V,) of the fewest ids that have this share of it together, 0 for the others (top-p:
+    Holtzman et al. 2020)."""
+    order = np.argsort(-p, kind="stable")
+    likelier = p[order].cumsum() - p[order]
+    kept = np.zeros(len(p), bool)
+    kept[order] = likelier < share * p.sum()
+    return np.where(kept, p, 0.0)
+
+
 def chosen(p: np.ndarray, offers: list[tuple], rng: np.random.Generator) -> int:
     """An id with probabilities p (V,), one of `offers` if it can be: (id, law, ...), as drawn.
 
@@ -2621,11 +2665,13 @@ class Generator:
     drawing when the text reaches that prefix, be it some passes later. (Forgetting what was not read
     would favour what the graph prefers.) An id is read if its chance, by how drafts of its kind
     fared of late, is DRAFT_BYTE_COST or more; the heads draft only in one pass of 64 while what they
-    win of late does not pay for their work. All of it is counted, nothing timed: one SEED, one text."""
+    win of late does not pay for their work. All of it is counted, nothing timed: one seed, one text."""
 
-    def __init__(self, model: GPT, ids: list[int], seed: int, speculate: bool, temperature: float):
+    def __init__(self, model: GPT, ids: list[int], seed: int, speculate: bool, temperature: float,
+                 top_p: float = 1.0):
         args = model.args
-        self.model, self.args, self.temperature = model, args, temperature
+        self.model, self.args = model, args
+        self.temperature, self.top_p = temperature, top_p
         self.device = model.tok_emb.weight.device
         self.text = "".join(map(chr, ids))
         self.past, self.window = KVCache(model), args.eval_seq_len
@@ -2776,6 +2822,8 @@ class Generator:
             scores, offers = logits[place.row], place.offers
             if self.temperature:
                 p = np.exp((scores - scores.max()).astype(np.float64) / self.temperature)
+                if self.top_p < 1:
+                    p = nucleus(p, self.top_p)
                 token = chosen(p / p.sum(), offers, self.rng)
             else:
                 token = int(scores.argmax())
@@ -2791,83 +2839,6 @@ class Generator:
         if self.tried:
             self.worth += 0.2 * (won - self.worth)
         return path
-
-
-# Of control codes, which a terminal would obey, all but tab and line feed.
-CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\ufffd")
-
-
-def screen(special: int):
-    """A function that writes ids to stdout: a pipe gets their bytes as they are settled, a terminal
-    whole characters and no control codes."""
-    decoder = None
-    if sys.stdout.isatty():
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def show(ids: str, last: bool = False) -> None:
-        data = bytes(ord(i) - special for i in ids if ord(i) >= special)
-        if decoder is not None:
-            data = decoder.decode(data, last).translate(CONTROLS).encode()
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-    return show
-
-
-def read_prompt(args: Hyperparameters) -> list[int]:
-    """The ids of GENERATE, a text or its file."""
-    special, text = args.vocab_size - 256, os.fsencode(args.generate)
-    with contextlib.suppress(OSError, ValueError):  # a text is no path
-        text = Path(args.generate).read_bytes()
-    prompt = [BOS_ID] * (special > 0) + [byte + special for byte in text]
-    if not prompt or os.path.isdir(args.generate):
-        raise UserError(f"GENERATE={args.generate}: a text or a file that is not empty is needed")
-    return prompt
-
-
-def check_heads_of(model: GPT, path: str) -> None:
-    """Says where drafts will not come from the heads; refuses, where they were asked for."""
-    args = model.args
-    missing = "no heads in it" if model.aux is None else ""
-    if args.block_size == 1:
-        missing = "BLOCK_SIZE=1 drafts nothing: its byte is settled already"
-    if missing and args.speculate and args.drafter == "heads":
-        raise UserError(f"DRAFTER=heads: {path}: {missing}; DRAFTER=suffix, or SPECULATE=0")
-    if missing and args.speculate and args.drafter == "both":
-        print(f"{path}: {missing}, drafts only by prompt lookup", file=sys.stderr)
-
-
-def generate(args: Hyperparameters, runtime: Runtime) -> int:
-    """Writes what follows GENERATE to stdout as it is settled, and numbers to stderr; one rank of
-    several does. Ctrl-C keeps what is there and ends with exit code 130."""
-    if not runtime.main:
-        return 0
-    prompt, special = read_prompt(args), args.vocab_size - 256
-    model = open_model(args.artifact, runtime.device, args)
-    check_heads_of(model, args.artifact)
-    writer = Generator(model, prompt, args.seed, args.speculate, args.temperature)
-    show, stopped = screen(special), []
-
-    def stop(number: int, _) -> None:  # after this pass; a second Ctrl-C does not wait for it
-        stopped.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        for ids in writer.grow(args.max_new_tokens):
-            show(ids)
-            if stopped:
-                break
-        show("", last=True)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    signal.signal(signal.SIGINT, before)
-
-    made, passes = writer.text[len(prompt) :], max(int(writer.read[0]), 1)
-    count, seconds = sum(ord(i) >= special for i in made), max(writer.seconds, 1e-9)
-    states = " ".join(f"{state}:{number}" for state, number in writer.graph.counts.items())
-    print(f"\nbytes:{count} passes:{passes} bytes_per_pass:{len(made) / passes:.2f} "
-          f"bytes_per_second:{len(made) / seconds:.1f} {states}", file=sys.stderr)
-    return 128 + stopped[0] if stopped else 0
 
 
 # -----------------------------------------------------------------------------
@@ -3145,20 +3116,27 @@ class Trainer:
                 raise self.not_finite(self.step, key)
         if self.runtime.main:
             meta = {key: getattr(self, key) for key in self.CHECKPOINTED}
-            meta["config"] = self.args.shipped()
+            meta["config"] = self.args.learning() | self.args.shipped()
             tensors = {key: value.detach().cpu().contiguous().clone()
                        for key, value in tensors.items()}
             blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
             write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
 
     def _check_resumed(self, path: Path, meta: dict) -> None:
-        """Refuses another model or text."""
+        """Refuses another model or text; tells what else is new."""
         args, before = self.args, meta["config"]
         for key, value in args.shipped().items():
             if (other := before.get(key)) != value:
                 raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
         if meta.setdefault("text", self.text) != self.text:
-            raise UserError(f"RESUME={path}: made with other text than {args.data_path}")
+            if args.resume_data != "changed":
+                raise UserError(f"RESUME={path}: made with other text than {args.data_path}; "
+                                "RESUME_DATA=changed reads this from its start")
+            meta.update(text=self.text, loader_state=None)
+
+        for key, value in args.learning().items():
+            if (other := before.get(key, value)) != value:
+                self.log(f"warning: resumed with {key}={value}, it was {other}")
 
     def restore(self, path: Path) -> None:
         meta, state = read_checkpoint(path, "RESUME")
@@ -3335,21 +3313,21 @@ def main() -> int:
             raise UserError(f"{sys.argv[1]!r}: settings are environment variables, see --help")
         args = Hyperparameters(os.environ)
         me = f"rank {args.rank}: " if args.world_size > 1 else ""
-        if args.eval_gate or args.generate_bench:
-            return run_beside("gate.py" if args.eval_gate else "bench.py")
-        if args.eval_only or args.generate:
-            args = settings_of(args.artifact, os.environ)
+        if args.eval_gate:
+            return run_beside("gate.py")
+        if args.eval_only:
+            header, _ = unpack(read_file(args.artifact, "ARTIFACT"), args.artifact)
+            args = shipped_settings(header, args.artifact, os.environ)
         runtime = Runtime(args)
-        # from here on all ranks write to one folder
+        runtime.attention = pick_attention(args, runtime)
         started, = runtime.from_main([time.time()])
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
         args.run_id = args.run_id or f"{stamp}-seed{args.seed}"
-        if args.generate:
-            return generate(args, runtime)
-        runtime.attention = pick_attention(args, runtime)
         data = Dataset(args, verify=runtime.main)
         log = Log(run_folder(args) if runtime.main else None)
         fingerprint = data.fingerprint()
+        same = [args.shipped(), args.learning(), args.iterations, fingerprint["sha256"]]
+        runtime.agree("settings or text", same)
         log_header(log, args, runtime, fingerprint)
         evaluator = Evaluator(args, data, runtime, log)
         log(evaluator.describe(data.manifest))
@@ -3363,6 +3341,10 @@ def main() -> int:
     except UserError as error:
         print(f"{me}error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        half = f"DEVICE_BATCH_TOKENS={args.device_batch_tokens // 2}"
+        print(f"{me}error: out of GPU memory, try {half}", file=sys.stderr)
+        return 2
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or me and "Connection" in str(error)):
             raise
@@ -3371,7 +3353,7 @@ def main() -> int:
         return 1
     except Stopped as stopped:
         return 128 + stopped.args[0]
-    except KeyboardInterrupt:  # training and generation have handled theirs
+    except KeyboardInterrupt:  # the gate's; training has handled its own
         return 128 + signal.SIGINT
     finally:
         if dist.is_initialized():

@@ -9,8 +9,7 @@ Run:    python train_gpt_mlx.py --help                      every variable and i
         ARCH=baseline python train_gpt_mlx.py               no heads, BASELINE_LAYERS blocks
         mlx.launch --hosts IP,IP python train_gpt_mlx.py    several Macs, the same batches
         EVAL_ONLY=1 ARTIFACT=FILE python train_gpt_mlx.py   score an artifact of either script
-        GENERATE=TEXT ARTIFACT=FILE python train_gpt_mlx.py       go on from a text
-        GENERATE_BENCH=1 ARTIFACT=FILE python train_gpt_mlx.py    how fast: bench.json
+        python bench.py FILE --script train_gpt_mlx.py      how fast it writes with drafts
 
 The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits. It needs
 mlx, numpy and safetensors, and uses constriction and tqdm if they are installed. The gate
@@ -19,12 +18,12 @@ mlx, numpy and safetensors, and uses constriction and tqdm if they are installed
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import difflib
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -232,15 +231,9 @@ class Hyperparameters:
     val_loss_every = Var(0, "steps between validations; 0 = only at the end", 0)
     eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
     eval_only = Var(False, "score ARTIFACT and nothing else")
-    artifact = Var("", "path for EVAL_ONLY; for GENERATE a checkpoint, too")
+    artifact = Var("", "its path, for EVAL_ONLY")
 
-    _generation = "Generation"
-    generate = Var("", "a text, or its file, that ARTIFACT goes on from")
-    generate_bench = Var(False, "speed: bench.json; GENERATE: also a folder, JSON")
-    bench_repeats = Var(3, "its runs of each kind, in turn", 1)
-    max_new_tokens = Var(256, "ids to write", 1)
-    temperature = Var(0.0, "0 = greedy", 0)
-    speculate = Var(True, "read drafts too: the same text, or the same distribution")
+    _generation = "Drafts, for bench.py; scripts/generate.py takes the defaults"
     drafter = Var("both", "suffix: what followed a like text before",
                   choices=("heads", "suffix", "both"))
     draft_branches = Var(4, "blocks that the heads draft", 1, 64)
@@ -255,6 +248,7 @@ class Hyperparameters:
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
     runs_path = Var("./runs", "where runs are kept")
     resume = Var("", "auto, or a checkpoint file")
+    resume_data = Var("same", "changed: other text than before", choices=("same", "changed"))
     checkpoint_every = Var(0, "steps between checkpoints; 0 = on a signal", 0)
     train_log_every = Var(200, "steps between log lines, after the first ten", 1)
     device = Var("auto", "gpu: Metal, or CUDA in MLX's build", choices=("auto", "cpu", "gpu"))
@@ -283,10 +277,13 @@ class Hyperparameters:
         "DOC_MASK": ("0", "rows are short"),
         "TTT": ("0", "not measured with these heads"),
         "TOKENIZER_PATH": ("none", "this model reads bytes"),
+        "GENERATE": ("", "scripts/generate.py writes texts"),
+        "GENERATE_BENCH": ("0", "bench.py beside this script measures"),
         "EVAL_GATE": ("0", "train_gpt.py judges, checkpoints of this script too"),
     }
     IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
-               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE",
+               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE", "SPECULATE",
+               "TEMPERATURE", "MAX_NEW_TOKENS",
                "SGJM", "BASELINE", "GATE_BENCH", "GATE_BATCHES", "GATE_RADIUS")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
@@ -323,8 +320,7 @@ class Hyperparameters:
         self.eval_stride = self.eval_stride or max(1, self.eval_seq_len // 4)
         self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
 
-        others = self.eval_only, self.generate_bench, self.generate
-        if shipped or not any(others):  # they need an artifact's
+        if shipped or not self.eval_only:  # which needs an artifact's
             for function in CHECKS:
                 function(self)
 
@@ -356,6 +352,12 @@ class Hyperparameters:
         """What an artifact must carry to be rebuilt and scored."""
         settings = self.settings()
         return {var.name: settings[var.name] for var in self.vars().values() if var.ship}
+
+    def learning(self) -> dict:
+        """What decides the weights, but for the text and the limits."""
+        free = "DATA_PATH", "VERIFY_DATA", "ITERATIONS", "MAX_WALLCLOCK_SECONDS"
+        names = itertools.takewhile(lambda name: name != "BITS", settings := self.settings())
+        return {name: settings[name] for name in names if name not in free}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
         known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED}
@@ -503,6 +505,14 @@ class Runtime:
     def from_main(self, values: list[float]) -> list[float]:
         """Rank 0's numbers on every rank."""
         return self.all_reduce(values, lambda every, axis: every[0]).tolist()
+
+    def agree(self, what: str, values) -> None:
+        """Raises, on all ranks, where one has other values than rank 0."""
+        mine = zlib.crc32(json.dumps(values, sort_keys=True).encode())
+        first, = self.from_main([mine])
+        apart = [self.rank if mine != first else 0]
+        if rank := int(self.all_reduce(apart, np.max)[0]):
+            raise UserError(f"rank {rank} has other {what} than rank 0")
 
     def peak_memory_mb(self, since_last: bool = False) -> float:
         """The most that MLX held at once; `since_last`: since such a question was last asked."""
@@ -2138,22 +2148,6 @@ def read_file(path: str | Path, variable: str) -> bytes:
         raise UserError(f"{variable}={path}: {error.strerror}") from None
 
 
-def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None = None,
-         dtype: mx.Dtype = mx.float32, attention: str = "sdpa") -> GPT:
-    """The scoring model, only from an artifact; `args` may change how it scores."""
-    header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
-    args = args or shipped_settings(header, str(artifact_path))
-    mx.set_default_device(pick_device(device) if isinstance(device, str) else device)
-    model = GPT(args, attention, dtype)
-    wanted = {(name, p.shape) for name, p in model.exported().items()}
-    if odd := wanted ^ {(name, array.shape) for name, array in tensors.items()}:
-        raise UserError(f"{artifact_path}: its tensors do not fit its config, first {min(odd)}")
-    update_parameters(model, {name: mx.array(array) for name, array in tensors.items()})
-    if not args.export_heads:
-        model.aux = None
-    return model
-
-
 def read_checkpoint(path: str | Path, variable: str, parts: tuple = ("",)) -> tuple[dict, dict]:
     """(metadata, {name: array} of the names that begin with one of `parts`) of a checkpoint."""
     try:
@@ -2169,28 +2163,46 @@ def settings_of(path: str | Path, environ: dict[str, str] | None = None,
                 variable: str = "ARTIFACT") -> Hyperparameters:
     """The settings in an artifact or a checkpoint, with what `environ` may change."""
     if Path(path).suffix == ".safetensors":
-        meta, _ = read_checkpoint(path, variable, ())
-        return shipped_settings(meta, str(path), environ)
-    header, _ = unpack(read_file(path, variable), str(path))
+        header, _ = read_checkpoint(path, variable, ())
+        config = header["config"]  # which also says how it was trained
+        names = [var.name for var in Hyperparameters.vars().values() if var.ship]
+        header["config"] = {name: config[name] for name in names if name in config}
+    else:
+        header, _ = unpack(read_file(path, variable), str(path))
     return shipped_settings(header, str(path), environ)
 
 
-def open_model(path: str | Path, device="cpu", args: Hyperparameters | None = None) -> GPT:
-    """The model in an artifact or a checkpoint (best, last, final.safetensors), fp32, to evaluate.
-
-    Of a checkpoint: the average of the weights where it has one, as an artifact is made of it, and
-    the heads, which an artifact has only with EXPORT_HEADS=1 (else `model.aux` is None)."""
-    if Path(path).suffix != ".safetensors":
-        return load(path, device, args)
+def load_checkpoint(path: str | Path, device, args: Hyperparameters | None, dtype: mx.Dtype,
+                    attention: str) -> GPT:
+    """The average of the weights where a file has one, and the heads, which an artifact has only
+    with EXPORT_HEADS=1 (else `model.aux` is None)."""
     _, state = read_checkpoint(path, "checkpoint", ("model.", "ema."))
     kind = "ema." if any(key.startswith("ema.") for key in state) else "model."
     found = {key.removeprefix(kind): value for key, value in state.items() if key.startswith(kind)}
     mx.set_default_device(pick_device(device) if isinstance(device, str) else device)
-    model = GPT(args or settings_of(path))
+    model = GPT(args or settings_of(path), attention, dtype)
     wanted = {(name, p.shape) for name, p in model.named_parameters().items()}
     if odd := wanted ^ {(name, array.shape) for name, array in found.items()}:
         raise UserError(f"{path}: its tensors do not fit its config, first {min(odd)}")
     update_parameters(model, found)
+    return model
+
+
+def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None = None,
+         dtype: mx.Dtype = mx.float32, attention: str = "sdpa") -> GPT:
+    """The model of an artifact or a checkpoint; `args` may change how it scores."""
+    if Path(artifact_path).suffix == ".safetensors":
+        return load_checkpoint(artifact_path, device, args, dtype, attention)
+    header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
+    args = args or shipped_settings(header, str(artifact_path))
+    mx.set_default_device(pick_device(device) if isinstance(device, str) else device)
+    model = GPT(args, attention, dtype)
+    wanted = {(name, p.shape) for name, p in model.exported().items()}
+    if odd := wanted ^ {(name, array.shape) for name, array in tensors.items()}:
+        raise UserError(f"{artifact_path}: its tensors do not fit its config, first {min(odd)}")
+    update_parameters(model, {name: mx.array(array) for name, array in tensors.items()})
+    if not args.export_heads:
+        model.aux = None
     return model
 
 
@@ -2336,20 +2348,6 @@ class Evaluator:
                  f"eval_time:{1e3 * result['seconds']:.0f}ms")
         self.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
         return result
-
-
-@check
-def check_bench(args: Hyperparameters) -> None:
-    several = args.generate_bench and args.world_size > 1
-    forbid(several, args, "generate_bench world_size", "one process measures")
-
-
-def run_beside(name: str) -> int:
-    """Starts a tool beside this script, with the same variables -> its exit code."""
-    tool = Path(__file__).with_name(name)
-    if not tool.exists():
-        raise UserError(f"{tool} is missing; copy the whole folder")
-    return subprocess.run([sys.executable, str(tool), Path(__file__).name]).returncode
 
 
 # -----------------------------------------------------------------------------
@@ -2539,6 +2537,16 @@ def repeated(text: str, limit: int) -> tuple[int, str]:
     return length, (text[after:] * (limit // period + 1))[:limit]
 
 
+def nucleus(p: np.ndarray, share: float) -> np.ndarray:
+    """p (V,) of the fewest ids that have this share of it together, 0 for the others (top-p:
+    Holtzman et al. 2020)."""
+    order = np.argsort(-p, kind="stable")
+    likelier = p[order].cumsum() - p[order]
+    kept = np.zeros(len(p), bool)
+    kept[order] = likelier < share * p.sum()
+    return np.where(kept, p, 0.0)
+
+
 def chosen(p: np.ndarray, offers: list[tuple], rng: np.random.Generator) -> int:
     """An id with probabilities p (V,), one of `offers` if it can be: (id, law, ...), as drawn.
 
@@ -2583,11 +2591,13 @@ class Generator:
     drawing when the text reaches that prefix, be it some passes later. (Forgetting what was not read
     would favour what the graph prefers.) An id is read if its chance, by how drafts of its kind
     fared of late, is DRAFT_BYTE_COST or more; the heads draft only in one pass of 64 while what they
-    win of late does not pay for their work. All of it is counted, nothing timed: one SEED, one text."""
+    win of late does not pay for their work. All of it is counted, nothing timed: one seed, one text."""
 
-    def __init__(self, model: GPT, ids: list[int], seed: int, speculate: bool, temperature: float):
+    def __init__(self, model: GPT, ids: list[int], seed: int, speculate: bool, temperature: float,
+                 top_p: float = 1.0):
         args = model.args
-        self.model, self.args, self.temperature = model, args, temperature
+        self.model, self.args = model, args
+        self.temperature, self.top_p = temperature, top_p
         self.text = "".join(map(chr, ids))
         self.past, self.window = KVCache(model), args.eval_seq_len
         self.start = 0  # where the window begins in the text
@@ -2739,6 +2749,8 @@ class Generator:
             scores, offers = logits[place.row], place.offers
             if self.temperature:
                 p = np.exp((scores - scores.max()).astype(np.float64) / self.temperature)
+                if self.top_p < 1:
+                    p = nucleus(p, self.top_p)
                 token = chosen(p / p.sum(), offers, self.rng)
             else:
                 token = int(scores.argmax())
@@ -2754,83 +2766,6 @@ class Generator:
         if self.tried:
             self.worth += 0.2 * (won - self.worth)
         return path
-
-
-# Of control codes, which a terminal would obey, all but tab and line feed.
-CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\ufffd")
-
-
-def screen(special: int):
-    """A function that writes ids to stdout: a pipe gets their bytes as they are settled, a terminal
-    whole characters and no control codes."""
-    decoder = None
-    if sys.stdout.isatty():
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def show(ids: str, last: bool = False) -> None:
-        data = bytes(ord(i) - special for i in ids if ord(i) >= special)
-        if decoder is not None:
-            data = decoder.decode(data, last).translate(CONTROLS).encode()
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-    return show
-
-
-def read_prompt(args: Hyperparameters) -> list[int]:
-    """The ids of GENERATE, a text or its file."""
-    special, text = args.vocab_size - 256, os.fsencode(args.generate)
-    with contextlib.suppress(OSError, ValueError):  # a text is no path
-        text = Path(args.generate).read_bytes()
-    prompt = [BOS_ID] * (special > 0) + [byte + special for byte in text]
-    if not prompt or os.path.isdir(args.generate):
-        raise UserError(f"GENERATE={args.generate}: a text or a file that is not empty is needed")
-    return prompt
-
-
-def check_heads_of(model: GPT, path: str) -> None:
-    """Says where drafts will not come from the heads; refuses, where they were asked for."""
-    args = model.args
-    missing = "no heads in it" if model.aux is None else ""
-    if args.block_size == 1:
-        missing = "BLOCK_SIZE=1 drafts nothing: its byte is settled already"
-    if missing and args.speculate and args.drafter == "heads":
-        raise UserError(f"DRAFTER=heads: {path}: {missing}; DRAFTER=suffix, or SPECULATE=0")
-    if missing and args.speculate and args.drafter == "both":
-        print(f"{path}: {missing}, drafts only by prompt lookup", file=sys.stderr)
-
-
-def generate(args: Hyperparameters, runtime: Runtime) -> int:
-    """Writes what follows GENERATE to stdout as it is settled, and numbers to stderr; one rank of
-    several does. Ctrl-C keeps what is there and ends with exit code 130."""
-    if not runtime.main:
-        return 0
-    prompt, special = read_prompt(args), args.vocab_size - 256
-    model = open_model(args.artifact, runtime.device, args)
-    check_heads_of(model, args.artifact)
-    writer = Generator(model, prompt, args.seed, args.speculate, args.temperature)
-    show, stopped = screen(special), []
-
-    def stop(number: int, _) -> None:  # after this pass; a second Ctrl-C does not wait for it
-        stopped.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        for ids in writer.grow(args.max_new_tokens):
-            show(ids)
-            if stopped:
-                break
-        show("", last=True)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    signal.signal(signal.SIGINT, before)
-
-    made, passes = writer.text[len(prompt) :], max(int(writer.read[0]), 1)
-    count, seconds = sum(ord(i) >= special for i in made), max(writer.seconds, 1e-9)
-    states = " ".join(f"{state}:{number}" for state, number in writer.graph.counts.items())
-    print(f"\nbytes:{count} passes:{passes} bytes_per_pass:{len(made) / passes:.2f} "
-          f"bytes_per_second:{len(made) / seconds:.1f} {states}", file=sys.stderr)
-    return 128 + stopped[0] if stopped else 0
 
 
 # -----------------------------------------------------------------------------
@@ -3129,18 +3064,25 @@ class Trainer:
                 raise self.not_finite(self.step, key)
         if self.runtime.main:
             meta = {key: getattr(self, key) for key in self.CHECKPOINTED}
-            meta["config"] = self.args.shipped()
+            meta["config"] = self.args.learning() | self.args.shipped()
             blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
             write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
 
     def _check_resumed(self, path: Path, meta: dict) -> None:
-        """Refuses another model or text."""
+        """Refuses another model or text; tells what else is new."""
         args, before = self.args, meta["config"]
         for key, value in args.shipped().items():
             if (other := before.get(key)) != value:
                 raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
         if meta.setdefault("text", self.text) != self.text:
-            raise UserError(f"RESUME={path}: made with other text than {args.data_path}")
+            if args.resume_data != "changed":
+                raise UserError(f"RESUME={path}: made with other text than {args.data_path}; "
+                                "RESUME_DATA=changed reads this from its start")
+            meta.update(text=self.text, loader_state=None)
+
+        for key, value in args.learning().items():
+            if (other := before.get(key, value)) != value:
+                self.log(f"warning: resumed with {key}={value}, it was {other}")
 
     def restore(self, path: Path) -> None:
         """Goes on from a checkpoint, of the torch script too."""
@@ -3297,21 +3239,19 @@ def main() -> int:
         if sys.argv[1:]:
             raise UserError(f"{sys.argv[1]!r}: settings are environment variables, see --help")
         args = Hyperparameters(os.environ)
-        if args.generate_bench:
-            return run_beside("bench.py")
-        if args.eval_only or args.generate:
-            args = settings_of(args.artifact, os.environ)
+        if args.eval_only:
+            header, _ = unpack(read_file(args.artifact, "ARTIFACT"), args.artifact)
+            args = shipped_settings(header, args.artifact, os.environ)
         runtime = Runtime(args)
-        # from here on all ranks write to one folder
+        runtime.attention = pick_attention(args, runtime.dtype)
         started, = runtime.from_main([time.time()])
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
         args.run_id = args.run_id or f"{stamp}-seed{args.seed}"
-        if args.generate:
-            return generate(args, runtime)
-        runtime.attention = pick_attention(args, runtime.dtype)
         data = Dataset(args, verify=runtime.main)
         log = Log(run_folder(args) if runtime.main else None)
         fingerprint = data.fingerprint()
+        same = [args.shipped(), args.learning(), args.iterations, fingerprint["sha256"]]
+        runtime.agree("settings or text", same)
         log_header(log, args, runtime, fingerprint)
         evaluator = Evaluator(args, data, runtime, log)
         log(evaluator.describe(data.manifest))
@@ -3323,13 +3263,11 @@ def main() -> int:
             score_artifact(summary["artifact"], args, runtime, evaluator)
         return finish(args, runtime, log, evaluator, summary) if runtime.main else 0
     except UserError as error:
-        if runtime is None or runtime.main:
-            print(f"error: {error}", file=sys.stderr)
+        several = runtime is not None and runtime.world_size > 1
+        print((f"rank {runtime.rank}: " if several else "") + f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         return 128 + stopped.args[0]
-    except KeyboardInterrupt:  # training and generation have handled theirs
-        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":
