@@ -2262,16 +2262,14 @@ def ppm_score(ppm, ids, logprobs, peaks, fixed, nats, learns):
 # Binary mixing. A byte is eight decisions, first bit first; `node` is a 1 with the bits so far after it.
 # Contexts: orders 1-4 and the word so far, counted for this document only (most of the gain: the network
 # knows the language but not this text), and orders 4, 6 ... and the word, counted for the whole stream.
-# Each owns a row of its table for the first half of a byte and one near it for each second half, a cache
-# line of 16 uint32: [document << 24 | check, 15 counters: probability of a 1 << 10 | n]. Of two contexts
-# that want a row the later one has it.
+# Each owns a row of its table for the first half of a byte and one near it for each second half, 16 uint32:
+# [document << 24 | check, 15 counters: probability of a 1 << 10 | n]. The later of two has a row both want.
 Mixer = namedtuple("Mixer", "table contexts hashes text places now weights trust hits refined "
                             "rows marks spots path used lanes mixed")
 # contexts (C, 4): index into hashes, 1 = this document, where in the table its rows begin, their number - 1;
 # hashes (order + 1,): of the last 1 ... order bytes and of the word; places (2^20,): where the same `order`
-# bytes ended before; now (6,): bytes, end of the match, its length, first byte of the document, last byte,
-# document; weights (517, 16), trust (C * 128,), refined (65536 * 16,): see `decide` and `refine`; hits (32,):
-# how often matches of a length go on. What follows them is scratch of `follow` and `fetch`.
+# bytes ended before; now (6,): by the names below; weights (517, 16), trust (C * 128,), refined (2^20,):
+# see `decide` and `refine`; hits (32,): how often matches of a length go on. The rest: scratch.
 BYTES, MATCH, MATCHED, START, LAST, DOC = range(6)
 CELL, MATCH_LENGTH, EXPECTED, LAST_BYTE, PLACE = range(5)  # `spots`
 NODE, SLOT, BIT, WEIGHTS = range(4)  # `path`

@@ -291,7 +291,7 @@ class Hyperparameters:
         "MTP_NUM_HEADS": ("0", "the drafter took its place"),
         "BIGRAM_VOCAB_SIZE": ("0", "this model embeds single bytes"),
         "NGRAM_ORDERS": ("0", "see BIGRAM_VOCAB_SIZE"),
-        "QUANT_CLIP": ("std", "QUANT_K sets every step; a search lost at equal size"),
+        "QUANT_CLIP": ("std", "a search lost at equal size"),
         "QAT_START": ("1 1.0", "GPTQ took its place; see BytePatchJEPA"),
         "QAT_ENABLED": ("0", "see QAT_START"),
         "LATE_QAT": ("0", "see QAT_START"),
@@ -606,11 +606,14 @@ class Log:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(folder / "log.txt", os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise UserError(f"RUNS_PATH={folder.parent}: {folder}: {error.strerror}") from None
+        try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while the process lives
         except BlockingIOError:
             raise UserError(f"RUN_ID={folder.name}: another process runs it") from None
-        except OSError as error:
-            raise UserError(f"RUNS_PATH={folder.parent}: {folder}: {error.strerror}") from None
+        except OSError:
+            pass  # no locks here
 
     def __call__(self, text: str, console: bool = True, name: str = "log.txt") -> None:
         if self.folder is None:
