@@ -275,10 +275,10 @@ class Hyperparameters:
         "TIE_EMBEDDINGS": ("1", "an untied head costs bytes"),
         "MTP_NUM_HEADS": ("0", "it costs +0.028 BPB"),
         "QUANT_CLIP": ("std", "a search lost at equal size"),
-        "QAT_START": ("1 1.0", "GPTQ took its place; see BytePatchJEPA"),
+        "QAT_START": ("1 1.0", "see BytePatchJEPA"),
         "QAT_ENABLED": ("0", "see QAT_START"),
         "LATE_QAT": ("0", "see QAT_START"),
-        "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
+        "TRAIN_ALIGN": ("stream", "other rows were never better"),
         "TTT_MODULES": ("blocks", "see BytePatchJEPA"),
         "GENERATE": ("", "scripts/generate.py writes texts"),
     }
@@ -2201,9 +2201,10 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     length = int.from_bytes(body[2:6], "little")
     if version != ARTIFACT_VERSION:
         raise UserError(f"{path}: format version {version}, this script reads {ARTIFACT_VERSION}")
+    header = {"config": {}, "script": "another script"}
     # all that a damaged file can break
     try:
-        header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
+        header |= json.loads(zlib.decompress(body[6 : 6 + length]))
         if header["compressor"] == "rans" and not constriction:
             raise UserError(f"{path}: packed by rANS: `pip install constriction` reads it")
         _, decompress = COMPRESSORS[header["compressor"]]
@@ -2212,15 +2213,15 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     except UserError:
         raise
     except Exception as error:  # each decoder has its own kinds
-        raise UserError(f"{path}: its header contradicts its payload ({error!r})") from None
+        told = f"made by {header['script']}: header and payload differ"
+        raise UserError(f"{path}: {told} ({error!r})") from None
 
 
 def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hyperparameters:
     """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's)."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
-        maker = header.get("script", "another script")
-        raise UserError(f"{path}: made by {maker}: its config lacks {missing[0]}")
+        raise UserError(f"{path}: made by {header['script']}: its config lacks {missing[0]}")
     return Hyperparameters(environ, header["config"])
 
 

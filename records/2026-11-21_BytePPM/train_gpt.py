@@ -249,7 +249,7 @@ class Hyperparameters:
     RETIRED = {
         "MTP_NUM_HEADS": ("0", "it costs +0.028 BPB in ten minutes"),
         "QUANT_CLIP": ("std", "a search lost at equal size"),
-        "QAT_START": ("1 1.0", "GPTQ took its place; see BytePatchJEPA"),
+        "QAT_START": ("1 1.0", "see BytePatchJEPA"),
         "TTT_MODULES": ("blocks", "see BytePatchJEPA"),
         "TRAIN_ORDER": ("sequential", "rows are read as they stand"),
         "GENERATE": ("", "scripts/generate.py writes texts"),
@@ -1840,9 +1840,10 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     length = int.from_bytes(body[2:6], "little")
     if version != ARTIFACT_VERSION:
         raise UserError(f"{path}: format version {version}, this script reads {ARTIFACT_VERSION}")
+    header = {"config": {}, "script": "another script"}
     # all that a damaged file can break
     try:
-        header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
+        header |= json.loads(zlib.decompress(body[6 : 6 + length]))
         if header["compressor"] == "rans" and not constriction:
             raise UserError(f"{path}: packed by rANS: `pip install constriction` reads it")
         _, decompress = COMPRESSORS[header["compressor"]]
@@ -1851,15 +1852,15 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     except UserError:
         raise
     except Exception as error:  # each decoder has its own kinds
-        raise UserError(f"{path}: its header contradicts its payload ({error!r})") from None
+        told = f"made by {header['script']}: header and payload differ"
+        raise UserError(f"{path}: {told} ({error!r})") from None
 
 
 def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hyperparameters:
     """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's)."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
-        maker = header.get("script", "another script")
-        raise UserError(f"{path}: made by {maker}: its config lacks {missing[0]}")
+        raise UserError(f"{path}: made by {header['script']}: its config lacks {missing[0]}")
     return Hyperparameters(environ, header["config"])
 
 
@@ -2616,8 +2617,7 @@ class Mixture:
 
 
 def run_of(place, count: int, streams: int):
-    """Which run of MIX_STREAMS a document is in that begins at `place` of `count` ids. What these are does
-    not matter: a decoder that knows how many will come can follow."""
+    """The run of a document that begins at `place` of `count` ids; a decoder that has the count follows."""
     return place * streams // max(count, 1)
 
 

@@ -269,10 +269,10 @@ class Hyperparameters:
         "BIGRAM_VOCAB_SIZE": ("0", "this model embeds single bytes"),
         "NGRAM_ORDERS": ("0", "see BIGRAM_VOCAB_SIZE"),
         "QUANT_CLIP": ("std", "a search lost at equal size"),
-        "QAT_START": ("1 1.0", "GPTQ took its place; see BytePatchJEPA"),
+        "QAT_START": ("1 1.0", "see BytePatchJEPA"),
         "QAT_ENABLED": ("0", "see QAT_START"),
         "LATE_QAT": ("0", "see QAT_START"),
-        "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
+        "TRAIN_ALIGN": ("stream", "other rows were never better"),
         "JEPA_CHUNK_SIZE": ("0", "judge and drafter took its place"),
         "DOC_MASK": ("0", "rows are short"),
         "TTT": ("0", "not measured with these heads"),
@@ -2119,9 +2119,10 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     length = int.from_bytes(body[2:6], "little")
     if version != ARTIFACT_VERSION:
         raise UserError(f"{path}: format version {version}, this script reads {ARTIFACT_VERSION}")
+    header = {"config": {}, "script": "another script"}
     # all that a damaged file can break
     try:
-        header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
+        header |= json.loads(zlib.decompress(body[6 : 6 + length]))
         if header["compressor"] == "rans" and not constriction:
             raise UserError(f"{path}: packed by rANS: `pip install constriction` reads it")
         _, decompress = COMPRESSORS[header["compressor"]]
@@ -2130,15 +2131,15 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     except UserError:
         raise
     except Exception as error:  # each decoder has its own kinds
-        raise UserError(f"{path}: its header contradicts its payload ({error!r})") from None
+        told = f"made by {header['script']}: header and payload differ"
+        raise UserError(f"{path}: {told} ({error!r})") from None
 
 
 def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hyperparameters:
     """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's)."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
-        maker = header.get("script", "another script")
-        raise UserError(f"{path}: made by {maker}: its config lacks {missing[0]}")
+        raise UserError(f"{path}: made by {header['script']}: its config lacks {missing[0]}")
     return Hyperparameters(environ, header["config"])
 
 
