@@ -138,7 +138,9 @@ def test_the_tree_of_any_vocabulary(spelled):
 @given(st.lists(symbols, min_size=2, max_size=40), st.integers(0, 2**32 - 1))
 def test_the_network_telescopes_down_any_tree(spelled, seed):
     found = object.__new__(section.Mixture)
-    found.tree, found.tables = section.vocabulary_tree(spelled), {}
+    found.tree, whole = section.vocabulary_tree(spelled), -(-len(spelled) // 16) * 16
+    found.scratch = (np.zeros((section.PIECE, whole), np.float32), np.zeros((whole, 16), np.float32),
+                     np.zeros((len(spelled) + 1, 16)))
     lp = torch.from_numpy(np.random.default_rng(seed).normal(0, 3, (1, len(spelled)))).log_softmax(-1).float()
     for token in range(len(spelled)):
         path = found.tree.paths[[token]]
