@@ -2023,7 +2023,7 @@ def kernel(function, allocates=False):
 
 LANES = 16  # numbers that a vector instruction takes
 if njit:
-    # numba cannot know that arrays lie apart and leaves short loops scalar: these are LLVM's instructions
+    # numba leaves short loops scalar: these are LLVM's instructions
     INT, PART = ir.IntType(32), ir.IntType(64)
     VECTOR, WIDE = (ir.VectorType(kind(), LANES) for kind in (ir.FloatType, ir.DoubleType))
 
@@ -2050,7 +2050,7 @@ if njit:
 
     @extending.intrinsic
     def dot(typing, z, w, i, j, k, x, n):
-        """z + the sum of (w[i] + w[j] + w[k]) * x[n] over USED lanes, in order; arrays laid flat."""
+        """z + the sum of (w[i] + w[j] + w[k]) * x[n] over USED lanes, in order."""
         def emit(context, builder, signature, args):
             z, rows, *places, lanes, n = args
             a, b, c = (fetch(context, builder, w, rows, place, VECTOR) for place in places)
@@ -2282,7 +2282,7 @@ def decide(m, tree, t, nodes, count, odds, hints):
 
 @kernel
 def follow(m, ids):
-    """Moves contexts on over ids (n,), and keeps the keys before each and at the end; a BOS clears them."""
+    """Moves contexts on over ids (n,); keeps the keys before each and at the end."""
     hashes, word, contexts = m.hashes, len(m.hashes) - 3, len(m.contexts)
     for t in range(len(ids) + 1):
         for c in range(contexts):
@@ -2363,7 +2363,7 @@ def mixer_score(m, tree, ids, hints, odds, nats):
 
 @kernel
 def mixer_distribution(m, tree, hints, odds, p):
-    """p (V,), ones, become leaves' probabilities: products as of `mixer_score`, factor by factor."""
+    """p (V,), ones, become the probabilities of leaves."""
     for first in range(0, len(tree.nodes), len(m.mixed)):
         nodes = tree.nodes[first : first + len(m.mixed)]
         decide(m, tree, 0, nodes, len(nodes), odds[first : first + len(nodes)], hints)
