@@ -497,13 +497,8 @@ def test_moments_are_means_over_the_inputs_of_every_run_of_a_layer(corpus):
 # -------------------------------------------------------------------------------------- adapters of documents
 
 
-@pytest.mark.parametrize("mode", ["lora", "phased"])
-def test_adapters_decode_as_they_score(mode, corpus):
-    overrides = {
-        "TTT": mode, "TTT_CHUNK_TOKENS": 48, "TTT_BATCH_ROWS": 2, "TRAIN_SEQ_LEN": 32,
-        "EVAL_SEQ_LEN": 32, "TTT_LR": 0.05,
-    }
-    ids, model = text(corpus), alive(**overrides).eval()
+def test_adapters_decode_as_they_score(corpus):
+    ids, model = text(corpus), alive(TTT="lora", TTT_DOC_CHUNK=16, EVAL_SEQ_LEN=32).eval()
     stream = assert_stream_follows_score(section, model, ids)
     assert stream.learner.updates > 4
     for owner in model.modules():
@@ -530,15 +525,12 @@ def test_the_control_scores_documents_with_the_plain_model(corpus):
 
 def test_adapters_learn_from_what_is_scored_alone(corpus):
     ids = text(corpus)
-    before, _ = section.score(
-        alive(TTT="phased", TTT_CHUNK_TOKENS=48, TRAIN_SEQ_LEN=32, TTT_LR=0.05).eval(), ids
-    )
+    settings = {"TTT": "lora", "TTT_DOC_CHUNK": 16, "EVAL_SEQ_LEN": 32, "TTT_LORA_LR": 0.01}
+    before, _ = section.score(alive(**settings).eval(), ids)
     for at in (20, 63, 101, 140):
         other = ids.copy()
         other[at:] = 4 + (ids[at:] + 91) % 256
-        after, _ = section.score(
-            alive(TTT="phased", TTT_CHUNK_TOKENS=48, TRAIN_SEQ_LEN=32, TTT_LR=0.05).eval(), other
-        )
+        after, _ = section.score(alive(**settings).eval(), other)
         assert np.abs(after[: at - 1] - before[: at - 1]).max() < 1e-5 and np.abs(after - before).max() > 0.1
 
 
@@ -550,13 +542,8 @@ def test_adapters_lower_the_nats_of_a_repetitive_document():
     assert learned[200:].mean() < plain[200:].mean() - 0.5
 
 
-@pytest.mark.parametrize("mode", ["sgd", "lora", "phased"])
-def test_ids_that_are_pushed_and_never_asked_for_are_learned_too(mode, corpus):
-    overrides = {
-        "TTT": mode, "TTT_CHUNK_TOKENS": 48, "TTT_BATCH_ROWS": 2, "TRAIN_SEQ_LEN": 32,
-        "EVAL_SEQ_LEN": 32, "TTT_LR": 0.05,
-    }
-    ids, model = text(corpus), alive(**overrides).eval()
+def test_ids_that_are_pushed_and_never_asked_for_are_learned_too(corpus):
+    ids, model = text(corpus), alive(TTT="lora", TTT_DOC_CHUNK=16, EVAL_SEQ_LEN=32).eval()
     _, vectors = section.score(model, ids, (20, 95, 148))
     stream = section.stream(model)
     for t, token in enumerate(ids[:-1]):
@@ -568,7 +555,7 @@ def test_ids_that_are_pushed_and_never_asked_for_are_learned_too(mode, corpus):
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"TTT": "sgd", "TTT_CHUNK_TOKENS": 64}, {"TTT": "lora"}, {"PPM_WEIGHT": 1, "MIX_ROWS": 6}],
+    [{}, {"TTT": "lora"}, {"PPM_WEIGHT": 1, "MIX_ROWS": 6}],
     ids=str,
 )
 def test_a_text_without_a_target_has_no_nats(overrides):
@@ -724,7 +711,9 @@ def test_two_ranks_give_the_losses_of_one(run):
     ({"BIJEPAX_END_FRAC": 0.2}, "BIJEPAX_START_FRAC=0.35, BIJEPAX_END_FRAC=0.2"),
     ({"GATE_WINDOW": 33}, "GATE_WINDOW=33, MODEL_DIM=32"),
     ({"TTT": "lora", "TTT_DOC_CHUNK": 100}, "TTT_DOC_CHUNK=100, EVAL_SEQ_LEN=64"),
-    ({"TTT": "phased", "PPM_WEIGHT": 1}, "TTT=phased, PPM_WEIGHT=1"),
+    ({"TTT": "lora", "PPM_WEIGHT": 1}, "TTT=lora, PPM_WEIGHT=1"),
+    ({"TTT": "phased"}, "TTT='phased' is not accepted"),
+    ({"TRAIN_ORDER": "shuffled"}, "TRAIN_ORDER='shuffled' is retired"),
     ({"BIJEPAX_CYCLE": 1}, "BIJEPAX_CYCLE='1' is retired"),
 ], ids=str)
 def test_settings_that_cannot_work_are_refused(bad, words):

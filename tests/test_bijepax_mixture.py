@@ -239,6 +239,30 @@ def test_hard_cases_stay_finite(args):
         assert np.isfinite(nats).all() and (nats >= -1e-6).all()
 
 
+def test_prefix_sums_side_by_side_are_those_of_one_row(args, text):
+    """16 rows at once, a last group that is not full, and all nodes for a decoder: the odds of one row
+    summed leaf by leaf in fp64."""
+    found, lp = mixture(args), network(text[:36], args.vocab_size, 6)
+    order, low, high = found.tree.order, found.tree.low, found.tree.high
+    for nodes in (found.tree.paths[text[1:36]], found.tree.nodes[None]):
+        part = lp[: len(nodes)]
+        odds = found.odds(part, nodes).numpy()
+        for r, row in enumerate(nodes):
+            sums = np.concatenate(([0.0], np.cumsum(part[r].exp().double().numpy()[order])))
+            left = np.maximum(sums[row] - sums[low[row]] + 1e-12 * (row - low[row]), section.TINY)
+            right = np.maximum(sums[high[row]] - sums[row] + 1e-12 * (high[row] - row), section.TINY)
+            np.testing.assert_allclose(odds[r], np.log(right) - np.log(left), rtol=0, atol=1e-5)
+
+
+def test_rows_are_cache_lines_and_blocks_leave_no_trace(args, text):
+    """Rows begin at multiples of 64 bytes; a text longer than a block is that of many short calls."""
+    found, lp = mixture(args), network(text, args.vocab_size, 7)
+    assert found.mixer.table.ctypes.data % 64 == 0 and len(text) > 2 * section.BLOCK
+    whole, cut = booked(found, text, lp), mixture(args)
+    parts = [booked(cut, text, lp, at, min(at + 100, len(text) - 1)) for at in range(0, len(text) - 1, 100)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
 class Slow:
     """The binary mixer again, from dictionaries and lists: no hashing, no rows, no scratch."""
 
