@@ -923,13 +923,13 @@ def bytes_per_id(vocab_size: int) -> float:
     return a + (b - a) * math.log2(vocab_size / low) / math.log2(high / low)
 
 
-def mixture_seconds(script: Path, args, targets: int, rate: float, prices=None, ranks: int = 1) -> float:
+def mixture_seconds(script: Path, args, targets: int, rate: float, prices=None, ranks=1) -> float:
     """Seconds of a script's mixture over the validation text on one thread; 0 without one.
 
-    rate: MB/s; 0: what the record has measured. `measured/kernels.json` beside the script has microseconds a
-    target, to mix and to distil what the network says of it; `measured/mixtures.json` has MB/s. A card distils
-    in its own memory, each rank its share: exponentials, a permutation and running sums, 40 bytes an id of the
-    vocabulary.
+    rate: MB/s; 0: what the record has measured. `measured/kernels.json` beside the script has microseconds
+    a target, to mix and to distil what the network says of it; `measured/mixtures.json` has MB/s. A card
+    distils in its own memory, each rank its share: exponentials, a permutation and running sums, 40 bytes
+    an id of the vocabulary.
     """
     if not (hasattr(args, "mix") and getattr(args, "ppm_weight", 0)):
         return 0.0

@@ -721,6 +721,52 @@ def test_settings_that_cannot_work_are_refused(bad, words):
         tiny(**bad)
 
 
+PUBLISHED = {  # the README block of #2080, without its paths
+    "DISABLE_COMPILE": 1, "CASEOPS_ENABLED": 1, "TTT_ENABLED": 0, "PPM_MIXER_ENABLED": 1, "PPM_ORDER": 5,
+    "PPM_H": "0.999", "PPM_L": "0.18", "PPM_T": "0.80", "LQER_TOP_K": 1, "BIJEPAX_ENABLED": 1,
+    "BIJEPAX_WEIGHT": 0.01, "BIJEPAX_START_FRAC": 0.35, "BIJEPAX_END_FRAC": 0.80, "BIJEPAX_FWD_HOPS": 4,
+    "BIJEPAX_BWD_HOPS": 4, "BIJEPAX_CYCLE": 0, "BIJEPAX_HEAD_DIM": 32, "BIJEPAX_STRIDE": 64,
+    "BIJEPAX_LR": 0.001, "TRAIN_LOG_EVERY": 250, "SEED": 42,
+}
+
+
+def test_the_published_block_is_accepted_and_means_the_same():
+    args = section.Hyperparameters({name: str(value) for name, value in PUBLISHED.items()})
+    assert (args.compile, args.ttt, args.ppm_weight, args.seed) == ("0", "0", 1, 42)
+    assert args.warnings == [] and {name: args.settings()[name] for name in ("PPM_ORDER", "LQER_TOP_K")} == {
+        "PPM_ORDER": 5, "LQER_TOP_K": 1}
+
+
+@pytest.mark.parametrize("name, value, ours, wanted", [
+    ("DISABLE_COMPILE", "0", "compile", "auto"), ("NUM_LOOPS", "1", "loop_extra", 1),
+    ("PPM_MIXER_ENABLED", "0", "ppm_weight", 0), ("ARTIFACT_DIR", "out", "runs_path", "out"),
+])
+def test_names_of_the_source_are_honoured(name, value, ours, wanted):
+    assert getattr(section.Hyperparameters({name: value}), ours) == wanted
+    assert f"  {name}" in section.Hyperparameters.help()
+
+
+def test_adapters_by_the_name_of_the_source():
+    assert tiny(TTT_ENABLED=1, TTT_DOC_CHUNK=16).ttt == "lora"
+
+
+@pytest.mark.parametrize("name, value", [
+    ("PPM_H", "0.9"), ("PPM_SWEEP_APPLY", "1"), ("PPM_SWEEP_GRID", "0.1:0.9"), ("PPM_DUMP_INPUTS", "1"),
+    ("QUANTIZE_ONLY", "1"), ("PREQUANT_ONLY", "1"), ("TTT_EVAL_ONLY", "1"), ("CASEOPS_ENABLED", "0"),
+    ("FORCE_STOP_STEP", "100"), ("WARMDOWN_FRAC", "0.5"), ("MLP_CLIP_SIGMAS", "11.5"), ("LOOP_START", "3"),
+    ("BIJEPAX_CYCLE", "1"), ("MTP_NUM_HEADS", "1"),
+])
+def test_what_cannot_be_honoured_is_refused_with_the_reason(name, value):
+    with pytest.raises(section.UserError, match=f"{name}='{value}'"):
+        section.Hyperparameters({name: value})
+
+
+def test_two_names_of_one_setting_must_agree():
+    assert section.Hyperparameters({"DISABLE_COMPILE": "1", "COMPILE": "0"}).compile == "0"
+    with pytest.raises(section.UserError, match="DISABLE_COMPILE=1 means COMPILE=0, not 1"):
+        section.Hyperparameters({"DISABLE_COMPILE": "1", "COMPILE": "1"})
+
+
 def test_settings_of_what_is_switched_off_are_not_refused():
     assert tiny(LOOP_EXTRA=0, LOOP_LAST=2).loop_extra == 0
     assert tiny(LOOP_START=1, LOOP_FIRST=3).loop_start == 1

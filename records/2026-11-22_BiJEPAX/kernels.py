@@ -1,11 +1,12 @@
-"""Microseconds a target of the mixture's kernels: an older script's and this folder's, block by block in turn.
+"""Microseconds a target of the mixture's kernels: an older script's and this folder's, in turn.
 
     python records/2026-11-22_BiJEPAX/kernels.py OLD.py data/datasets/mine --tokenizer mine.model \\
         --out records/2026-11-22_BiJEPAX/measured/kernels.json
 
-The network is replaced by a bigram model of the training shard, so that no artifact is needed. Both scripts
-distil and score the whole validation shard, 4,096 targets at a time; their numbers are held against each other.
-Times are processor time of one thread, with the allocator that a run has. `bench.py --plan` reads the medians.
+The network is replaced by a bigram model of the training shard, so that no artifact is needed. Both
+scripts distil and score the validation shard, 4,096 targets at a time; their numbers are held against each
+other. Times are processor time of one thread, with the allocator that a run has. `bench.py --plan` reads
+the medians.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def timed(seconds: list, count: int, function, *values):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("old", type=Path, help="an older train_gpt.py of this record")
     parser.add_argument("data", type=Path, help="folder of shards")
     parser.add_argument("--tokenizer", required=True, help="their SentencePiece model")
@@ -108,8 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     told["rows"] = [
         [part, *(f"{told[f'{part}_us_{name}'][key]:.1f}" for name in scripts for key in ("best", "median"))]
         for part in ("distil", "score")]
-    told["note"] = (f"{told['targets']:,} targets, one thread of a busy CPU, both scripts in turn; the largest "
-                    f"difference of any target's nats is {told['largest_difference']:.0e}.")
+    told["note"] = (f"{told['targets']:,} targets, one thread of a busy CPU, both scripts in turn; the "
+                    f"largest difference of any target's nats is {told['largest_difference']:.0e}.")
 
     print(json.dumps(told, indent=1))
     if options.out:

@@ -167,7 +167,7 @@ class Hyperparameters:
     loop_first = Var(3, "first layer that runs again", 0, ship="model")
     loop_last = Var(5, "last layer that does", 0, ship="model")
     loop_extra = Var(2, "times that they do; 0 = none", 0, ship="model")
-    loop_start = Var(0.35, "progress from which they do; 1 = never", 0, 1, ship="model")
+    loop_start = Var(0.35, "progress from which they do (layer: LOOP_FIRST)", 0, 1, ship="model")
     parallel_start = Var(8, "first with two lanes", 0, ship="model")
 
     _bijepax = "BIJEPAX-lite (#2080, corrected)"
@@ -257,22 +257,34 @@ class Hyperparameters:
     master_port = Var(0, "rendezvous port", 0, 65535)
 
     # Variables of ideas that are gone: {name: (values that mean off, reason)}.
-    RETIRED = {
-        "SWA_ENABLED": ("0", "EMA took its place"),
-        "EMA_ENABLED": ("1", "EMA_DECAY=0 scores the last weights"),
-        "MTP_NUM_HEADS": ("0", "it costs +0.028 BPB in ten minutes"),
-        "TRAIN_ORDER": ("sequential", "#2080 reads in order"),
-        "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
-        "TTT_LORA_MODULES": ("attn.proj,mlp.fc,mlp.proj,tok_emb", "all results used it"),
-        "BIJEPAX_CYCLE": ("0", "#2080 had it off"),
-        "DISABLE_COMPILE": ("0", "COMPILE took its place"),
-        "LQER_ENABLED": ("1", "LQER_TOP_K=0 switches it off"),
-    }
-    IGNORED = "EMBED_LR", "HEAD_LR", "MUON_BETA2", "VAL_BATCH_SIZE"
+    RETIRED = {name: (off, why) for why, names in (
+        ("EMA_DECAY=0 scores the last weights", "SWA_ENABLED=0 EMA_ENABLED=1"),
+        ("#2080 has it so", "TRAIN_ORDER=sequential BIJEPAX_CYCLE=0 MTP_NUM_HEADS=0"),
+        ("only this", "TRAIN_ALIGN=stream TTT_LORA_MODULES=attn.proj,mlp.fc,mlp.proj,tok_emb"),
+        ("LQER_TOP_K=0 switches it off", "LQER_ENABLED=1"),
+        ("a mixer learns", "PPM_H=0.999 PPM_L=0.18 PPM_T=0.80"),
+        ("no sweeps", "PPM_DUMP_INPUTS=0 PPM_SWEEP_GRID= PPM_SWEEP_APPLY=0"),
+        ("set EVAL_ONLY=1 ARTIFACT=FILE", "QUANTIZE_ONLY=0 PREQUANT_ONLY=0 TTT_EVAL_ONLY=0"),
+        ("shards say it", "CASEOPS_ENABLED=1"),
+        ("set ITERATIONS, WARMDOWN_ITERS", "FORCE_STOP_STEP=0 WARMDOWN_FRAC=0.85"),
+        ("set QUANT_K=mlp:NUMBER", "MLP_CLIP_SIGMAS=12.5"),
+    ) for name, _, off in (word.partition("=") for word in names.split())}
+    IGNORED = ("EMBED_LR", "HEAD_LR", "MUON_BETA2", "VAL_BATCH_SIZE", "TTT_CHUNK_TOKENS", "TTT_BATCH_ROWS",
+               "TTT_EPOCHS", "TTT_LR", "TTT_DECAY_CHUNKS", "TTT_MOMENTUM", "TTT_GRAD_CLIP", "TTT_MODULES")
+    # Names of #2080: {name: (ours, {its value: ours})}.
+    ALIASES = {"DISABLE_COMPILE": ("COMPILE", {"0": "auto", "1": "0"}), "NUM_LOOPS": ("LOOP_EXTRA", {}),
+               "TTT_ENABLED": ("TTT", {"1": "lora"}), "PPM_MIXER_ENABLED": ("PPM_WEIGHT", {}),
+               "ARTIFACT_DIR": ("RUNS_PATH", {})}
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
-        environ = environ or {}
+        environ = dict(environ or {})
+        for name, (ours, values) in self.ALIASES.items():
+            text = environ.pop(name, "").strip()
+            value = values.get(text, text)
+            if text and (environ.get(ours) or value) != value:
+                raise UserError(f"{name}={text} means {ours}={value}, not {environ[ours]}")
+            environ |= {ours: value} if text else {}
         self.warnings: list[str] = []
         self._refuse_retired_and_misspelt(environ)
 
@@ -315,6 +327,7 @@ class Hyperparameters:
                 lines.append(f"\n{item}")
         old = " ".join([*cls.RETIRED, *cls.IGNORED])
         lines.append(f"\nAccepted from older command lines where they mean off: {old}")
+        lines += [f"  {name:<28} {ours}" for name, (ours, _) in cls.ALIASES.items()]
         return "\n".join(lines)
 
     def settings(self) -> dict:
@@ -326,7 +339,7 @@ class Hyperparameters:
         return {var.name: settings[var.name] for var in self.vars().values() if var.ship}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
-        known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED}
+        known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED, *self.ALIASES}
         for name, value in environ.items():
             if name in self.RETIRED:
                 off, why = self.RETIRED[name]
@@ -2015,15 +2028,14 @@ def windows(targets: int, length: int, stride: int) -> np.ndarray:
 
 
 def kernel(function, allocates=False):
-    """Compiles a loop over ids. No fastmath: scorer and decoder have to round alike. Where nothing is
-    allocated, no references are counted, which takes as long as to mix."""
+    """Compiles a loop over ids. No fastmath: scorer and decoder have to round alike. To allocate is to
+    count references, which is slow."""
     options = {"error_model": "numpy", "nogil": True, "forceinline": True, "_nrt": allocates}
     return njit(**options)(function) if njit else function
 
 
-LANES = 16  # numbers that a vector instruction takes
+LANES = 16  # of a vector; numba leaves short loops scalar
 if njit:
-    # numba leaves short loops scalar: these are LLVM's instructions
     INT, PART = ir.IntType(32), ir.IntType(64)
     VECTOR, WIDE = (ir.VectorType(kind(), LANES) for kind in (ir.FloatType, ir.DoubleType))
 
@@ -2044,26 +2056,13 @@ if njit:
             place = pointer(context, builder, a, *args, ir.IntType(8))
             kind = ir.FunctionType(ir.VoidType(), [place.type, INT, INT, INT])
             ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
-            builder.call(ask, [place, INT(1), INT(3), INT(1)])  # to write, to keep, data
+            builder.call(ask, [place, INT(1), INT(3), INT(1)])  # to write
             return context.get_dummy_value()
         return types.void(a, types.intp), emit
 
     @extending.intrinsic
-    def dot(typing, z, w, i, j, k, x, n):
-        """z + the sum of (w[i] + w[j] + w[k]) * x[n] over USED lanes, in order."""
-        def emit(context, builder, signature, args):
-            z, rows, *places, lanes, n = args
-            a, b, c = (fetch(context, builder, w, rows, place, VECTOR) for place in places)
-            total = builder.fpext(builder.fadd(builder.fadd(a, b), c), WIDE)
-            parts = builder.fmul(total, fetch(context, builder, x, lanes, n, WIDE))
-            for lane in range(USED):
-                z = builder.fadd(z, builder.extract_element(parts, INT(lane)))
-            return z
-        return types.float64(types.float64, w, *[types.intp] * 3, x, types.intp), emit
-
-    @extending.intrinsic
     def nudge(typing, w, i, step, x, n):
-        """w[i] += step * x[n] for all lanes from these places on."""
+        """w[i] += step * x[n] for all lanes."""
         def emit(context, builder, signature, args):
             rows, i, step, lanes, n = args
             steps = builder.insert_element(ir.Constant(WIDE, None), step, INT(0))
@@ -2076,13 +2075,13 @@ if njit:
 
     @extending.intrinsic
     def run_up(typing, columns, order, sums):
-        """sums (n + 1, 16) of columns (n, 16), taken in `order`, up to each; fp64."""
+        """sums (n + 1, 16) of columns (n, 16) in `order`, up to each."""
         def emit(context, builder, signature, args):
             count = context.make_array(order)(context, builder, args[1]).nitems
             total = alloca_once_value(builder, ir.Constant(WIDE, None))
             with for_range(builder, count) as loop:
-                store(context, builder, sums, args[2],
-                      builder.mul(loop.index, PART(LANES)), builder.load(total))
+                place = builder.mul(loop.index, PART(LANES))
+                store(context, builder, sums, args[2], place, builder.load(total))
                 leaf = builder.load(pointer(context, builder, order, args[1], loop.index, PART))
                 place = builder.mul(leaf, PART(LANES))
                 x = builder.fpext(fetch(context, builder, columns, args[0], place, VECTOR), WIDE)
@@ -2189,36 +2188,36 @@ def propose(text, ids):
 
 
 # Binary mixing, after lpaq (Mahoney 2005): an id is as many decisions as there are nodes above it.
-# Contexts are the last bytes, the word so far and the last ids, counted only for this document (most of
-# the gain) or for the whole stream. Each owns a row for each group of nodes, a cache line of 16 uint32:
+# Contexts are the last bytes, the word so far and the last ids, counted only for this document or for
+# the whole stream. Each owns a row for each group of nodes, a cache line of 16 uint32:
 # [document << 24 | check, a counter a node: probability of a 1 << 10 | n]. The later of two that want
 # a row has it: a worse guess, still a probability.
 Mixer = namedtuple("Mixer", "table contexts hashes spelled starts now weights trust hits "
                             "keys row mark met lanes cells sets mixed")
-# table: flat; contexts (C, 3): index into hashes, 1 = this document, rows - 1; hashes (order + 3,) of
-# the last 1 ... order bytes, the word so far, the last id, the last two; spelled, starts (V + 1,): the
-# symbols of ids; now (1 + runs,): document, leaves proposed. Scratch: keys (BLOCK + 1, C + 1) of ids'
-# contexts, and document; row, mark, met (groups, C): see `look_up`; the others by node, see `decide`.
+# contexts (C, 3): index into hashes, 1 = this document, rows - 1; hashes (order + 3,) of the last
+# 1 ... order bytes, the word, the last id, the last two; spelled, starts (V + 1,): ids' symbols; now
+# (1 + runs,): document, leaves proposed. Scratch: keys (BLOCK + 1, C + 1) of contexts, and document;
+# row, mark, met (groups, C): see `look_up`; the others by node, see `decide`.
 STRETCH = np.log(np.arange(0.5, 4096) / np.arange(4095.5, 0, -1)).astype(np.float32)
 DOUBT = np.digitize(0.5 - np.abs(np.arange(256) - 127.5) / 256, (0.03, 0.12, 0.25)).astype(np.uint8)
 TRIALS = np.searchsorted([*range(1, 9), 12, 16, 24, 32, 64, 128], range(256), "right").astype(np.uint8)
 AGREED = np.digitize(np.arange(LONGEST + 1), (4, 8, 16))
 STEPS, LIMIT = 1 / (np.arange(256) + 1.6), 255  # by a counter's n; largest n
 RATE, SLOW = 0.002, 0.02  # of weights and of `hits`
-TINY, USED = 1e-12, 8 + len(RUNS)  # odds stay finite; inputs: the network, 7 contexts, proposals
-BLOCK, PIECE, AHEAD = 512, 32, 3  # ids mixed and distilled at once; how far ahead memory is asked
+TINY, USED = 1e-12, np.uint64(8 + len(RUNS))  # odds stay finite; inputs of a node
+BLOCK, PIECE, AHEAD = 512, 32, 3  # ids mixed, distilled at once; asked for ahead
 
 
 @kernel
 def row_of(m, t, c, group):
-    """(The hash of a context and a group, the place in the table of their row)."""
+    """(The hash of a context and a group, the place of their row)."""
     key, rows = blend(m.keys[t, c], len(m.contexts) * group + c), m.contexts[c, 2]
     return key, (c * (rows + 1) + (np.int64(key >> np.uint64(8)) & rows)) * LANES
 
 
 @kernel
 def look_up(m, tree, t, group):
-    """Finds a group's row under each context; `met`: 2 in this document, 1 in another."""
+    """Finds a group's rows; `met`: 2 in this document, 1 in another."""
     above, document = tree.above[group], np.uint32(m.keys[t, len(m.contexts)])
     for c in range(len(m.contexts)):
         key, row = row_of(m, t, c, group)
@@ -2231,7 +2230,7 @@ def look_up(m, tree, t, group):
 
 @kernel
 def ask(m, tree, t, token):
-    """Asks memory for the rows of an id's path."""
+    """Asks for the rows of an id's path."""
     group = -1
     for node in tree.paths[token]:
         if node and tree.group[node] != group:
@@ -2246,10 +2245,11 @@ def decide(m, tree, t, nodes, count, odds, hints):
     Inputs, `lanes` of a node, are log odds: the network's, each context's counter's, the proposals'.
     An input's weight is a sum of three `sets`, picked by how long the proposals agree, how sure the
     network is and the node; a counter's has a fourth, `trust`, by its trials, doubt and `met`."""
-    lanes, cells, sets, mixed = m.lanes, m.cells, m.sets, m.mixed
+    lanes, cells, sets, mixed, weights = m.lanes, m.cells, m.sets, m.mixed, m.weights
     contexts, group = len(m.contexts), -1
     for r in range(len(RUNS)):
         m.now[1 + r] = tree.rank[hints[2 * r]]
+
     for j in range(count):
         node, z, state = nodes[j], 0.0, 0
         if tree.group[node] != group:
@@ -2273,11 +2273,11 @@ def decide(m, tree, t, nodes, count, odds, hints):
                 cells[j, i], lanes[j, 1 + i] = cell, chance if leaf >= node else -chance
                 state += 5 if r else 1 + AGREED[run]
         sets[j, 0], sets[j, 1] = state * LANES, (16 + min(int(abs(lanes[j, 0])), 11)) * LANES
-        sets[j, 2], mixed[j] = (32 + node) * LANES, z
-
-    for j in range(count):
-        z = dot(mixed[j], m.weights, sets[j, 0], sets[j, 1], sets[j, 2], lanes, j * LANES)
-        mixed[j] = 1 / (1 + math.exp(-odds[j] if tree.alike[nodes[j]] else min(max(-z, -12.0), 12.0)))
+        sets[j, 2] = (32 + node) * LANES
+        a, b, c = sets[j, 0], sets[j, 1], sets[j, 2]
+        for i in range(USED):
+            z += (weights[a + i] + weights[b + i] + weights[c + i]) * lanes[j, i]
+        mixed[j] = 1 / (1 + math.exp(-odds[j] if tree.alike[node] else min(max(-z, -12.0), 12.0)))
 
 
 @kernel
@@ -2375,14 +2375,14 @@ def mixer_distribution(m, tree, hints, odds, p):
 
 @kernel
 def below(sums, r, leaf):
-    """A row's mass of the leaves before one, each with TINY, in fp32, on top."""
+    """A row's mass of the leaves before one, each with TINY on top."""
     return sums[leaf, r] + np.float64(np.float32(TINY) * np.float32(leaf))
 
 
 @kernel
 def masses(probs, columns, sums, tree, nodes, out):
-    """out (2, n, K): the mass on both sides of nodes (n, K), from probabilities (n, V), both padded to
-    whole sixteens. columns (V, 16) fp32, sums (V + 1, 16) fp64: scratch."""
+    """out (2, n, K): mass on both sides of nodes (n, K), from probabilities (n, V), padded to sixteens.
+    columns (V, 16) fp32, sums (V + 1, 16) fp64: scratch."""
     for first in range(0, len(nodes), LANES):
         for i in range(0, probs.shape[1], LANES):
             for r in range(LANES):
@@ -2455,14 +2455,14 @@ class Mixture:
             np.zeros((BLOCK + 1, n + 1), np.uint64), np.zeros((groups, n), np.int64),
             np.zeros((groups, n), np.uint32), np.zeros((groups, n), np.uint8),
             np.zeros((levels, LANES)), np.zeros((levels, n + runs), np.int64),
-            np.zeros((levels, 3), np.int64), np.zeros(levels))
+            np.zeros((levels, 3), np.uint64), np.zeros(levels))
         padded = -(-size // LANES) * LANES
         self.scratch = (np.zeros((PIECE, padded), np.float32), np.zeros((padded, LANES), np.float32),
                         np.zeros((size + 1, LANES)))
 
     def odds(self, logprobs: Tensor, nodes: np.ndarray) -> Tensor:
         """The network's log odds at nodes (n, K), from log-probabilities (n, V): fp64, CPU."""
-        if logprobs.device.type == "cpu":  # rows that fit a cache
+        if logprobs.device.type == "cpu":
             probs, out = torch.from_numpy(self.scratch[0]), np.zeros((2, *nodes.shape))
             for first in range(0, len(nodes), PIECE):
                 part = slice(first, first + PIECE)
@@ -2549,7 +2549,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan,
            learner: TestTimeTraining | None = None, gather=None):
     """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) of each block of n targets.
 
-    The only path from weights to a score; a learner reads by document. With `gather`, rank 0 has all."""
+    The only path from weights to a score. With `gather`, rank 0 has all of them."""
     if len(ids) < 2:
         return
     if learner is not None:
@@ -2625,7 +2625,7 @@ def check_documents(args: Hyperparameters) -> None:
 
 
 class TestTimeTraining:
-    """Score-first adapters of a document: they learn after every TTT_DOC_CHUNK targets (#1530)."""
+    """Adapters of a document: they learn once TTT_DOC_CHUNK targets are scored (#1530)."""
 
     def __init__(self, model: GPT):
         self.model, self.args = model, model.args
