@@ -2204,7 +2204,7 @@ TRIALS = np.searchsorted([*range(1, 9), 12, 16, 24, 32, 64, 128], range(256), "r
 AGREED = np.digitize(np.arange(LONGEST + 1), (4, 8, 16))
 STEPS, LIMIT = 1 / (np.arange(256) + 1.6), 255  # by a counter's n; largest n
 RATE, SLOW = 0.002, 0.02  # of weights and of `hits`
-TINY, USED = 1e-12, np.uint64(8 + len(RUNS))  # odds stay finite; inputs of a node
+TINY, USED = 1e-12, np.uint64(8 + len(RUNS))  # odds stay finite; inputs
 BLOCK, PIECE, AHEAD = 512, 32, 3  # ids mixed, distilled at once; asked for ahead
 
 
@@ -2217,7 +2217,7 @@ def row_of(m, t, c, group):
 
 @kernel
 def look_up(m, tree, t, group):
-    """Finds a group's rows; `met`: 2 in this document, 1 in another."""
+    """Finds rows; `met`: 2 in this document, 1 in another."""
     above, document = tree.above[group], np.uint32(m.keys[t, len(m.contexts)])
     for c in range(len(m.contexts)):
         key, row = row_of(m, t, c, group)
