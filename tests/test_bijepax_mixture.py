@@ -510,6 +510,20 @@ def test_lines_of_a_run_on_two_ranks(run, shards, args, monkeypatch):
     assert found[2]["val_bpb"] < found[0]["val_bpb"]
 
 
+def test_the_published_block_runs(run, shards, args):
+    block = """DISABLE_COMPILE=1 CASEOPS_ENABLED=1 TTT_ENABLED=0 PPM_MIXER_ENABLED=1 PPM_ORDER=5 PPM_H=0.999
+        PPM_L=0.18 PPM_T=0.80 LQER_TOP_K=1 BIJEPAX_ENABLED=1 BIJEPAX_WEIGHT=0.01 BIJEPAX_START_FRAC=0.35
+        BIJEPAX_END_FRAC=0.80 BIJEPAX_FWD_HOPS=4 BIJEPAX_BWD_HOPS=4 BIJEPAX_CYCLE=0 BIJEPAX_HEAD_DIM=32
+        BIJEPAX_STRIDE=64 BIJEPAX_LR=0.001 TRAIN_LOG_EVERY=250""".split()
+    published = dict(word.split("=") for word in block)
+    code, output, metrics = run(
+        script=RECORD / "train_gpt.py", **{**EXTRA, **published}, DATA_PATH=shards, VAL_BYTES=600,
+        VOCAB_SIZE=args.vocab_size, TOKENIZER_PATH=args.tokenizer_path, MIX_ROWS=8,
+    )
+    assert code == 0, output
+    assert metrics["headline"] == "final_int6_sliding_mix" and "warning" not in output.lower()
+
+
 def test_a_codec_proves_the_mixture(model, shards, args, tmp_path):
     """2 kB of ids coded and decoded by the record's own stream, in a process that sees nothing else."""
     tensors = {name: p.detach().numpy() for name, p in model.exported().items()}

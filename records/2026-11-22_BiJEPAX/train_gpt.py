@@ -266,8 +266,8 @@ class Hyperparameters:
         ("no sweeps", "PPM_DUMP_INPUTS=0 PPM_SWEEP_GRID= PPM_SWEEP_APPLY=0"),
         ("set EVAL_ONLY=1 ARTIFACT=FILE", "QUANTIZE_ONLY=0 PREQUANT_ONLY=0 TTT_EVAL_ONLY=0"),
         ("shards say it", "CASEOPS_ENABLED=1"),
-        ("set ITERATIONS, WARMDOWN_ITERS", "FORCE_STOP_STEP=0 WARMDOWN_FRAC=0.85"),
-        ("set QUANT_K=mlp:NUMBER", "MLP_CLIP_SIGMAS=12.5"),
+        ("set ITERATIONS, WARMDOWN_ITERS", "FORCE_STOP_STEP=0 WARMDOWN_FRAC="),
+        ("set QUANT_K=mlp:NUMBER", "MLP_CLIP_SIGMAS="),
     ) for name, _, off in (word.partition("=") for word in names.split())}
     IGNORED = ("EMBED_LR", "HEAD_LR", "MUON_BETA2", "VAL_BATCH_SIZE", "TTT_CHUNK_TOKENS", "TTT_BATCH_ROWS",
                "TTT_EPOCHS", "TTT_LR", "TTT_DECAY_CHUNKS", "TTT_MOMENTUM", "TTT_GRAD_CLIP", "TTT_MODULES")
