@@ -923,24 +923,29 @@ def bytes_per_id(vocab_size: int) -> float:
     return a + (b - a) * math.log2(vocab_size / low) / math.log2(high / low)
 
 
-def mixture_seconds(script: Path, args, targets: int, rate: float) -> float:
+def mixture_seconds(script: Path, args, targets: int, rate: float, prices=None, ranks=1) -> float:
     """Seconds of a script's mixture over the validation text on one thread; 0 without one.
 
-    rate: MB/s; 0: what the record has measured, `measured/mixtures.json` beside the script, with the time to
-    distil an id's log-probabilities that its note may name.
+    rate: MB/s; 0: what the record has measured. `measured/kernels.json` beside the script has microseconds
+    a target, to mix and to distil what the network says of it; `measured/mixtures.json` has MB/s. A card
+    distils in its own memory, each rank its share: exponentials, a permutation and running sums, 40 bytes
+    an id of the vocabulary.
     """
     if not (hasattr(args, "mix") and getattr(args, "ppm_weight", 0)):
         return 0.0
-    distilled = 0.0
-    path = script.parent / "measured/mixtures.json"
-    if not rate and path.is_file():
+    folder = script.parent / "measured"
+    if (path := folder / "kernels.json").is_file() and not rate:
         measured = read_json(path)
-        for label, *_, cell in measured.get("rows", []):
+        distilled = 1e-6 * measured["distil_us_new"]["median"]
+        if isinstance(prices, Gpu):
+            distilled = 40 * args.vocab_size / prices.bytes / ranks
+        return targets * (1e-6 * measured["score_us_new"]["median"] + distilled)
+
+    if (path := folder / "mixtures.json").is_file() and not rate:
+        for label, *_, cell in read_json(path).get("rows", []):
             if f"(`MIX={args.mix}`)" in label and (number := re.match(r"[\d.]+", cell)):
                 rate = float(number[0])
-        if took := re.search(r"took (\d+) us an id", measured.get("note", "")):
-            distilled = 1e-6 * float(took[1])
-    return VAL_BYTES / (1e6 * (rate or MIX_RATE)) + distilled * targets
+    return VAL_BYTES / (1e6 * (rate or MIX_RATE))
 
 
 def mixed_seconds(network: float, mixture: float, args, ranks: int) -> tuple[float, float]:
@@ -969,7 +974,7 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
     """
     args, ranks = paper.args, paper.world_size
     targets = round(VAL_BYTES / bytes_per_id(args.vocab_size))
-    mixture = mixture_seconds(paper.script, args, targets, mix_rate)
+    mixture = mixture_seconds(paper.script, args, targets, mix_rate, prices, ranks)
     length, stride = args.eval_seq_len, args.eval_stride
     batch = max(1, args.eval_batch_tokens // length)
     label = f"final_int{getattr(args, 'bits_by_class', {}).get('mlp', 6)}"
@@ -993,8 +998,8 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
         (f"{label}_roundtrip", "evaluation", length), (f"{label}_sliding", "evaluation", stride),
     ):
         add(name, clock, span, math.ceil(targets / (span * batch * ranks)), 0.0, name.endswith("sliding"))
-    if getattr(args, "ttt", "0") == "0":
-        return rows
+    if getattr(args, "ttt", "0") == "0" or not hasattr(args, "ttt_chunk_tokens"):
+        return rows  # adapters of documents have no plan
 
     # every chunk waits for all ranks: a batch is whole even where its windows are few
     chunks = targets // args.ttt_chunk_tokens

@@ -138,7 +138,9 @@ def test_the_tree_of_any_vocabulary(spelled):
 @given(st.lists(symbols, min_size=2, max_size=40), st.integers(0, 2**32 - 1))
 def test_the_network_telescopes_down_any_tree(spelled, seed):
     found = object.__new__(section.Mixture)
-    found.tree, found.tables = section.vocabulary_tree(spelled), {}
+    found.tree, whole = section.vocabulary_tree(spelled), -(-len(spelled) // 16) * 16
+    found.scratch = (np.zeros((section.PIECE, whole), np.float32), np.zeros((whole, 16), np.float32),
+                     np.zeros((len(spelled) + 1, 16)))
     lp = torch.from_numpy(np.random.default_rng(seed).normal(0, 3, (1, len(spelled)))).log_softmax(-1).float()
     for token in range(len(spelled)):
         path = found.tree.paths[[token]]
@@ -235,6 +237,30 @@ def test_hard_cases_stay_finite(args):
         found = mixture(args, mix=mix)
         nats = booked(found, ids, torch.from_numpy(lp))
         assert np.isfinite(nats).all() and (nats >= -1e-6).all()
+
+
+def test_prefix_sums_side_by_side_are_those_of_one_row(args, text):
+    """16 rows at once, a last group that is not full, and all nodes for a decoder: the odds of one row
+    summed leaf by leaf in fp64."""
+    found, lp = mixture(args), network(text[:36], args.vocab_size, 6)
+    order, low, high = found.tree.order, found.tree.low, found.tree.high
+    for nodes in (found.tree.paths[text[1:36]], found.tree.nodes[None]):
+        part = lp[: len(nodes)]
+        odds = found.odds(part, nodes).numpy()
+        for r, row in enumerate(nodes):
+            sums = np.concatenate(([0.0], np.cumsum(part[r].exp().double().numpy()[order])))
+            left = np.maximum(sums[row] - sums[low[row]] + 1e-12 * (row - low[row]), section.TINY)
+            right = np.maximum(sums[high[row]] - sums[row] + 1e-12 * (high[row] - row), section.TINY)
+            np.testing.assert_allclose(odds[r], np.log(right) - np.log(left), rtol=0, atol=1e-5)
+
+
+def test_rows_are_cache_lines_and_blocks_leave_no_trace(args, text):
+    """Rows begin at multiples of 64 bytes; a text longer than a block is that of many short calls."""
+    found, lp = mixture(args), network(text, args.vocab_size, 7)
+    assert found.mixer.table.ctypes.data % 64 == 0 and len(text) > 2 * section.BLOCK
+    whole, cut = booked(found, text, lp), mixture(args)
+    parts = [booked(cut, text, lp, at, min(at + 100, len(text) - 1)) for at in range(0, len(text) - 1, 100)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
 class Slow:
@@ -482,6 +508,20 @@ def test_lines_of_a_run_on_two_ranks(run, shards, args, monkeypatch):
         nats, _ = section.score(model, ids)
         assert nats.sum() / math.log(2) / found[0]["bytes"] == pytest.approx(result["val_bpb"], abs=1e-4)
     assert found[2]["val_bpb"] < found[0]["val_bpb"]
+
+
+def test_the_published_block_runs(run, shards, args):
+    block = """DISABLE_COMPILE=1 CASEOPS_ENABLED=1 TTT_ENABLED=0 PPM_MIXER_ENABLED=1 PPM_ORDER=5 PPM_H=0.999
+        PPM_L=0.18 PPM_T=0.80 LQER_TOP_K=1 BIJEPAX_ENABLED=1 BIJEPAX_WEIGHT=0.01 BIJEPAX_START_FRAC=0.35
+        BIJEPAX_END_FRAC=0.80 BIJEPAX_FWD_HOPS=4 BIJEPAX_BWD_HOPS=4 BIJEPAX_CYCLE=0 BIJEPAX_HEAD_DIM=32
+        BIJEPAX_STRIDE=64 BIJEPAX_LR=0.001 TRAIN_LOG_EVERY=250""".split()
+    published = dict(word.split("=") for word in block)
+    code, output, metrics = run(
+        script=RECORD / "train_gpt.py", **{**EXTRA, **published}, DATA_PATH=shards, VAL_BYTES=600,
+        VOCAB_SIZE=args.vocab_size, TOKENIZER_PATH=args.tokenizer_path, MIX_ROWS=8,
+    )
+    assert code == 0, output
+    assert metrics["headline"] == "final_int6_sliding_mix" and "warning" not in output.lower()
 
 
 def test_a_codec_proves_the_mixture(model, shards, args, tmp_path):

@@ -95,25 +95,9 @@ class Published:
         return total
 
 
-def control(script, found):
+def control(found):
     """The mixture without contexts: it refines the network's own numbers, and gets no proposals either."""
-    mixer = found.mixer
-    inputs = 1 + len(script.RUNS)
-    groups, levels = mixer.row.shape[0], len(mixer.inputs)
-
-    weights = np.zeros((len(mixer.weights), inputs), np.float32)
-    weights[:16, 0] = 1
-    found.mixer = mixer._replace(
-        table=mixer.table[:0],
-        contexts=mixer.contexts[:0],
-        trust=mixer.trust[:0],
-        weights=weights,
-        row=np.zeros((groups, 0), np.int64),
-        check=np.zeros((groups, 0), np.int64),
-        met=np.zeros((groups, 0), np.int64),
-        inputs=np.zeros((levels, inputs + 1)),
-        used=np.zeros((levels, inputs + 2), np.int64),
-    )
+    found.mixer = found.mixer._replace(contexts=found.mixer.contexts[:0])
     return found
 
 
@@ -198,7 +182,7 @@ def table(
     add("network alone", -own.sum())
     silent = values.copy()
     silent[:, 1 : 1 + 2 * len(script.RUNS)] = 0
-    refined = control(script, script.Mixture(args)).score(ids[1:], silent)[-1].sum()
+    refined = control(script.Mixture(args)).score(ids[1:], silent)[-1].sum()
     add("control: network alone through the mixer", refined)
     nats, speeds, milliseconds = mixed_in_parts(script, args, ids, values, sizes, at)
     tilt, mixed = nats.sum(1)

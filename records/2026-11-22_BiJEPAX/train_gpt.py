@@ -59,6 +59,11 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 constriction = None  # without it, LZMA takes the place of rANS
 with contextlib.suppress(ImportError):
     import constriction
+njit = None  # without it, only the network scores
+with contextlib.suppress(ImportError):
+    from llvmlite import ir
+    from numba import extending, njit, types
+    from numba.core.cgutils import alloca_once_value, for_range
 
 # -----------------------------------------------------------------------------
 # HYPERPARAMETERS
@@ -140,7 +145,6 @@ class Hyperparameters:
     train_seq_len = Var(2048, "tokens a training row", 2, ship="model")
     train_batch_tokens = Var(786432, "tokens an optimizer step, over all ranks", 2)
     device_batch_tokens = Var(98304, "tokens a forward: the out-of-memory knob", 1)
-    train_order = Var("sequential", "of rows in an epoch", choices=("sequential", "shuffled"))
     verify_data = Var("auto", "by manifest.json; auto: up to 2 GB", choices=("auto", "0", "1"))
 
     _model = "Model"
@@ -163,7 +167,7 @@ class Hyperparameters:
     loop_first = Var(3, "first layer that runs again", 0, ship="model")
     loop_last = Var(5, "last layer that does", 0, ship="model")
     loop_extra = Var(2, "times that they do; 0 = none", 0, ship="model")
-    loop_start = Var(0.35, "progress from which they do; 1 = never", 0, 1, ship="model")
+    loop_start = Var(0.35, "progress from which they do (layer: LOOP_FIRST)", 0, 1, ship="model")
     parallel_start = Var(8, "first with two lanes", 0, ship="model")
 
     _bijepax = "BIJEPAX-lite (#2080, corrected)"
@@ -176,7 +180,6 @@ class Hyperparameters:
     bijepax_head_dim = Var(32, "hidden width of a head", 1)
     bijepax_stride = Var(64, "ids from pair to pair", 1)
     bijepax_lr = Var(0.001, "AdamW: heads, constant", 0)
-
 
     _optimizers = "Optimizers and schedule"
     iterations = Var(20000, "optimizer steps at most", 1)
@@ -219,16 +222,8 @@ class Hyperparameters:
     val_bytes = Var(0, "validates only on this prefix; 0 = all", 0)
     val_loss_every = Var(0, "steps between validations; 0 = only at the end", 0)
     eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
-    ttt = Var("0", "test-time training on scored text",
-              choices=("0", "sgd", "lora", "phased"), ship="eval")
+    ttt = Var("0", "adapters that learn from scored text", choices=("0", "lora"), ship="eval")
     ttt_adapt = Var(True, "0 = without learning: the control", ship="eval")
-    ttt_chunk_tokens = Var(32768, "targets scored, then learned from", 1, ship="eval")
-    ttt_batch_rows = Var(16, "rows an update, over all ranks", 1, ship="eval")
-    ttt_epochs = Var(1, "passes over each chunk", 1, ship="eval")
-    ttt_lr = Var(0.002, "rate of SGD at the first chunk", 0, ship="eval")
-    ttt_decay_chunks = Var(0, "rate / sqrt(1 + chunks / this); 0 = constant", 0, ship="eval")
-    ttt_momentum = Var(0.9, "kept from chunk to chunk", 0, 0.9999, ship="eval")
-    ttt_grad_clip = Var(1.0, "gradient norm of an update; 0 = no clip", 0, ship="eval")
     ttt_doc_chunk = Var(64, "lora: targets of a document a step", 1, ship="eval")
     ttt_lora_rank = Var(96, "lora: inner width", 1, ship="eval")
     ttt_lora_alpha = Var(144.0, "lora: alpha / rank scales the product", 0, ship="eval")
@@ -262,24 +257,34 @@ class Hyperparameters:
     master_port = Var(0, "rendezvous port", 0, 65535)
 
     # Variables of ideas that are gone: {name: (values that mean off, reason)}.
-    RETIRED = {
-        "SWA_ENABLED": ("0", "EMA took its place"),
-        "EMA_ENABLED": ("1", "EMA_DECAY=0 scores the last weights"),
-        "MTP_NUM_HEADS": ("0", "it costs +0.028 BPB in ten minutes"),
-        "TRAIN_ALIGN": ("stream", "rows that begin at a document were never better"),
-        "TTT_MODULES": ("blocks", "the blocks learn; see BytePatchJEPA"),
-        "TTT_LORA_MODULES": ("attn.proj,mlp.fc,mlp.proj,tok_emb", "all results used it"),
-        "BIJEPAX_CYCLE": ("0", "#2080 had it off"),
-        "DISABLE_COMPILE": ("0", "COMPILE took its place"),
-        "LQER_ENABLED": ("1", "LQER_TOP_K=0 switches it off"),
-    }
-    IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
-               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE", "SPECULATE",
-               "TEMPERATURE", "MAX_NEW_TOKENS")
+    RETIRED = {name: (off, why) for why, names in (
+        ("EMA_DECAY=0 scores the last weights", "SWA_ENABLED=0 EMA_ENABLED=1"),
+        ("#2080 has it so", "TRAIN_ORDER=sequential BIJEPAX_CYCLE=0 MTP_NUM_HEADS=0"),
+        ("only this", "TRAIN_ALIGN=stream TTT_LORA_MODULES=attn.proj,mlp.fc,mlp.proj,tok_emb"),
+        ("LQER_TOP_K=0 switches it off", "LQER_ENABLED=1"),
+        ("a mixer learns", "PPM_H=0.999 PPM_L=0.18 PPM_T=0.80"),
+        ("no sweeps", "PPM_DUMP_INPUTS=0 PPM_SWEEP_GRID= PPM_SWEEP_APPLY=0"),
+        ("set EVAL_ONLY=1 ARTIFACT=FILE", "QUANTIZE_ONLY=0 PREQUANT_ONLY=0 TTT_EVAL_ONLY=0"),
+        ("shards say it", "CASEOPS_ENABLED=1"),
+        ("set ITERATIONS, WARMDOWN_ITERS", "FORCE_STOP_STEP=0 WARMDOWN_FRAC="),
+        ("set QUANT_K=mlp:NUMBER", "MLP_CLIP_SIGMAS="),
+    ) for name, _, off in (word.partition("=") for word in names.split())}
+    IGNORED = ("EMBED_LR", "HEAD_LR", "MUON_BETA2", "VAL_BATCH_SIZE", "TTT_CHUNK_TOKENS", "TTT_BATCH_ROWS",
+               "TTT_EPOCHS", "TTT_LR", "TTT_DECAY_CHUNKS", "TTT_MOMENTUM", "TTT_GRAD_CLIP", "TTT_MODULES")
+    # Names of #2080: {name: (ours, {its value: ours})}.
+    ALIASES = {"DISABLE_COMPILE": ("COMPILE", {"0": "auto", "1": "0"}), "NUM_LOOPS": ("LOOP_EXTRA", {}),
+               "TTT_ENABLED": ("TTT", {"1": "lora"}), "PPM_MIXER_ENABLED": ("PPM_WEIGHT", {}),
+               "ARTIFACT_DIR": ("RUNS_PATH", {})}
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
-        environ = environ or {}
+        environ = dict(environ or {})
+        for name, (ours, values) in self.ALIASES.items():
+            text = environ.pop(name, "").strip()
+            value = values.get(text, text)
+            if text and (environ.get(ours) or value) != value:
+                raise UserError(f"{name}={text} means {ours}={value}, not {environ[ours]}")
+            environ |= {ours: value} if text else {}
         self.warnings: list[str] = []
         self._refuse_retired_and_misspelt(environ)
 
@@ -322,6 +327,7 @@ class Hyperparameters:
                 lines.append(f"\n{item}")
         old = " ".join([*cls.RETIRED, *cls.IGNORED])
         lines.append(f"\nAccepted from older command lines where they mean off: {old}")
+        lines += [f"  {name:<28} {ours}" for name, (ours, _) in cls.ALIASES.items()]
         return "\n".join(lines)
 
     def settings(self) -> dict:
@@ -333,7 +339,7 @@ class Hyperparameters:
         return {var.name: settings[var.name] for var in self.vars().values() if var.ship}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
-        known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED}
+        known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED, *self.ALIASES}
         for name, value in environ.items():
             if name in self.RETIRED:
                 off, why = self.RETIRED[name]
@@ -722,8 +728,7 @@ SHARD_VERSION = 1
 HEADER_BYTES = 1024
 PAD_ID, BOS_ID, BYTE_OFFSET = 0, 1, 4
 OPERATORS = ("\ue001", "\ue002", "\ue003", "\ue004")  # of CaseOps: pieces without a byte
-BYTE_CLASSES = ("lower", "upper", "digit", "space", "newline", "punctuation", "non-ascii",
-                "special", "token")
+BYTE_CLASSES = ("special", "token")
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
@@ -917,14 +922,7 @@ def spelling(args: Hyperparameters) -> list[tuple[int, ...]]:
 
 def class_table(vocab_size: int) -> np.ndarray:
     """Class of each id, an index into BYTE_CLASSES, for the bits-by-class report."""
-    names = ["special"] * BYTE_OFFSET + ["token"] * (vocab_size - BYTE_OFFSET)
-    for byte in range(256) if vocab_size == 260 else ():
-        text = chr(byte)
-        tests = {"non-ascii": byte > 127, "newline": text in "\r\n", "space": text.isspace(),
-                 "digit": text.isdigit(), "lower": text.islower(), "upper": text.isupper()}
-        found = [name for name in tests if tests[name]]
-        names[BYTE_OFFSET + byte] = found[0] if found else "punctuation"
-    return np.array([BYTE_CLASSES.index(name) for name in names])
+    return (np.arange(vocab_size) >= BYTE_OFFSET).astype(int)
 
 
 @check
@@ -957,7 +955,7 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
 
 
 class Loader:
-    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in an order that ranks do not change.
+    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, one after the other.
     `state`, of the checkpoint, is the position of the next row: {"epoch", "shard", "row"}."""
 
     def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int,
@@ -965,31 +963,22 @@ class Loader:
         self.data, self.args, self.plan, self.rank = data, args, plan, rank
         self.length = args.train_seq_len
         self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
-        self.order = functools.lru_cache(2)(self.order)  # serves many steps
         if (most := max(map(len, data.train_shards))) <= self.length:
             raise UserError(f"TRAIN_SEQ_LEN={self.length}: no training shard has over {most} ids")
-
-    def order(self, count: int, *key: int) -> np.ndarray:
-        """In which order `count` rows, or shards, are read."""
-        if self.args.train_order == "sequential":
-            return np.arange(count)
-        return np.random.default_rng([self.args.seed, *key]).permutation(count)
 
     def _next_rows(self, count: int) -> list[tuple[int, int]]:
         """(shard, start) of the next `count` rows; moves the state."""
         rows, state = [], self.state
         while len(rows) < count:
-            shards = self.order(len(self.data.train_shards), state["epoch"])
-            index = int(shards[state["shard"]])
+            index = state["shard"]
             whole = (len(self.data.train_shards[index]) - 1) // self.length  # one id is spare
-            order = self.order(whole, state["epoch"], index)
-            taken = order[state["row"] : state["row"] + count - len(rows)]
-            rows += [(index, self.length * int(row)) for row in taken]
+            taken = range(state["row"], min(whole, state["row"] + count - len(rows)))
+            rows += [(index, self.length * row) for row in taken]
             state["row"] += len(taken)
             if state["row"] >= whole:
                 state["row"] = 0
                 state["shard"] += 1
-            if state["shard"] == len(shards):
+            if state["shard"] == len(self.data.train_shards):
                 state["shard"] = 0
                 state["epoch"] += 1
         return rows
@@ -2038,15 +2027,68 @@ def windows(targets: int, length: int, stride: int) -> np.ndarray:
     return np.stack((start, first, stop), axis=1)
 
 
-try:
-    from numba import njit
-except ImportError:  # only a mixture needs it
-    njit = None
+def kernel(function, allocates=False):
+    """Compiles a loop over ids. No fastmath: scorer and decoder have to round alike. To allocate is to
+    count references, which is slow."""
+    options = {"error_model": "numpy", "nogil": True, "forceinline": True, "_nrt": allocates}
+    return njit(**options)(function) if njit else function
 
 
-def kernel(function):
-    """Compiles a loop over ids. No fastmath: scorer and decoder have to round alike."""
-    return njit(error_model="numpy")(function) if njit else function
+LANES = 16  # of a vector; numba leaves short loops scalar
+if njit:
+    INT, PART = ir.IntType(32), ir.IntType(64)
+    VECTOR, WIDE = (ir.VectorType(kind(), LANES) for kind in (ir.FloatType, ir.DoubleType))
+
+    def pointer(context, builder, kind, array, place, to):
+        data = context.make_array(kind)(context, builder, array).data
+        return builder.bitcast(builder.gep(data, [place]), to.as_pointer())
+
+    def fetch(*place):
+        return place[1].load(pointer(*place), align=4)
+
+    def store(context, builder, kind, array, place, x):
+        builder.store(x, pointer(context, builder, kind, array, place, x.type), align=4)
+
+    @extending.intrinsic
+    def prefetch(typing, a, i):
+        """Asks memory for a[i] before it is needed."""
+        def emit(context, builder, signature, args):
+            place = pointer(context, builder, a, *args, ir.IntType(8))
+            kind = ir.FunctionType(ir.VoidType(), [place.type, INT, INT, INT])
+            ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
+            builder.call(ask, [place, INT(1), INT(3), INT(1)])  # to write
+            return context.get_dummy_value()
+        return types.void(a, types.intp), emit
+
+    @extending.intrinsic
+    def nudge(typing, w, i, step, x, n):
+        """w[i] += step * x[n] for all lanes."""
+        def emit(context, builder, signature, args):
+            rows, i, step, lanes, n = args
+            steps = builder.insert_element(ir.Constant(WIDE, None), step, INT(0))
+            steps = builder.shuffle_vector(steps, steps, ir.Constant(ir.VectorType(INT, LANES), None))
+            change = builder.fmul(steps, fetch(context, builder, x, lanes, n, WIDE))
+            total = builder.fpext(fetch(context, builder, w, rows, i, VECTOR), WIDE)
+            store(context, builder, w, rows, i, builder.fptrunc(builder.fadd(total, change), VECTOR))
+            return context.get_dummy_value()
+        return types.void(w, types.intp, types.float64, x, types.intp), emit
+
+    @extending.intrinsic
+    def run_up(typing, columns, order, sums):
+        """sums (n + 1, 16) of columns (n, 16) in `order`, up to each."""
+        def emit(context, builder, signature, args):
+            count = context.make_array(order)(context, builder, args[1]).nitems
+            total = alloca_once_value(builder, ir.Constant(WIDE, None))
+            with for_range(builder, count) as loop:
+                place = builder.mul(loop.index, PART(LANES))
+                store(context, builder, sums, args[2], place, builder.load(total))
+                leaf = builder.load(pointer(context, builder, order, args[1], loop.index, PART))
+                place = builder.mul(leaf, PART(LANES))
+                x = builder.fpext(fetch(context, builder, columns, args[0], place, VECTOR), WIDE)
+                builder.store(builder.fadd(builder.load(total), x), total)
+            store(context, builder, sums, args[2], builder.mul(count, PART(LANES)), builder.load(total))
+            return context.get_dummy_value()
+        return types.void(columns, order, sums), emit
 
 
 # The vocabulary as a binary tree. Leaves are the ids in the order of their spelling; inner nodes are
@@ -2074,8 +2116,8 @@ def vocabulary_tree(spelled: list[tuple]) -> Tree:
     """The tree of V >= 2 ids, from the symbols that each spells: some the same, some none."""
     order = np.array(sorted(range(len(spelled)), key=lambda i: (spelled[i], i)))
     words, rank = [spelled[i] for i in order], np.argsort(order)
-    low, high, alike, level, group, place = np.zeros((6, len(order)), np.int64)
-    paths = np.zeros((len(order), 256), np.int64)
+    low, high, alike, level, group, place = np.zeros((6, len(order)), np.int32)
+    paths = np.zeros((len(order), 256), np.int32)
     nodes, above = [], []
 
     groups = [(0, len(order), 0)]  # first leaf, stop, node above
@@ -2095,8 +2137,8 @@ def vocabulary_tree(spelled: list[tuple]) -> Tree:
             members.extend(half for half in halves if half[1] - half[0] > 1)
         groups.extend(members)
     paths = np.ascontiguousarray(paths[:, : level.max()])
-    found = low, high, rank, np.array(nodes), alike, level, group, place, np.array(above)
-    return Tree(order, *found, paths)
+    above, nodes = np.array(above, np.int32), np.array(nodes, np.int32)
+    return Tree(order, low, high, rank, nodes, alike, level, group, place, above, paths)
 
 
 # The text's proposals: the id that came after the last ids before, for a long and a short run.
@@ -2113,7 +2155,7 @@ def blend(state, symbol):
     return state ^ (state >> np.uint64(29))
 
 
-@kernel
+@functools.partial(kernel, allocates=True)
 def propose(text, ids):
     """Reads ids (n,) -> proposals after each: (n, 2 * runs), [id, ids that agree] a run, or 0."""
     hints = np.zeros((len(ids), 2 * len(RUNS)), np.int64)
@@ -2146,166 +2188,213 @@ def propose(text, ids):
 
 
 # Binary mixing, after lpaq (Mahoney 2005): an id is as many decisions as there are nodes above it.
-# Contexts are the last bytes, the word so far and the last ids, counted only for this document (most
-# of the gain) or for the whole stream. Each owns a row of its table for each group of nodes: 16
-# uint32, [document << 24 | check, a counter a node: probability of a 1 << 10 | n]. The later of two
-# that want a row has it: a worse guess, still a probability.
+# Contexts are the last bytes, the word so far and the last ids, counted only for this document or for
+# the whole stream. Each owns a row for each group of nodes, a cache line of 16 uint32:
+# [document << 24 | check, a counter a node: probability of a 1 << 10 | n]. The later of two that want
+# a row has it: a worse guess, still a probability.
 Mixer = namedtuple("Mixer", "table contexts hashes spelled starts now weights trust hits "
-                            "row check met inputs used")
-# table (C, rows, 16); contexts (C, 2): index into hashes, 1 = this document; hashes (order + 3,) of
-# the last 1 ... order bytes, the word so far, the last id, the last two; spelled, starts (V + 1,):
-# the symbols of ids; now (1 + runs,): document, leaves proposed; the others: see `decide`
+                            "keys row mark met lanes cells sets mixed")
+# contexts (C, 3): index into hashes, 1 = this document, rows - 1; hashes (order + 3,) of the last
+# 1 ... order bytes, the word, the last id, the last two; spelled, starts (V + 1,): ids' symbols; now
+# (1 + runs,): document, leaves proposed. Scratch: keys (BLOCK + 1, C + 1) of contexts, and document;
+# row, mark, met (groups, C): see `look_up`; the others by node, see `decide`.
 STRETCH = np.log(np.arange(0.5, 4096) / np.arange(4095.5, 0, -1)).astype(np.float32)
-DOUBT = np.digitize(0.5 - np.abs(np.arange(256) - 127.5) / 256, (0.03, 0.12, 0.25))
-TRIALS = np.digitize(np.arange(1024), (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64, 128, 256))
+DOUBT = np.digitize(0.5 - np.abs(np.arange(256) - 127.5) / 256, (0.03, 0.12, 0.25)).astype(np.uint8)
+TRIALS = np.searchsorted([*range(1, 9), 12, 16, 24, 32, 64, 128], range(256), "right").astype(np.uint8)
 AGREED = np.digitize(np.arange(LONGEST + 1), (4, 8, 16))
-STEPS, LIMIT = 1 / (np.arange(1024) + 1.6), 255  # by a counter's n; largest n
+STEPS, LIMIT = 1 / (np.arange(256) + 1.6), 255  # by a counter's n; largest n
 RATE, SLOW = 0.002, 0.02  # of weights and of `hits`
-TINY = 1e-12  # odds stay finite
+TINY, USED = 1e-12, np.uint64(8 + len(RUNS))  # odds stay finite; inputs
+BLOCK, PIECE, AHEAD = 512, 32, 3  # ids mixed, distilled at once; asked for ahead
 
 
 @kernel
-def look_up(m, tree, group):
-    """Finds a group's row under each context; `met`: 2 in this document, 1 in another."""
-    above = tree.above[group]
+def row_of(m, t, c, group):
+    """(The hash of a context and a group, the place of their row)."""
+    key, rows = blend(m.keys[t, c], len(m.contexts) * group + c), m.contexts[c, 2]
+    return key, (c * (rows + 1) + (np.int64(key >> np.uint64(8)) & rows)) * LANES
+
+
+@kernel
+def look_up(m, tree, t, group):
+    """Finds rows; `met`: 2 in this document, 1 in another."""
+    above, document = tree.above[group], np.uint32(m.keys[t, len(m.contexts)])
     for c in range(len(m.contexts)):
-        key = blend(m.hashes[m.contexts[c, 0]], m.contexts[c, 1] * (m.now[0] + 1))
-        key = blend(key, len(m.contexts) * group + c)
-        row = m.row[group, c] = np.int64(key >> np.uint64(8)) & (m.table.shape[1] - 1)
-        check = m.check[group, c] = np.int64(key >> np.uint64(40)) | 1
-        known = group == 0 or m.met[above, c] > 0  # in the group above
-        head = np.int64(m.table[c, row, 0]) if known else 0
-        here = (head >> 24) == (m.now[0] & 255)
-        m.met[group, c] = 1 + here if (head & 0xFFFFFF) == check else 0
+        key, row = row_of(m, t, c, group)
+        mark = np.uint32(key >> np.uint64(40)) | np.uint32(1) | document << np.uint32(24)
+        m.row[group, c], m.mark[group, c] = row, mark
+        head = m.table[row]
+        same = ((head ^ mark) & np.uint32(0xFFFFFF)) == 0 and (group == 0 or m.met[above, c] > 0)
+        m.met[group, c] = same * (1 + (head == mark))
 
 
 @kernel
-def decide(m, tree, nodes, count, odds, hints, ones):
-    """Logistic mixing: writes the probability of a 1 at each of `count` nodes.
+def ask(m, tree, t, token):
+    """Asks for the rows of an id's path."""
+    group = -1
+    for node in tree.paths[token]:
+        if node and tree.group[node] != group:
+            group = tree.group[node]
+            for c in range(len(m.contexts)):
+                prefetch(m.table, row_of(m, t, c, group)[1])
 
-    Inputs f (levels, inputs) are log odds: the network's, each context's counter's, the proposals'.
-    An input's weight is a sum of three, picked by how long the proposals agree, how sure the
+
+@kernel
+def decide(m, tree, t, nodes, count, odds, hints):
+    """Logistic mixing: writes `mixed`, the probability of a 1 at each of `count` nodes.
+    Inputs, `lanes` of a node, are log odds: the network's, each context's counter's, the proposals'.
+    An input's weight is a sum of three `sets`, picked by how long the proposals agree, how sure the
     network is and the node; a counter's has a fourth, `trust`, by its trials, doubt and `met`."""
-    f, used, weights = m.inputs, m.used, m.weights
+    lanes, cells, sets, mixed, weights = m.lanes, m.cells, m.sets, m.mixed, m.weights
     contexts, group = len(m.contexts), -1
-    inputs = contexts + 1 + len(RUNS)
+    for r in range(len(RUNS)):
+        m.now[1 + r] = tree.rank[hints[2 * r]]
+
     for j in range(count):
-        node, line, z, state = nodes[j], j % len(f), 0.0, 0
+        node, z, state = nodes[j], 0.0, 0
         if tree.group[node] != group:
             group = tree.group[node]
-            look_up(m, tree, group)
-        if tree.alike[node]:
-            ones[j] = 1 / (1 + math.exp(-odds[j]))
-            continue
-        f[line, 0] = min(max(odds[j], -12.0), 12.0)
+            look_up(m, tree, t, group)
+        lanes[j, 0] = min(max(odds[j], -12.0), 12.0)
         for c in range(contexts):
-            f[line, 1 + c], used[line, c] = 0.0, 0
-            counter = np.int64(m.table[c, m.row[group, c], tree.place[node]])
-            if m.met[group, c] and counter & 1023:
-                cell = (TRIALS[counter & 1023] << 3) + (DOUBT[counter >> 24] << 1)
-                cell += m.met[group, c] - 1
-                used[line, c], f[line, 1 + c] = cell, STRETCH[counter >> 20]
-                z += m.trust[c, cell] * STRETCH[counter >> 20]
+            counter = m.table[m.row[group, c] + tree.place[node]]
+            n, met = counter & np.uint32(1023), np.int64(m.met[group, c])
+            known = met > 0 and n > 0
+            cell = np.int64(TRIALS[n & np.uint32(255)]) * 8 + np.int64(DOUBT[counter >> np.uint32(24)]) * 2
+            cells[j, c] = cell + met - 1 if known else 0
+            lanes[j, 1 + c] = x = STRETCH[counter >> np.uint32(20)] if known else np.float32(0)
+            z += m.trust[c, cells[j, c]] * x
         for r in range(len(RUNS)):
-            i, run = contexts + r, hints[2 * r + 1]
-            f[line, 1 + i], used[line, i] = 0.0, 0
-            if run and tree.low[node] <= m.now[1 + r] < tree.high[node]:
+            i, run, leaf = contexts + r, hints[2 * r + 1], m.now[1 + r]
+            lanes[j, 1 + i], cells[j, i] = 0.0, 0
+            if run and tree.low[node] <= leaf < tree.high[node]:
                 cell = ((LONGEST + 1) * r + run) * 16 + min(tree.level[node], 15)
                 chance = math.log(m.hits[cell] / (1 - m.hits[cell]))
-                used[line, i], f[line, 1 + i] = cell, chance if m.now[1 + r] >= node else -chance
+                cells[j, i], lanes[j, 1 + i] = cell, chance if leaf >= node else -chance
                 state += 5 if r else 1 + AGREED[run]
-
-        a, b, c = state, 16 + min(int(abs(f[line, 0])), 11), 32 + node
-        for i in range(inputs):
-            z += (weights[a, i] + weights[b, i] + weights[c, i]) * f[line, i]
-        used[line, inputs], used[line, inputs + 1] = a, b
-        ones[j] = f[line, inputs] = 1 / (1 + math.exp(-min(max(z, -12.0), 12.0)))
-
-
-@kernel
-def move_contexts(m, token):
-    """Takes an id into the hashes; at a BOS they forget the history."""
-    hashes, word = m.hashes, len(m.hashes) - 3
-    if token == BOS_ID:
-        hashes[:] = 0
-        m.now[0] += 1
-        return
-    hashes[word + 2] = blend(hashes[word + 1], token + 1)
-    hashes[word + 1] = blend(np.uint64(1 << 40), token + 1)
-    for i in range(m.starts[token], m.starts[token + 1]):
-        x = m.spelled[i]
-        for k in range(word - 1, 0, -1):
-            hashes[k] = blend(hashes[k - 1], x + 1)
-        hashes[0], letter = blend(np.uint64(0), x + 1), x | 32
-        inside = 97 <= letter <= 122 or 48 <= x <= 57 or x >= 128
-        if x < 256:  # operators are no letters
-            hashes[word] = blend(hashes[word], letter) if inside else np.uint64(0)
+        sets[j, 0], sets[j, 1] = state * LANES, (16 + min(int(abs(lanes[j, 0])), 11)) * LANES
+        sets[j, 2] = (32 + node) * LANES
+        a, b, c = sets[j, 0], sets[j, 1], sets[j, 2]
+        for i in range(USED):
+            z += (weights[a + i] + weights[b + i] + weights[c + i]) * lanes[j, i]
+        mixed[j] = 1 / (1 + math.exp(-odds[j] if tree.alike[node] else min(max(-z, -12.0), 12.0)))
 
 
 @kernel
-def learn(m, tree, nodes, count, token):
-    """Learns from a scored id, then moves the contexts."""
-    f, used, weights = m.inputs, m.used, m.weights
+def follow(m, ids):
+    """Moves contexts on over ids (n,); keeps the keys before each and at the end."""
+    hashes, word, contexts = m.hashes, len(m.hashes) - 3, len(m.contexts)
+    for t in range(len(ids) + 1):
+        for c in range(contexts):
+            m.keys[t, c] = blend(hashes[m.contexts[c, 0]], m.contexts[c, 1] * (m.now[0] + 1))
+        m.keys[t, contexts] = m.now[0] & 255
+        if t == len(ids):
+            break
+
+        token = ids[t]
+        if token == BOS_ID:
+            hashes[:] = 0
+            m.now[0] += 1
+            continue
+        hashes[word + 2] = blend(hashes[word + 1], token + 1)
+        hashes[word + 1] = blend(np.uint64(1 << 40), token + 1)
+        for i in range(m.starts[token], m.starts[token + 1]):
+            x = m.spelled[i]
+            for k in range(word - 1, 0, -1):
+                hashes[k] = blend(hashes[k - 1], x + 1)
+            hashes[0], letter = blend(np.uint64(0), x + 1), x | 32
+            inside = 97 <= letter <= 122 or 48 <= x <= 57 or x >= 128
+            if x < 256:  # operators are no letters
+                hashes[word] = blend(hashes[word], letter) if inside else np.uint64(0)
+
+
+@kernel
+def learn(m, tree, nodes, count, leaf):
+    """Learns from a scored id."""
+    lanes, cells, table = m.lanes, m.cells, m.table
     contexts, group = len(m.contexts), -1
-    inputs = contexts + 1 + len(RUNS)
     for j in range(count):
         node = nodes[j]
         if tree.group[node] != group:
             group = tree.group[node]
             for c in range(contexts):  # new rows start with even counters
-                row = m.table[c, m.row[group, c]]
-                row[0] = m.check[group, c] | ((m.now[0] & 255) << 24)
+                row = m.row[group, c]
+                table[row] = m.mark[group, c]
                 if not m.met[group, c]:
-                    row[1:] = 1 << 31
+                    table[row + 1 : row + LANES] = 1 << 31
         if tree.alike[node]:
             continue
 
-        y = int(tree.rank[token] >= node)
-        step = RATE * (y - f[j, inputs])
-        for i in range(inputs):
-            change = step * f[j, i]
-            weights[used[j, inputs], i] += change
-            weights[used[j, inputs + 1], i] += change
-            weights[32 + node, i] += change
+        y = np.int64(leaf >= node)
+        step = RATE * (y - m.mixed[j])
+        for i in range(3):
+            nudge(m.weights, m.sets[j, i], step, lanes, j * LANES)
         for c in range(contexts):
-            m.trust[c, used[j, c]] += step * f[j, 1 + c]
-            row = m.table[c, m.row[group, c]]
-            counter = np.int64(row[tree.place[node]])
-            n, p = counter & 1023, counter >> 10
-            p = min(max(p + int(((y << 22) - p) * STEPS[n]), 64), (1 << 22) - 64)
-            row[tree.place[node]] = (p << 10) | min(n + 1, LIMIT)
+            m.trust[c, cells[j, c]] += step * lanes[j, 1 + c]
+            place = m.row[group, c] + tree.place[node]
+            n, p = np.int64(table[place] & np.uint32(1023)), np.int64(table[place] >> np.uint32(10))
+            p = min(max(p + np.int64(((y << 22) - p) * STEPS[n]), 64), (1 << 22) - 64)
+            table[place] = (p << 10) | min(n + 1, LIMIT)
         for r in range(len(RUNS)):
-            cell = used[j, contexts + r]
+            cell = cells[j, contexts + r]
             if cell:
                 hit = 0.999 if (m.now[1 + r] >= node) == y else 0.001
                 m.hits[cell] += (hit - m.hits[cell]) * SLOW
-    move_contexts(m, token)
 
 
 @kernel
 def mixer_score(m, tree, ids, hints, odds, nats):
-    ones = np.zeros(odds.shape[1])
-    for t in range(len(ids)):
-        nodes, leaf, p = tree.paths[ids[t]], tree.rank[ids[t]], 1.0
-        count = np.count_nonzero(nodes)
-        m.now[1:] = tree.rank[hints[t, ::2]]
-        decide(m, tree, nodes, count, odds[t], hints[t], ones)
+    """nats (n,) of ids (n,), and learns them."""
+    for k in range(len(ids)):
+        t = k % BLOCK
+        if t == 0:
+            follow(m, ids[k : k + BLOCK])
+        if t + AHEAD < BLOCK and k + AHEAD < len(ids):
+            ask(m, tree, t + AHEAD, ids[k + AHEAD])
+        nodes, leaf, count, p = tree.paths[ids[k]], tree.rank[ids[k]], 0, 1.0
+        while count < len(nodes) and nodes[count]:
+            count += 1
+        decide(m, tree, t, nodes, count, odds[k], hints[k])
         for j in range(count):
-            p *= ones[j] if leaf >= nodes[j] else 1 - ones[j]
-        nats[t] = -math.log(p)
-        learn(m, tree, nodes, count, ids[t])
+            p *= m.mixed[j] if leaf >= nodes[j] else 1 - m.mixed[j]
+        nats[k] = -math.log(p)
+        learn(m, tree, nodes, count, leaf)
 
 
 @kernel
-def mixer_distribution(m, tree, hints, odds, out):
-    """All V - 1 decisions: a leaf's product is that of `mixer_score`, factor by factor."""
-    ones, p = np.zeros(len(tree.nodes)), np.ones(len(out))
-    m.now[1:] = tree.rank[hints[::2]]
-    decide(m, tree, tree.nodes, len(ones), odds, hints, ones)
-    for j, node in enumerate(tree.nodes):
-        p[tree.low[node] : node] *= 1 - ones[j]
-        p[node : tree.high[node]] *= ones[j]
-    out[tree.order] = np.log(p)
+def mixer_distribution(m, tree, hints, odds, p):
+    """p (V,), ones, become the probabilities of leaves."""
+    for first in range(0, len(tree.nodes), len(m.mixed)):
+        nodes = tree.nodes[first : first + len(m.mixed)]
+        decide(m, tree, 0, nodes, len(nodes), odds[first : first + len(nodes)], hints)
+        for j in range(len(nodes)):
+            node = nodes[j]
+            for leaf in range(tree.low[node], tree.high[node]):
+                p[leaf] *= m.mixed[j] if leaf >= node else 1 - m.mixed[j]
+
+
+@kernel
+def below(sums, r, leaf):
+    """A row's mass of the leaves before one, each with TINY on top."""
+    return sums[leaf, r] + np.float64(np.float32(TINY) * np.float32(leaf))
+
+
+@kernel
+def masses(probs, columns, sums, tree, nodes, out):
+    """out (2, n, K): mass on both sides of nodes (n, K), from probabilities (n, V), padded to sixteens.
+    columns (V, 16) fp32, sums (V + 1, 16) fp64: scratch."""
+    for first in range(0, len(nodes), LANES):
+        for i in range(0, probs.shape[1], LANES):
+            for r in range(LANES):
+                for k in range(LANES):
+                    columns[i + k, r] = probs[first + r, i + k]
+        run_up(columns, tree.order, sums)
+        for r in range(min(LANES, nodes.shape[0] - first)):
+            for k in range(nodes.shape[1]):
+                node = nodes[first + r, k]
+                left = below(sums, r, node) - below(sums, r, tree.low[node])
+                right = below(sums, r, tree.high[node]) - below(sums, r, node)
+                out[0, first + r, k], out[1, first + r, k] = max(left, TINY), max(right, TINY)
 
 
 # The tilt (#1145): p'(a) = p(a) e^(beta [a = h]) / (1 + p(h) (e^beta - 1)), for a proposed id h.
@@ -2333,7 +2422,7 @@ class Mixture:
     """The network's distributions mixed with statistics of the scored text.
 
     A rank's `distil` keeps few numbers of its log-probabilities; `score` books them on one rank, in
-    order. A decoder asks for `distribution`, then calls `push`. 448 bytes * 2^MIX_ROWS + 43 MB."""
+    order. A decoder asks for `distribution`, then calls `push`. 448 bytes * 2^MIX_ROWS + 46 MB."""
 
     def __init__(self, args: Hyperparameters):
         if njit is None:
@@ -2353,21 +2442,36 @@ class Mixture:
         word = args.ppm_order
         last, third = word - 1, min(3, word) - 1
         contexts = [(0, 1), (third, 1), (last, 1), (word, 1), (word + 1, 1), (word + 2, 0), (word, 0)]
-        n, inputs = len(contexts), len(contexts) + 1 + runs
-        weights = np.zeros((32 + len(spelled), inputs), np.float32)
+        n, rows, size = len(contexts), 1 << args.mix_rows, len(spelled)
+        weights = np.zeros((32 + size, LANES), np.float32)
         weights[:16, 0] = 1  # it begins as only the network
+        table = np.zeros(n * rows * LANES + LANES, np.uint32)
+        first = -(table.ctypes.data >> 2) % LANES  # of a cache line
         self.mixer = Mixer(
-            np.zeros((n, 1 << args.mix_rows, 16), np.uint32), np.array(contexts),
+            table[first : first + n * rows * LANES], np.array([(*pair, rows - 1) for pair in contexts]),
             np.zeros(word + 3, np.uint64), np.concatenate(spelled).astype(np.int64),
-            np.cumsum([0, *map(len, spelled)]), np.zeros(1 + runs, np.int64), weights,
+            np.cumsum([0, *map(len, spelled)]), np.zeros(1 + runs, np.int64), weights.ravel(),
             np.zeros((n, 128), np.float32), np.full(cells, 0.75),
-            *np.zeros((3, groups, n), np.int64), np.zeros((levels, inputs + 1)),
-            np.zeros((levels, inputs + 2), np.int64))
+            np.zeros((BLOCK + 1, n + 1), np.uint64), np.zeros((groups, n), np.int64),
+            np.zeros((groups, n), np.uint32), np.zeros((groups, n), np.uint8),
+            np.zeros((levels, LANES)), np.zeros((levels, n + runs), np.int64),
+            np.zeros((levels, 3), np.uint64), np.zeros(levels))
+        padded = -(-size // LANES) * LANES
+        self.scratch = (np.zeros((PIECE, padded), np.float32), np.zeros((padded, LANES), np.float32),
+                        np.zeros((size + 1, LANES)))
 
     def odds(self, logprobs: Tensor, nodes: np.ndarray) -> Tensor:
         """The network's log odds at nodes (n, K), from log-probabilities (n, V): fp64, CPU."""
+        if logprobs.device.type == "cpu":
+            probs, out = torch.from_numpy(self.scratch[0]), np.zeros((2, *nodes.shape))
+            for first in range(0, len(nodes), PIECE):
+                part = slice(first, first + PIECE)
+                torch.exp(logprobs[part], out=probs[: len(nodes[part]), : logprobs.size(1)])
+                masses(*self.scratch, self.tree, nodes[part], out[:, part])
+            return torch.from_numpy(out).log().diff(dim=0)[0]
+
         places = *self.tree[:3], nodes
-        order, low, high, nodes = (torch.from_numpy(x).to(logprobs.device) for x in places)
+        order, low, high, nodes = (torch.from_numpy(x).to(logprobs.device).long() for x in places)
         sums = logprobs.exp().index_select(1, order).cumsum(1, dtype=torch.float64)
         edges = torch.stack((low[nodes], nodes, high[nodes]))  # (3, n, K)
         mass = sums.expand(3, -1, -1).gather(2, (edges - 1).clamp(min=0))
@@ -2396,7 +2500,7 @@ class Mixture:
         nats = np.zeros((len(self.labels), len(ids)))
         tilt_score(self.beta, 0.1, ids, own[:, 0], hints, liked, nats[0])
         if self.labels[-1] == "mix":
-            mixer_score(self.mixer, self.tree, ids, hints, np.ascontiguousarray(odds), nats[-1])
+            mixer_score(self.mixer, self.tree, ids, hints, odds, nats[-1])
         return nats
 
     def distribution(self, logprobs: np.ndarray, hints: np.ndarray | None = None) -> np.ndarray:
@@ -2406,8 +2510,10 @@ class Mixture:
         hints = self.hint if hints is None else hints.astype(np.int64)
         if self.labels[-1] == "mix":
             odds = self.odds(torch.from_numpy(logprobs[None]), self.tree.nodes[None])[0]
+            follow(self.mixer, np.zeros(0, np.int64))
+            out[:] = 1
             mixer_distribution(self.mixer, self.tree, hints[0], odds.numpy(), out)
-            return out
+            return np.log(out)[self.tree.rank]
         ids, nats, hints = np.arange(len(out)), np.zeros(len(out)), hints.repeat(len(out), 0)
         tilt_score(self.beta, 0.0, ids, out, hints, out[hints[:, ::2]], nats)
         return -nats
@@ -2443,37 +2549,27 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan,
            learner: TestTimeTraining | None = None, gather=None):
     """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) of each block of n targets.
 
-    This is the only path from weights to a score. A learner is shown every chunk but the last,
-    once it is scored. With `gather`, rank 0 yields all ranks' blocks in the order of the stream."""
+    The only path from weights to a score. With `gather`, rank 0 has all of them."""
     if len(ids) < 2:
         return
-    if learner is not None and learner.args.ttt != "sgd":
+    if learner is not None:
         yield from learner.by_document(ids, plan)
         return
+
     device = next(model.parameters()).device
     rows = windows(len(ids) - 1, plan.length, plan.stride)
-    chunk = max(1, len(rows))  # windows before a learner learns
-    if learner is not None:
-        chunk = model.args.ttt_chunk_tokens // plan.stride
-    seen = np.zeros(len(ids) - 1, dtype=bool)
-
-    for start in range(0, len(rows), chunk):
-        if start and learner is not None:
-            learner.catch_up(ids, seen)
-        part = rows[start : start + chunk]
-        for begin in range(0, len(part), plan.batch * plan.ranks):  # ranks meet in `gather`
-            batches = [part[begin + i * plan.batch :][: plan.batch] for i in range(plan.ranks)]
-            batch = batches[plan.rank]
-            inputs, position, targets = plan.tensors(ids, batch, device)
-            logprobs = model.logits(inputs, position, targets.size(1)).log_softmax(-1)
-            if gather is not None:
-                yield from gather(batches, logprobs)
-                continue
-            nats = -logprobs.gather(-1, targets[..., None]).squeeze(-1)
-            nats = nats.cpu().numpy().astype(np.float64)
-            for i, (_, first, stop) in enumerate(batch):
-                yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
-        seen[part[0, 1] : part[-1, 2]] = True
+    for begin in range(0, len(rows), plan.batch * plan.ranks):  # ranks meet in `gather`
+        batches = [rows[begin + i * plan.batch :][: plan.batch] for i in range(plan.ranks)]
+        batch = batches[plan.rank]
+        inputs, position, targets = plan.tensors(ids, batch, device)
+        logprobs = model.logits(inputs, position, targets.size(1)).log_softmax(-1)
+        if gather is not None:
+            yield from gather(batches, logprobs)
+            continue
+        nats = -logprobs.gather(-1, targets[..., None]).squeeze(-1)
+        nats = nats.cpu().numpy().astype(np.float64)
+        for i, (_, first, stop) in enumerate(batch):
+            yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
 
 
 class Adapters:
@@ -2522,71 +2618,26 @@ class Adapters:
 
 @check
 def check_documents(args: Hyperparameters) -> None:
-    if args.ttt in ("lora", "phased"):
+    if args.ttt != "0":
         wide = args.ttt_doc_chunk > args.eval_seq_len
         forbid(wide, args, "ttt_doc_chunk eval_seq_len", "a window must hold the chunk")
         forbid(args.ppm_weight, args, "ttt ppm_weight", "no mixture follows documents out of order")
 
 
-@check
-def check_ttt(args: Hyperparameters) -> None:
-    spare = args.ttt != "0" and args.ttt_chunk_tokens % args.eval_stride
-    forbid(spare, args, "ttt_chunk_tokens eval_stride", "must be a multiple of the stride")
-
-
 class TestTimeTraining:
-    """Score-first test-time training (#461, #549): SGD of the blocks on each chunk once scored.
+    """Adapters of a document: they learn once TTT_DOC_CHUNK targets are scored (#1530)."""
 
-    After a chunk, rows of TRAIN_SEQ_LEN that end with it are trained on, TTT_BATCH_ROWS an update,
-    as many updates on every rank. The rate depends only on the number of chunks already scored: a
-    decoder, which does not know how much text will come, makes the same updates.
-
-    TTT=lora reads by document, each with adapters that learn after every TTT_DOC_CHUNK targets
-    (#1530); with TTT=phased, all weights learn too where a document begins (#1610)."""
-
-    def __init__(self, model: GPT, runtime: Runtime | None = None):
+    def __init__(self, model: GPT):
         self.model, self.args = model, model.args
-        self.runtime = runtime
-        self.params = list(model.blocks.parameters())
-        self.kept = [p.detach().clone() for p in self.params]
-        self.momenta = [torch.zeros_like(p) for p in self.params]
-        self.chunks, self.updates, self.seconds = 0, 0, 0.0
-
-    def rows(self, stop: int) -> np.ndarray:
-        """Starts of the rows that cover the chunk before target `stop`, counted from its end."""
-        count = -(-self.args.ttt_chunk_tokens // self.args.train_seq_len)
-        starts = stop - self.args.train_seq_len * np.arange(count, 0, -1)
-        return starts[starts >= 0]
-
-    def catch_up(self, ids: np.ndarray, seen: np.ndarray) -> None:
-        """Learns, in order, from all complete chunks; `seen` (targets,): those scored."""
-        began = time.perf_counter()
-        args, size = self.args, self.args.ttt_chunk_tokens
-        while seen[self.chunks * size : (self.chunks + 1) * size].sum() == size:
-            self.chunks += 1
-            starts = self.rows(self.chunks * size)
-            for start in starts:
-                assert seen[start : start + args.train_seq_len].all(), "not scored yet"
-            for _ in range(args.ttt_epochs if args.ttt_adapt else 0):
-                for first in range(0, len(starts), args.ttt_batch_rows):
-                    self.update(ids, starts[first : first + args.ttt_batch_rows])
-        self.seconds += time.perf_counter() - began
+        self.updates = 0
 
     def by_document(self, ids: np.ndarray, plan: WindowPlan):
         """`scored` by document; a target belongs to the document of the id before it."""
-        seen = np.zeros(len(ids) - 1, bool)
         starts = np.union1d([0], np.flatnonzero(ids[:-1] == BOS_ID))
-        spans = np.stack((starts, np.append(starts[1:], len(seen))), 1)
-        size = self.args.ttt_chunk_tokens if self.args.ttt == "phased" else len(ids)
-        phases = starts // size
-        for phase in np.unique(phases):
-            if phase:
-                self.catch_up(ids, seen)
-            part = spans[phases == phase]
-            longest = part[np.argsort(part[:, 0] - part[:, 1], kind="stable")]
-            for first in range(plan.rank * plan.batch, len(part), plan.ranks * plan.batch):
-                yield from self.adapt(ids, longest[first : first + plan.batch], plan.length)
-            seen[part[0, 0] : part[-1, 1]] = True
+        spans = np.stack((starts, np.append(starts[1:], len(ids) - 1)), 1)
+        longest = spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")]
+        for first in range(plan.rank * plan.batch, len(spans), plan.ranks * plan.batch):
+            yield from self.adapt(ids, longest[first : first + plan.batch], plan.length)
 
     def adapt(self, ids: np.ndarray, group: np.ndarray, length: int):
         """Scores documents; their adapters learn between chunks."""
@@ -2601,7 +2652,7 @@ class TestTimeTraining:
     def adapt_chunk(self, adapters: Adapters, ids: np.ndarray, alive: np.ndarray, done: int, length):
         """Log-probabilities (n, size, V) and nats (n, size) of targets from `done` on of n documents;
         those that go on learn from it."""
-        size, device = self.args.ttt_doc_chunk, self.params[0].device
+        size, device = self.args.ttt_doc_chunk, self.model.tok_emb.weight.device
         begin = max(done + size - length, 0)  # of the window, in the document
         rows = np.full((len(alive), done + size - begin), PAD_ID, np.int64)
         goals = np.zeros((len(alive), size), np.int64)
@@ -2625,46 +2676,6 @@ class TestTimeTraining:
         piece.compiled = compiled
         adapters.detach()
         return logprobs.detach(), nats.detach().cpu().numpy().astype(np.float64)
-
-    def batch(self, ids: np.ndarray, starts: np.ndarray) -> list[Tensor]:
-        """This rank's rows of an update, and a weight for each; one shape on every rank."""
-        length = self.args.train_seq_len
-        rank, ranks = (self.runtime.rank, self.runtime.world_size) if self.runtime else (0, 1)
-        rows = np.zeros((-(-self.args.ttt_batch_rows // ranks), length + 1), np.int64)
-        weights = np.zeros(len(rows), np.float32)
-        for i, start in enumerate(starts[rank::ranks]):
-            rows[i] = ids[start : start + length + 1]
-            weights[i] = 1
-        return [torch.from_numpy(x).to(self.params[0].device) for x in (rows, weights)]
-
-    def gradient(self, ids: np.ndarray, starts: np.ndarray) -> Tensor:
-        """This rank's part of the gradient of an update, flat."""
-        rows, weights = self.batch(ids, starts)
-        with torch.enable_grad():
-            sums = self.model.losses(rows, weights)
-            loss = sums["ce"] / (len(starts) * self.args.train_seq_len)
-            grads = torch.autograd.grad(
-                loss, self.params, allow_unused=True, materialize_grads=True)
-        return torch.cat([grad.flatten() for grad in grads])
-
-    def update(self, ids: np.ndarray, starts: np.ndarray) -> None:
-        """One clipped step of SGD, the same on every rank."""
-        args, flat = self.args, self.gradient(ids, starts)
-        flat = self.runtime.all_reduce(flat) if self.runtime else flat
-        flat *= ((args.ttt_grad_clip or math.inf) / (flat.norm() + 1e-6)).clamp(max=1.0)
-        age = (self.chunks - 1) / (args.ttt_decay_chunks or math.inf)
-        rate = args.ttt_lr * (1 + age) ** -0.5
-        parts = flat.split([p.numel() for p in self.params])
-        torch._foreach_mul_(self.momenta, args.ttt_momentum)
-        parts = [part.view_as(p) for part, p in zip(parts, self.params)]
-        torch._foreach_add_(self.momenta, parts)
-        with torch.no_grad():
-            torch._foreach_add_(self.params, self.momenta, alpha=-rate)
-        self.updates += 1
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        torch._foreach_copy_(self.params, self.kept)
 
 
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
@@ -2691,8 +2702,6 @@ def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarr
                 hints = values[t - first, None, 1 : 1 + 2 * len(RUNS)]
                 vectors[t] = mixture.distribution(logprobs[t - first].cpu().numpy(), hints)
             done = t
-    if learner is not None:
-        learner.restore()
     return nats, vectors
 
 
@@ -2702,9 +2711,6 @@ def try_scoring(model: GPT, runtime: Runtime) -> None:
     for stride in sorted({length, args.eval_stride}):
         plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
         list(scored(model, np.full(2, BOS_ID), plan))
-    if args.ttt != "0":
-        row = np.full(args.train_seq_len + 1, BOS_ID)
-        TestTimeTraining(model, runtime).gradient(row, np.zeros(1, np.int64))
 
 
 PROGRESS_SECONDS = 15  # between lines about a pass under way
@@ -2767,7 +2773,7 @@ class Evaluator:
             names += [f"{name}_{label}" for label in mixture.labels]
             gather = lambda *found: self.gather(mixture, *found)  # noqa: E731
         sums = torch.zeros(len(names), classes + 1, dtype=torch.float64)  # by class, and targets
-        learner = TestTimeTraining(model, runtime) if learn else None
+        learner = TestTimeTraining(model) if learn else None
         batch = max(1, args.eval_batch_tokens // length)
         plan = WindowPlan(length, stride, batch, runtime.rank, runtime.world_size)
         ranks, shown = 1 if mix else runtime.world_size, began
@@ -2792,8 +2798,7 @@ class Evaluator:
         if mix:
             self.results[names[-1]] |= {"mixture": args.mix, "mix_seconds": mixing}
         if learner is not None:
-            learner.restore()
-            self.results[name] |= {"updates": learner.updates, "adapt_seconds": learner.seconds}
+            self.results[name] |= {"updates": learner.updates}
         return self.results[name]
 
     def result(self, name: str, sums: Tensor, length: int, stride: int, seconds: float) -> dict:
@@ -2838,7 +2843,6 @@ class Stream:
         self.model = model
         self.ids = []
         self.learner = TestTimeTraining(model) if model.args.ttt != "0" else None
-        self.by_document = model.args.ttt in ("lora", "phased")
         self.adapters, self.origin = None, 0  # of a document, and its begin
         self.block, self.start = (0, -1), 0  # (origin, number) of a window
         self.past, self.known = None, None  # `known`: log-probabilities of the next id
@@ -2857,7 +2861,7 @@ class Stream:
         if self.known is not None:
             return self.known
         args, device = self.model.args, self.model.tok_emb.weight.device
-        stride = args.ttt_doc_chunk if self.by_document else args.eval_stride
+        stride = args.ttt_doc_chunk if self.learner else args.eval_stride
         block = (len(self.ids) - 1 - self.origin) // stride
         if (self.origin, block) != self.block:
             if self.learner:
@@ -2878,19 +2882,15 @@ class Stream:
         """Learns as the scorer has before this block, asked for or not."""
         ids, args, (origin, last) = np.array(self.ids), self.model.args, self.block
         fresh = last < 0 or origin != self.origin  # a document begins
-        if args.ttt == "sgd" or (args.ttt == "phased" and fresh):
-            complete = self.origin if self.by_document else len(ids) - 1
-            self.learner.catch_up(ids, np.ones(complete, dtype=bool))
-        if self.by_document:
-            self.adapters = Adapters(self.model, 1) if fresh else self.adapters
-            span = np.array([[self.origin, len(ids)]])
-            for done in args.ttt_doc_chunk * np.arange(0 if fresh else last, block):
-                self.learner.adapt_chunk(self.adapters, ids, span, done, args.eval_seq_len)
+        self.adapters = Adapters(self.model, 1) if fresh else self.adapters
+        span = np.array([[self.origin, len(ids)]])
+        for done in args.ttt_doc_chunk * np.arange(0 if fresh else last, block):
+            self.learner.adapt_chunk(self.adapters, ids, span, done, args.eval_seq_len)
 
     def push(self, token: int) -> None:
         if self.mixture:  # it learns from the network's view
             self.mixture.push(int(token), self.network() if self.ids else None)
-        if self.by_document and token == BOS_ID:
+        if self.learner and token == BOS_ID:
             self.origin = len(self.ids)
         self.ids.append(int(token))
         self.known = None
