@@ -12,8 +12,7 @@ Run:    python train_gpt.py --help                             every variable an
         EVAL_ONLY=1 ARTIFACT=FILE python train_gpt.py          only score an artifact
 
 The file reads downwards: environment -> batches -> losses -> weights -> artifact -> bits.
-It needs torch, numpy and safetensors, and numba for the mixture (PPM_WEIGHT=1); constriction,
-sentencepiece and FlashAttention may be there.
+It needs torch, numpy and safetensors, and numba for the mixture (PPM_WEIGHT=1).
 """
 
 from __future__ import annotations
@@ -259,13 +258,12 @@ class Hyperparameters:
     # Variables of ideas that are gone: {name: (values that mean off, reason)}.
     RETIRED = {name: (off, why) for why, names in (
         ("EMA_DECAY=0 scores the last weights", "SWA_ENABLED=0 EMA_ENABLED=1"),
-        ("#2080 has it so", "TRAIN_ORDER=sequential BIJEPAX_CYCLE=0 MTP_NUM_HEADS=0"),
+        ("#2080 has it so", "TRAIN_ORDER=sequential BIJEPAX_CYCLE=0 MTP_NUM_HEADS=0 CASEOPS_ENABLED=1"),
         ("only this", "TRAIN_ALIGN=stream TTT_LORA_MODULES=attn.proj,mlp.fc,mlp.proj,tok_emb"),
         ("LQER_TOP_K=0 switches it off", "LQER_ENABLED=1"),
         ("a mixer learns", "PPM_H=0.999 PPM_L=0.18 PPM_T=0.80"),
         ("no sweeps", "PPM_DUMP_INPUTS=0 PPM_SWEEP_GRID= PPM_SWEEP_APPLY=0"),
         ("set EVAL_ONLY=1 ARTIFACT=FILE", "QUANTIZE_ONLY=0 PREQUANT_ONLY=0 TTT_EVAL_ONLY=0"),
-        ("shards say it", "CASEOPS_ENABLED=1"),
         ("set ITERATIONS, WARMDOWN_ITERS", "FORCE_STOP_STEP=0 WARMDOWN_FRAC="),
         ("set QUANT_K=mlp:NUMBER", "MLP_CLIP_SIGMAS="),
     ) for name, _, off in (word.partition("=") for word in names.split())}
@@ -557,11 +555,14 @@ class Log:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(folder / "log.txt", os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise UserError(f"RUNS_PATH={folder.parent}: {folder}: {error.strerror}") from None
+        try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while the process lives
         except BlockingIOError:
             raise UserError(f"RUN_ID={folder.name}: another process runs it") from None
-        except OSError as error:
-            raise UserError(f"RUNS_PATH={folder.parent}: {folder}: {error.strerror}") from None
+        except OSError:
+            pass  # no locks here
 
     def __call__(self, text: str, console: bool = True, name: str = "log.txt") -> None:
         if self.folder is None:
@@ -1949,9 +1950,10 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     length = int.from_bytes(body[2:6], "little")
     if version != ARTIFACT_VERSION:
         raise UserError(f"{path}: format version {version}, this script reads {ARTIFACT_VERSION}")
+    header = {"config": {}, "script": "another script"}
     # all that a damaged file can break
     try:
-        header = {"config": {}} | json.loads(zlib.decompress(body[6 : 6 + length]))
+        header |= json.loads(zlib.decompress(body[6 : 6 + length]))
         if header["compressor"] == "rans" and not constriction:
             raise UserError(f"{path}: packed by rANS: `pip install constriction` reads it")
         _, decompress = COMPRESSORS[header["compressor"]]
@@ -1960,15 +1962,15 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
     except UserError:
         raise
     except Exception as error:  # each decoder has its own kinds
-        raise UserError(f"{path}: its header contradicts its payload ({error!r})") from None
+        told = f"made by {header['script']}: header and payload differ"
+        raise UserError(f"{path}: {told} ({error!r})") from None
 
 
 def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hyperparameters:
     """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's)."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
-        maker = header.get("script", "another script")
-        raise UserError(f"{path}: made by {maker}: its config lacks {missing[0]}")
+        raise UserError(f"{path}: made by {header['script']}: its config lacks {missing[0]}")
     return Hyperparameters(environ, header["config"])
 
 
@@ -2028,8 +2030,7 @@ def windows(targets: int, length: int, stride: int) -> np.ndarray:
 
 
 def kernel(function, allocates=False):
-    """Compiles a loop over ids. No fastmath: scorer and decoder have to round alike. To allocate is to
-    count references, which is slow."""
+    """Compiles a loop over ids. No fastmath: scorer and decoder round alike. Allocations are slow."""
     options = {"error_model": "numpy", "nogil": True, "forceinline": True, "_nrt": allocates}
     return njit(**options)(function) if njit else function
 
@@ -2189,9 +2190,8 @@ def propose(text, ids):
 
 # Binary mixing, after lpaq (Mahoney 2005): an id is as many decisions as there are nodes above it.
 # Contexts are the last bytes, the word so far and the last ids, counted only for this document or for
-# the whole stream. Each owns a row for each group of nodes, a cache line of 16 uint32:
-# [document << 24 | check, a counter a node: probability of a 1 << 10 | n]. The later of two that want
-# a row has it: a worse guess, still a probability.
+# the whole stream. Each owns a row for each group of nodes, 16 uint32: [document << 24 | check, a
+# counter a node: probability of a 1 << 10 | n]. The later of two has a row that both want.
 Mixer = namedtuple("Mixer", "table contexts hashes spelled starts now weights trust hits "
                             "keys row mark met lanes cells sets mixed")
 # contexts (C, 3): index into hashes, 1 = this document, rows - 1; hashes (order + 3,) of the last
