@@ -191,7 +191,7 @@ def test_hessians_are_the_second_moments_of_the_inputs(trunk, tiny, alive, corpu
     ({"BITS": "mlp:9"}, "BITS: 'mlp:9' is not accepted"),
     ({"BITS": "blocks:6"}, "BITS: 'blocks:6' is not accepted"),
     ({"QUANT_ROUND": "gptq", "GPTQ_BATCHES": 0}, "GPTQ_BATCHES='0' is not accepted"),
-    ({"QUANT_CLIP": "mse"}, "QUANT_CLIP='mse' is retired: QUANT_K sets every step"),
+    ({"QUANT_CLIP": "mse"}, "QUANT_CLIP='mse' is retired: a search lost at equal size"),
     ({"QUANT_RATE": "ngram:-1"}, "QUANT_RATE: 'ngram:-1' is not accepted"),
 ])
 def test_bad_settings_are_one_line(run, settings, words):
