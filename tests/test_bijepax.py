@@ -4,6 +4,7 @@ heads, its quantiser, and adapters that learn a document at a time."""
 import functools
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -749,12 +750,15 @@ def test_names_of_the_source_are_honoured(name, value, ours, wanted):
 def test_every_variable_of_the_source_that_is_on_record_has_a_verdict():
     """41 names: 21 mean the same here, 5 are other names of ours, 14 have one value that means off, or
     none; LOOP_START is a layer there and a share of the run here, so a layer is out of its range."""
-    same = """BIJEPAX_BWD_HOPS BIJEPAX_ENABLED BIJEPAX_END_FRAC BIJEPAX_FWD_HOPS BIJEPAX_HEAD_DIM BIJEPAX_LR
-        BIJEPAX_START_FRAC BIJEPAX_STRIDE BIJEPAX_WEIGHT DATA_PATH ITERATIONS LQER_TOP_K
-        MAX_WALLCLOCK_SECONDS PPM_ORDER RUN_ID SEED TOKENIZER_PATH TRAIN_LOG_EVERY VAL_LOSS_EVERY VOCAB_SIZE
-        WORLD_SIZE LOOP_START""".split()
-    off = """BIJEPAX_CYCLE CASEOPS_ENABLED FORCE_STOP_STEP MLP_CLIP_SIGMAS PPM_DUMP_INPUTS PPM_H PPM_L
-        PPM_SWEEP_APPLY PPM_SWEEP_GRID PPM_T PREQUANT_ONLY QUANTIZE_ONLY TTT_EVAL_ONLY WARMDOWN_FRAC""".split()
+    same = re.findall(r"\w+", """
+        BIJEPAX_BWD_HOPS BIJEPAX_ENABLED BIJEPAX_END_FRAC BIJEPAX_FWD_HOPS BIJEPAX_HEAD_DIM
+        BIJEPAX_LR BIJEPAX_START_FRAC BIJEPAX_STRIDE BIJEPAX_WEIGHT DATA_PATH ITERATIONS
+        LQER_TOP_K MAX_WALLCLOCK_SECONDS PPM_ORDER RUN_ID SEED TOKENIZER_PATH TRAIN_LOG_EVERY
+        VAL_LOSS_EVERY VOCAB_SIZE WORLD_SIZE LOOP_START""")
+    off = re.findall(r"\w+", """
+        BIJEPAX_CYCLE CASEOPS_ENABLED FORCE_STOP_STEP MLP_CLIP_SIGMAS PPM_DUMP_INPUTS PPM_H
+        PPM_L PPM_SWEEP_APPLY PPM_SWEEP_GRID PPM_T PREQUANT_ONLY QUANTIZE_ONLY TTT_EVAL_ONLY
+        WARMDOWN_FRAC""")
     ours = {var.name for var in section.Hyperparameters.vars().values()}
     assert set(same) <= ours and set(off) <= set(section.Hyperparameters.RETIRED)
     aliases = section.Hyperparameters.ALIASES

@@ -6,6 +6,7 @@ Also the byte sidecars of CaseOps text, and what the published rule (INVALID) su
 
 import json
 import math
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -511,11 +512,11 @@ def test_lines_of_a_run_on_two_ranks(run, shards, args, monkeypatch):
 
 
 def test_the_published_block_runs(run, shards, args):
-    block = """DISABLE_COMPILE=1 CASEOPS_ENABLED=1 TTT_ENABLED=0 PPM_MIXER_ENABLED=1 PPM_ORDER=5 PPM_H=0.999
+    published = dict(re.findall(r"(\w+)=(\S+)", """
+        DISABLE_COMPILE=1 CASEOPS_ENABLED=1 TTT_ENABLED=0 PPM_MIXER_ENABLED=1 PPM_ORDER=5 PPM_H=0.999
         PPM_L=0.18 PPM_T=0.80 LQER_TOP_K=1 BIJEPAX_ENABLED=1 BIJEPAX_WEIGHT=0.01 BIJEPAX_START_FRAC=0.35
         BIJEPAX_END_FRAC=0.80 BIJEPAX_FWD_HOPS=4 BIJEPAX_BWD_HOPS=4 BIJEPAX_CYCLE=0 BIJEPAX_HEAD_DIM=32
-        BIJEPAX_STRIDE=64 BIJEPAX_LR=0.001 TRAIN_LOG_EVERY=250""".split()
-    published = dict(word.split("=") for word in block)
+        BIJEPAX_STRIDE=64 BIJEPAX_LR=0.001 TRAIN_LOG_EVERY=250"""))
     code, output, metrics = run(
         script=RECORD / "train_gpt.py", **{**EXTRA, **published}, DATA_PATH=shards, VAL_BYTES=600,
         VOCAB_SIZE=args.vocab_size, TOKENIZER_PATH=args.tokenizer_path, MIX_ROWS=8,

@@ -499,7 +499,8 @@ def test_bad_settings_are_one_line(run, settings, words):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"MIX_STREAMS": 2, "MIX": "ppm"}, {"TTT": "sgd", "TTT_CHUNK_TOKENS": 64, "TTT_LR": 0.02}, {"MIX_STREAMS": 3}],
+    [{"MIX_STREAMS": 2, "MIX": "ppm"}, {"MIX_STREAMS": 3},
+     {"TTT": "sgd", "TTT_CHUNK_TOKENS": 64, "TTT_LR": 0.02}],
     ids=str,
 )
 def test_a_codec_proves_the_mixture(model, tmp_path, settings):

@@ -135,8 +135,7 @@ def test_resume_from_a_file_and_refusals(run, tmp_path):
 
 
 def test_two_ranks_give_the_losses_of_one(run):
-    """The global batch, SIGReg's groups, Muon's shares and the scores do not depend on the number of ranks.
-    Without JEPA: the same test of ByteJEPA's."""
+    """The batch, SIGReg's groups, Muon's shares and the scores do not depend on the number of ranks."""
     settings = {
         "JEPA_CHUNK_SIZE": 8, "JEPA_PHASE1_FRAC": 0, "JEPA_LAMBDA_MAX": 0.1,
         "ITERATIONS": 8, "TRAIN_LOG_EVERY": 1,
