@@ -35,6 +35,8 @@ TINY = {
 }
 
 
+# Whole runs of half a minute that other tests cover in part: at home and nightly, not where minutes count.
+slow = pytest.mark.skipif(os.environ.get("CI") == "1", reason="slow: `make test` without CI=1 runs it")
 # Of tests that damage files at random.
 EXAMPLES = 1000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 100
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_stream_follows_score, enlivened, environment
+from conftest import ROOT, TINY, assert_stream_follows_score, enlivened, environment, slow
 from family import load_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -489,6 +489,7 @@ def test_weight_zero_reproduces_the_network(model, text, monkeypatch):
     assert abs(nats.sum() - want.sum()) / len(text) < 1e-9
 
 
+@slow
 def test_lines_of_a_run_on_two_ranks(run, shards, args, monkeypatch):
     """The mixture is one stream: two ranks gather their blocks in order and find what `score` finds alone."""
     code, output, metrics = run(
@@ -511,6 +512,7 @@ def test_lines_of_a_run_on_two_ranks(run, shards, args, monkeypatch):
     assert found[2]["val_bpb"] < found[0]["val_bpb"]
 
 
+@slow
 def test_the_published_block_runs(run, shards, args):
     published = dict(re.findall(r"(\w+)=(\S+)", """
         DISABLE_COMPILE=1 CASEOPS_ENABLED=1 TTT_ENABLED=0 PPM_MIXER_ENABLED=1 PPM_ORDER=5 PPM_H=0.999
@@ -525,6 +527,7 @@ def test_the_published_block_runs(run, shards, args):
     assert metrics["headline"] == "final_int6_sliding_mix" and "warning" not in output.lower()
 
 
+@slow
 def test_a_codec_proves_the_mixture(model, shards, args, tmp_path):
     """2 kB of ids coded and decoded by the record's own stream, in a process that sees nothing else."""
     tensors = {name: p.detach().numpy() for name, p in model.exported().items()}

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, enlivened, environment
+from conftest import ROOT, TINY, enlivened, environment, slow
 from family import load_script
 
 RECORD, = (ROOT / "records").glob("*_BytePPM")
@@ -414,6 +414,7 @@ def test_weight_zero_reproduces_the_network(model, monkeypatch):
     assert np.abs(nats - want).max() < 1e-9
 
 
+@slow
 def test_lines_of_a_run_on_any_number_of_ranks(run):
     """The mixture is one stream: two ranks gather their blocks in order and find what one finds."""
     found, updates = [], []

@@ -13,7 +13,7 @@ import gpu_check
 import plan
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, environment, slow
 
 RUNGS = {"fa3", "fa2", "cpu", "sdpa", "math"}
 
@@ -99,6 +99,7 @@ FAULTS = {"dist.all_reduce(flat)\n": "flat.mul_(2)\n",  # text of the trunk, and
           SHIPPED: f"{SHIPPED}            args.logit_softcap = 3.0\n"}
 
 
+@slow
 def test_what_is_broken_is_recorded_and_the_rest_goes_on(tmp_path):
     """A rung that breaks a graph, gradients that do not add up, and an artifact that scores differently."""
     (tmp_path / "flash_attn_interface.py").write_text(BROKEN_RUNG)

@@ -16,7 +16,7 @@ import run_seeds
 import rungs
 import stats
 import trends
-from conftest import ROOT
+from conftest import ROOT, slow
 from family import TRUNK, Misuse
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -362,6 +362,7 @@ def tiny(tmp_path):
     return tiny
 
 
+@slow
 def test_a_tiny_ladder_is_stopped_and_goes_on(tiny, corpus, tmp_path):
     place = tiny()
     call = [*TOOL, str(place), "--data", str(corpus), "--runs", str(tmp_path / "runs")]

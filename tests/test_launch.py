@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, slow
 from torch.distributed.run import get_args_parser
 
 STEPS, CHECKPOINT_EVERY, SECONDS = 20, 5, 120
@@ -145,6 +145,7 @@ def test_two_agents_with_two_processes_each_train_as_four_under_one(agent, run, 
         assert entry["val_bpb"] == pytest.approx(found["evals"][name]["val_bpb"], abs=3e-4), name
 
 
+@slow
 @pytest.mark.parametrize("seed", range(int(os.environ.get("LAUNCH_KILLS", "1"))))
 def test_a_run_that_loses_a_process_ends_like_one_that_does_not(agent, undisturbed, tmp_path, seed):
     rng = random.Random(seed)

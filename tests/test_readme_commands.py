@@ -15,7 +15,7 @@ import generate
 import pytest
 import run_seeds
 import sweep
-from conftest import ROOT
+from conftest import ROOT, slow
 from family import Misuse, load_script, records
 from test_sgjm import RECORD, section
 
@@ -192,6 +192,7 @@ def carried_out(corpus, tmp_path, monkeypatch, capfd):
     return carried_out
 
 
+@slow
 def test_the_commands_of_sgjm_are_carried_out(tmp_path, carried_out):
     """All of its page, one after the other. A gate says no (exit code 1) of models as young as these."""
     done = []

@@ -9,7 +9,7 @@ import pytest
 import rate
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, slow
 from family import load_script
 
 RECORD, = (ROOT / "records").glob("*_SGJM")
@@ -793,6 +793,7 @@ def test_heads_may_stay_in_the_artifact(run, tmp_path):
         section.load(tmp_path / "odd.bin")
 
 
+@slow
 def test_ranks_do_not_change_the_losses(run, tmp_path):
     wanted = {**RUN, "VAL_BYTES": 600, "TRAIN_LOG_EVERY": 1, "ITERATIONS": 4}
     found = [run(script=SCRIPT, ranks=ranks, RUN_ID=f"r{ranks}", **wanted) for ranks in (1, 2)]

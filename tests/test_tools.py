@@ -6,7 +6,7 @@ import sys
 
 import family
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, slow
 
 
 def tool(name: str, *arguments) -> tuple[int, str, str]:
@@ -65,6 +65,7 @@ def test_fit_refuses_nonsense(arguments, words):
     assert code == 2 and words in err and "Traceback" not in err
 
 
+@slow
 def test_plan_coders_and_curve_of_a_run(run, tmp_path, corpus):
     code, output, metrics = run(
         COMPRESSOR="rans",

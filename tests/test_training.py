@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, slow
 from family import records
 from safetensors.numpy import load_file
 
@@ -178,6 +178,7 @@ def test_a_process_group_goes_when_it_is_destroyed(script, tmp_path):
 
 
 
+@slow
 def test_three_ranks_with_a_batch_that_does_not_divide(run):
     code, output, metrics = run(3, ITERATIONS=3, CHECKPOINT_EVERY=2)
     assert code == 0 and "micro_steps:1 micro_batch_rows:4" in output, output  # 4 groups on 3 ranks of 2
