@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, assert_causal, assert_stream_follows_score, enlivened
+from conftest import ROOT, TINY, assert_causal, assert_stream_follows_score, enlivened, slow
 from family import load_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -673,6 +673,7 @@ def test_a_run_resumes_bit_for_bit_across_recurrence_and_heads(run, tmp_path):
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
 
 
+@slow
 def test_two_ranks_give_the_losses_of_one(run):
     found = []
     for ranks in (1, 2):

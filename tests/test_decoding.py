@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import assert_stream_follows_score
+from conftest import assert_stream_follows_score, slow
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +184,7 @@ def test_only_the_blocks_learn(trunk, tiny, alive, ids, monkeypatch):
     assert {name for name, _ in model.named_parameters() if name.startswith("blocks.")} == moved
 
 
+@slow
 def test_ranks_learn_the_same(run):
     """Two gloo ranks and one: the same updates, the same score."""
     settings = {**TTT, "TTT_CHUNK_TOKENS": 256, "TTT_LR": 0.02, "VAL_BYTES": 1500}

@@ -16,7 +16,7 @@ import test_bijepax as bijepax
 import test_byteppm as byteppm
 import test_sgjm as sgjm
 import torch
-from conftest import TINY, environment
+from conftest import TINY, environment, slow
 from family import load_script
 from torch._inductor.utils import run_fw_bw_and_get_code
 
@@ -254,6 +254,7 @@ def driven(run, tmp_path):
     return driven
 
 
+@slow
 def test_where_one_rank_cannot_compile_none_does(driven, run):
     code, output, metrics = driven(COMPILER, COMPILE="auto", RUN_ID="one")
     assert code == 0 and "compile: running eager (another rank failed)" in output, output

@@ -121,6 +121,7 @@ def undisturbed(corpus, tmp_path_factory):
     return result(folder)
 
 
+@slow
 def test_two_agents_with_two_processes_each_train_as_four_under_one(agent, run, undisturbed, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
