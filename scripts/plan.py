@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import inspect
 import json
 import math
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from family import Misuse, command, find_script, load_script, markdown_table, read_json, write_atomic
+from family import ROOT, Misuse, command, find_script, load_script, markdown_table, read_json, write_atomic
 from rate import size_plan
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1100,8 +1101,11 @@ def make_plan(script: Path, settings: dict[str, str], card: str = "h100", world_
         prices = Cpu(paper.dtype, paper.compiled, attention_of(paper.module, paper.rung))
         prices.measure([op for ops, _ in kinds for op in ops])
 
+    place = script.resolve()
     found = {
-        "script": str(script), "settings": dict(sorted(paper.settings.items())), "card": prices.name,
+        "script": str(place.relative_to(ROOT) if place.is_relative_to(ROOT) else script),
+        "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
+        "settings": dict(sorted(paper.settings.items())), "card": prices.name,
         "world_size": ranks, "dtype": str(paper.dtype).removeprefix("torch."), "compiled": paper.compiled,
         "parameters": sum(p.numel() for p in paper.model.parameters()),
         "micro_steps": paper.trainer.plan.micro_steps, "tokens_per_step": paper.args.train_batch_tokens,
