@@ -29,6 +29,14 @@ def tiny() -> dict:
     return planned()
 
 
+def test_a_plan_names_its_script_by_its_place_in_the_repository(tiny, tmp_path):
+    assert tiny["script"] == TRUNK.name
+    copy = tmp_path / "train_gpt.py"
+    copy.write_bytes(TRUNK.read_bytes())
+    elsewhere = planned(copy)
+    assert elsewhere["script"] == str(copy) and elsewhere["script_sha256"] == tiny["script_sha256"]
+
+
 def options(**changes) -> argparse.Namespace:
     """What bench.py parses, for a tiny model."""
     settings = {**PLAIN, **changes.pop("settings", {})}
