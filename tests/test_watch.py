@@ -287,4 +287,5 @@ def test_the_page_follows_the_run(served, browser):
 def test_the_tool_starts_from_anywhere(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "scripts" / "watch.py"), "--once"], cwd=tmp_path,
                           capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "error: --folder runs: no such folder\n"
+    told = "--folder runs: no such folder; `make train` makes a first run, --folder names another place"
+    assert done.returncode == 2 and done.stderr == f"error: {told}\n"
