@@ -220,7 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.peak is not None and options.peak <= 0:
         raise Misuse(f"--peak {options.peak:g}: TFLOP/s above 0 are needed")
     if not options.runs and not Path(options.folder).is_dir():
-        raise Misuse(f"--folder {options.folder}: no such folder; `make train` makes a first run, --folder names another place")
+        hint = "`make train` makes a first run, --folder names another place"
+        raise Misuse(f"--folder {options.folder}: no such folder; {hint}")
     if hasattr(os, "nice"):
         os.nice(10)  # whatever there is to wait for is a run's
     watch = Watch(options)
