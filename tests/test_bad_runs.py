@@ -26,7 +26,7 @@ from test_sgjm import RUN, SCRIPT
 
 FAMILY = [TRUNK, *sorted(ROOT.glob("records/*_[A-Z]*/train_gpt.py"))]
 FAMILY = [path for path in FAMILY if "Baseline" not in path.parent.name and "_Trunk" not in path.parent.name]
-BIJEPAX = next(path for path in FAMILY if "BiJEPAX" in str(path))
+BIJEPAX, *CHILDREN = (path for path in FAMILY if path.parent.name.endswith(("BiJEPAX", "TokenBest")))
 # The trunk, and the record that is least like it, each with its small model beside the trunk's.
 UNLIKE = pytest.mark.parametrize("script, small", [(TRUNK, {}), (SCRIPT, RUN)], ids=["trunk", "SGJM"])
 
@@ -58,7 +58,7 @@ def open_data(script: Path, folder: Path):
 @pytest.mark.parametrize("script", FAMILY, ids=lambda path: path.parent.name)
 def test_shards_that_would_be_read_twice_or_as_text_are_refused(folder, script, name, words):
     (folder / name).write_bytes(shard(1, 5, 6))
-    if script == BIJEPAX and "_bytes_" in name:
+    if script in (BIJEPAX, *CHILDREN) and "_bytes_" in name:
         pytest.skip("it reads the published sidecars")
     module = load_script(script)
     args = module.Hyperparameters({"DATA_PATH": str(folder), "VOCAB_SIZE": "260", "TOKENIZER_PATH": ""})
@@ -79,12 +79,13 @@ def test_a_gap_is_warned_of_and_a_wrong_folder_names_the_right_one(folder, scrip
         module.Dataset(args, False)
 
 
-def test_published_sidecars_are_read_under_their_own_names(folder):
+@pytest.mark.parametrize("script", [BIJEPAX, *CHILDREN], ids=lambda path: path.parent.name)
+def test_published_sidecars_are_read_under_their_own_names(folder, script):
     """Two numbers an id, as CaseOps text is published: ids, and the bytes that each stands for."""
     for split in ("train", "val"):
         (folder / f"x_{split}_bytes_000000.bin").write_bytes(shard(0, *([3] * 50)))
     (folder / "x_train_bytes_000001.bin").write_bytes(shard(0, *([3] * 50)))
-    _, data, _ = open_data(BIJEPAX, folder)
+    _, data, _ = open_data(script, folder)
     assert len(data.val) == 51 and data.val_sizes.tolist() == [0] + [3] * 50
 
 

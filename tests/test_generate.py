@@ -27,6 +27,8 @@ RECORDS = {
     "SGJM": {},
     "BiJEPAX": {"VOCAB_SIZE": 260, "NUM_LAYERS": 4, "LOOP_FIRST": 1, "LOOP_LAST": 1, "PARALLEL_START": 2,
                 "XSA_LAST_N": 4, "GATE_WINDOW": 6, "PPM_WEIGHT": 0},
+    "TokenBest": {"VOCAB_SIZE": 260, "NUM_LAYERS": 4, "PARALLEL_START": 2, "XSA_LAST_N": 4, "GATE_WINDOW": 6,
+                  "PPM_WEIGHT": 0},
 }
 # Spells a text of its own, whatever it is asked, and needs no torch.
 SPELLER = '''
