@@ -175,10 +175,8 @@ class Hyperparameters:
     muon_momentum = Var(0.97, "final momentum", 0, 0.9999)
     muon_momentum_warmup_start = Var(0.92, "momentum at step 0", 0, 0.9999)
     muon_momentum_warmup_steps = Var(1500, "steps from start to final momentum", 0)
-    muon_backend_steps = Var(5, "steps of Newton-Schulz", 1, 5)
-    ns_coefficients = Var("polar", "its triples: Polar Express or fixed", choices=("polar", "fixed"))
+    muon_backend_steps = Var(5, "steps of Polar Express", 1, 5)
     muon_wd = Var(0.095, "Muon: decoupled weight decay", 0)
-    normuon_beta2 = Var(0.0, "decay of rows' mean squares (NorMuon); 0 = off", 0, 0.9999)
     tied_embed_lr = Var(0.03, "AdamW: tied token embedding", 0)
     scalar_lr = Var(0.02, "AdamW: gains, mixes, gates", 0)
     embed_wd = Var(0.085, "weight decay of the embedding", 0)
@@ -1445,31 +1443,20 @@ POLAR_EXPRESS = (
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
-COEFFICIENTS = {"polar": POLAR_EXPRESS, "fixed": ((3.4445, -4.7750, 2.0315),) * 5}  # K. Jordan's
 
 
-def newton_schulz(matrices: Tensor, triples: tuple, dtype: torch.dtype) -> Tensor:
+def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Each of (n, r, c) becomes about U V^T of its SVD: the quintic iteration of Muon (K. Jordan),
-    a step for each triple, once its rows have equal norms (MuonEq-R)."""
+    with the coefficients above, once its rows have equal norms (MuonEq-R)."""
     matrices = F.normalize(matrices, dim=-1, eps=1e-7)
     tall = matrices.size(1) > matrices.size(2)
     x = (matrices.mT if tall else matrices).to(dtype)
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    for a, b, c in triples:
+    for a, b, c in POLAR_EXPRESS[:steps]:
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return (x.mT if tall else x).float()
-
-
-def even_rows(updates: Tensor, squares: Tensor, decay: float) -> Tensor:
-    """NorMuon (Li et al. 2025): the rows of updates (n, r, c), each divided by the root of a running
-    mean of its squares (n, r, 1), which moves. A matrix keeps its norm, so no bias needs correction."""
-    squares.lerp_(updates.square().mean(-1, keepdim=True), 1 - decay)
-    even = updates / squares.sqrt().clamp(min=1e-10)  # a row may be zero
-
-    before, after = (x.flatten(1).norm(dim=1)[:, None, None] for x in (updates, even))
-    return even * (before / after.clamp(min=1e-10))
 
 
 def gradients(params: list[nn.Parameter]) -> list[Tensor]:
@@ -1482,7 +1469,7 @@ class Muon:
 
     Matrices of equal shape form one stack; each rank owns a share of it, receives the share's
     summed gradient (reduce-scatter), orthogonalises it and sends it round (all-gather) while it
-    works on the next. update = NS(g + mu m), m <- mu m + g, with even rows if NORMUON_BETA2;
+    works on the next. update = NS(g + mu m), m <- mu m + g;
     p <- (1 - rate wd) p - rate sqrt(max(1, r / c)) update."""
 
     def __init__(self, params: list[nn.Parameter], args: Hyperparameters, runtime: Runtime):
@@ -1495,9 +1482,6 @@ class Muon:
         for members in self.stacks:
             share = -(-len(members) // runtime.world_size)
             self.momenta.append(torch.zeros(share, *members[0].shape, device=runtime.device))
-        self.triples = COEFFICIENTS[args.ns_coefficients][: args.muon_backend_steps]
-        rows = self.momenta if args.normuon_beta2 else []
-        self.squares = [torch.zeros_like(momentum[..., :1]) for momentum in rows]  # of each row
 
     def start_reduction(self) -> None:
         """Begins to sum the gradients over ranks."""
@@ -1521,13 +1505,11 @@ class Muon:
 
     def step(self, rate: float, momentum: float, clip: Tensor) -> None:
         flying = []
-        for i, (members, buffer, share) in enumerate(zip(self.stacks, self.momenta, self.shares)):
+        for members, buffer, share in zip(self.stacks, self.momenta, self.shares):
             share.mul_(clip)
             buffer.mul_(momentum).add_(share)
             share.add_(buffer, alpha=momentum)
-            mine = newton_schulz(share, self.triples, self.dtype)
-            if self.squares:
-                mine = even_rows(mine, self.squares[i], self.args.normuon_beta2)
+            mine = newton_schulz(share, self.args.muon_backend_steps, self.dtype)
             flying.append((members, self._gather(mine)))
         for members, update in flying:
             factor = max(1.0, members[0].size(0) / members[0].size(1)) ** 0.5
@@ -1546,23 +1528,15 @@ class Muon:
             return full
         return whole
 
-    def owned(self) -> dict[str, tuple[list, Tensor]]:
-        """{name in a checkpoint: (a stack's members, what this rank keeps of them)}."""
-        kept = {"muon": self.momenta, "normuon": self.squares}
-        return {f"{name}.{i}": (self.stacks[i], mine)
-                for name, shares in kept.items() for i, mine in enumerate(shares)}
-
     def state(self) -> dict[str, Tensor]:
-        """What all ranks keep, for a checkpoint that any number of ranks can read."""
-        return {name: self._gather(mine)()[: len(members)]
-                for name, (members, mine) in self.owned().items()}
+        """Momenta of all ranks, for a checkpoint that any number of ranks can read."""
+        return {f"muon.{i}": self._gather(momentum)()[: len(members)]
+                for i, (members, momentum) in enumerate(zip(self.stacks, self.momenta))}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        for name, (members, buffer) in self.owned().items():
-            if name.startswith("normuon") and name not in state:  # it was off
-                continue
-            mine = state[name][self.runtime.rank * len(buffer) :][: len(buffer)]
-            buffer.zero_()[: len(mine)].copy_(mine)
+        for i, momentum in enumerate(self.momenta):
+            mine = state[f"muon.{i}"][self.runtime.rank * len(momentum) :][: len(momentum)]
+            momentum.zero_()[: len(mine)].copy_(mine)
 
 
 class Optimizers:
