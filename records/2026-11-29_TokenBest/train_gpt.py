@@ -144,6 +144,7 @@ class Hyperparameters:
     train_seq_len = Var(2048, "tokens a training row", 2, ship="model")
     train_batch_tokens = Var(786432, "tokens an optimizer step, over all ranks", 2)
     device_batch_tokens = Var(98304, "tokens a forward: the out-of-memory knob", 1)
+    train_order = Var("shuffled", "of rows in an epoch", choices=("sequential", "shuffled"))
     verify_data = Var("auto", "by manifest.json; auto: up to 2 GB", choices=("auto", "0", "1"))
 
     _model = "Model"
@@ -170,6 +171,7 @@ class Hyperparameters:
     max_wallclock_seconds = Var(600.0, "training time; 0 = no limit", 0)
     warmdown_iters = Var(17000, "steps over which the rate falls", 0)
     min_lr = Var(0.1, "least rate, as a share of the peak", 0, 1)
+    batch_growth = Var("1", "updates a step, N until a share of the run: 4:0.4,2:0.75,1")
     warmup_steps = Var(2, "steps that compile, off the clock", 0)
     matrix_lr = Var(0.026, "Muon: block matrices", 0)
     muon_momentum = Var(0.97, "final momentum", 0, 0.9999)
@@ -243,7 +245,7 @@ class Hyperparameters:
     # Variables of ideas that are gone: {name: (values that mean off, reason)}.
     RETIRED = {name: (off, why) for why, names in (
         ("EMA_DECAY=0 scores the last weights", "SWA_ENABLED=0 EMA_ENABLED=1"),
-        ("#2080 has it so", "TRAIN_ORDER=sequential BIJEPAX_CYCLE=0 MTP_NUM_HEADS=0 CASEOPS_ENABLED=1"),
+        ("#2080 has it so", "BIJEPAX_CYCLE=0 MTP_NUM_HEADS=0 CASEOPS_ENABLED=1"),
         ("only this", "TRAIN_ALIGN=stream TTT_LORA_MODULES=attn.proj,mlp.fc,mlp.proj,tok_emb"),
         ("LQER_TOP_K=0 switches it off", "LQER_ENABLED=1"),
         ("a mixer learns", "PPM_H=0.999 PPM_L=0.18 PPM_T=0.80"),
@@ -286,6 +288,7 @@ class Hyperparameters:
 
         self.trains = not shipped
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
+        self.growth = self._parse_growth()
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         most = min(self.device_batch_tokens, 32768)  # eight ranks share a chunk of TTT evenly
@@ -337,6 +340,20 @@ class Hyperparameters:
                 if environ.get("STRICT_ENV", "1") != "0":
                     raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
                 self.warnings.append(message)
+
+    def _parse_growth(self) -> list[tuple[int, float]]:
+        """`4:0.4,1` -> [(4, 0.4), (1, 1.0)]: updates a step, and the progress that ends them."""
+        var, found = self.vars()["batch_growth"], []
+        for part in self.batch_growth.split(","):
+            count, _, end = part.strip().partition(":")
+            with contextlib.suppress(ValueError):
+                found.append((int(count), float(end or 1)))
+        counts, ends = list(zip(*found)) or ((0,), (0,))
+        falls = min(counts) > 0 and sorted(counts, reverse=True) == list(counts)
+        if not falls or len(found) <= self.batch_growth.count(",") or [*ends] != sorted({*ends, 1.0}):
+            raise UserError(f"{var.name}={self.batch_growth!r} is not accepted: NUMBER:SHARE, ... "
+                            "with falling numbers and growing shares, NUMBER at last")
+        return found
 
     def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
         """`embed:8,mlp:6` -> {"embed": 8, ...}; classes that are not named keep the default."""
@@ -931,6 +948,10 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
         total = rows // group
         at_most = max(1, args.device_batch_tokens // (args.train_seq_len * group))
         micro_steps = -(-total // (world_size * at_most))
+        for count, _ in args.growth:  # whole micro-steps, without spare slots
+            fits = micro_steps % count == 0 and (count == 1 or total % (world_size * micro_steps) == 0)
+            forbid(not fits, args, "batch_growth device_batch_tokens",
+                   f"{rows} rows on {world_size} ranks make {micro_steps} equal forwards")
         groups = -(-total // (world_size * micro_steps))
         return cls(rows, group, groups, micro_steps, world_size)
 
@@ -942,8 +963,13 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
         return np.where(real, numbers, numbers % self.group), real.astype(np.float32)
 
 
+def updates_at(progress: float, args: Hyperparameters) -> int:
+    """How many updates share the batch of a step: small batches learn faster at first."""
+    return next(count for count, end in args.growth if progress < end or end == 1)
+
+
 class Loader:
-    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, one after the other.
+    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in an order that ranks do not change.
     `state`, of the checkpoint, is the position of the next row: {"epoch", "shard", "row"}."""
 
     def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int,
@@ -951,22 +977,31 @@ class Loader:
         self.data, self.args, self.plan, self.rank = data, args, plan, rank
         self.length = args.train_seq_len
         self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
+        self.order = functools.lru_cache(2)(self.order)  # serves many steps
         if (most := max(map(len, data.train_shards))) <= self.length:
             raise UserError(f"TRAIN_SEQ_LEN={self.length}: no training shard has over {most} ids")
+
+    def order(self, count: int, *key: int) -> np.ndarray:
+        """In which order `count` rows, or shards, are read."""
+        if self.args.train_order == "sequential":
+            return np.arange(count)
+        return np.random.default_rng([self.args.seed, *key]).permutation(count)
 
     def _next_rows(self, count: int) -> list[tuple[int, int]]:
         """(shard, start) of the next `count` rows; moves the state."""
         rows, state = [], self.state
         while len(rows) < count:
-            index = state["shard"]
+            shards = self.order(len(self.data.train_shards), state["epoch"])
+            index = int(shards[state["shard"]])
             whole = (len(self.data.train_shards[index]) - 1) // self.length  # one id is spare
-            taken = range(state["row"], min(whole, state["row"] + count - len(rows)))
-            rows += [(index, self.length * row) for row in taken]
+            order = self.order(whole, state["epoch"], index)
+            taken = order[state["row"] : state["row"] + count - len(rows)]
+            rows += [(index, self.length * int(row)) for row in taken]
             state["row"] += len(taken)
             if state["row"] >= whole:
                 state["row"] = 0
                 state["shard"] += 1
-            if state["shard"] == len(self.data.train_shards):
+            if state["shard"] == len(shards):
                 state["shard"] = 0
                 state["epoch"] += 1
         return rows
@@ -2825,20 +2860,22 @@ class Trainer:
         self.optimizers = Optimizers(self.model, self.args, self.runtime)
         self.ema = EMA(self.model, self.args.ema_decay)
 
-    def micro_step(self, ids: Tensor, weights: Tensor) -> dict:
-        """Forward and backward; gradients add up to those of the global batch's mean."""
+    def micro_step(self, ids: Tensor, weights: Tensor, updates: int) -> dict:
+        """Forward and backward; gradients add up to those of the mean over an update's rows."""
         sums = self.model.losses(ids, weights)
-        loss = sums["ce"] / (self.plan.rows * self.args.train_seq_len)
+        loss = sums["ce"] * updates / (self.plan.rows * self.args.train_seq_len)
         loss.backward()
         return {name: value.detach() for name, value in sums.items()}
 
     def train_step(self, ids: Tensor, weights: Tensor, progress: float) -> dict:
-        """One optimizer step on a global batch -> {term: this rank's sum}."""
-        parts = [self.micro_step(*batch) for batch in zip(ids, weights)]
-        norm = self.optimizers.reduce()
-        self.optimizers.step(self.step, progress, norm)
+        """The updates of one global batch -> {term: this rank's sum}."""
+        updates, parts = updates_at(progress, self.args), []
+        for batches in zip(ids.chunk(updates), weights.chunk(updates)):
+            parts += [self.micro_step(*batch, updates) for batch in zip(*batches)]
+            norm = self.optimizers.reduce()
+            self.optimizers.step(self.step, progress, norm)
+            self.model.zero_grad()
         self.ema.update(self.step)
-        self.model.zero_grad()
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def warm_up(self) -> None:

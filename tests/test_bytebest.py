@@ -1,0 +1,245 @@
+"""The record ByteBest: adapters of documents beside the mixture, rows in a shuffled order, batches that grow."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, enlivened, environment, slow
+from family import load_script
+from hypothesis import given
+from hypothesis import strategies as st
+from test_byteppm import WORDS, network, shard, text
+
+RECORD, = (ROOT / "records").glob("*_ByteBest")
+section = load_script(RECORD)
+BYTES = {key: value for key, value in TINY.items() if "JEPA" not in key}
+UNSET = {key: "" for key in TINY if "JEPA" in key}  # an empty variable is
+SETTINGS = UNSET | {"MIX_ROWS": 10}
+LEARN = {"TTT_DOC_CHUNK": 16, "TTT_LORA_RANK": 4, "TTT_LORA_LR": 0.02}
+
+
+@pytest.fixture(scope="module")
+def model():
+    settings = {**BYTES, "MIX_ROWS": 10, **LEARN}
+    args = section.Hyperparameters({name: str(value) for name, value in settings.items()})
+    return enlivened(section, args).eval()
+
+
+def documents(*lengths: int) -> np.ndarray:
+    """Documents of these lengths, BOS included, of words that repeat."""
+    ids = text(1, sum(lengths))
+    ids = np.where(ids == section.BOS_ID, 36, ids)
+    ids[np.cumsum((0, *lengths[:-1]))] = section.BOS_ID
+    return ids
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"ttt": "0"}, {"ttt_adapt": False}, {"ppm_weight": False}, {"mix_streams": 3},
+    {"ttt_doc_tokens": 40}, {"ttt_doc_tokens": 40, "mix_streams": 2, "ttt_doc_chunk": 7},
+], ids=str)
+def test_score_and_stream_agree(model, monkeypatch, settings):
+    for name, value in settings.items():
+        monkeypatch.setattr(model.args, name, value)
+    ids = documents(90, 17, 1, 130, 12)  # over a window, one of a chunk and a BOS, one without a byte
+    count = len(ids) - 1
+    nats, vectors = section.score(model, ids, range(0, count, 3))
+    stream = section.stream(model, len(ids))
+    stream.push(ids[0])
+    for t in range(count):
+        logprobs = stream.logprobs()
+        assert abs(np.exp(logprobs).sum() - 1) < 1e-6
+        assert abs(nats[t] + logprobs[ids[t + 1]]) < 2e-4, t
+        if t in vectors:
+            assert np.abs(vectors[t] - logprobs).max() < 2e-4
+            assert abs(nats[t] + vectors[t][ids[t + 1]]) < 1e-6
+        stream.push(ids[t + 1])
+
+
+def test_a_decoder_may_skip_questions(model):
+    """What it does not ask for is learned from all the same."""
+    ids = documents(100, 60)
+    nats, _ = section.score(model, ids)
+    stream = section.stream(model, len(ids))
+    for t, token in enumerate(ids[:90]):
+        if t in (50, 89):
+            assert abs(nats[t - 1] + stream.logprobs()[token]) < 2e-4
+        stream.push(token)
+
+
+def test_adapters_learn_their_document_and_no_other(model, monkeypatch):
+    monkeypatch.setattr(model.args, "ppm_weight", False)
+    ids = documents(150, 140, 160)
+    learned, _ = section.score(model, ids)
+    monkeypatch.setattr(model.args, "ttt_adapt", False)
+    control, _ = section.score(model, ids)
+    size = model.args.ttt_doc_chunk
+    for start, stop in ((0, 150), (150, 290), (290, 449)):
+        first = slice(start, start + size)
+        np.testing.assert_allclose(learned[first], control[first], rtol=0, atol=1e-5)  # nothing is known yet
+        later = slice(stop - 50, stop)
+        assert learned[later].sum() < control[later].sum() - 1
+    # another first document moves nothing in the others
+    monkeypatch.setattr(model.args, "ttt_adapt", True)
+    other = ids.copy()
+    other[1:150] = 4 + np.random.default_rng(0).integers(0, 256, 149)
+    again, _ = section.score(model, other)
+    np.testing.assert_allclose(again[150:], learned[150:], rtol=0, atol=1e-5)
+    assert np.abs(again[:149] - learned[:149]).max() > 0.1
+
+
+@pytest.mark.parametrize("at", [1, 15, 16, 17, 63, 90, 149])
+def test_poison_moves_nothing_before_it(model, at):
+    """Neither through adapters, which learn a chunk at once, nor through the mixture."""
+    ids = documents(120, 80)
+    want, before = section.score(model, ids, [at - 1])
+    poisoned = ids.copy()
+    poisoned[at:] = (poisoned[at:] - 4 + 7) % 256 + 4
+    got, after = section.score(model, poisoned, [at - 1])
+    np.testing.assert_allclose(got[: at - 1], want[: at - 1], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(after[at - 1], before[at - 1], rtol=0, atol=1e-5)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 70), st.booleans())
+def test_documents_cover_every_target_once(lengths, most, begins):
+    ids = np.full(sum(lengths) + 1, 9)
+    if begins:
+        ids[np.cumsum([0, *lengths[:-1]])] = section.BOS_ID
+    learner = section.TestTimeTraining.__new__(section.TestTimeTraining)
+    learner.args = type("Args", (), {"ttt_doc_tokens": most})
+    spans = learner.documents(ids)
+    assert spans[0, 0] == 0 and spans[-1, 1] == len(ids) - 1
+    assert (spans[1:, 0] == spans[:-1, 1]).all()
+    assert (np.diff(spans)[:, 0] > 0).all() and (np.diff(spans) <= most).all()
+    assert set(np.flatnonzero(ids[:-1] == section.BOS_ID)) <= set(spans[:, 0].tolist())
+
+
+def test_the_mixture_is_a_probability_that_is_booked():
+    args = section.Hyperparameters({"PPM_ORDER": "6", "MIX_ROWS": "10"})
+    ids = text(3, 3000)
+    lp = network(ids, 3)
+    whole, stepwise = section.Mixture(args).score(ids, lp), section.Mixture(args)
+    assert len(stepwise.state.contexts) == 10
+    audit = set(np.random.default_rng(3).choice(len(ids), 500, replace=False).tolist())
+    for t, token in enumerate(ids):
+        if t in audit:
+            logprobs = stepwise.distribution(lp[t])
+            assert abs(np.exp(logprobs).sum() - 1) < 1e-6 and abs(whole[t] + logprobs[token]) <= 1e-12
+        stepwise.push(token, lp[t])
+
+
+def loader(ranks: int = 1, rank: int = 0, state=None, **settings):
+    args = section.Hyperparameters({**BYTES, **settings})
+    data = type("Data", (), {"path": "here", "vocab_size": 260})
+    rows = 4 + np.arange(7 * 64 + 1) // 64 % 200
+    data.train_shards = [rows, rows[: 3 * 64 + 1] + 100]
+    return section.Loader(data, args, section.BatchPlan.make(args, ranks), rank, state)
+
+
+def test_a_shuffled_epoch_reads_every_row_once():
+    rows = loader(TRAIN_BATCH_TOKENS="640", TRAIN_SEQ_LEN="64")
+    first, second = rows._next_rows(10), rows._next_rows(10)
+    every = [(0, 64 * i) for i in range(7)] + [(1, 64 * i) for i in range(3)]
+    assert sorted(first) == sorted(second) == every
+    assert first != every and first != second
+    plain = loader(TRAIN_ORDER="sequential", TRAIN_BATCH_TOKENS="640", TRAIN_SEQ_LEN="64")
+    assert plain._next_rows(10) == every
+
+
+def test_a_shuffled_order_is_that_of_the_seed_and_goes_on_from_its_state():
+    one, other = loader(SEED="1"), loader(SEED="2")
+    assert one._next_rows(10) != other._next_rows(10)
+    begun = loader(SEED="1")
+    begun._next_rows(4)
+    assert loader(SEED="1", state=begun.state)._next_rows(6) == loader(SEED="1")._next_rows(10)[4:]
+
+
+GROWN = {"TRAIN_BATCH_TOKENS": 512, "DEVICE_BATCH_TOKENS": 256, "WARMDOWN_ITERS": 0, "ITERATIONS": 3,
+         "MUON_MOMENTUM_WARMUP_START": 0.9, "MUON_MOMENTUM": 0.9, "TRAIN_SEQ_LEN": 64, "TTT": 0, "VAL_BYTES": 300, "WARMUP_STEPS": 0}
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    with section.safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys() if key.startswith("model.")}  # noqa: SIM118
+
+
+def test_two_updates_a_step_are_twice_as_many_steps(run, tmp_path):
+    """Bit for bit, where nothing but the average goes by steps."""
+    for name, more in (("grown", {"BATCH_GROWTH": 2}), ("small", {"TRAIN_BATCH_TOKENS": 256, "ITERATIONS": 6})):
+        code, output, _ = run(script=RECORD / "train_gpt.py", RUN_ID=name, **SETTINGS | GROWN | more)
+        assert code == 0, output
+    grown, small = (weights(tmp_path / f"runs/{name}/final.safetensors") for name in ("grown", "small"))
+    assert grown.keys() == small.keys() and all(torch.equal(grown[key], small[key]) for key in grown)
+
+
+@pytest.mark.parametrize("progress, updates", [(0, 4), (0.39, 4), (0.4, 2), (0.74, 2), (0.75, 1), (1, 1)])
+def test_updates_become_fewer(progress, updates):
+    batch = {"TRAIN_BATCH_TOKENS": "512", "DEVICE_BATCH_TOKENS": "64", "TRAIN_SEQ_LEN": "64"}
+    args = section.Hyperparameters({**BYTES, **batch, "BATCH_GROWTH": "4:0.4,2:.75, 1"})
+    assert section.updates_at(progress, args) == updates
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"BATCH_GROWTH": "1,2"}, "BATCH_GROWTH='1,2' is not accepted"),
+    ({"BATCH_GROWTH": "4:0.5,2:0.4,1"}, "is not accepted: NUMBER:SHARE"),
+    ({"BATCH_GROWTH": "2:0.5"}, "is not accepted: NUMBER:SHARE"),
+    ({"BATCH_GROWTH": "two,1"}, "is not accepted: NUMBER:SHARE"),
+    ({"BATCH_GROWTH": "0"}, "is not accepted: NUMBER:SHARE"),
+    ({"BATCH_GROWTH": ""}, ""),
+    ({"BATCH_GROWTH": "3", "DEVICE_BATCH_TOKENS": 64}, "BATCH_GROWTH=3, DEVICE_BATCH_TOKENS=64: "),
+    ({"TTT": "sgd"}, "TTT='sgd' is not accepted: 0 | lora"),
+    ({"TTT_DOC_CHUNK": 128}, "TTT_DOC_CHUNK=128, EVAL_SEQ_LEN=64: a window must hold the chunk"),
+    ({"MIX": "ppm"}, "MIX='ppm' is retired: PPM-D is BytePPM's"),
+    ({"TTT_CHUNK_TOKENS": 512}, "TTT_CHUNK_TOKENS='512' is retired: updates of all weights are BytePPM's"),
+    ({"PPM_WEIGHT": 0.5}, "PPM_WEIGHT='0.5' is not accepted: 0 | 1"),
+], ids=str)
+def test_bad_settings_are_one_line(run, settings, words):
+    code, output, _ = run(script=RECORD / "train_gpt.py", **SETTINGS | {"ITERATIONS": 1} | settings)
+    assert code == (2 if words else 0) and words in output and "Traceback" not in output, output
+
+
+@slow
+def test_lines_of_a_run_on_any_number_of_ranks(run):
+    found = []
+    for ranks in (1, 3):
+        code, output, metrics = run(
+            ranks=ranks, script=RECORD / "train_gpt.py", RUN_ID=f"ranks{ranks}", **SETTINGS, **LEARN,
+            TTT_DOC_TOKENS=200, VAL_BYTES=1500,
+        )
+        assert code == 0, output
+        assert metrics["headline"] == "final_int6_ttt_mix"
+        found.append(metrics["evals"])
+    one, three = found
+    assert one["final_int6_ttt"]["updates"] == three["final_int6_ttt"]["updates"] > 0
+    for name in one:
+        assert one[name]["val_bpb"] == pytest.approx(three[name]["val_bpb"], abs=3e-3)
+
+
+def test_one_artifact_scores_the_same_on_two_ranks(run, model, corpus, tmp_path):
+    tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
+    (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))
+    found = []
+    for ranks in (1, 2):
+        code, output, metrics = run(
+            ranks=ranks, script=RECORD / "train_gpt.py", RUN_ID=f"r{ranks}", **UNSET, EVAL_ONLY=1, DTYPE="fp32",
+            ARTIFACT=tmp_path / "model.bin", TTT_DOC_TOKENS=150, VAL_BYTES=900, EVAL_BATCH_TOKENS=256,
+        )
+        assert code == 0, output
+        found.append({name: result["val_bpb"] for name, result in metrics["evals"].items()})
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_a_codec_proves_the_adapters(model, tmp_path):
+    tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
+    (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))
+    ids = 4 + np.frombuffer(WORDS * 8, np.uint8).astype(int)
+    (tmp_path / "text.bin").write_bytes(shard(np.concatenate(([1], ids[:300], [1], ids[:350]))))
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "codec.py", "prove", RECORD, tmp_path / "model.bin",
+         tmp_path / "text.bin", "--bytes", "600", "--json"],
+        env=environment(), capture_output=True, text=True, timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["updates"] >= 3
