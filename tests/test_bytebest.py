@@ -1,4 +1,5 @@
-"""The record ByteBest: adapters of documents beside the mixture, rows in a shuffled order, batches that grow."""
+"""The record ByteBest: adapters of documents beside the mixture, rows in a shuffled order, batches that
+grow."""
 
 import json
 import subprocess
@@ -156,8 +157,9 @@ def test_a_shuffled_order_is_that_of_the_seed_and_goes_on_from_its_state():
     assert loader(SEED="1", state=begun.state)._next_rows(6) == loader(SEED="1")._next_rows(10)[4:]
 
 
-GROWN = {"TRAIN_BATCH_TOKENS": 512, "DEVICE_BATCH_TOKENS": 256, "WARMDOWN_ITERS": 0, "ITERATIONS": 3,
-         "MUON_MOMENTUM_WARMUP_START": 0.9, "MUON_MOMENTUM": 0.9, "TRAIN_SEQ_LEN": 64, "TTT": 0, "VAL_BYTES": 300, "WARMUP_STEPS": 0}
+GROWN = {"TRAIN_BATCH_TOKENS": 512, "DEVICE_BATCH_TOKENS": 256, "TRAIN_SEQ_LEN": 64, "ITERATIONS": 3,
+         "WARMDOWN_ITERS": 0, "MUON_MOMENTUM_WARMUP_START": 0.9, "MUON_MOMENTUM": 0.9, "TTT": 0,
+         "VAL_BYTES": 300, "WARMUP_STEPS": 0}
 
 
 def weights(path) -> dict[str, torch.Tensor]:
@@ -167,7 +169,8 @@ def weights(path) -> dict[str, torch.Tensor]:
 
 def test_two_updates_a_step_are_twice_as_many_steps(run, tmp_path):
     """Bit for bit, where nothing but the average goes by steps."""
-    for name, more in (("grown", {"BATCH_GROWTH": 2}), ("small", {"TRAIN_BATCH_TOKENS": 256, "ITERATIONS": 6})):
+    small = {"TRAIN_BATCH_TOKENS": 256, "ITERATIONS": 6}
+    for name, more in (("grown", {"BATCH_GROWTH": 2}), ("small", small)):
         code, output, _ = run(script=RECORD / "train_gpt.py", RUN_ID=name, **SETTINGS | GROWN | more)
         assert code == 0, output
     grown, small = (weights(tmp_path / f"runs/{name}/final.safetensors") for name in ("grown", "small"))
@@ -223,8 +226,8 @@ def test_one_artifact_scores_the_same_on_two_ranks(run, model, corpus, tmp_path)
     found = []
     for ranks in (1, 2):
         code, output, metrics = run(
-            ranks=ranks, script=RECORD / "train_gpt.py", RUN_ID=f"r{ranks}", **UNSET, EVAL_ONLY=1, DTYPE="fp32",
-            ARTIFACT=tmp_path / "model.bin", TTT_DOC_TOKENS=150, VAL_BYTES=900, EVAL_BATCH_TOKENS=256,
+            ranks=ranks, script=RECORD / "train_gpt.py", RUN_ID=f"r{ranks}", **UNSET, EVAL_ONLY=1,
+            ARTIFACT=tmp_path / "model.bin", DTYPE="fp32", TTT_DOC_TOKENS=150, VAL_BYTES=900, EVAL_BATCH_TOKENS=256,
         )
         assert code == 0, output
         found.append({name: result["val_bpb"] for name, result in metrics["evals"].items()})

@@ -1,9 +1,11 @@
 """The record TokenBest: its parent's weights bit for bit where that one's gone parts are off, and answers
 to the names of these."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, enlivened, slow
 from family import load_script
 
 RECORD, = (ROOT / "records").glob("*_TokenBest")
@@ -44,12 +46,121 @@ def final(run, tmp_path):
 
 def test_it_is_the_parent_without_recurrence_and_heads(final):
     off = {"LOOP_EXTRA": 0, "BIJEPAX_ENABLED": 0}
-    assert same(final("here"), final("parent", script=PARENT / "train_gpt.py", **off))
+    here = {"TRAIN_ORDER": "sequential"}
+    assert same(final("here", **here), final("parent", script=PARENT / "train_gpt.py", **off))
 
 
-def test_a_run_resumes_bit_for_bit(final, tmp_path):
-    whole = final("cut", CHECKPOINT_EVERY=4)
-    assert same(whole, final("on", RESUME=tmp_path / "runs/cut/last.safetensors"))
+@pytest.mark.parametrize("more", [
+    {}, {"TRAIN_ALIGN": "packed", "PACK_ROWS": 4}, {"BATCH_GROWTH": "2:0.5,1"},
+], ids=str)
+def test_a_run_resumes_bit_for_bit(final, tmp_path, more):
+    more = {"DEVICE_BATCH_TOKENS": 256} | more
+    whole = final("cut", CHECKPOINT_EVERY=4, **more)
+    assert same(whole, final("on", RESUME=tmp_path / "runs/cut/last.safetensors", **more))
+
+
+@slow
+def test_three_ranks_train_as_one(final):
+    """Adam's first steps are signs, which magnifies what the order of sums does to gains; Muon's
+    matrices show its own."""
+    more = {"TRAIN_ALIGN": "packed", "PACK_ROWS": 2}
+    one, three = (final(f"{ranks} ranks", ranks, ITERATIONS=3, **more) for ranks in (1, 3))
+    assert one.keys() == three.keys()
+    for key, value in one.items():
+        muon = "muon" in key or ".mlp." in key or ".attn.c_" in key
+        assert torch.allclose(value, three[key], atol=2e-6 if muon else 2e-3), key
+
+
+# ------------------------------------------------------------------------------------------ packed documents
+
+
+def varlen_attention(q, k, v, cu_seqlens=None):
+    """FlashAttention's result from where pieces begin."""
+    places = torch.arange(q.size(0) * q.size(1))
+    pieces = torch.searchsorted(cu_seqlens.long(), places, right=True)[None]
+    flat = [x.flatten(0, 1)[None] for x in (q, k, v)]
+    assert pieces.unique(return_counts=True)[1].max() <= q.size(1)  # as the kernel is told
+    return section.sdpa_attention(*flat, section.causal_mask(pieces, pieces.size(1))).view(q.shape)
+
+
+def packs(length: int = 64, rows: int = 8) -> torch.Tensor:
+    """Documents of 1, 70, 128, 129 ids and more, begun in the middle of one, in rows."""
+    ids = torch.randint(4, 260, (rows * length,), generator=torch.Generator().manual_seed(1))
+    ids[[33, 103, 104, 232, 361, 430]] = 1
+    return ids.view(rows, length)
+
+
+@pytest.mark.parametrize("rung", ["math", "sdpa", "cpu", "fa2"])
+@pytest.mark.parametrize("pack", [2, 4, 8])
+def test_a_pack_is_read_as_its_pieces_are(rung, pack):
+    """The states of every piece are those that it has as the only text of a window."""
+    model = enlivened(section, tiny(TRAIN_ALIGN="packed", PACK_ROWS=pack, TRAIN_SEQ_LEN=64))
+    with torch.no_grad():
+        model.smear.size.zero_()  # it reads the id before, also at the begin of a row or a piece
+    alone = section.GPT(tiny())
+    alone.load_state_dict(model.state_dict())
+    model.attention = rung
+    for block in model.blocks:
+        block.attn.attend = varlen_attention if rung == "fa2" else section.attention_of(rung)
+    ids, found, pieces = packs(), model.read(packs()).flatten(0, 1), 0
+    for number, text in enumerate(ids.view(-1, pack * 64)):
+        borders = [0, *[i for i in range(1, len(text)) if text[i] == 1], len(text)]
+        for start, stop in zip(borders, borders[1:]):
+            for first in range(start, stop, 64):
+                part = text[first : min(first + 64, stop)]
+                wanted = alone.hidden(part[None], alone.rotary_train[:, : len(part)])[0]
+                at = number * len(text) + first
+                assert torch.allclose(found[at : at + len(part)], wanted, atol=2e-4), (number, first)
+                pieces += 1
+    assert pieces > 10
+
+
+@pytest.mark.parametrize("length", [130, 300])
+def test_attention_in_blocks_knows_the_row_before(length):
+    rng = torch.Generator().manual_seed(length)
+    ids = torch.randint(1, 90, (4, length), generator=rng)
+    mask = section.piece_mask("cpu", ids, 2)
+    q, k, v = (torch.randn(4, length, n, 8, generator=rng, requires_grad=True) for n in (4, 2, 2))
+    grad, found = torch.randn(4, length, 4, 8, generator=rng), []
+    for attend in (section.block_attention, section.math_attention):
+        out = attend(q, section.with_row_before(k, mask), section.with_row_before(v, mask), mask)
+        found.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
+    assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(*found))
+
+
+def test_no_pack_goes_over_two_shards():
+    """Shards of 7, 2 and 11 rows, packs of 3: rows of a pack follow one another, the rest is passed over."""
+    args = tiny(TRAIN_ALIGN="packed", PACK_ROWS=3, TRAIN_BATCH_TOKENS=6 * 64, TRAIN_ORDER="sequential")
+    shards = [torch.arange(64 * rows + 1).numpy() for rows in (7, 2, 11)]
+    data = SimpleNamespace(train_shards=shards, vocab_size=1 << 16, path="here")
+    plan = section.BatchPlan.make(args, 1)
+    loader, seen = section.Loader(data, args, plan, 0), []
+    for _ in range(5):
+        seen += loader._next_rows(plan.rows)
+    for at in range(0, len(seen), 3):
+        (shard, start), *rest = seen[at : at + 3]
+        assert rest == [(shard, start + 64), (shard, start + 128)]
+    epoch = [(0, 0), (0, 192), (2, 0), (2, 192), (2, 384)]
+    assert seen[::3] == (epoch * 2)[:10] and loader.state["epoch"] == 2
+    with pytest.raises(section.UserError, match="12 rows of TRAIN_SEQ_LEN=64: no training shard"):
+        section.Loader(data, args, plan._replace(group=12), 0)
+    # shuffled, packs stay whole, and an epoch has each once
+    args.train_order = "shuffled"
+    mixed = section.Loader(data, args, plan, 0)._next_rows(15)
+    assert sorted(mixed[::3]) == epoch and mixed[::3] != epoch
+    assert all(mixed[at + 2] == (mixed[at][0], mixed[at][1] + 128) for at in range(0, 15, 3))
+
+
+@pytest.mark.parametrize("bad, words", [
+    ({"PACK_ROWS": 3}, "TRAIN_BATCH_TOKENS=512, TRAIN_SEQ_LEN=64, TRAIN_ALIGN=packed, PACK_ROWS=3"),
+    ({"DOC_MASK": 0}, "TRAIN_ALIGN=packed, DOC_MASK=False"), ({"PACK_ROWS": 1}, "PACK_ROWS='1' is not"),
+], ids=str)
+def test_packs_that_cannot_be_are_refused(bad, words):
+    with pytest.raises(section.UserError, match=words):
+        tiny(TRAIN_ALIGN="packed", **bad)
+
+
+# ----------------------------------------------------------------------------------------------- what is gone
 
 
 @pytest.mark.parametrize("name, value", [

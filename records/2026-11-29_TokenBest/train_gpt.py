@@ -145,6 +145,8 @@ class Hyperparameters:
     train_batch_tokens = Var(786432, "tokens an optimizer step, over all ranks", 2)
     device_batch_tokens = Var(98304, "tokens a forward: the out-of-memory knob", 1)
     train_order = Var("shuffled", "of rows in an epoch", choices=("sequential", "shuffled"))
+    train_align = Var("stream", "packed: cut by documents", choices=("stream", "packed"))
+    pack_rows = Var(8, "packed: rows that are read as one text", 2)
     verify_data = Var("auto", "by manifest.json; auto: up to 2 GB", choices=("auto", "0", "1"))
 
     _model = "Model"
@@ -246,7 +248,7 @@ class Hyperparameters:
     RETIRED = {name: (off, why) for why, names in (
         ("EMA_DECAY=0 scores the last weights", "SWA_ENABLED=0 EMA_ENABLED=1"),
         ("#2080 has it so", "BIJEPAX_CYCLE=0 MTP_NUM_HEADS=0 CASEOPS_ENABLED=1"),
-        ("only this", "TRAIN_ALIGN=stream TTT_LORA_MODULES=attn.proj,mlp.fc,mlp.proj,tok_emb"),
+        ("only this", "TTT_LORA_MODULES=attn.proj,mlp.fc,mlp.proj,tok_emb"),
         ("LQER_TOP_K=0 switches it off", "LQER_ENABLED=1"),
         ("a mixer learns", "PPM_H=0.999 PPM_L=0.18 PPM_T=0.80"),
         ("no sweeps", "PPM_DUMP_INPUTS=0 PPM_SWEEP_GRID= PPM_SWEEP_APPLY=0"),
@@ -287,6 +289,7 @@ class Hyperparameters:
             setattr(self, name, value)
 
         self.trains = not shipped
+        self.pack = self.pack_rows if self.train_align == "packed" and self.trains else 1
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
         self.growth = self._parse_growth()
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
@@ -636,6 +639,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0)
     """Causal attention by blocks of queries, each with the keys that it may see.
     The backward finds all weights kept, where torch's kernel computes them again."""
     length, groups, dim = q.size(1), k.size(2), q.size(3)
+    before = k.size(1) - length  # keys of the row before, see `with_row_before`
     if mask is None:
         mask = causal_mask(torch.zeros(1, length, device=q.device), length)
     mask = within(mask, window)
@@ -644,12 +648,13 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0)
 
     for query in (q * dim**-0.5).transpose(1, 2).split(QUERY_BLOCK, 2):
         stop = min((len(out) + 1) * QUERY_BLOCK, length)
-        unseen = ~mask[:, :, None, stop - query.size(2) : stop, :stop]  # (B, 1, 1, queries, keys)
+        seen = slice(stop - query.size(2) if before else 0, before + stop)
+        unseen = ~mask[:, :, None, stop - query.size(2) : stop, seen]  # (B, 1, 1, queries, keys)
         flat = query.unflatten(1, (groups, -1)).flatten(2, 3).flatten(0, 1)  # heads share keys
-        scores = torch.bmm(flat, keys[:, :stop].mT)
-        scores = scores.view(len(q), groups, -1, query.size(2), stop)
+        scores = torch.bmm(flat, keys[:, seen].mT)
+        scores = scores.view(len(q), groups, -1, *unseen.shape[-2:])
         weights = scores.masked_fill(unseen, -torch.inf).softmax(-1).flatten(0, 1).flatten(1, 2)
-        out.append(torch.bmm(weights, values[:, :stop]).view(query.shape))
+        out.append(torch.bmm(weights, values[:, seen]).view(query.shape))
     return torch.cat(out, 2).transpose(1, 2)
 
 
@@ -692,6 +697,30 @@ def document_mask(rung: str, docs: Tensor):
         torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for all numbers
         return cu_seqlens
     return causal_mask(docs, docs.size(1))
+
+
+def piece_mask(rung: str, ids: Tensor, pack: int):
+    """What a rung needs where `pack` rows of ids (B, T) follow one another: documents are cut every
+    T ids from their own begin, and a query sees its piece, as far as the row before (B, 1, T, 2 T)."""
+    length = ids.size(1)
+    flat = ids.reshape(-1, pack * length)
+    places = torch.arange(flat.size(1), device=ids.device)
+    begin = torch.where(flat == BOS_ID, places, 0).cummax(1).values  # of the document
+    pieces = ((places - begin) % length == 0).flatten().cumsum(0)
+    if rung in FLASH:  # no piece is longer than a row
+        return document_mask(rung, pieces[None])
+
+    pieces = pieces.view_as(ids)
+    before = pieces.roll(1, 0)
+    before[::pack] = -1  # the first row of a pack has none
+    return causal_mask(torch.cat((before, pieces), 1), length)
+
+
+def with_row_before(x: Tensor, mask) -> Tensor:
+    """Keys or values x (B, T, K, d) -> all that a mask reaches: (B, 2 T, K, d) by `piece_mask`."""
+    if mask is None or mask.ndim < 4 or mask.size(-1) == x.size(1):
+        return x
+    return torch.cat((x.roll(1, 0), x), 1)
 
 
 def check_rung(rung: str, args: Hyperparameters, runtime: Runtime) -> None:
@@ -934,6 +963,10 @@ def class_table(vocab_size: int) -> np.ndarray:
 def check_batch(args: Hyperparameters) -> None:
     spare = args.trains and args.train_batch_tokens % args.train_seq_len
     forbid(spare, args, "train_batch_tokens train_seq_len", "must be a multiple of a row")
+    spare = args.trains and args.train_batch_tokens % (args.train_seq_len * args.pack)
+    names = "train_batch_tokens train_seq_len train_align pack_rows"
+    forbid(spare, args, names, "must be a multiple of these rows")
+    forbid(args.pack > 1 and not args.doc_mask, args, "train_align doc_mask", "pieces are kept apart")
 
 
 class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
@@ -943,7 +976,7 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
 
     @classmethod
     def make(cls, args: Hyperparameters, world_size: int) -> BatchPlan:
-        group = 1  # no loss pools rows
+        group = args.pack
         rows = args.train_batch_tokens // args.train_seq_len
         total = rows // group
         at_most = max(1, args.device_batch_tokens // (args.train_seq_len * group))
@@ -978,8 +1011,10 @@ class Loader:
         self.length = args.train_seq_len
         self.state = dict(state or {"epoch": 0, "shard": 0, "row": 0})
         self.order = functools.lru_cache(2)(self.order)  # serves many steps
-        if (most := max(map(len, data.train_shards))) <= self.length:
-            raise UserError(f"TRAIN_SEQ_LEN={self.length}: no training shard has over {most} ids")
+        needed = self.length * plan.group
+        if (most := max(map(len, data.train_shards))) <= needed:
+            what = f"{plan.group} rows of " * (plan.group > 1) + f"TRAIN_SEQ_LEN={self.length}"
+            raise UserError(f"{what}: no training shard has over {most} ids")
 
     def order(self, count: int, *key: int) -> np.ndarray:
         """In which order `count` rows, or shards, are read."""
@@ -993,12 +1028,13 @@ class Loader:
         while len(rows) < count:
             shards = self.order(len(self.data.train_shards), state["epoch"])
             index = int(shards[state["shard"]])
-            whole = (len(self.data.train_shards[index]) - 1) // self.length  # one id is spare
-            order = self.order(whole, state["epoch"], index)
-            taken = order[state["row"] : state["row"] + count - len(rows)]
+            group = self.plan.group  # rows of a pack stay together, and in one shard
+            packs = (len(self.data.train_shards[index]) - 1) // self.length // group  # one id is spare
+            order = self.order(packs, state["epoch"], index)[:, None] * group + np.arange(group)
+            taken = order.flatten()[state["row"] : state["row"] + count - len(rows)]
             rows += [(index, self.length * int(row)) for row in taken]
             state["row"] += len(taken)
-            if state["row"] >= whole:
+            if state["row"] >= packs * group:
                 state["row"] = 0
                 state["shard"] += 1
             if state["shard"] == len(shards):
@@ -1174,15 +1210,15 @@ class CastedLinear(nn.Linear):
 # -----------------------------------------------------------------------------
 
 
-def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
+def rotary_tables(length: int, args: Hyperparameters, reach: int) -> Tensor:
     """cos and sin of positions below `length`: (2, T, 1, r / 2), r the rotated dimensions.
 
-    fp32, never cast: bf16 positions are wrong beyond 256 (defect G1 of #832). Windows longer than
-    TRAIN_SEQ_LEN grow the base by (length / train_seq_len)^(r / (r - 2)) (NTK scaling)."""
+    fp32, never cast: bf16 positions are wrong beyond 256 (defect G1 of #832). A reach of more than
+    TRAIN_SEQ_LEN grows the base by (reach / train_seq_len)^(r / (r - 2)) (NTK scaling)."""
     dims = args.rope_dims or args.model_dim // args.num_heads
     base = args.rope_base
-    if length > args.train_seq_len and dims > 2:
-        base *= (length / args.train_seq_len) ** (dims / (dims - 2))
+    if reach > args.train_seq_len and dims > 2:
+        base *= (reach / args.train_seq_len) ** (dims / (dims - 2))
     frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
     angles = torch.arange(length, dtype=torch.float64)[:, None, None] * frequency
     return torch.stack((angles.cos(), angles.sin())).float()
@@ -1254,7 +1290,7 @@ class CausalSelfAttention(nn.Module):
         q, k = (rotate(rms_norm(part), rotary) for part in (q, k))
         q = q * self.q_gain.to(q.dtype)[:, None]
         if past is None:
-            y = self.attend(q, k, v, mask)
+            y = self.attend(q, with_row_before(k, mask), with_row_before(v, mask), mask)
         else:
             y = sdpa_attention(q, *past.extend(k, v), mask)
         if self.exclude_self:  # XSA: drop the component along this position's own value
@@ -1354,8 +1390,9 @@ class GPT(nn.Module):
 
     def set_tables(self) -> None:
         """Rotary tables by use; what scales the inputs of each block."""
-        for use in ("train", "eval"):
-            tables = rotary_tables(getattr(self.args, f"{use}_seq_len"), self.args)
+        for use, pack in (("train", self.args.pack), ("eval", 1)):
+            reach = getattr(self.args, f"{use}_seq_len")
+            tables = rotary_tables(pack * reach, self.args, reach)
             self.register_buffer(f"rotary_{use}", tables, persistent=False)
         power = -0.5 if self.args.ln_scale else 0.0
         scales = [(i + 1) ** power for i in range(self.args.num_layers)]
@@ -1426,6 +1463,16 @@ class GPT(nn.Module):
         """`states`, as the head reads them: (B, T, D), normalised."""
         return rms_norm(self.states(ids, rotary, past))
 
+    def read(self, ids: Tensor) -> Tensor:
+        """`hidden` of training rows (B, T), each for itself or in packs."""
+        pack = self.args.pack
+        if pack == 1:
+            return self.hidden(ids, self.rotary_train)
+        mask = piece_mask(self.attention, ids, pack)
+        rotary = self.rotary_train.unflatten(1, (pack, -1))  # (2, rows of a pack, T, 1, r / 2)
+        rotary = rotary.repeat(1, len(ids) // pack, 1, 1, 1)
+        return rms_norm(self.run_blocks(self.embed_contexts(ids, 0), rotary, mask, None))
+
     def exported(self) -> dict[str, nn.Parameter]:
         """Parameters that scoring needs, by name: all."""
         return dict(self.named_parameters())
@@ -1444,7 +1491,7 @@ class GPT(nn.Module):
 
     def losses(self, ids: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """ids (B, T + 1), weights (B,) -> weighted sums: "ce" in nats."""
-        x = self.hidden(ids[:, :-1], self.rotary_train)
+        x = self.read(ids[:, :-1])
         return {"ce": (self.nats(x, ids[:, 1:]).sum(1) * weights).sum()}
 
     def logits(self, ids: Tensor, first: Tensor, span: int) -> Tensor:
@@ -2925,7 +2972,7 @@ class Trainer:
                 hooks.append(module.register_forward_pre_hook(hook))
         compiled, piece.compiled = piece.compiled, False  # a graph would not call the hooks
         for ids in batch:
-            add(["tok_emb.weight"], self.model.hidden(ids[:, :-1], self.model.rotary_train))
+            add(["tok_emb.weight"], self.model.read(ids[:, :-1]))
         piece.compiled = compiled
         for hook in hooks:
             hook.remove()
