@@ -45,7 +45,7 @@ from torch.utils.flop_counter import flop_registry
 BROKEN = 3  # exit code: a clock, the byte budget or the card's memory does not hold, as of the scripts
 
 # The contest's validation text, FineWeb's first 50,000 documents, and what #832 scores of it as byte260.
-VAL_BYTES, VAL_TARGETS = 151_080_891, 151_130_112
+VAL_BYTES, VAL_TARGETS, VAL_DOCUMENTS = 151_080_891, 151_130_112, 50_000
 # Bytes an id of other vocabularies stands for. Source: the field's counts of the same text, 62.02 M ids of
 # sp1024 and 40.54 M of sp8192 (openai/parameter-golf, 2026-04). Between them, straight in log2(vocabulary).
 BYTES_PER_ID = {1024: 2.436, 8192: 3.727}
@@ -867,6 +867,17 @@ class Paper:
             op.phase = OPTIMIZER
         return ops
 
+    def adapted(self, rows: int, window: int) -> list[Op]:
+        """Operations of a chunk of `rows` documents, which their adapters learn once it is scored, at the end
+        of `window` ids."""
+        learner = self.module.TestTimeTraining(self.model)
+        size = min(self.args.ttt_doc_chunk, window)
+        spans = np.tile([0, window + 1], (rows, 1))  # which go on
+        with self.counting("to learn documents") as ops, self.counter.during(FORWARD):
+            adapters = self.module.Adapters(self.model, rows)
+            learner.adapt_chunk(adapters, np.zeros(window + 2, np.int64), spans, window - size, window)
+        return ops
+
     def persistent_bytes(self) -> float:
         """Weights, averages and the state of every optimizer, after a step."""
         seen, storages = set(), {}
@@ -932,7 +943,7 @@ def mixture_seconds(script: Path, args, targets: int, rate: float, prices=None, 
     distils in its own memory, each rank its share: exponentials, a permutation and running sums, 40 bytes
     an id of the vocabulary.
     """
-    if not (hasattr(args, "mix") and getattr(args, "ppm_weight", 0)):
+    if not getattr(args, "ppm_weight", 0):
         return 0.0
     folder = script.parent / "measured"
     if (path := folder / "kernels.json").is_file() and not rate:
@@ -944,7 +955,7 @@ def mixture_seconds(script: Path, args, targets: int, rate: float, prices=None, 
 
     if (path := folder / "mixtures.json").is_file() and not rate:
         for label, *_, cell in read_json(path).get("rows", []):
-            if f"(`MIX={args.mix}`)" in label and (number := re.match(r"[\d.]+", cell)):
+            if f"(`MIX={getattr(args, 'mix', 'binary')}`)" in label and (number := re.match(r"[\d.]+", cell)):
                 rate = float(number[0])
     return VAL_BYTES / (1e6 * (rate or MIX_RATE))
 
@@ -999,15 +1010,24 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
         (f"{label}_roundtrip", "evaluation", length), (f"{label}_sliding", "evaluation", stride),
     ):
         add(name, clock, span, math.ceil(targets / (span * batch * ranks)), 0.0, name.endswith("sliding"))
-    if getattr(args, "ttt", "0") == "0" or not hasattr(args, "ttt_chunk_tokens"):
-        return rows  # adapters of documents have no plan
+    if getattr(args, "ttt", "0") == "0":
+        return rows
+    name = f"{label}_ttt" if args.ttt_adapt else f"{label}_ttt_off"
+    if hasattr(args, "ttt_doc_tokens"):  # documents of the mean length, at their mean window
+        chunk, long = args.ttt_doc_chunk, min(targets / VAL_DOCUMENTS, args.ttt_doc_tokens)
+        chunks, pieces = math.ceil(long / chunk), targets / long
+        window = np.minimum(chunk * np.arange(1, chunks + 1), length).mean()
+        forwards = math.ceil(pieces / (batch * ranks)) * chunks
+        costs[chunk] = 0.0  # in the updates
+        add(name, "evaluation", chunk, forwards, forwards * seconds(paper.adapted(batch, int(window))), True)
+    if not hasattr(args, "ttt_chunk_tokens"):
+        return rows  # other adapters of documents have no plan
 
     # every chunk waits for all ranks: a batch is whole even where its windows are few
     chunks = targets // args.ttt_chunk_tokens
     forwards = chunks * math.ceil(args.ttt_chunk_tokens // stride / (batch * ranks))
     learned = math.ceil(args.ttt_chunk_tokens / args.train_seq_len)
     updates = chunks * args.ttt_epochs * math.ceil(learned / args.ttt_batch_rows) * args.ttt_adapt
-    name = f"{label}_ttt" if args.ttt_adapt else f"{label}_ttt_off"
     add(name, "evaluation", stride, forwards, updates * seconds(paper.update()) if updates else 0.0, True)
     return rows
 
