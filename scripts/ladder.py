@@ -52,6 +52,7 @@ import math
 import re
 import statistics
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -615,7 +616,20 @@ def plan_table(jobs: list[LadderJob], count: int) -> str:
     header = ["rung", "arm", "done", "of", "planned bytes", "of the base's", "seconds a run"]
     table = markdown_table(header, [*seen.values()])
     lines = [f"{rung}: through {clock(seconds)}" for rung, seconds in rung_ends.items()]
-    return "\n".join([table, "", f"{left / 3600:.1f} core hours left, {count} at a time", *lines])
+    left = f"{left / 3600:.1f} core hours left, {count} at a time"
+    return "\n".join([table, "", left, *lines, *passed_over(jobs)])
+
+
+def passed_over(jobs: list[LadderJob]) -> list[str]:
+    """Lines on runs that are kept but do not count, by the reason."""
+    reasons: Counter[str] = Counter()
+    for job in jobs:
+        path = job.place / "metrics.json"
+        if not job.good and path.is_file():
+            reasons[job.why_not(read_json(path))] += 1
+    hint = "; --carry shows whether it computes what the present one does"
+    return [f"{count} kept {'runs do' if count > 1 else 'run does'} not count: {why}"
+            + hint * why.startswith("script") for why, count in reasons.items()]
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -954,8 +954,9 @@ def mixture_seconds(script: Path, args, targets: int, rate: float, prices=None, 
         return targets * (1e-6 * measured["score_us_new"]["median"] + distilled)
 
     if (path := folder / "mixtures.json").is_file() and not rate:
+        mark = f"(`MIX={args.mix}`)" if hasattr(args, "mix") else "**"  # bold: the record's own
         for label, *_, cell in read_json(path).get("rows", []):
-            if f"(`MIX={getattr(args, 'mix', 'binary')}`)" in label and (number := re.match(r"[\d.]+", cell)):
+            if mark in label and (number := re.match(r"[\d.]+", cell)):
                 rate = float(number[0])
     return VAL_BYTES / (1e6 * (rate or MIX_RATE))
 

@@ -208,8 +208,8 @@ def test_lines_of_a_run_on_any_number_of_ranks(run):
     found = []
     for ranks in (1, 3):
         code, output, metrics = run(
-            ranks=ranks, script=RECORD / "train_gpt.py", RUN_ID=f"ranks{ranks}", **SETTINGS, **LEARN,
-            TTT_DOC_TOKENS=200, VAL_BYTES=1500,
+            ranks=ranks, script=RECORD / "train_gpt.py", RUN_ID=f"ranks{ranks}", **SETTINGS,
+            TTT_DOC_CHUNK=16, TTT_LORA_RANK=4, TTT_DOC_TOKENS=200, VAL_BYTES=1500,
         )
         assert code == 0, output
         assert metrics["headline"] == "final_int6_ttt_mix"
@@ -227,7 +227,8 @@ def test_one_artifact_scores_the_same_on_two_ranks(run, model, corpus, tmp_path)
     for ranks in (1, 2):
         code, output, metrics = run(
             ranks=ranks, script=RECORD / "train_gpt.py", RUN_ID=f"r{ranks}", **UNSET, EVAL_ONLY=1,
-            ARTIFACT=tmp_path / "model.bin", DTYPE="fp32", TTT_DOC_TOKENS=150, VAL_BYTES=900, EVAL_BATCH_TOKENS=256,
+            ARTIFACT=tmp_path / "model.bin", DTYPE="fp32", TTT_DOC_TOKENS=150, VAL_BYTES=900,
+            EVAL_BATCH_TOKENS=256,
         )
         assert code == 0, output
         found.append({name: result["val_bpb"] for name, result in metrics["evals"].items()})
@@ -246,3 +247,19 @@ def test_a_codec_proves_the_adapters(model, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["updates"] >= 3
+
+
+def test_what_contexts_are_worth(model, corpus, tmp_path):
+    tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
+    (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))
+    shard, = corpus.glob("*_val_*.bin")
+    done = subprocess.run(
+        [sys.executable, RECORD / "contexts.py", tmp_path / "model.bin", shard, "--targets", "3000",
+         "--train", shard, "--train-ids", "3000", "--out", tmp_path / "out.json"],
+        env=environment(), capture_output=True, text=True, timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row[0]: float(row[1]) for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    begun, = (bpb for name, bpb in rows.items() if "3,000 training ids" in name)
+    assert rows["**all ten: the record's**"] < rows["network alone"]
+    assert begun < rows["**all ten: the record's**"] / 2  # it has counted the very text

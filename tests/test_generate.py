@@ -22,6 +22,7 @@ TOOL = ROOT / "scripts" / "generate.py"
 RECORDS = {
     "ByteJEPA": {"DRAFT": 2, "BIGRAM_VOCAB_SIZE": 512},
     "BytePPM": {"MIX_ROWS": 10},
+    "ByteBest": {"MIX_ROWS": 10},
     "BytePatchJEPA": {"DRAFT": 2},
     "LLMJEPA": {"DRAFT": 2, "VOCAB_SIZE": 260},
     "SGJM": {},
