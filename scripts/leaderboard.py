@@ -98,6 +98,7 @@ class Setting:
     budget: int  # bytes of code and artifact, 0 = none
     seconds: float  # limit of training, 0 = none
     trained: int  # bytes of text seen in training
+    divisor: str  # the bytes that divide its bits: the text's, or those that its ids spell
 
     def differences(self, other: Setting) -> list[str]:
         """What a comparison of two records has to say beside their scores."""
@@ -105,6 +106,7 @@ class Setting:
             "ids": (self.ids, other.ids),
             "budget": (self.budget, other.budget),
             "time limit": (self.seconds, other.seconds),
+            "divisor": (self.divisor, other.divisor),
         }
         found = [word for word, (mine, theirs) in pairs.items() if mine != theirs]
         limited = self.seconds and self.seconds == other.seconds  # then a faster script may see more
@@ -191,8 +193,9 @@ class Record:
         chosen, data = metrics["settings"], metrics["dataset"]
         steps = statistics.mean(run.metrics["steps"] for run in self.group.runs)
         ids = data.get("variant") or f"{chosen['VOCAB_SIZE']} ids"
+        whole = self.text.prefix or self.group.runs[0].entry["bytes"] == self.text.bytes
         return Setting(ids, chosen["ARTIFACT_BUDGET_BYTES"], chosen["MAX_WALLCLOCK_SECONDS"],
-                       round(steps * self.bytes_a_step))
+                       round(steps * self.bytes_a_step), "text" if whole else "ids")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -313,6 +316,11 @@ def notes(record: Record) -> list[str]:
         lines.append(
             f"{record.title}'s tokenizer normalises the text: its bits are divided by "
             f"{entry['bytes']:,} bytes instead of {text.bytes:,}, which makes its score higher.")
+    spelled = record.texts.get(text.sha256, {}).get("spelled", {}).get(record.setting.ids, text.bytes)
+    if text.bytes and not text.prefix and spelled < entry["bytes"]:
+        lines.append(
+            f"{record.title}'s ids spell {spelled:,} of the {text.bytes:,} bytes, all of which divide its bits: by "
+            f"what they spell it would have {record.group.mean * text.bytes / spelled:.4f}.")
     return lines
 
 

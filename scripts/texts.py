@@ -8,7 +8,10 @@ scored on. Runs copy `val_text_sha256` from the manifest of data/prepare.py into
 metrics.json. Older runs have only the fingerprint of their ids; records/texts.json says which text such a
 fingerprint stands for:
 
-    {sha256 of the text: {"name": NAME, "bytes": ..., "documents": ..., "datasets": {fingerprint: ids}}}
+    {sha256 of the text: {"name": NAME, "bytes": ..., "documents": ..., "datasets": {fingerprint: ids},
+                          "spelled": {ids: bytes}}}
+
+`spelled` has the tokenizers that do not keep all of the text, and how many bytes their ids spell.
 
 The fingerprint is computed from the shards as the training scripts do it, and the hash of the text is read
 from manifest.json: make a folder again with data/prepare.py where its manifest has none. What the file
@@ -64,10 +67,12 @@ def described(folder: Path) -> tuple[str, dict]:
     path = folder / "manifest.json"
     manifest = read_json(path)
     try:
+        size, spelled = manifest["bytes"]["val"], manifest.get("val_normalised_bytes")
         return manifest["val_text_sha256"], {
-            "bytes": manifest["bytes"]["val"],
+            "bytes": size,
             "documents": manifest["documents"]["val"],
             "datasets": {fingerprint(folder): manifest["variant"]},
+            "spelled": {manifest["variant"]: spelled} if spelled and spelled < size else {},
         }
     except KeyError as error:
         raise Misuse(f"{path}: no {error}; python data/prepare.py makes the folder with it") from None
@@ -88,8 +93,9 @@ def merged(known: dict, name: str, folders: list[Path]) -> dict:
             raise Misuse(f"{folder}: its validation text is {text[:16]}, "
                          f"that of {folders[0]} is {first[:16]}")
 
-        datasets = {**known.get(text, {}).get("datasets", {}), **entry["datasets"]}
-        known[text] = {"name": name, **entry, "datasets": dict(sorted(datasets.items()))}
+        for key in ("datasets", "spelled"):
+            entry[key] = dict(sorted({**known.get(text, {}).get(key, {}), **entry[key]}.items()))
+        known[text] = {"name": name, **entry}
     return dict(sorted(known.items()))
 
 

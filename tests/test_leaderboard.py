@@ -154,7 +154,8 @@ def test_the_trunks_record_is_the_parent_of_those_that_start_from_it(add, tree):
 def test_other_ids_of_one_text_share_a_table_and_the_verdict_says_so(add, tree):
     pieces = {"sha256": "cd" * 32, "variant": "sp1024", "train_tokens": 40, "name": "pieces"}
     known = {"12" * 32: {"name": "novels", "bytes": 1000, "documents": 3,
-                         "datasets": {"ab" * 32: "byte260", "cd" * 32: "sp1024"}}}
+                         "datasets": {"ab" * 32: "byte260", "cd" * 32: "sp1024"},
+                         "spelled": {"sp1024": 990, "sp512": 800}}}
     (tree / "records" / "texts.json").write_text(json.dumps(known))
     add("2026-01-01_Trunk", 1.9, trunk=True)
     add("2026-01-02_Pieces", 1.8, parent="train_gpt.py", dataset=pieces, count=990,
@@ -168,10 +169,13 @@ def test_other_ids_of_one_text_share_a_table_and_the_verdict_says_so(add, tree):
     assert titles(tree) == ["Says", "Pieces", "Trunk"] and [row[0] for row in table(tree)] == ["1", "2", "3"]
     assert [rows[name]["ids"] for name in titles(tree)] == ["sp512", "sp1024", "byte260"]
     assert rows["Says"]["verdict"].endswith("); other ids")
-    wanted = "; other ids, other budget, other time limit, other training bytes"
+    wanted = "; other ids, other budget, other time limit, other divisor, other training bytes"
     assert rows["Pieces"]["verdict"].endswith(wanted)
     assert rows["Pieces"]["training bytes"] == "180"  # 9 steps of 8 ids, 2.5 bytes each
     text = (tree / "README.md").read_text()
+    # both numbers, where a record has the text's bytes and its ids spell fewer
+    assert "Says's ids spell 800 of the 1,000 bytes, all of which divide its bits: by what they " \
+           "spell it would have 2.1263." in text
     assert text.count("Text `novels` (12121212), 1,000 bytes in 3 documents:") == 1
     assert text.count("its bits are divided by 990 bytes instead of 1,000") == 1
 
@@ -321,6 +325,7 @@ def test_texts_are_named_by_their_fingerprints(trunk, tiny, prepare, tree, tmp_p
     prints = {trunk.Dataset(tiny(DATA_PATH=folder), True).fingerprint()["sha256"]
               for folder in (plain, small)}
     assert len(prints) == 2 and entry["datasets"] == dict.fromkeys(sorted(prints), "byte260")
+    assert entry["spelled"] == {}  # bytes spell all of it
     assert sha256 == json.loads((tmp_path / "a" / "manifest.json").read_text())["val_text_sha256"]
     assert (entry["name"], entry["bytes"], entry["documents"]) == ("dogs", 20 * len(words), 1)
 
