@@ -318,9 +318,10 @@ def notes(record: Record) -> list[str]:
             f"{entry['bytes']:,} bytes instead of {text.bytes:,}, which makes its score higher.")
     spelled = record.texts.get(text.sha256, {}).get("spelled", {}).get(record.setting.ids, text.bytes)
     if text.bytes and not text.prefix and spelled < entry["bytes"]:
+        bpb = record.group.mean * text.bytes / spelled
         lines.append(
-            f"{record.title}'s ids spell {spelled:,} of the {text.bytes:,} bytes, all of which divide its bits: by "
-            f"what they spell it would have {record.group.mean * text.bytes / spelled:.4f}.")
+            f"{record.title}'s ids spell {spelled:,} of the {text.bytes:,} bytes, all of which divide its "
+            f"bits: by what they spell it would have {bpb:.4f}.")
     return lines
 
 
