@@ -122,7 +122,10 @@ def probe(settings: dict[str, str], length: Length, sources: tuple[str, str]) ->
         "CHECKPOINT_EVERY": length.steps // 2 - 1,
         "TRAIN_LOG_EVERY": 1, "TTT_CHUNK_TOKENS": 4 * length.row, "TTT_BATCH_ROWS": 2,
         "DEVICE": "cpu", "DTYPE": "fp32", "COMPILE": "0", "VERIFY_DATA": "0"}
-    for name, most in (("NGRAM_BUCKETS", 2048), ("VOCAB_SIZE", 1024), ("HEAD_POSITIONS", length.row // 4),
+    if found.get("BATCH_GROWTH", "1") != "1":  # updates share the micro-steps evenly
+        short["DEVICE_BATCH_TOKENS"] = length.batch // 4
+    for name, most in (("TTT_DOC_CHUNK", length.row // 4), ("NGRAM_BUCKETS", 2048), ("VOCAB_SIZE", 1024),
+                       ("HEAD_POSITIONS", length.row // 4),
                        ("JEPA_SPAN", max(1, number("JEPA_SPAN", row) * length.row // row))):
         if name in found:
             short[name] = min(most, number(name, most))
