@@ -183,6 +183,7 @@ def test_settings_that_a_script_refuses(changes, message):
 
 @pytest.mark.parametrize("record, settings", [
     ("BytePPM", {"NUM_LAYERS": "2", "NGRAM_ORDERS": "0"}),
+    ("ByteBest", {"NUM_LAYERS": "2", "NGRAM_ORDERS": "0"}),
     ("BytePatchJEPA", {"NUM_LAYERS": "2", "XSA_LAST_N": "1"}),
     ("SGJM", {"NUM_LAYERS": "5"}),
 ])
@@ -195,9 +196,23 @@ def test_records_whose_models_differ_have_plans(record, settings):
     assert 0 < found["mfu"] < 1 and found["sizes"]["model"] > 0
 
     mixture = next(row["mixture"] for row in found["passes"] if row["pass"].endswith("sliding"))
-    assert (mixture > 0) == (record == "BytePPM")
+    assert (mixture > 0) == (record in ("BytePPM", "ByteBest"))
     passes = [row["pass"].rpartition("_")[2] for row in found["passes"]]
-    assert passes == ["raw", "ema", "roundtrip", "sliding"] + ["ttt"] * (record == "BytePatchJEPA")
+    learns = record in ("ByteBest", "BytePatchJEPA")
+    assert passes == ["raw", "ema", "roundtrip", "sliding"] + ["ttt"] * learns
+
+
+def test_adapters_of_documents_cost_by_the_chunk():
+    """Each chunk is a window read and learned from: half as long, they are twice as many."""
+    script, seconds = find_script("ByteBest"), {}
+    for chunk in (128, 256):
+        found = plan.make_plan(script, {"NUM_LAYERS": "2", "TTT_DOC_CHUNK": str(chunk)}, "h100", 8)
+        row = found["passes"][-1]
+        assert row["pass"].endswith("ttt") and row["forward"] == 0 and row["mixture"] > 0
+        seconds[chunk] = row["updates"]
+    assert seconds[128] == pytest.approx(2 * seconds[256], rel=0.15)
+    control = plan.make_plan(script, {"NUM_LAYERS": "2", "TTT_ADAPT": "0"}, "h100", 8)["passes"][-1]
+    assert control["pass"].endswith("ttt_off") and 0 < control["updates"] < seconds[256]
 
 
 def test_bits_of_a_rounded_normal():
