@@ -2058,9 +2058,10 @@ class TestTimeTraining:
 
     GROUP = 4  # batches
 
-    def __init__(self, model: GPT, runtime: Runtime | None = None):
+    def __init__(self, model: GPT, runtime: Runtime | None = None, tell=lambda read: None):
         self.model, self.args, self.runtime = model, model.args, runtime
-        self.updates, self.seconds = 0, 0.0
+        self.tell = tell  # takes how many targets are read
+        self.read, self.updates, self.seconds = 0, 0, 0.0
 
     def documents(self, ids: np.ndarray) -> np.ndarray:
         """(n, 2): the first target and the end of each document; a target belongs to that of the id
@@ -2096,6 +2097,8 @@ class TestTimeTraining:
             if len(alive):
                 part[: len(alive)] = self.adapt_chunk(adapters, ids, alive, done, length)
             parts.append(self.gathered(part, ranks))
+            self.read += int((batch[:, 1] - batch[:, 0] - done).clip(0, args.ttt_doc_chunk).sum())
+            self.tell(self.read)
         whole = torch.cat(parts, 1)
         self.seconds += time.perf_counter() - began
         return [whole[i, : stop - start] for i, (start, stop) in enumerate(batch)]
@@ -2122,17 +2125,17 @@ class TestTimeTraining:
             goals[i, : len(text) - 1 - done + begin] = text[done - begin + 1 :]
 
         goes_on = (alive[:, 1] - alive[:, 0] > done + size) & self.args.ttt_adapt
-        learns = bool(goes_on.any())
+        learners = int(goes_on.sum())
         rows, goals, goes_on = (torch.from_numpy(x).to(device) for x in (rows, goals, goes_on))
         compiled, piece.compiled = piece.compiled, False  # shapes and readers of their own
-        with torch.set_grad_enabled(learns):
+        with torch.set_grad_enabled(learners > 0):
             params = adapters.attach(len(alive))
             x = self.model.hidden(rows, self.model.rotary_eval)
             logprobs = self.model.head(x[:, done - begin :].float()).log_softmax(-1)
-            if learns:
+            if learners:
                 nats = -logprobs.gather(-1, goals[..., None]).squeeze(-1)
                 adapters.learn((nats.mean(1) * goes_on).sum(), params)
-                self.updates += int(goes_on.sum())
+                self.updates += learners
         piece.compiled = compiled
         adapters.detach()
         return logprobs.detach()
@@ -2702,16 +2705,21 @@ class Evaluator:
         """val_bpb = nats / ln 2 / bytes: special ids cost nats and add no byte. `mix`: NAME_mix as well."""
         args, runtime, began = self.args, self.runtime, time.perf_counter()
         ledger = Ledger(args, runtime, self.ids, mix)
-        learner = TestTimeTraining(model, runtime) if learn else None
-        batch = max(1, args.eval_batch_tokens // length)
-        plan = WindowPlan(length, stride, batch * runtime.world_size)
         targets, shown = len(self.ids) - 1, began
-        for first, stop, logprobs, nats in scored(model, self.ids, plan, learner, self.spread):
-            ledger.take(first, stop, logprobs, nats)
+
+        def tell(stop: int) -> None:
+            nonlocal shown
             if (now := time.perf_counter()) - shown > PROGRESS_SECONDS:
                 shown, sums = now, ledger.sums[-1].sum(0)
                 loss = sums[:-1].sum() / max(sums[-1], 1)
                 self.log(f"  {name} {stop / targets:.0%} {now - began:.0f}s loss:{loss:.4f}")
+
+        learner = TestTimeTraining(model, runtime, tell) if learn else None
+        batch = max(1, args.eval_batch_tokens // length)
+        plan = WindowPlan(length, stride, batch * runtime.world_size)
+        for first, stop, logprobs, nats in scored(model, self.ids, plan, learner, self.spread):
+            ledger.take(first, stop, logprobs, nats)
+            tell(stop)
 
         read = time.perf_counter() - began - ledger.waited
         sums, seconds = ledger.close(), time.perf_counter() - began
