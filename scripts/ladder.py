@@ -377,6 +377,7 @@ class LadderJob(Job):
     data: str = ""  # sha256 of the text, where it is known
     equal: dict[str, str] = field(default_factory=dict)
     expected: float = 0.0
+    looks: bool = False  # a plan, which leaves no file
 
     def __str__(self) -> str:
         return f"{self.rung} {self.arm} seed {self.seed}"
@@ -406,12 +407,13 @@ class LadderJob(Job):
             found = read_json(path) if path.is_file() else None
             if found and not self.why_not(found):
                 self.metrics, self.state = found, "kept"
-                if path != here:
+                if path != here and not self.looks:
                     self.store(found)
                     say(f"kept   {self}: {self.told()}, of ladder {path.parents[3].name}")
                 return True
         if super().keep(script_sha256):
-            self.collect()
+            if not self.looks:
+                self.collect()
             return True
         return False
 
@@ -682,7 +684,7 @@ def main(argv: list[str] | None = None) -> int:
         raise Misuse("--data FOLDER is needed; --help says how to make one")
     digest = check_text(jobs, options.data) if options.data else ""
     for job in jobs:
-        job.data = digest
+        job.data, job.looks = digest, options.plan
         job.keep(job.program.sha256)
     if options.plan:
         print(plan_table(jobs, len(places)))

@@ -92,7 +92,9 @@ def test_matched_bytes_are_the_bases(trunk, rung, names):
 def test_a_committed_ladder_is_sound(name, tmp_path, capsys):
     """Every arm can be planned at the lowest rung, and what is matched has the base's bytes."""
     found = ladder.read_ladder(name)
+    before = sorted(found.folder.rglob("*"))
     assert ladder.main([name, "--plan", "--runs", str(tmp_path), "--rungs", found.rungs[0]]) == 0
+    assert sorted(found.folder.rglob("*")) == before  # a plan leaves no file
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| 0.")]
     assert len(lines) == len(found.arms)
     for line in lines:

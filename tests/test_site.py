@@ -143,6 +143,8 @@ def test_the_leaderboard_sorts_and_filters(site, opened):
 def test_the_leaderboard_has_the_marks_of_the_readme(site):
     text = (site / "index.html").read_text()
     for record in leaderboard.read().records:
+        if record.unranked:
+            continue
         row = re.search(rf'<a href="records/{record.name}.html">.*?</tr>', text, re.S)[0]
         carried = "carried to" in tables.of_script("seeds", record.folder, None, ROOT)
         assert ('class="mark stale"' in row) == bool(record.stale)

@@ -41,7 +41,8 @@ def network_logprobs(script, artifact: str, ids: np.ndarray) -> np.ndarray:
 
     found = np.empty((len(ids) - 1, args.vocab_size), np.float32)
     rows = max(1, 16384 // args.eval_seq_len)
-    plan = script.WindowPlan(args.eval_seq_len, 256, rows)
+    stride = min(256, args.eval_seq_len)
+    plan = script.WindowPlan(args.eval_seq_len, stride, rows)
     for first, stop, logprobs, _ in script.scored(model, ids, plan):
         found[first:stop] = logprobs.float().cpu().numpy()
     return found
