@@ -7,7 +7,7 @@ import statistics
 import leaderboard
 from leaderboard import Record
 
-from pages.figures import Axis, Figure, Series
+from pages.figures import MARKERS, Axis, Figure, Series
 from pages.found import Entry, Repository, interval_of
 from pages.prose import Prose
 
@@ -60,7 +60,7 @@ def sizes(group: list[Record]) -> Figure:
     series, rows = [], []
     for i, record in enumerate(by_date(group)):
         mean, sd = record.group.mean, record.group.sd or 0.0
-        series.append(Series(record.title, [(record.bytes_total / 1e6, mean)], i, "dots",
+        series.append(Series(record.title, [(record.bytes_total / 1e6, mean)], i % len(MARKERS), "dots",
                              [mean - sd], [mean + sd]))
         rows.append([record.title, f"{record.bytes_total:,}", f"{mean:.4f}", f"{sd:.4f}"])
     most = max(record.bytes_total for record in group)
@@ -82,7 +82,8 @@ def training(entries: list[Entry]) -> Figure | None:
         curve = [point for point in entry.band if point.seen >= SHOWN_FROM * entry.band[-1].seen]
         if curve:
             points = [(point.seen / 1e6, point.mean) for point in curve]
-            series.append(Series(entry.title, points, order.index(entry.record.name),
+            colour = order.index(entry.record.name) % len(MARKERS)
+            series.append(Series(entry.title, points, colour,
                                  low=[point.low for point in curve], high=[point.high for point in curve]))
             rows.append([entry.title, f"{curve[-1].seen:,.0f}", f"{curve[-1].mean:.4f}",
                          f"{curve[-1].seconds:,.0f}"])
@@ -108,7 +109,7 @@ def classes(group: list[Record]) -> Figure | None:
 
     names = sorted(known, key=lambda name: -statistics.mean(found[name] for found in bits.values()))
     series = [Series(record.title, [(bits[record.name][name] - base.get(name, 0.0), at)
-                                    for at, name in enumerate(names)], i, "dots")
+                                    for at, name in enumerate(names)], i % len(MARKERS), "dots")
               for i, record in enumerate(order) if record.name in bits and record is not trunk]
     rows = [[record.title, *(f"{bits[record.name][name]:.4f}" for name in names)]
             for record in order if record.name in bits]
