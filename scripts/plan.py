@@ -999,8 +999,9 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
 
     costs = {span: seconds(paper.forward(batch, length, min(span, length))) for span in {length, stride}}
 
-    def add(name: str, clock: str, span: int, forwards: int, updates: float, mixed: bool) -> None:
-        parts = {"forward": forwards * costs[span], "updates": updates,
+    def add(name: str, clock: str, span: int, forwards: int, reading: float, updates: float,
+            mixed: bool) -> None:
+        parts = {"forward": reading, "updates": updates,
                  "host": HOST_SECONDS_PER_WINDOW * targets / span / ranks}
         busiest, total = mixed_seconds(sum(parts.values()), mixture * mixed, args, ranks)
         rows.append({"pass": name, "clock": clock, "forwards": forwards, **parts, "mixture": busiest,
@@ -1010,7 +1011,8 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
         ("final_raw", "validation", length), ("final_ema", "validation", length),
         (f"{label}_roundtrip", "evaluation", length), (f"{label}_sliding", "evaluation", stride),
     ):
-        add(name, clock, span, math.ceil(targets / (span * batch * ranks)), 0.0, name.endswith("sliding"))
+        forwards = math.ceil(targets / (span * batch * ranks))
+        add(name, clock, span, forwards, forwards * costs[span], 0.0, name.endswith("sliding"))
     if getattr(args, "ttt", "0") == "0":
         return rows
     name = f"{label}_ttt" if args.ttt_adapt else f"{label}_ttt_off"
@@ -1019,8 +1021,8 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
         chunks, pieces = math.ceil(long / chunk), targets / long
         window = np.minimum(chunk * np.arange(1, chunks + 1), length).mean()
         forwards = math.ceil(pieces / (batch * ranks)) * chunks
-        costs[chunk] = 0.0  # in the updates
-        add(name, "evaluation", chunk, forwards, forwards * seconds(paper.adapted(batch, int(window))), True)
+        learning = forwards * seconds(paper.adapted(batch, int(window)))  # which reads, too
+        add(name, "evaluation", chunk, forwards, 0.0, learning, True)
     if not hasattr(args, "ttt_chunk_tokens"):
         return rows  # other adapters of documents have no plan
 
@@ -1029,7 +1031,8 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
     forwards = chunks * math.ceil(args.ttt_chunk_tokens // stride / (batch * ranks))
     learned = math.ceil(args.ttt_chunk_tokens / args.train_seq_len)
     updates = chunks * args.ttt_epochs * math.ceil(learned / args.ttt_batch_rows) * args.ttt_adapt
-    add(name, "evaluation", stride, forwards, updates * seconds(paper.update()) if updates else 0.0, True)
+    learning = updates * seconds(paper.update()) if updates else 0.0
+    add(name, "evaluation", stride, forwards, forwards * costs[stride], learning, True)
     return rows
 
 

@@ -8,17 +8,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, enlivened, environment, slow
+from conftest import ROOT, enlivened, environment, slow
 from family import load_script
 from hypothesis import given
 from hypothesis import strategies as st
-from test_byteppm import WORDS, network, shard, text
+from test_byteppm import BYTES, SETTINGS, UNSET, WORDS, network, shard, text
 
 RECORD, = (ROOT / "records").glob("*_ByteBest")
 section = load_script(RECORD)
-BYTES = {key: value for key, value in TINY.items() if "JEPA" not in key}
-UNSET = {key: "" for key in TINY if "JEPA" in key}  # an empty variable is
-SETTINGS = UNSET | {"MIX_ROWS": 10}
 LEARN = {"TTT_DOC_CHUNK": 16, "TTT_LORA_RANK": 4, "TTT_LORA_LR": 0.02}
 
 
@@ -190,12 +187,16 @@ def test_updates_become_fewer(progress, updates):
     ({"BATCH_GROWTH": "2:0.5"}, "is not accepted: NUMBER:SHARE"),
     ({"BATCH_GROWTH": "two,1"}, "is not accepted: NUMBER:SHARE"),
     ({"BATCH_GROWTH": "0"}, "is not accepted: NUMBER:SHARE"),
+    ({"BATCH_GROWTH": "2:-1,1"}, "is not accepted: NUMBER:SHARE"),
+    ({"BATCH_GROWTH": "2:1.5,1"}, "is not accepted: NUMBER:SHARE"),
+    ({"BATCH_GROWTH": "4:0.5,,1"}, "is not accepted: NUMBER:SHARE"),
     ({"BATCH_GROWTH": ""}, ""),
     ({"BATCH_GROWTH": "3", "DEVICE_BATCH_TOKENS": 64}, "BATCH_GROWTH=3, DEVICE_BATCH_TOKENS=64: "),
     ({"TTT": "sgd"}, "TTT='sgd' is not accepted: 0 | lora"),
     ({"TTT_DOC_CHUNK": 128}, "TTT_DOC_CHUNK=128, EVAL_SEQ_LEN=64: a window must hold the chunk"),
     ({"MIX": "ppm"}, "MIX='ppm' is retired: PPM-D is BytePPM's"),
     ({"TTT_CHUNK_TOKENS": 512}, "TTT_CHUNK_TOKENS='512' is retired: updates of all weights are BytePPM's"),
+    ({"TTT_LR": 0.003}, "TTT_LR='0.003' is retired: updates of all weights are BytePPM's"),
     ({"PPM_WEIGHT": 0.5}, "PPM_WEIGHT='0.5' is not accepted: 0 | 1"),
 ], ids=str)
 def test_bad_settings_are_one_line(run, settings, words):

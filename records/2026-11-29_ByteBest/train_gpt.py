@@ -254,7 +254,8 @@ class Hyperparameters:
         "JEPA_CHUNK_SIZE": ("0", "the JEPA objective is the trunk's"),
         "DRAFT": ("0", "draft heads are the trunk's"),
         "MIX": ("binary", "PPM-D is BytePPM's, and gains less"),
-        "TTT_CHUNK_TOKENS": ("", "updates of all weights are BytePPM's"),
+        **{f"TTT_{name}": ("", "updates of all weights are BytePPM's") for name in (
+            "CHUNK_TOKENS", "BATCH_ROWS", "EPOCHS", "LR", "DECAY_CHUNKS", "MOMENTUM", "GRAD_CLIP")},
         "TOKENIZER_PATH": ("", "ids are bytes, which the mixture counts"),
     }
     IGNORED = ("MTP_LOSS_WEIGHT", "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE",
@@ -353,17 +354,15 @@ class Hyperparameters:
 
     def _parse_growth(self) -> list[tuple[int, float]]:
         """`4:0.4,1` -> [(4, 0.4), (1, 1.0)]: updates a step, and the progress that ends them."""
-        var, found = self.vars()["batch_growth"], []
-        for part in self.batch_growth.split(","):
-            count, _, end = part.strip().partition(":")
-            with contextlib.suppress(ValueError):
-                found.append((int(count), float(end or 1)))
-        counts, ends = list(zip(*found)) or ((0,), (0,))
-        falls = min(counts) > 0 and sorted(counts, reverse=True) == list(counts)
-        if not falls or len(found) <= self.batch_growth.count(",") or [*ends] != sorted({*ends, 1.0}):
-            raise UserError(f"{var.name}={self.batch_growth!r} is not accepted: NUMBER:SHARE, ... "
-                            "with falling numbers and growing shares, NUMBER at last")
-        return found
+        var, found = self.vars()["batch_growth"], [(math.inf, 0.0)]
+        for part in f"{self.batch_growth}:1".split(","):  # the last one stays to the end
+            match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d*\.?\d+)\s*", part)
+            count, end = (int(match[1]), float(match[2])) if match else (0, 0.0)
+            if not (0 < count < found[-1][0] and found[-1][1] < end <= 1):
+                raise UserError(f"{var.name}={self.batch_growth!r} is not accepted: NUMBER:SHARE, ... "
+                                "with falling numbers and growing shares, NUMBER at last")
+            found.append((count, end))
+        return found[1:]
 
     def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
         """`embed:8,mlp:6` -> {"embed": 8, ...}; classes that are not named keep the default."""

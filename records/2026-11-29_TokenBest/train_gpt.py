@@ -1,8 +1,8 @@
-"""TokenBest: BiJEPAX without the parts that did not pay.
+"""TokenBest: the family's best token model.
 
 Parent: ../2026-11-22_BiJEPAX/train_gpt.py
-Idea:   every layer runs once, and nothing but the cross-entropy is learned from. The steps that
-        this saves are worth more than recurrence and BIJEPAX-lite were. The rest is the parent's:
+Idea:   BiJEPAX without recurrence and its latent objective, which did not pay. Training reads rows
+        of the whole text in a shuffled order, in small batches at first. The rest is the parent's:
         two lanes, gates, and a mixture over the tree of the vocabulary that sums to one.
 
 Run:    python train_gpt.py --help                             every variable and its reason
@@ -346,17 +346,15 @@ class Hyperparameters:
 
     def _parse_growth(self) -> list[tuple[int, float]]:
         """`4:0.4,1` -> [(4, 0.4), (1, 1.0)]: updates a step, and the progress that ends them."""
-        var, found = self.vars()["batch_growth"], []
-        for part in self.batch_growth.split(","):
-            count, _, end = part.strip().partition(":")
-            with contextlib.suppress(ValueError):
-                found.append((int(count), float(end or 1)))
-        counts, ends = list(zip(*found)) or ((0,), (0,))
-        falls = min(counts) > 0 and sorted(counts, reverse=True) == list(counts)
-        if not falls or len(found) <= self.batch_growth.count(",") or [*ends] != sorted({*ends, 1.0}):
-            raise UserError(f"{var.name}={self.batch_growth!r} is not accepted: NUMBER:SHARE, ... "
-                            "with falling numbers and growing shares, NUMBER at last")
-        return found
+        var, found = self.vars()["batch_growth"], [(math.inf, 0.0)]
+        for part in f"{self.batch_growth}:1".split(","):  # the last one stays to the end
+            match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d*\.?\d+)\s*", part)
+            count, end = (int(match[1]), float(match[2])) if match else (0, 0.0)
+            if not (0 < count < found[-1][0] and found[-1][1] < end <= 1):
+                raise UserError(f"{var.name}={self.batch_growth!r} is not accepted: NUMBER:SHARE, ... "
+                                "with falling numbers and growing shares, NUMBER at last")
+            found.append((count, end))
+        return found[1:]
 
     def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
         """`embed:8,mlp:6` -> {"embed": 8, ...}; classes that are not named keep the default."""
