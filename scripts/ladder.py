@@ -7,6 +7,7 @@
 NAME is a folder below records/ladder, or a path, with a ladder.json:
 
     {"question": "what is asked",
+     "base": "BiJEPAX", "bytes_per_id": 2.51,
      "rungs": [0.03, 0.1, 0.3],
      "seeds": {"0.03": [42, 314, 999], "0.1": [42, 314, 999], "0.3": [42, 314]},
      "arms": {"none": {"why": "the reason", "set": {"NGRAM_ORDERS": 0}, "match": ["MODEL_DIM", "MLP_MULT"]},
@@ -15,7 +16,8 @@ NAME is a folder below records/ladder, or a path, with a ladder.json:
               "832":  {"why": "...", "script": "ByteJEPA"}}}
 
 A rung is millions of block weights; scripts/rungs.py says what it sets and why. The arm `base` is the trunk
-there and is always run. `set` has plain values, `*F`, `+N` or `-N` of the base's, or one of these for each
+there, or the script of `base`, and is always run. `bytes_per_id` is the text's, of a token model: rungs are
+counted in bytes; the *.model in the folder of the data is its TOKENIZER_PATH. Both may be left out. `set` has plain values, `*F`, `+N` or `-N` of the base's, or one of these for each
 rung; a `set` of the ladder itself, beside `arms`, is for all arms and the base. `match` names settings that
 are moved, one after the other, until the planned artifact has the base's bytes. `script` is another script of
 the family; what it does not know of a rung's settings is left out.
@@ -77,7 +79,8 @@ from run_seeds import OWN, STOPPED, Job, Runner, Slot, run_id, say, seed_list, s
 
 LADDERS = ROOT / "records" / "ladder"
 # How a run is carried out; a score that another value made is the same score.
-HOW = {"DEVICE_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "CHECKPOINT_EVERY", "TRAIN_LOG_EVERY", "VERIFY_DATA"}
+HOW = {"DEVICE_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "CHECKPOINT_EVERY", "TRAIN_LOG_EVERY", "VERIFY_DATA",
+       "TOKENIZER_PATH"}
 KEPT = ("val_bpb", "headline", "bytes_code", "bytes_model", "bytes_total", "train_seconds", "eval_seconds",
         "params", "steps", "ms_per_step", "peak_mem_mb", "seed", "script_sha256", "git_commit", "device",
         "world_size", "torch", "clocks", "dataset", "settings")
@@ -103,7 +106,8 @@ class Arm:
 
 @dataclass(frozen=True)
 class Ladder:
-    """What a ladder.json says, the base first among the arms, the rungs from the smallest."""
+    """What a ladder.json says, the base first among the arms, the rungs from the smallest. `per_id`: bytes
+    of text an id."""
 
     folder: Path
     question: str
@@ -111,10 +115,15 @@ class Ladder:
     arms: dict[str, Arm]
     rungs: list[str]
     seeds: dict[str, list[int]]
+    per_id: float = 1.0
 
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def base(self) -> Path:
+        return self.arms["base"].script
 
 
 def text_of(value: object, where: str) -> str:
@@ -142,7 +151,7 @@ def own_settings(found: dict, where: str, rung_names: list[str] | None = None) -
     return asked
 
 
-def read_arm(name: str, found: object, rung_names: list[str], where: str) -> Arm:
+def read_arm(name: str, found: object, rung_names: list[str], where: str, base: Path = TRUNK) -> Arm:
     """One entry of `arms`, checked.
 
     Raises:
@@ -161,8 +170,8 @@ def read_arm(name: str, found: object, rung_names: list[str], where: str) -> Arm
     match = [match] if isinstance(match, str) else match
     if not isinstance(match, list) or not all(isinstance(each, str) for each in match):
         raise Misuse(f"{where}: `match` is a setting or a list of settings")
-    script = find_script(found["script"]) if "script" in found else TRUNK
-    if not asked and script == TRUNK:
+    script = find_script(found["script"]) if "script" in found else base
+    if not asked and script == base:
         raise Misuse(f"{where}: it is the base; `set` or `script` is needed")
     return Arm(name, found["why"], asked, script, tuple(match))
 
@@ -179,8 +188,12 @@ def read_ladder(name: str) -> Ladder:
         there = sorted(each.parent.name for each in LADDERS.glob("*/ladder.json"))
         raise Misuse(f"{name}: no ladder; there are {', '.join(there) or 'none'}")
     found = read_json(path)
-    if not isinstance(found, dict) or found.keys() - {"question", "rungs", "seeds", "set", "arms"}:
-        raise Misuse(f"{path}: an object with `question`, `rungs`, `seeds`, `set` and `arms` is needed")
+    keys = "question", "base", "bytes_per_id", "rungs", "seeds", "set", "arms"
+    if not isinstance(found, dict) or found.keys() - {*keys}:
+        raise Misuse(f"{path}: an object with {', '.join(f'`{key}`' for key in keys)} is needed")
+    base, per_id = found.get("base", "trunk"), found.get("bytes_per_id", 1.0)
+    if not isinstance(base, str) or not isinstance(per_id, (int, float)) or not 1 <= per_id <= 100:
+        raise Misuse(f"{path}: `base` is a script's name, `bytes_per_id` a number from 1 to 100")
     if not isinstance(found.get("question"), str) or not isinstance(found.get("set", {}), dict):
         raise Misuse(f"{path}: `question` is needed, a text; `set`, where there is one, is an object")
     shared = own_settings(found.get("set", {}), f"{path}: set")
@@ -207,8 +220,10 @@ def read_ladder(name: str) -> Ladder:
     arms = found.get("arms")
     if not isinstance(arms, dict) or not arms:
         raise Misuse(f"{path}: `arms` is needed, an object of one arm or more beside the base")
-    read = {arm: read_arm(arm, entry, names, f"{path}: arm {arm}") for arm, entry in arms.items()}
-    return Ladder(folder, found["question"], shared, {"base": Arm("base", "the trunk"), **read}, names, seeds)
+    first = Arm("base", "the trunk" if base == "trunk" else base, script=find_script(base))
+    read = {arm: read_arm(arm, entry, names, f"{path}: arm {arm}", first.script)
+            for arm, entry in arms.items()}
+    return Ladder(folder, found["question"], shared, {"base": first, **read}, names, seeds, float(per_id))
 
 
 # --- Scripts ---
@@ -327,17 +342,18 @@ def settings_at(ladder: Ladder, arm: Arm, rung: str, programs: dict[Path, Progra
     Raises:
         Misuse: a setting that its script does not know or accept.
     """
-    mine, trunk = programs[arm.script], programs[TRUNK]
+    mine, first = programs[arm.script], programs[ladder.base]
     where = f"{ladder.name}: arm {arm.name} at {rung}"
     own, known = arm.at(rung), mine.defaults
-    if strange := sorted(({*own, *arm.match} - known.keys()) | ({*ladder.shared} - trunk.defaults.keys())):
+    if strange := sorted(({*own, *arm.match} - known.keys()) | ({*ladder.shared} - first.defaults.keys())):
         raise Misuse(f"{where}: {mine.source.parent.name}/{mine.source.name} has no variable {strange[0]}")
     try:
-        found = rungs.arm_settings(float(rung), own, known, where, ladder.shared)
+        found = rungs.arm_settings(float(rung), own, known, where, ladder.shared, ladder.per_id)
         found = {key: value for key, value in found.items() if key in known}
         if arm.match:
-            base = rungs.arm_settings(float(rung), {}, trunk.defaults, where, ladder.shared)
-            size = rungs.planned_bytes(trunk.module, base)
+            base = rungs.arm_settings(float(rung), {}, first.defaults, where, ladder.shared, ladder.per_id)
+            base = {key: value for key, value in base.items() if key in first.defaults}
+            size = rungs.planned_bytes(first.module, base)
             found = rungs.matched(mine.module, found, list(arm.match), size, own, known)
         mine.module.Hyperparameters(found)
     except Misuse as error:
@@ -452,13 +468,21 @@ def make_jobs(ladder: Ladder, options: argparse.Namespace, programs: dict[Path, 
         for seed in ladder.seeds[rung]:
             for arm in options.arms if seed in (options.seeds or [seed]) else ():
                 mine = programs[ladder.arms[arm].script]
-                given = settings[arm] | ({"DATA_PATH": options.data} if options.data else {})
+                given = settings[arm] | found_text(options.data, mine)
                 name = run_id(mine.source, mine.sha256, given, seed)
                 found.append(LadderJob(
                     arm, seed, given, Path(options.runs) / name, rung=rung, program=mine, data=data,
                     place=ladder.folder.absolute() / rung / arm / f"seed{seed}",
                     equal=equal_scripts(ladder, arm)))
     return found
+
+
+def found_text(data: str | None, mine: Program) -> dict[str, str]:
+    """The settings that name a folder of shards, and its tokenizer for a script that reads tokens."""
+    if not data:
+        return {}
+    models = sorted(Path(data).glob("*.model")) if "TOKENIZER_PATH" in mine.defaults else []
+    return {"DATA_PATH": data, **{"TOKENIZER_PATH": str(path) for path in models[:1]}}
 
 
 # --- When it will end ---
@@ -573,11 +597,11 @@ def check_text(jobs: list[LadderJob], data: str) -> str:
     """
     if not jobs:
         return ""
-    script = jobs[0].program.module
+    script, settings = jobs[0].program.module, jobs[0].settings
     if not Path(data).is_dir():
         raise Misuse(f"--data {data}: no such folder; --help says how to make one")
     try:
-        found = script.Dataset(script.Hyperparameters({"DATA_PATH": data}), False)
+        found = script.Dataset(script.Hyperparameters(settings), False)
     except script.UserError as error:
         raise Misuse(f"--data {data}: {error}") from None
     for job in jobs:
@@ -609,7 +633,8 @@ def plan_table(jobs: list[LadderJob], count: int) -> str:
         seen.setdefault((job.rung, job.arm), []).append(job)
     for (rung, arm), mine in seen.items():
         size = rungs.planned_bytes(mine[0].program.module, {
-            key: value for key, value in mine[0].settings.items() if key != "DATA_PATH"})
+            key: value for key, value in mine[0].settings.items()
+            if key not in ("DATA_PATH", "TOKENIZER_PATH")})
         base = next((size for row_rung, _, size in rows if row_rung == rung), size)
         rows.append((rung, arm, size))
         seen[rung, arm] = [*map(str, (rung, arm, sum(job.good for job in mine), len(mine))),
@@ -640,7 +665,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     option = parser.add_argument
     option("name", metavar="NAME", help="a folder below records/ladder, or a folder with a ladder.json")
-    option("--data", metavar="FOLDER", help="shards of byte260; needed to run")
+    option("--data", metavar="FOLDER", help="shards of the base's vocabulary; needed to run")
     option("--arms", metavar="A,B", help="only these, and the base (default: all)")
     option("--rungs", metavar="A,B", help="only these (default: all)")
     option("--seeds", metavar="A,B", help="only these (default: all of each rung)")
@@ -669,7 +694,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.trunk and not options.trunk.is_file():
         raise Misuse(f"--trunk {options.trunk}: no such file")
     programs = {script: program(script, Path(options.runs), options.trunk if script == TRUNK else None)
-                for script in {TRUNK, *(arm.script for arm in ladder.arms.values())}}
+                for script in {arm.script for arm in ladder.arms.values()}}
 
     if options.report or options.carry:
         options.arms, options.rungs, options.seeds = [*ladder.arms], ladder.rungs, []
@@ -690,8 +715,8 @@ def main(argv: list[str] | None = None) -> int:
         print(plan_table(jobs, len(places)))
         return FINE
 
-    trunk = programs[TRUNK]
-    runner = LadderRunner(trunk.copy, places, options.threads, 1, {*trunk.defaults})
+    first = programs[ladder.base]
+    runner = LadderRunner(first.copy, places, options.threads, 1, {*first.defaults})
     say(progress(jobs, len(places)))
     runner.run(jobs)
     for job in jobs:

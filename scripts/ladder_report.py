@@ -92,13 +92,14 @@ def rung_rows(ladder, runs: Runs) -> list[dict]:
     """The rungs themselves, by their base."""
     rows = []
     for rung in ladder.rungs:
-        settings = rungs.proportions(float(rung))
+        settings = rungs.proportions(float(rung), ladder.per_id)
         base = [run for (name, arm, _), run in runs.items() if (name, arm) == (rung, "base")]
         scores = [run["val_bpb"] for run in base]
         rows.append({
             "rung": rung, "weights": rungs.weights(float(rung)), "layers": int(settings["NUM_LAYERS"]),
             "width": int(settings["MODEL_DIM"]), "heads": int(settings["NUM_HEADS"]),
-            "sequence": int(settings["TRAIN_SEQ_LEN"]), "batch": int(settings["TRAIN_BATCH_TOKENS"]),
+            "sequence": int(settings["TRAIN_SEQ_LEN"]),
+            "batch": round(ladder.per_id * int(settings["TRAIN_BATCH_TOKENS"])),
             "steps": int(settings["ITERATIONS"]), "compute": math.exp(compute(rung)), "seeds": len(base),
             "bpb": statistics.mean(scores) if scores else None,
             "sd": statistics.stdev(scores) if len(scores) > 1 else None,
@@ -288,7 +289,10 @@ an arm's time with the base's own slope: an estimate. All of it is measured on b
 
 def block(ladder, numbers: dict) -> str:
     """What stands between the marks in README.md."""
-    parts = [f"**Question**: {ladder.question}", "", "| arm | why |", "| --- | --- |",
+    base = ladder.arms["base"].why
+    ids = f", of ids that stand for {ladder.per_id:g} bytes" if ladder.per_id != 1 else ""
+    parts = [f"**Question**: {ladder.question}", "", *[f"The base is {base}{ids}.", ""] * (base != "the trunk"),
+             "| arm | why |", "| --- | --- |",
              *(f"| {arm.name} | {arm.why} |" for arm in ladder.arms.values() if arm.name != "base"), ""]
     parts += [rung_table(numbers["rungs"]), ""]
     if numbers["arms"]:

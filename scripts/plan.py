@@ -997,6 +997,9 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
         groups, _ = priced(ops, prices, ranks)
         return sum(row["ms"] for name, row in groups.items() if name != "gaps") / 1e3
 
+    adapts = getattr(args, "ttt", "0") != "0"
+    twice = hasattr(args, "mix_streams") or not adapts  # a mixture on one thread is the last pass's
+
     costs = {span: seconds(paper.forward(batch, length, min(span, length))) for span in {length, stride}}
 
     def add(name: str, clock: str, span: int, forwards: int, reading: float, updates: float,
@@ -1012,19 +1015,20 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
         (f"{label}_roundtrip", "evaluation", length), (f"{label}_sliding", "evaluation", stride),
     ):
         forwards = math.ceil(targets / (span * batch * ranks))
-        add(name, clock, span, forwards, forwards * costs[span], 0.0, name.endswith("sliding"))
-    if getattr(args, "ttt", "0") == "0":
+        add(name, clock, span, forwards, forwards * costs[span], 0.0, twice and name.endswith("sliding"))
+    if not adapts:
         return rows
     name = f"{label}_ttt" if args.ttt_adapt else f"{label}_ttt_off"
-    if hasattr(args, "ttt_doc_tokens"):  # documents of the mean length, at their mean window
-        chunk, long = args.ttt_doc_chunk, min(targets / VAL_DOCUMENTS, args.ttt_doc_tokens)
+    if hasattr(args, "ttt_doc_chunk"):  # documents of the mean length, at their mean window
+        longest = getattr(args, "ttt_doc_tokens", math.inf)
+        chunk, long = args.ttt_doc_chunk, min(targets / VAL_DOCUMENTS, longest)
         chunks, pieces = math.ceil(long / chunk), targets / long
         window = np.minimum(chunk * np.arange(1, chunks + 1), length).mean()
         forwards = math.ceil(pieces / (batch * ranks)) * chunks
         learning = forwards * seconds(paper.adapted(batch, int(window)))  # which reads, too
         add(name, "evaluation", chunk, forwards, 0.0, learning, True)
     if not hasattr(args, "ttt_chunk_tokens"):
-        return rows  # other adapters of documents have no plan
+        return rows
 
     # every chunk waits for all ranks: a batch is whole even where its windows are few
     chunks = targets // args.ttt_chunk_tokens

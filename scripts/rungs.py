@@ -85,8 +85,9 @@ def schedule(steps: int) -> dict[str, str]:
     }
 
 
-def proportions(millions: float) -> dict[str, str]:
-    """The settings of a rung; at 23.86 they are the trunk's defaults.
+def proportions(millions: float, per_id: float = 1.0) -> dict[str, str]:
+    """The settings of a rung; at 23.86 they are the trunk's defaults. `per_id`: bytes of text that an id
+    stands for; sequence and batch are counted in ids, their laws in bytes.
 
     what                      law                                      reason
     layers, width             N^0.215, and N / (7 layers)              `shape`
@@ -113,10 +114,10 @@ def proportions(millions: float) -> dict[str, str]:
     """
     layers, width = shape(millions)
     heads = max(2, 1 << max(1, width // 64).bit_length() - 1)
-    sequence = 8 * width
+    sequence = nearest(8 * width / per_id, 8, 8)
     group = GROUP * sequence
-    batch = nearest(batch_law(text(millions)), 2 * group, 2 * group)
-    steps = max(1, round(text(millions) / batch))
+    batch = nearest(batch_law(text(millions)) / per_id, 2 * group, 2 * group)
+    steps = max(1, round(text(millions) / per_id / batch))
     dim = nearest(32 * (width / WIDTH) ** 0.5, 4, 4)
     return {
         "NUM_LAYERS": str(layers),
@@ -186,7 +187,7 @@ def changed(name: str, asked: str, base: str, where: str) -> str:
 
 
 def arm_settings(millions: float, asked: dict[str, str], defaults: dict[str, str], where: str,
-                 shared: dict[str, str] | None = None) -> dict[str, str]:
+                 shared: dict[str, str] | None = None, per_id: float = 1.0) -> dict[str, str]:
     """The settings of an arm at a rung: the rung's, then those that the base has too, then its own.
 
     Another batch means other steps, for the same text, and their schedule; another sequence the same batch in
@@ -197,12 +198,13 @@ def arm_settings(millions: float, asked: dict[str, str], defaults: dict[str, str
         return {name: changed(name, value, base.get(name, defaults.get(name, "").strip("'\"")), where)
                 for name, value in asked.items()}
 
-    base = proportions(millions)
+    base = proportions(millions, per_id)
     own = resolved(shared or {}, base)
     own |= resolved(asked, base | own)
     found = base | own
     if "ITERATIONS" not in own and found["TRAIN_BATCH_TOKENS"] != base["TRAIN_BATCH_TOKENS"]:
-        found["ITERATIONS"] = str(max(1, round(text(millions) / int(found["TRAIN_BATCH_TOKENS"]))))
+        ids = text(millions) / per_id
+        found["ITERATIONS"] = str(max(1, round(ids / int(found["TRAIN_BATCH_TOKENS"]))))
     found |= {**schedule(int(found["ITERATIONS"])), **own}
     found = measuring(found) | found | own
     return rotated_again(found, own)

@@ -56,6 +56,20 @@ def test_every_rung_has_the_proportions_and_is_accepted(trunk, millions):
     trunk.Hyperparameters(found)
 
 
+@given(st.floats(0.01, 30), st.floats(1, 4))
+@settings(deadline=None, max_examples=40)
+def test_a_rung_in_ids_reads_the_text_of_one_in_bytes(millions, per_id):
+    """Rows are whole ids, so the smallest rungs are some percent off."""
+    bytes_, ids = rungs.proportions(millions), rungs.proportions(millions, per_id)
+    for name in ("TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS"):
+        assert int(ids[name]) * per_id == pytest.approx(int(bytes_[name]), rel=0.5), name
+    assert int(ids["TRAIN_SEQ_LEN"]) * per_id == pytest.approx(int(bytes_["TRAIN_SEQ_LEN"]), abs=4 * per_id)
+    read = int(ids["ITERATIONS"]) * int(ids["TRAIN_BATCH_TOKENS"]) * per_id
+    assert read == pytest.approx(rungs.TEXT * rungs.weights(millions), rel=0.02)
+    same = {"NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NGRAM_BUCKETS"}
+    assert {name: ids[name] for name in same} == {name: bytes_[name] for name in same}
+
+
 def test_the_law_of_the_batch_goes_through_both_points():
     assert rungs.batch_law(rungs.SMALL_TEXT) == pytest.approx(8192)
     assert rungs.batch_law(rungs.TEXT * rungs.WEIGHTS) == pytest.approx(393_216)
@@ -401,7 +415,8 @@ def test_a_tiny_ladder_is_stopped_and_goes_on(tiny, corpus, tmp_path):
     (other / "ladder.json").write_text((place / "ladder.json").read_text())
     done = subprocess.run([*TOOL, str(other), "--data", str(corpus), "--runs", str(tmp_path / "other"),
                            "--rungs", "0.001", "--plan"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "of ladder tiny" in done.stderr, done.stderr
+    assert done.returncode == 0 and "| 0.001 | base | 1 | 1 |" in done.stdout, done.stdout + done.stderr
+    assert [path.name for path in other.iterdir()] == ["ladder.json"]  # a plan only looks
 
 
 # --- What the caller can mend ---
@@ -416,6 +431,10 @@ def test_a_tiny_ladder_is_stopped_and_goes_on(tiny, corpus, tmp_path):
     ({"arms": {"a": {"why": "w", "set": {"MATRIX_LR": {"0.001": 1}}}}}, "no value for rung 0.006"),
     ({"arms": {"a": {"why": "w", "set": {"MATRIX_LR": [1]}}}}, "a text, a number"),
     ({"arms": {"a": {"why": "w", "script": "Nobody"}}}, "Nobody: no script"),
+    ({"base": "Nobody"}, "Nobody: no script"),
+    ({"base": ["BiJEPAX"]}, "`base` is a script's name"),
+    ({"bytes_per_id": 0.5}, "`bytes_per_id` a number from 1 to 100"),
+    ({"base": "BiJEPAX"}, "has no variable NGRAM_BUCKETS"),
     ({"arms": {"a": {"why": "w", "set": {"NOTHING": 1}}}}, "no variable NOTHING"),
     ({"arms": {"a": {"why": "w", "set": {"NUM_HEADS": 3}}}}, "must be a multiple"),
     ({"arms": {"a": {"why": "w", "set": {"ITERATIONS": 30}}}}, "base and a have the same settings"),

@@ -1,11 +1,12 @@
 """The record TokenBest: its parent's weights bit for bit where that one's gone parts are off, and answers
-to the names of these."""
+to the names of these; adapters of documents beside the mixture."""
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, enlivened, slow
+from conftest import ROOT, TINY, assert_stream_follows_score, enlivened, slow
 from family import load_script
 
 RECORD, = (ROOT / "records").glob("*_TokenBest")
@@ -15,7 +16,7 @@ section = load_script(RECORD)
 # The tiny model of the tests, in the variables that this record has: layers 2 and 3 have two lanes.
 HERE = {name: "" for name in TINY if name.startswith(("JEPA_", "NGRAM_", "BIGRAM_"))} | {
     "VOCAB_SIZE": 260, "NUM_LAYERS": 4, "PARALLEL_START": 2, "XSA_LAST_N": 4, "GATE_WINDOW": 6,
-    "PPM_WEIGHT": 0, "VAL_BYTES": 400,
+    "PPM_WEIGHT": 0, "VAL_BYTES": 400, "TTT": 0,
 }
 
 
@@ -69,6 +70,93 @@ def test_three_ranks_train_as_one(final):
     for key, value in one.items():
         muon = "muon" in key or ".mlp." in key or ".attn.c_" in key
         assert torch.allclose(value, three[key], atol=2e-6 if muon else 2e-3), key
+
+
+# ------------------------------------------------------------------------------------- adapters and the mixture
+
+LEARN = {"TTT": "lora", "TTT_DOC_CHUNK": 16, "TTT_LORA_RANK": 4, "TTT_LORA_LR": 0.02,
+         "PPM_WEIGHT": 1, "MIX_ROWS": 6, "EVAL_SEQ_LEN": 32, "EVAL_BATCH_TOKENS": 64}
+
+
+def alive(**overrides):
+    return enlivened(section, tiny(**{**LEARN, **overrides})).eval()
+
+
+def documents(*lengths: int) -> np.ndarray:
+    """Documents of these lengths, BOS included, of words that repeat."""
+    words = np.frombuffer(b"the same few words, the same words again and again. " * 40, np.uint8)
+    ids = 4 + np.roll(words, 7)[: sum(lengths)].astype(np.int64)
+    ids[np.cumsum((0, *lengths[:-1]))] = section.BOS_ID
+    return ids
+
+
+# More than GROUP batches of two windows, one document of a BOS alone, one longer than a window.
+TEXT = documents(60, 17, 1, 70, 12, 9, 30, 5, 16, 33, 20)
+
+
+@pytest.mark.parametrize("more", [{}, {"MIX": "tilt"}, {"TTT_ADAPT": 0}, {"PPM_WEIGHT": 0}, {"TTT": "0"}], ids=str)
+def test_the_stream_follows_the_score(more):
+    assert_stream_follows_score(section, alive(**more), TEXT, every=3, atol=2e-4)
+
+
+def test_a_text_of_many_groups_is_scored_as_one_of_one(monkeypatch):
+    found = []
+    for group in (1, 100):
+        monkeypatch.setattr(section.TestTimeTraining, "GROUP", group)
+        found.append(section.score(alive(), TEXT, [40, 200]))
+    assert np.abs(found[0][0] - found[1][0]).max() < 1e-5
+    for t in (40, 200):
+        assert np.abs(found[0][1][t] - found[1][1][t]).max() < 1e-5
+
+
+@pytest.mark.parametrize("at", [1, 16, 17, 61, 90, 149, 230])
+def test_poison_moves_nothing_before_it(at):
+    """Neither through adapters, which learn a chunk at once, nor through mixture, proposals and groups."""
+    want, before = section.score(alive(), TEXT, [at - 1])
+    poisoned = np.where(TEXT == section.BOS_ID, TEXT, (TEXT - 4 + 7) % 256 + 4)
+    poisoned[:at] = TEXT[:at]
+    got, after = section.score(alive(), poisoned, [at - 1])
+    assert np.abs(got[: at - 1] - want[: at - 1]).max(initial=0) < 1e-5
+    assert np.abs(after[at - 1] - before[at - 1]).max() < 1e-5
+
+
+def test_adapters_teach_the_mixture():
+    ids = documents(200, 220, 180)
+    learned, control = (section.score(alive(TTT_ADAPT=adapt), ids)[0] for adapt in (1, 0))
+    assert np.abs(learned[:16] - control[:16]).max() < 1e-5  # nothing is known yet
+    assert np.abs(learned[200:] - control[200:]).max() > 0.01
+
+
+def test_any_number_of_ranks_scores_an_artifact_alike(run, corpus, tmp_path):
+    model = alive()
+    tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
+    (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))
+    unset = {name: "" for name in {**TINY, **HERE} if name not in ("DEVICE", "COMPILE")}
+    found = []
+    for ranks in (1, 2):
+        code, output, metrics = run(
+            ranks=ranks, script=RECORD / "train_gpt.py", RUN_ID=f"r{ranks}",
+            **unset | {"EVAL_ONLY": 1, "ARTIFACT": tmp_path / "model.bin", "DTYPE": "fp32", "VAL_BYTES": 900},
+        )
+        assert code == 0 and metrics["headline"] == "final_int6_ttt_mix", output
+        found.append(metrics["evals"])
+    one, two = found
+    assert one["final_int6_ttt"]["updates"] == two["final_int6_ttt"]["updates"] > 10
+    for name in one:
+        assert one[name]["val_bpb"] == pytest.approx(two[name]["val_bpb"], abs=1e-5), name
+
+
+def test_a_run_that_has_ended_is_scored_another_way(run, tmp_path):
+    """The checkpoint holds weights, which no setting of the score makes others; a setting of the model does."""
+    code, output, first = run(script=RECORD / "train_gpt.py", **HERE, RUN_ID="run")
+    assert code == 0, output
+    again = {**HERE, "RUN_ID": "run", "RESUME": "auto"}
+    code, output, second = run(script=RECORD / "train_gpt.py", **again | {"EVAL_STRIDE": 16})
+    assert code == 0 and "resume:" in output, output
+    assert first["steps"] == second["steps"] and second["evals"]["final_int6_sliding"]["stride"] == 16
+    assert second["evals"]["final_int6_roundtrip"]["val_bpb"] == first["evals"]["final_int6_roundtrip"]["val_bpb"]
+    code, output, _ = run(script=RECORD / "train_gpt.py", **again | {"XSA_LAST_N": 0})
+    assert code == 2 and "made with XSA_LAST_N=4, not 0" in output
 
 
 # ------------------------------------------------------------------------------------------ packed documents
