@@ -1,6 +1,7 @@
 """The record SGJM: published sizes, causality, Mamba-2 against
 its recurrence, cached decoding, the heads and their labels."""
 
+import json
 import math
 import re
 
@@ -246,6 +247,29 @@ def test_a_size_beyond_the_contest_has_no_budget_and_a_plan_beyond_the_budget_no
     code, output, metrics = run(script=SCRIPT, **RUN, ARTIFACT_BUDGET_BYTES=100_000)
     assert code == 2 and metrics is None and "step:" not in output and "Traceback" not in output
     assert "error: ARTIFACT_BUDGET_BYTES=100000: code and artifact would take about 2" in output
+
+
+@pytest.mark.parametrize("more, wanted", [
+    ({}, 500), ({"CHECKPOINT_EVERY": 0}, 0), ({"CHECKPOINT_EVERY": 7}, 7), ({"SIZE": "25m"}, 0),
+], ids=str)
+def test_long_runs_leave_checkpoints_behind(more, wanted):
+    asked = {"SIZE": "100m", **more}
+    args = section.Hyperparameters({name: str(value) for name, value in asked.items()})
+    assert args.checkpoint_every == wanted
+
+
+def test_the_rate_rises_and_falls():
+    line = settings(ITERATIONS=100, WARMDOWN_ITERS=50, MIN_LR=0.1, LR_WARMUP_STEPS=10)
+    wave = settings(ITERATIONS=100, WARMDOWN_ITERS=50, MIN_LR=0.1, LR_WARMUP_STEPS=10, LR_SCHEDULE="cosine")
+    for args in (line, wave):
+        rising = [section.rate_at(step / 100, args) for step in range(10)]
+        assert rising == pytest.approx(np.arange(1, 11) / 10)
+        assert section.rate_at(0.1, args) == pytest.approx(1) and section.rate_at(1, args) == pytest.approx(0.1)
+    assert section.rate_at(0.5, line) == pytest.approx(1) and section.rate_at(0.75, line) == pytest.approx(0.55)
+    assert section.rate_at(0.55, wave) == pytest.approx(0.55)
+    assert section.rate_at(0.325, wave) == pytest.approx(0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi / 4)))
+    plain = settings(ITERATIONS=100, WARMDOWN_ITERS=50)
+    assert [section.rate_at(step / 100, plain) for step in (0, 50, 75, 100)] == pytest.approx([1, 1, 0.5, 0])
 
 
 @pytest.mark.parametrize("heads", [0, 1])
@@ -651,6 +675,18 @@ def test_terms_are_those_of_a_slow_loop():
     shown = model.aux.report({name: value.item() for name, value in sums.items()})
     assert shown["latent_var"] == pytest.approx(variance, rel=1e-4)
     assert shown["judge_r2"] == pytest.approx(1 - np.mean(judged) / variance, rel=1e-3)
+    # the published accuracy: of true ends, and of other times and other rows
+    positions, others = model.aux.inputs(0, ids.device).tolist()
+    with torch.no_grad():
+        def verdict(row, t, other, end):
+            return model.aux.verdict(states[row, t], states[other, end]).item() > 0
+
+        places = [(row, t, other) for row in range(4) for t, other in zip(positions, others)]
+        true = [verdict(row, t, row, t + 4) for row, t, _ in places]
+        strange = [verdict(row, t, row, other) for row, t, other in places]
+        strange += [verdict(row, t, (row - 1) % 4, t + 4) for row, t, _ in places]
+    wanted = (np.mean(true) + 1 - np.mean(strange)) / 2
+    assert 0 < wanted < 1 and shown["accept_acc"] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_one_forward_of_weighted_groups_equals_the_mean_over_the_batch():
@@ -743,9 +779,11 @@ def test_a_run_trains_packs_and_scores_the_same_again(run, tmp_path):
     assert code == 0 and metrics["headline"] == "final_int7_sliding", output
     for name in (
         "drafter_loss:", "judge_r2:", "latent_var:", "verifier_acc:", "verifier_base:",
-        "draft_bytes:", "draft_unknown:",
+        "draft_bytes:", "draft_unknown:", "accept_acc:",
     ):
         assert name in output
+    told = json.loads((tmp_path / "runs" / "test" / "config.json").read_text())
+    assert told["SIZE"] == "smoke" and told["MODEL_DIM"] == 64 and told["SEED"] == metrics["seed"]
     assert train_losses(output)[-1] < train_losses(output)[0]
     folder = tmp_path / "runs" / "test"
     assert all((folder / f"{name}.safetensors").exists() for name in ("best", "final"))

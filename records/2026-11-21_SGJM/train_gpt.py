@@ -208,6 +208,9 @@ class Hyperparameters:
     iterations = Var(9000, "optimizer steps at most", 1)
     max_wallclock_seconds = Var(600.0, "training time; 0 = no limit", 0)
     warmdown_iters = Var(3000, "steps over which the rate falls", 0)
+    lr_schedule = Var("linear", "linear: flat, then falling; cosine: half a wave, as published",
+                      choices=("linear", "cosine"))
+    lr_warmup_steps = Var(0, "steps over which the rate rises from 0", 0)
     min_lr = Var(0.0, "rate at the end, as a share of the peak", 0, 1)
     warmup_steps = Var(2, "steps that compile, off the clock", 0)
     matrix_lr = Var(0.025, "Muon: block matrices", 0)
@@ -267,7 +270,7 @@ class Hyperparameters:
     runs_path = Var("./runs", "where runs are kept")
     resume = Var("", "auto, or a checkpoint file")
     resume_data = Var("same", "changed: other text than before", choices=("same", "changed"))
-    checkpoint_every = Var(0, "steps between checkpoints; 0 = on a signal", 0)
+    checkpoint_every = Var(0, "steps between checkpoints; 0 = on a signal; from 100m on 500", 0)
     train_log_every = Var(200, "steps between log lines, after the first ten", 1)
     device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
     dtype = Var("auto", "of activations; weights are fp32", choices=("auto", "fp32", "bf16"))
@@ -329,6 +332,8 @@ class Hyperparameters:
             setattr(self, name, getattr(self, name) or number)
         if self.size in BEYOND and not environ.get("ARTIFACT_BUDGET_BYTES"):
             self.artifact_budget_bytes = 0
+        if self.size in BEYOND and not environ.get("CHECKPOINT_EVERY"):
+            self.checkpoint_every = 500
         rows = max(1, self.train_batch_tokens // self.train_seq_len)
         self.row_group = math.gcd(rows, ROW_GROUP)
         if not environ.get("TRAIN_BATCH_TOKENS"):
@@ -1311,7 +1316,8 @@ class SpeculativeHeads(nn.Module):
         strange = [states[:, others]]
         if group > 1:  # the same times of the next row
             strange.append(future.unflatten(0, (-1, group)).roll(1, 1).flatten(0, 1))
-        fake = F.softplus(torch.stack([self.verdict(parent, x) for x in strange], 1))
+        strange = torch.stack([self.verdict(parent, x) for x in strange], 1)
+        true, fake = self.verdict(parent.detach(), future), F.softplus(strange)
         wrong = known * F.binary_cross_entropy_with_logits(real, whole, reduction="none")
         wrong = mean(wrong) / mean(known).clamp(min=1e-6)
 
@@ -1324,6 +1330,7 @@ class SpeculativeHeads(nn.Module):
             "right": mean(known * ((real > 0) == whole.bool())),
             "greedy_known": mean(known[..., 0]), "greedy_whole": mean(whole[..., 0]),
             "greedy_bytes": mean(taken[..., 0]),
+            "told": (mean(true > 0) + mean(strange <= 0)) / 2,
         }
         return terms | {name: value.detach() for name, value in shown.items()}
 
@@ -1337,7 +1344,9 @@ class SpeculativeHeads(nn.Module):
         latent, and latent_var, the variance of what they foresee. verifier_acc on labelled drafts
         and verifier_base, that of the better constant answer. Of greedy drafts draft_accepted, the
         accepted share of those whose end is known, draft_unknown, the share of the others, and
-        draft_bytes, accepted bytes, as far as known."""
+        draft_bytes, accepted bytes, as far as known. accept_acc is the published number: half the
+        true states that the verifier takes plus half the strange ones that it does not. It says
+        nothing of drafts."""
         if not means:
             return {}
         known, variance = max(means["known"], 1e-9), max(means["spread"], 1e-12)
@@ -1349,7 +1358,7 @@ class SpeculativeHeads(nn.Module):
             "judge_r2": 1 - means["judge"] / variance,
             "endpoint_r2": 1 - means["endpoint"] / variance,
             "latent_var": means["spread"], "verifier_loss": means["verifier"],
-            "verifier_acc": means["right"] / known,
+            "verifier_acc": means["right"] / known, "accept_acc": means["told"],
             "verifier_base": max(base, 1 - base), "draft_bytes": means["greedy_bytes"],
             "draft_accepted": means["greedy_whole"] / max(means["greedy_known"], 1e-9),
             "draft_unknown": 1 - means["greedy_known"],
@@ -1779,12 +1788,17 @@ class GPT(nn.Module):
 
 
 def rate_at(progress: float, args: Hyperparameters) -> float:
-    """Share of the peak rate at `progress` in [0, 1]: flat, then linear to MIN_LR at 1.
+    """Share of the peak rate at `progress` in [0, 1]: it rises over LR_WARMUP_STEPS; then it is flat
+    and falls in a line, or falls as a cosine does, to MIN_LR at 1.
 
     Progress is max(step share, time share), so the rate ends at its floor whichever limit
     ends the run (#832 stopped at 17 % of its peak, defect A4)."""
-    fall = args.warmdown_iters / args.iterations
+    rise, fall = args.lr_warmup_steps / args.iterations, args.warmdown_iters / args.iterations
+    if progress < rise:
+        return min(1.0, (progress + 1 / args.iterations) / rise)
     left = min(1.0, (1.0 - progress) / fall) if fall else 1.0
+    if args.lr_schedule == "cosine":
+        left = 0.5 + 0.5 * math.cos(math.pi * (progress - rise) / max(1.0 - rise, 1e-9))
     return args.min_lr + (1.0 - args.min_lr) * max(0.0, left)
 
 
@@ -3125,6 +3139,8 @@ class Trainer:
                        for key, value in tensors.items()}
             blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
             write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
+            config = json.dumps(self.args.settings(), indent=1)  # for people; a file has its own
+            write_atomic(run_folder(self.args) / "config.json", config.encode())
 
     def _check_resumed(self, path: Path, meta: dict) -> None:
         """Refuses another model or text; tells what else is new."""
