@@ -17,10 +17,11 @@ NAME is a folder below records/ladder, or a path, with a ladder.json:
 
 A rung is millions of block weights; scripts/rungs.py says what it sets and why. The arm `base` is the trunk
 there, or the script of `base`, and is always run. `bytes_per_id` is the text's, of a token model: rungs are
-counted in bytes; the *.model in the folder of the data is its TOKENIZER_PATH. Both may be left out. `set` has plain values, `*F`, `+N` or `-N` of the base's, or one of these for each
-rung; a `set` of the ladder itself, beside `arms`, is for all arms and the base. `match` names settings that
-are moved, one after the other, until the planned artifact has the base's bytes. `script` is another script of
-the family; what it does not know of a rung's settings is left out.
+counted in bytes; the *.model in the folder of the data is its TOKENIZER_PATH. Both may be left out.
+`set` has plain values, `*F`, `+N` or `-N` of the base's, or one of these for each rung; a `set` of the ladder
+itself, beside `arms`, is for all arms and the base. `match` names settings that are moved, one after the
+other, until the planned artifact has the base's bytes. `script` is another script of the family; what it does
+not know of a rung's settings is left out.
 
 The data: both files of books made into shards by
     python data/prepare.py files books_train.jsonl.zst --val books_val.jsonl.zst --no-shuffle \\
@@ -482,7 +483,7 @@ def found_text(data: str | None, mine: Program) -> dict[str, str]:
     if not data:
         return {}
     models = sorted(Path(data).glob("*.model")) if "TOKENIZER_PATH" in mine.defaults else []
-    return {"DATA_PATH": data, **{"TOKENIZER_PATH": str(path) for path in models[:1]}}
+    return {"DATA_PATH": data} | ({"TOKENIZER_PATH": str(models[0])} if models else {})
 
 
 # --- When it will end ---

@@ -291,8 +291,8 @@ def block(ladder, numbers: dict) -> str:
     """What stands between the marks in README.md."""
     base = ladder.arms["base"].why
     ids = f", of ids that stand for {ladder.per_id:g} bytes" if ladder.per_id != 1 else ""
-    parts = [f"**Question**: {ladder.question}", "", *[f"The base is {base}{ids}.", ""] * (base != "the trunk"),
-             "| arm | why |", "| --- | --- |",
+    about = [f"The base is {base}{ids}.", ""] if base != "the trunk" else []
+    parts = [f"**Question**: {ladder.question}", "", *about, "| arm | why |", "| --- | --- |",
              *(f"| {arm.name} | {arm.why} |" for arm in ladder.arms.values() if arm.name != "base"), ""]
     parts += [rung_table(numbers["rungs"]), ""]
     if numbers["arms"]:

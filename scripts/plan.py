@@ -938,15 +938,18 @@ def bytes_per_id(vocab_size: int) -> float:
 def mixture_seconds(script: Path, args, targets: int, rate: float, prices=None, ranks=1) -> float:
     """Seconds of a script's mixture over the validation text on one thread; 0 without one.
 
-    rate: MB/s; 0: what the record has measured. `measured/kernels.json` beside the script has microseconds
-    a target, to mix and to distil what the network says of it; `measured/mixtures.json` has MB/s. A card
-    distils in its own memory, each rank its share: exponentials, a permutation and running sums, 40 bytes
-    an id of the vocabulary.
+    rate: MB/s; 0: what the record has measured. `measured/kernels.json` beside the script, or beside its
+    parent's, has microseconds a target, to mix and to distil what the network says of it;
+    `measured/mixtures.json` has MB/s. A card distils in its own memory, each rank its share: exponentials, a
+    permutation and running sums, 40 bytes an id of the vocabulary.
     """
     if not getattr(args, "ppm_weight", 0):
         return 0.0
-    folder = script.parent / "measured"
-    if (path := folder / "kernels.json").is_file() and not rate:
+    folder, about = script.parent / "measured", script.parent / "submission.json"
+    parent = read_json(about).get("parent") if about.is_file() else None
+    for path in (folder / "kernels.json", ROOT / (parent or ".") / "measured" / "kernels.json"):
+        if rate or not path.is_file():
+            continue
         measured = read_json(path)
         distilled = 1e-6 * measured["distil_us_new"]["median"]
         if isinstance(prices, Gpu):
@@ -997,9 +1000,6 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
         groups, _ = priced(ops, prices, ranks)
         return sum(row["ms"] for name, row in groups.items() if name != "gaps") / 1e3
 
-    adapts = getattr(args, "ttt", "0") != "0"
-    twice = hasattr(args, "mix_streams") or not adapts  # a mixture on one thread is the last pass's
-
     costs = {span: seconds(paper.forward(batch, length, min(span, length))) for span in {length, stride}}
 
     def add(name: str, clock: str, span: int, forwards: int, reading: float, updates: float,
@@ -1015,8 +1015,8 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
         (f"{label}_roundtrip", "evaluation", length), (f"{label}_sliding", "evaluation", stride),
     ):
         forwards = math.ceil(targets / (span * batch * ranks))
-        add(name, clock, span, forwards, forwards * costs[span], 0.0, twice and name.endswith("sliding"))
-    if not adapts:
+        add(name, clock, span, forwards, forwards * costs[span], 0.0, name.endswith("sliding"))
+    if getattr(args, "ttt", "0") == "0":
         return rows
     name = f"{label}_ttt" if args.ttt_adapt else f"{label}_ttt_off"
     if hasattr(args, "ttt_doc_chunk"):  # documents of the mean length, at their mean window

@@ -72,7 +72,7 @@ def test_three_ranks_train_as_one(final):
         assert torch.allclose(value, three[key], atol=2e-6 if muon else 2e-3), key
 
 
-# ------------------------------------------------------------------------------------- adapters and the mixture
+# ----------------------------------------------------------------------------------- adapters and the mixture
 
 LEARN = {"TTT": "lora", "TTT_DOC_CHUNK": 16, "TTT_LORA_RANK": 4, "TTT_LORA_LR": 0.02,
          "PPM_WEIGHT": 1, "MIX_ROWS": 6, "EVAL_SEQ_LEN": 32, "EVAL_BATCH_TOKENS": 64}
@@ -94,7 +94,9 @@ def documents(*lengths: int) -> np.ndarray:
 TEXT = documents(60, 17, 1, 70, 12, 9, 30, 5, 16, 33, 20)
 
 
-@pytest.mark.parametrize("more", [{}, {"MIX": "tilt"}, {"TTT_ADAPT": 0}, {"PPM_WEIGHT": 0}, {"TTT": "0"}], ids=str)
+@pytest.mark.parametrize("more", [
+    {}, {"MIX": "tilt"}, {"TTT_ADAPT": 0}, {"PPM_WEIGHT": 0}, {"TTT": "0"},
+], ids=str)
 def test_the_stream_follows_the_score(more):
     assert_stream_follows_score(section, alive(**more), TEXT, every=3, atol=2e-4)
 
@@ -147,16 +149,38 @@ def test_any_number_of_ranks_scores_an_artifact_alike(run, corpus, tmp_path):
 
 
 def test_a_run_that_has_ended_is_scored_another_way(run, tmp_path):
-    """The checkpoint holds weights, which no setting of the score makes others; a setting of the model does."""
+    """The checkpoint holds weights, which no setting of the score changes; one of the model would."""
     code, output, first = run(script=RECORD / "train_gpt.py", **HERE, RUN_ID="run")
     assert code == 0, output
     again = {**HERE, "RUN_ID": "run", "RESUME": "auto"}
-    code, output, second = run(script=RECORD / "train_gpt.py", **again | {"EVAL_STRIDE": 16})
+    code, output, second = run(script=RECORD / "train_gpt.py", **again | {"EVAL_STRIDE": 24})
     assert code == 0 and "resume:" in output, output
-    assert first["steps"] == second["steps"] and second["evals"]["final_int6_sliding"]["stride"] == 16
-    assert second["evals"]["final_int6_roundtrip"]["val_bpb"] == first["evals"]["final_int6_roundtrip"]["val_bpb"]
+    assert first["steps"] == second["steps"] and second["evals"]["final_int6_sliding"]["stride"] == 24
+    one, two = (found["evals"]["final_int6_roundtrip"]["val_bpb"] for found in (first, second))
+    assert one == two
+    assert "warning: resumed with EVAL_STRIDE=24, it was" in output
     code, output, _ = run(script=RECORD / "train_gpt.py", **again | {"XSA_LAST_N": 0})
     assert code == 2 and "made with XSA_LAST_N=4, not 0" in output
+
+
+def test_what_is_new_in_training_is_told(run, tmp_path):
+    run(script=RECORD / "train_gpt.py", **HERE, RUN_ID="run", CHECKPOINT_EVERY=4)
+    code, output, _ = run(script=RECORD / "train_gpt.py", RUN_ID="on", MATRIX_LR=0.02, SEED=7, EMA_DECAY=0.5,
+                          RESUME=tmp_path / "runs/run/last.safetensors", **HERE)
+    assert code == 0, output
+    for words in ("MATRIX_LR=0.02, it was 0.026", "SEED=7, it was", "EMA_DECAY=0.5, it was"):
+        assert f"warning: resumed with {words}" in output
+
+
+def test_a_rank_with_other_settings_is_named(run, tmp_path):
+    """As where one machine of two has an old file of settings."""
+    starter = tmp_path / "start.py"
+    starter.write_text(f"""import os, runpy
+os.environ["MATRIX_LR"] = "0.02" if os.environ["RANK"] == "1" else "0.026"
+runpy.run_path({str(RECORD / "train_gpt.py")!r}, run_name="__main__")
+""")
+    code, output, _ = run(ranks=2, script=starter, **HERE)
+    assert code != 0 and "rank 1 has other settings or text than rank 0" in output, output
 
 
 # ------------------------------------------------------------------------------------------ packed documents
@@ -254,6 +278,7 @@ def test_packs_that_cannot_be_are_refused(bad, words):
 @pytest.mark.parametrize("name, value", [
     ("LOOP_EXTRA", 2), ("LOOP_FIRST", 3), ("LOOP_LAST", 5), ("LOOP_START", 0.35), ("NUM_LOOPS", 2),
     ("BIJEPAX_ENABLED", 1), ("BIJEPAX_WEIGHT", 0.01), ("BIJEPAX_STRIDE", 64), ("BIJEPAX_CYCLE", 1),
+    ("DISABLE_COMPILE", 1), ("TTT_ENABLED", 0), ("PPM_MIXER_ENABLED", 0), ("ARTIFACT_DIR", "out"),
 ])
 def test_what_is_gone_is_refused_with_the_reason(name, value):
     with pytest.raises(section.UserError, match=f"{name}='{value}' is retired"):

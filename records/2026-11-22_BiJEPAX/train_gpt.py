@@ -2794,11 +2794,11 @@ class Evaluator:
         sums, seconds = runtime.all_reduce(sums), time.perf_counter() - began
         for label, row in zip(names, sums):
             self.results[label] = self.result(label, row, length, stride, seconds)
-
         if mix:
             self.results[names[-1]] |= {"mixture": args.mix, "mix_seconds": mixing}
         if learner is not None:
-            self.results[name] |= {"updates": learner.updates}
+            updates = int(runtime.all_reduce(torch.tensor(learner.updates)))
+            self.results[name] |= {"updates": updates}
         return self.results[name]
 
     def result(self, name: str, sums: Tensor, length: int, stride: int, seconds: float) -> dict:

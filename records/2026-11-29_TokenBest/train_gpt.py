@@ -25,6 +25,7 @@ import fcntl
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import lzma
 import math
@@ -210,7 +211,7 @@ class Hyperparameters:
     val_bytes = Var(0, "validates only on this prefix; 0 = all", 0)
     val_loss_every = Var(0, "steps between validations; 0 = only at the end", 0)
     eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
-    ttt = Var("0", "adapters that learn from scored text", choices=("0", "lora"), ship="eval")
+    ttt = Var("lora", "adapters that learn from scored text", choices=("0", "lora"), ship="eval")
     ttt_adapt = Var(True, "0 = without learning: the control", ship="eval")
     ttt_doc_chunk = Var(64, "lora: targets of a document a step", 1, ship="eval")
     ttt_lora_rank = Var(96, "lora: inner width", 1, ship="eval")
@@ -255,6 +256,8 @@ class Hyperparameters:
         ("set EVAL_ONLY=1 ARTIFACT=FILE", "QUANTIZE_ONLY=0 PREQUANT_ONLY=0 TTT_EVAL_ONLY=0"),
         ("set ITERATIONS, WARMDOWN_ITERS", "FORCE_STOP_STEP=0 WARMDOWN_FRAC="),
         ("set QUANT_K=mlp:NUMBER", "MLP_CLIP_SIGMAS="),
+        ("here it is COMPILE, RUNS_PATH, TTT, PPM_WEIGHT", "DISABLE_COMPILE=0 ARTIFACT_DIR="
+         " TTT_ENABLED=1 PPM_MIXER_ENABLED=1"),
         ("every layer runs once: repetition cost 0.0079 BPB", "NUM_LOOPS=0 LOOP_EXTRA=0 LOOP_START=1"
          " LOOP_FIRST= LOOP_LAST="),
         ("BIJEPAX-lite had no effect", "BIJEPAX_ENABLED=0 BIJEPAX_WEIGHT=0 BIJEPAX_START_FRAC="
@@ -263,19 +266,10 @@ class Hyperparameters:
     ) for name, _, off in (word.partition("=") for word in names.split())}
     IGNORED = ("EMBED_LR", "HEAD_LR", "MUON_BETA2", "VAL_BATCH_SIZE", "TTT_CHUNK_TOKENS", "TTT_BATCH_ROWS",
                "TTT_EPOCHS", "TTT_LR", "TTT_DECAY_CHUNKS", "TTT_MOMENTUM", "TTT_GRAD_CLIP", "TTT_MODULES")
-    # Names of #2080: {name: (ours, {its value: ours})}.
-    ALIASES = {"DISABLE_COMPILE": ("COMPILE", {"0": "auto", "1": "0"}), "ARTIFACT_DIR": ("RUNS_PATH", {}),
-               "TTT_ENABLED": ("TTT", {"1": "lora"}), "PPM_MIXER_ENABLED": ("PPM_WEIGHT", {})}
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
-        environ = dict(environ or {})
-        for name, (ours, values) in self.ALIASES.items():
-            text = environ.pop(name, "").strip()
-            value = values.get(text, text)
-            if text and (environ.get(ours) or value) != value:
-                raise UserError(f"{name}={text} means {ours}={value}, not {environ[ours]}")
-            environ |= {ours: value} if text else {}
+        environ = environ or {}
         self.warnings: list[str] = []
         self._refuse_retired_and_misspelt(environ)
 
@@ -318,7 +312,6 @@ class Hyperparameters:
                 lines.append(f"\n{item}")
         old = " ".join([*cls.RETIRED, *cls.IGNORED])
         lines.append(f"\nAccepted from older command lines where they mean off: {old}")
-        lines += [f"  {name:<28} {ours}" for name, (ours, _) in cls.ALIASES.items()]
         return "\n".join(lines)
 
     def settings(self) -> dict:
@@ -329,8 +322,14 @@ class Hyperparameters:
         settings = self.settings()
         return {var.name: settings[var.name] for var in self.vars().values() if var.ship}
 
+    def learning(self) -> dict:
+        """What decides the weights, but for the text and the limits."""
+        free = "DATA_PATH", "VERIFY_DATA", "ITERATIONS", "MAX_WALLCLOCK_SECONDS"
+        names = itertools.takewhile(lambda name: name != "BITS", settings := self.settings())
+        return {name: settings[name] for name in names if name not in free}
+
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
-        known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED, *self.ALIASES}
+        known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED}
         for name, value in environ.items():
             if name in self.RETIRED:
                 off, why = self.RETIRED[name]
@@ -526,6 +525,14 @@ class Runtime:
         if self.world_size > 1:
             dist.broadcast(tensor, 0)
         return tensor.tolist()
+
+    def agree(self, what: str, values) -> None:
+        """Raises, on all ranks, where one has other values than rank 0."""
+        mine = zlib.crc32(json.dumps(values, sort_keys=True).encode())
+        first, = self.from_main([mine])
+        apart = torch.tensor(self.rank if mine != first else 0)
+        if rank := int(self.all_reduce(apart, dist.ReduceOp.MAX)):
+            raise UserError(f"rank {rank} has other {what} than rank 0")
 
     def compile_by(self, attempt, log) -> None:
         """Compiles what `attempt` runs, on all ranks or none: it has no collective."""
@@ -2171,8 +2178,8 @@ DOUBT = np.digitize(0.5 - np.abs(np.arange(256) - 127.5) / 256, (0.03, 0.12, 0.2
 TRIALS = np.searchsorted([*range(1, 9), 12, 16, 24, 32, 64, 128], range(256), "right").astype(np.uint8)
 AGREED = np.digitize(np.arange(LONGEST + 1), (4, 8, 16))
 STEPS, LIMIT = 1 / (np.arange(256) + 1.6), 255  # by a counter's n; largest n
-RATE, SLOW = 0.002, 0.02  # of weights and of `hits`
-TINY, USED = 1e-12, np.uint64(8 + len(RUNS))  # odds stay finite; inputs
+RATE, SLOW = 0.0013, 0.02  # of weights and of `hits`
+TINY, USED = 1e-12, np.uint64(9 + len(RUNS))  # odds stay finite; inputs
 BLOCK, PIECE, AHEAD = 512, 32, 3  # ids mixed, distilled at once; asked for ahead
 
 
@@ -2390,7 +2397,7 @@ class Mixture:
     """The network's distributions mixed with statistics of the scored text.
 
     A rank's `distil` keeps few numbers of its log-probabilities; `score` books them on one rank, in
-    order. A decoder asks for `distribution`, then calls `push`. 448 bytes * 2^MIX_ROWS + 46 MB."""
+    order. A decoder asks for `distribution`, then calls `push`. 512 bytes * 2^MIX_ROWS + 46 MB."""
 
     def __init__(self, args: Hyperparameters):
         if njit is None:
@@ -2406,10 +2413,11 @@ class Mixture:
         slots, now = 1 << SLOTS, np.zeros(2 + 2 * runs, np.int64)
         self.text = Text(np.zeros(slots, np.uint16), now, np.zeros((runs, slots), np.int32))
 
-        # 1, 3 and PPM_ORDER bytes, the word, one id; of the whole stream two ids and the word
+        # 1, 3, PPM_ORDER bytes, the word, an id and two; of the whole stream two ids and the word
         word = args.ppm_order
         last, third = word - 1, min(3, word) - 1
-        contexts = [(0, 1), (third, 1), (last, 1), (word, 1), (word + 1, 1), (word + 2, 0), (word, 0)]
+        contexts = [(0, 1), (third, 1), (last, 1), (word, 1), (word + 1, 1), (word + 2, 1),
+                    (word + 2, 0), (word, 0)]
         n, rows, size = len(contexts), 1 << args.mix_rows, len(spelled)
         weights = np.zeros((32 + size, LANES), np.float32)
         weights[:16, 0] = 1  # it begins as only the network
@@ -2446,19 +2454,25 @@ class Mixture:
         mass = mass * (edges > 0) + TINY * edges
         return mass.diff(dim=0).clamp(min=TINY).log().diff(dim=0)[0].cpu()
 
-    def distil(self, ids: np.ndarray, first: int, stop: int, logprobs: Tensor, hints=None) -> Tensor:
-        """Log-probabilities (n, V) of targets first ... stop - 1 -> fp64, CPU (n, [own; hints;
-        theirs; log odds above the id]). In the order of the stream: reads other ranks' ids too."""
-        if hints is None:
-            fresh = ids[self.text.now[0] : stop].astype(np.int64)
-            hints = propose(self.text, fresh)[first - stop :]
+    def read(self, ids: np.ndarray, first: int, stop: int, blocks) -> list[tuple]:
+        """Blocks (begin, end, log-probabilities (n, V), ...) of targets first ... stop - 1,
+        in any order -> [(begin, end, `distil` of them)]. Every rank calls it for all
+        targets, in order: proposals are made of all ids."""
+        hints = propose(self.text, ids[first:stop].astype(np.int64))
+        return [(begin, end, self.distil(ids, begin, end, logprobs, hints[begin - first : end - first]))
+                for begin, end, logprobs, *_ in blocks]
+
+    def distil(self, ids: np.ndarray, first: int, stop: int, logprobs: Tensor,
+               hints: np.ndarray) -> np.ndarray:
+        """Log-probabilities (n, V) of targets first ... stop - 1, and their hints -> fp64 (n, [own;
+        hints; theirs; log odds above the id])."""
         if logprobs.device.type == "mps":  # it has no fp64
             logprobs = logprobs.cpu()
         ids = ids[first + 1 : stop + 1].astype(np.int64)
         named = torch.from_numpy(np.column_stack((ids, hints[:, ::2]))).to(logprobs.device)
         own = logprobs.gather(1, named).double().cpu()
         odds = self.odds(logprobs, self.tree.paths[ids])
-        return torch.cat((own[:, :1], torch.from_numpy(hints), own[:, 1:], odds), 1)
+        return torch.cat((own[:, :1], torch.from_numpy(hints), own[:, 1:], odds), 1).numpy()
 
     def score(self, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
         """fp64 nats (labels, n) of ids (n,) from their `values`; learns them."""
@@ -2491,7 +2505,7 @@ class Mixture:
         ids = np.array([token])
         if logprobs is not None:
             row = torch.from_numpy(logprobs[None])
-            self.score(ids, self.distil(ids.repeat(2), 0, 1, row, self.hint).numpy())
+            self.score(ids, self.distil(ids.repeat(2), 0, 1, row, self.hint))
         self.hint = propose(self.text, ids)
 
 
@@ -2517,27 +2531,25 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan,
            learner: TestTimeTraining | None = None, gather=None):
     """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) of each block of n targets.
 
-    The only path from weights to a score. With `gather`, rank 0 has all of them."""
+    The only path from weights to a score. `gather`, of (first, stop, this rank's blocks of
+    the targets between), yields instead: on rank 0 all blocks, in order."""
     if len(ids) < 2:
         return
     if learner is not None:
-        yield from learner.by_document(ids, plan)
+        yield from learner.by_document(ids, plan, gather)
         return
 
     device = next(model.parameters()).device
     rows = windows(len(ids) - 1, plan.length, plan.stride)
-    for begin in range(0, len(rows), plan.batch * plan.ranks):  # ranks meet in `gather`
-        batches = [rows[begin + i * plan.batch :][: plan.batch] for i in range(plan.ranks)]
-        batch = batches[plan.rank]
+    size = plan.batch * plan.ranks
+    for turn in np.split(rows, range(size, len(rows), size)):  # ranks meet in `gather`
+        batch = turn[plan.rank * plan.batch :][: plan.batch]
         inputs, position, targets = plan.tensors(ids, batch, device)
         logprobs = model.logits(inputs, position, targets.size(1)).log_softmax(-1)
-        if gather is not None:
-            yield from gather(batches, logprobs)
-            continue
         nats = -logprobs.gather(-1, targets[..., None]).squeeze(-1)
         nats = nats.cpu().numpy().astype(np.float64)
-        for i, (_, first, stop) in enumerate(batch):
-            yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
+        blocks = [(a, b, logprobs[i, : b - a], nats[i, : b - a]) for i, (_, a, b) in enumerate(batch)]
+        yield from gather(turn[0, 1], turn[-1, 2], blocks) if gather else blocks
 
 
 class Adapters:
@@ -2586,40 +2598,57 @@ class Adapters:
 
 @check
 def check_documents(args: Hyperparameters) -> None:
-    if args.ttt != "0":
-        wide = args.ttt_doc_chunk > args.eval_seq_len
-        forbid(wide, args, "ttt_doc_chunk eval_seq_len", "a window must hold the chunk")
-        forbid(args.ppm_weight, args, "ttt ppm_weight", "no mixture follows documents out of order")
+    wide = args.ttt != "0" and args.ttt_doc_chunk > args.eval_seq_len
+    forbid(wide, args, "ttt_doc_chunk eval_seq_len", "a window must hold the chunk")
 
 
 class TestTimeTraining:
-    """Adapters of a document: they learn once TTT_DOC_CHUNK targets are scored (#1530)."""
+    """Adapters of a document: they learn once TTT_DOC_CHUNK targets are scored (#1530).
 
-    def __init__(self, model: GPT):
+    A document is scored from its own ids alone, so their order is free; but a mixture
+    reads the text in its order. So documents that follow one another make a group,
+    without a mixture all of them. Ranks take turns at it, the longest first, and those
+    of about one length share a batch. It is handed on once it is scored."""
+
+    GROUP = 4  # batches
+
+    def __init__(self, model: GPT, tell=lambda read: None):
         self.model, self.args = model, model.args
-        self.updates = 0
+        self.tell = tell  # of targets that are read
+        self.read, self.updates = 0, 0
 
-    def by_document(self, ids: np.ndarray, plan: WindowPlan):
+    def by_document(self, ids: np.ndarray, plan: WindowPlan, gather=None):
         """`scored` by document; a target belongs to the document of the id before it."""
         starts = np.union1d([0], np.flatnonzero(ids[:-1] == BOS_ID))
         spans = np.stack((starts, np.append(starts[1:], len(ids) - 1)), 1)
-        longest = spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")]
-        for first in range(plan.rank * plan.batch, len(spans), plan.ranks * plan.batch):
-            yield from self.adapt(ids, longest[first : first + plan.batch], plan.length)
+        size = self.GROUP * plan.batch * plan.ranks if gather else len(spans)
+        for group in np.split(spans, range(size, len(spans), size)):
+            longest = group[np.argsort(group[:, 0] - group[:, 1], kind="stable")]
+            mine = longest[plan.rank :: plan.ranks]
+            batches = np.split(mine, range(plan.batch, len(mine), plan.batch))
+            blocks = (block for batch in batches if len(batch)
+                      for block in self.adapt(ids, batch, plan.length))
+            yield from gather(group[0, 0], group[-1, 1], blocks) if gather else blocks
 
     def adapt(self, ids: np.ndarray, group: np.ndarray, length: int):
         """Scores documents; their adapters learn between chunks."""
         adapters, size = Adapters(self.model, len(group)), self.args.ttt_doc_chunk
         for done in range(0, group[0, 1] - group[0, 0], size):
             alive = group[group[:, 1] - group[:, 0] > done]
-            logprobs, nats = self.adapt_chunk(adapters, ids, alive, done, length)
+            logprobs = self.adapt_chunk(adapters, ids, alive, done, length)
+            self.read += int((alive[:, 1] - alive[:, 0] - done).clip(0, size).sum())
+            self.tell(self.read)
             for i, (start, end) in enumerate(alive):
                 first, stop = start + done, min(start + done + size, end)
-                yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
+                part = logprobs[i, : stop - first]
+                targets = torch.from_numpy(ids[first + 1 : stop + 1].astype(np.int64))
+                nats = -part.gather(-1, targets.to(part.device)[:, None]).squeeze(-1)
+                yield first, stop, part, nats.cpu().numpy().astype(np.float64)
 
-    def adapt_chunk(self, adapters: Adapters, ids: np.ndarray, alive: np.ndarray, done: int, length):
-        """Log-probabilities (n, size, V) and nats (n, size) of targets from `done` on of n documents;
-        those that go on learn from it."""
+    def adapt_chunk(self, adapters: Adapters, ids: np.ndarray, alive: np.ndarray, done: int,
+                    length: int) -> Tensor:
+        """Log-probabilities (n, size, V) of targets from `done` on of n documents; they learn
+        from it, if they go on."""
         size, device = self.args.ttt_doc_chunk, self.model.tok_emb.weight.device
         begin = max(done + size - length, 0)  # of the window, in the document
         rows = np.full((len(alive), done + size - begin), PAD_ID, np.int64)
@@ -2630,20 +2659,20 @@ class TestTimeTraining:
             goals[i, : len(text) - 1 - done + begin] = text[done - begin + 1 :]
 
         goes_on = (alive[:, 1] - alive[:, 0] > done + size) & self.args.ttt_adapt
-        learns = bool(goes_on.any())
+        learners = int(goes_on.sum())
         rows, goals, goes_on = (torch.from_numpy(x).to(device) for x in (rows, goals, goes_on))
         compiled, piece.compiled = piece.compiled, False  # shapes and readers of their own
-        with torch.set_grad_enabled(learns):
+        with torch.set_grad_enabled(learners > 0):
             params = adapters.attach(len(alive))
             x = self.model.hidden(rows, self.model.rotary_eval)
             logprobs = self.model.head(x[:, done - begin :].float()).log_softmax(-1)
-            nats = -logprobs.gather(-1, goals[..., None]).squeeze(-1)
-            if learns:
+            if learners:
+                nats = -logprobs.gather(-1, goals[..., None]).squeeze(-1)
                 adapters.learn((nats.mean(1) * goes_on).sum(), params)
-                self.updates += 1
+                self.updates += learners
         piece.compiled = compiled
         adapters.detach()
-        return logprobs.detach(), nats.detach().cpu().numpy().astype(np.float64)
+        return logprobs.detach()
 
 
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
@@ -2655,20 +2684,28 @@ def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarr
     mixture = Mixture(args) if args.ppm_weight else None
     learner = TestTimeTraining(model) if args.ttt != "0" else None
     nats, vectors = np.zeros(max(len(ids) - 1, 0)), {}
-    for first, stop, logprobs, part in scored(model, ids, plan, learner=learner):
-        here = [t for t in wanted if first <= t < stop]
-        if mixture is None:
-            nats[first:stop] = part
-            vectors |= {t: logprobs[t - first].cpu().numpy() for t in here}
-            continue
 
-        values, done = mixture.distil(ids, first, stop, logprobs).numpy(), first
+    def noted(blocks):
+        for first, stop, logprobs, part in blocks:
+            nats[first:stop] = part
+            here = [t for t in wanted if first <= t < stop]
+            vectors.update({t: logprobs[t - first].cpu().numpy() for t in here})
+            yield first, stop, logprobs
+
+    def gather(first: int, stop: int, blocks):
+        return sorted(mixture.read(ids, first, stop, noted(blocks)), key=lambda x: x[0])
+
+    if mixture is None:
+        deque(noted(scored(model, ids, plan, learner)), maxlen=0)
+        return nats, vectors
+    for first, stop, values in scored(model, ids, plan, learner, gather):
+        here, done = [t for t in wanted if first <= t < stop], first
         for t in [*here, stop]:  # learns up to t, then tells
             known = values[done - first : t - first]
             nats[done:t] = mixture.score(ids[done + 1 : t + 1], known)[-1]
             if t < stop:
                 hints = values[t - first, None, 1 : 1 + 2 * len(RUNS)]
-                vectors[t] = mixture.distribution(logprobs[t - first].cpu().numpy(), hints)
+                vectors[t] = mixture.distribution(vectors[t], hints)
             done = t
     return nats, vectors
 
@@ -2718,17 +2755,14 @@ class Evaluator:
             note = f" (original text {original}: normalised; these bytes divide)"
         return f"val: targets:{len(self.ids) - 1} bytes:{self.bytes}{note}"
 
-    def gather(self, mixture: Mixture, batches: list[np.ndarray], logprobs: Tensor):
-        """Rank 0: (first, stop, `distil` of them, nats) of all ranks' blocks, in order."""
-        runtime, mine = self.runtime, []
-        for (_, first, stop), part in zip(batches[runtime.rank], logprobs):
-            mine.append(mixture.distil(self.ids, first, stop, part[: stop - first]).numpy())
+    def gather(self, mixture: Mixture, first: int, stop: int, blocks):
+        """Rank 0: (first, stop, `distil`, nats) of all ranks' blocks, in order."""
+        runtime, mine = self.runtime, mixture.read(self.ids, first, stop, blocks)
         found = [mine] * runtime.world_size if runtime.main else None
         if runtime.world_size > 1:
             dist.gather_object(mine, found)
-        for batch, blocks in zip(batches, found or ()):
-            for (_, first, stop), block in zip(batch, blocks):
-                yield first, stop, block, -block[:, 0]
+        for first, stop, values in sorted(sum(found or [], []), key=lambda x: x[0]):
+            yield first, stop, values, -values[:, 0]
 
     def run(self, name: str, model: GPT, length: int, stride: int, learn: bool = False,
             mix: bool = False) -> dict:
@@ -2741,10 +2775,19 @@ class Evaluator:
             names += [f"{name}_{label}" for label in mixture.labels]
             gather = lambda *found: self.gather(mixture, *found)  # noqa: E731
         sums = torch.zeros(len(names), classes + 1, dtype=torch.float64)  # by class, and targets
-        learner = TestTimeTraining(model) if learn else None
+        targets, shown = len(self.ids) - 1, began
+
+        def tell(read: int) -> None:
+            nonlocal shown
+            if (now := time.perf_counter()) - shown > PROGRESS_SECONDS:
+                shown, known = now, sums[0, -1]
+                loss = f"loss:{sums[0, :-1].sum() / known:.4f}" if known else ""
+                self.log(f"  {name} {read / targets:.0%} {now - began:.0f}s {loss}")
+
+        ranks = runtime.world_size
+        learner = TestTimeTraining(model, lambda read: tell(ranks * read)) if learn else None
         batch = max(1, args.eval_batch_tokens // length)
-        plan = WindowPlan(length, stride, batch, runtime.rank, runtime.world_size)
-        ranks, shown = 1 if mix else runtime.world_size, began
+        plan = WindowPlan(length, stride, batch, runtime.rank, ranks)
         for first, stop, values, nats in scored(model, self.ids, plan, learner, gather):
             found, parts = self.classes[self.ids[first + 1 : stop + 1]], [nats]
             if mix:
@@ -2754,10 +2797,8 @@ class Evaluator:
             for row, part in zip(sums, parts):
                 row[:-1] += torch.from_numpy(np.bincount(found, part, minlength=classes))
                 row[-1] += stop - first
-            if (now := time.perf_counter()) - shown > PROGRESS_SECONDS:
-                shown, done = now, ranks * sums[0, -1] / (len(self.ids) - 1)
-                loss = sums[0, :-1].sum() / sums[0, -1]
-                self.log(f"  {name} {done:.0%} {now - began:.0f}s loss:{loss:.4f}")
+            if learner is None:
+                tell(int(sums[0, -1]) * (1 if mix else ranks))
 
         sums, seconds = runtime.all_reduce(sums), time.perf_counter() - began
         for label, row in zip(names, sums):
@@ -2766,7 +2807,8 @@ class Evaluator:
         if mix:
             self.results[names[-1]] |= {"mixture": args.mix, "mix_seconds": mixing}
         if learner is not None:
-            self.results[name] |= {"updates": learner.updates}
+            found = runtime.all_reduce(torch.tensor(learner.updates))
+            self.results[name]["updates"] = int(found)
         return self.results[name]
 
     def result(self, name: str, sums: Tensor, length: int, stride: int, seconds: float) -> dict:
@@ -3130,18 +3172,21 @@ class Trainer:
                 raise self.not_finite(self.step, key)
         if self.runtime.main:
             meta = {key: getattr(self, key) for key in self.CHECKPOINTED}
-            meta["config"] = self.args.shipped()
+            meta["config"] = self.args.learning() | self.args.shipped()
             tensors = {key: value.detach().cpu().contiguous().clone()
                        for key, value in tensors.items()}
             blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
             write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
 
     def _check_resumed(self, path: Path, meta: dict) -> None:
-        """Refuses another model or text."""
+        """Refuses another model or text; tells what else is new."""
         args, before = self.args, meta["config"]
-        for key, value in args.shipped().items():
-            if (other := before.get(key)) != value:
-                raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+        model = {var.name for var in args.vars().values() if var.ship == "model"}
+        for key, value in (args.learning() | args.shipped()).items():
+            if (other := before.get(key, None if key in model else value)) != value:
+                if key in model:
+                    raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+                self.log(f"warning: resumed with {key}={value}, it was {other}")
         if meta.setdefault("text", self.text) != self.text:
             raise UserError(f"RESUME={path}: made with other text than {args.data_path}")
 
@@ -3320,6 +3365,8 @@ def main() -> int:
         data = Dataset(args, verify=runtime.main)
         log = Log(run_folder(args) if runtime.main else None)
         fingerprint = data.fingerprint()
+        same = [args.shipped(), args.learning(), args.iterations, fingerprint["sha256"]]
+        runtime.agree("settings or text", same)
         log_header(log, args, runtime, fingerprint)
         evaluator = Evaluator(args, data, runtime, log)
         log(evaluator.describe(data.manifest))
@@ -3331,6 +3378,10 @@ def main() -> int:
         return finish(args, runtime, log, evaluator, summary) if runtime.main else 0
     except UserError as error:
         print(f"{me}error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        half = f"DEVICE_BATCH_TOKENS={args.device_batch_tokens // 2}"
+        print(f"{me}error: out of GPU memory, try {half}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or me and "Connection" in str(error)):
