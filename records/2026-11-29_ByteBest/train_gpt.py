@@ -2710,11 +2710,8 @@ class Evaluator:
             nonlocal shown
             if (now := time.perf_counter()) - shown > PROGRESS_SECONDS:
                 shown, sums = now, ledger.sums[-1].sum(0)
-                if sums[-1]:
-                    loss = sums[:-1].sum() / sums[-1]
-                    self.log(f"  {name} {stop / targets:.0%} {now - began:.0f}s loss:{loss:.4f}")
-                else:
-                    self.log(f"  {name} {stop / targets:.0%} {now - began:.0f}s")
+                loss = sums[:-1].sum() / max(sums[-1], 1)
+                self.log(f"  {name} {stop / targets:.0%} {now - began:.0f}s loss:{loss:.4f}")
 
         learner = TestTimeTraining(model, runtime, tell) if learn else None
         batch = max(1, args.eval_batch_tokens // length)
