@@ -105,6 +105,8 @@ def test_an_artifact_asks_nothing_of_the_training_batch(folder):
     rows = {"TRAIN_SEQ_LEN": "56", "EVAL_STRIDE": "8"}
     if hasattr(script.Hyperparameters, "ttt_chunk_tokens"):  # a multiple of the stride
         rows["TTT_CHUNK_TOKENS"] = "64"
+    if hasattr(script.Hyperparameters, "ttt_doc_chunk"):  # within the window
+        rows["TTT_DOC_CHUNK"] = "8"
     shipped = script.Hyperparameters({**rows, "TRAIN_BATCH_TOKENS": "448"}).shipped()
     assert script.Hyperparameters().train_batch_tokens % 56
     assert script.Hyperparameters({}, shipped).train_seq_len == 56

@@ -199,4 +199,11 @@ def of_the_page(svg: str) -> str:
     svg = svg.replace("xlink:href", "href").replace(' clip-rule="nonzero"', "")
     for told, page in PAGE.items():
         svg = svg.replace(told, page)
+    # a hundredth of a pixel is finer than any screen
+    svg = re.sub(r' d="[^"]*"', lambda found: re.sub(r"-?\d+\.\d{3,}", hundredths, found[0]), svg)
     return re.sub(r">\s+<", "><", svg).strip()
+
+
+def hundredths(found: re.Match) -> str:
+    """A number of a path, rounded, without zeros at its end."""
+    return f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
