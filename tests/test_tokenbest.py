@@ -111,7 +111,7 @@ def test_a_text_of_many_groups_is_scored_as_one_of_one(monkeypatch):
         assert np.abs(found[0][1][t] - found[1][1][t]).max() < 1e-5
 
 
-@pytest.mark.parametrize("at", [1, 16, 17, 61, 90, 149, 230])
+@pytest.mark.parametrize("at", [1, 17, 61, 149, 230])
 def test_poison_moves_nothing_before_it(at):
     """Neither through adapters, which learn a chunk at once, nor through mixture, proposals and groups."""
     want, before = section.score(alive(), TEXT, [at - 1])
@@ -129,6 +129,7 @@ def test_adapters_teach_the_mixture():
     assert np.abs(learned[200:] - control[200:]).max() > 0.01
 
 
+@slow
 def test_any_number_of_ranks_scores_an_artifact_alike(run, corpus, tmp_path):
     model = alive()
     tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
@@ -163,6 +164,7 @@ def test_a_run_that_has_ended_is_scored_another_way(run, tmp_path):
     assert code == 2 and "made with XSA_LAST_N=4, not 0" in output
 
 
+@slow
 def test_what_is_new_in_training_is_told(run, tmp_path):
     run(script=RECORD / "train_gpt.py", **HERE, RUN_ID="run", CHECKPOINT_EVERY=4)
     code, output, _ = run(script=RECORD / "train_gpt.py", RUN_ID="on", MATRIX_LR=0.02, SEED=7, EMA_DECAY=0.5,
