@@ -590,11 +590,11 @@ class LadderRunner(Runner):
 # --- The command ---
 
 
-def check_text(jobs: list[LadderJob], data: str) -> str:
+def check_text(jobs: list[LadderJob], data: str, per_id: float = 1.0) -> str:
     """The sha256 of the text in a folder of shards, if it is long enough for every job.
 
     Raises:
-        Misuse: no shards, or a run would meet its text twice.
+        Misuse: no shards, ids that stand for other than `per_id` bytes, or a run would meet its text twice.
     """
     if not jobs:
         return ""
@@ -605,6 +605,10 @@ def check_text(jobs: list[LadderJob], data: str) -> str:
         found = script.Dataset(script.Hyperparameters(settings), False)
     except script.UserError as error:
         raise Misuse(f"--data {data}: {error}") from None
+    size, count = (found.manifest.get(key, {}).get("train", 0) for key in ("bytes", "tokens"))
+    if count and abs(size / count / per_id - 1) > 0.05:
+        told = f"an id stands for {size / count:.2f} bytes, `bytes_per_id` is {per_id:g}"
+        raise Misuse(f"--data {data}: {told}")
     for job in jobs:
         length = int(job.settings["TRAIN_SEQ_LEN"])
         there = sum((len(shard) - 1) // length * length for shard in found.train_shards)
@@ -708,7 +712,7 @@ def main(argv: list[str] | None = None) -> int:
         raise Misuse(f"--seeds {','.join(map(str, options.seeds))}: no rung has them")
     if not options.data and not options.plan:
         raise Misuse("--data FOLDER is needed; --help says how to make one")
-    digest = check_text(jobs, options.data) if options.data else ""
+    digest = check_text(jobs, options.data, ladder.per_id) if options.data else ""
     for job in jobs:
         job.data, job.looks = digest, options.plan
         job.keep(job.program.sha256)

@@ -446,6 +446,7 @@ def test_a_tiny_ladder_is_stopped_and_goes_on(tiny, corpus, tmp_path):
     ({"question": 3}, "`question` is needed"),
     ({"more": 3}, "an object with"),
     ({"set": {"ITERATIONS": 10_000}}, "and no text twice"),
+    ({"bytes_per_id": 2}, "an id stands for 1.00 bytes, `bytes_per_id` is 2"),
     ({"set": {"LEAKY_SLOP": 1}}, "no variable LEAKY_SLOP"),
 ])
 def test_a_bad_ladder_is_refused(tiny, corpus, tmp_path, changes, words):

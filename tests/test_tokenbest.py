@@ -122,11 +122,15 @@ def test_poison_moves_nothing_before_it(at):
     assert np.abs(after[at - 1] - before[at - 1]).max() < 1e-5
 
 
-def test_adapters_teach_the_mixture():
-    ids = documents(200, 220, 180)
-    learned, control = (section.score(alive(TTT_ADAPT=adapt), ids)[0] for adapt in (1, 0))
+@pytest.mark.parametrize("mixed", [0, 1])
+def test_the_mixture_reads_what_adapters_say(mixed):
+    """They lower the network's nats; the mixture's are others, from a document's second chunk on."""
+    ids, more = documents(200, 220, 180), {"PPM_WEIGHT": mixed, "TTT_LORA_LR": 0.002}
+    learned, control = (section.score(alive(TTT_ADAPT=adapt, **more), ids)[0] for adapt in (1, 0))
     assert np.abs(learned[:16] - control[:16]).max() < 1e-5  # nothing is known yet
-    assert np.abs(learned[200:] - control[200:]).max() > 0.01
+    assert np.abs(learned[16:32] - control[16:32]).max() > 0.1
+    for stop in () if mixed else (200, 420, 599):  # the end of each document
+        assert learned[stop - 60 : stop].sum() < 0.5 * control[stop - 60 : stop].sum()
 
 
 @slow
