@@ -1272,9 +1272,9 @@ class SpeculativeHeads(Module):
         latent, and latent_var, the variance of what they foresee. verifier_acc on labelled drafts
         and verifier_base, that of the better constant answer. Of greedy drafts draft_accepted, the
         accepted share of those whose end is known, draft_unknown, the share of the others, and
-        draft_bytes, accepted bytes, as far as known. accept_acc is the published number: half the
-        true states that the verifier takes plus half the strange ones that it does not. It says
-        nothing of drafts."""
+        draft_bytes, accepted bytes, as far as known. accept_acc is the published number, the mean
+        of two shares: of true states that the verifier takes, and of strange ones that it does
+        not. It says nothing of drafts."""
         if not means:
             return {}
         known, variance = max(means["known"], 1e-9), max(means["spread"], 1e-12)
@@ -3084,7 +3084,7 @@ class Trainer:
             meta["config"] = self.args.learning() | self.args.shipped()
             blob = safetensors_bytes(tensors, {"golf": json.dumps(meta)})
             write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
-            config = json.dumps(self.args.settings(), indent=1)  # for people; a file has its own
+            config = json.dumps(self.args.settings(), indent=1)  # for people
             write_atomic(run_folder(self.args) / "config.json", config.encode())
 
     def _check_resumed(self, path: Path, meta: dict) -> None:
