@@ -82,7 +82,7 @@ class Var:
         return kinds[type(self.default)] + low + high
 
     def convert(self, text: str):
-        """The text as a value of the default's type; ValueError or KeyError where it is none."""
+        """The text in the default's type; ValueError or KeyError where that fails."""
         word = text.strip()
         if isinstance(self.default, bool):
             return {"0": False, "1": True, "false": False, "true": True}[word.lower()]
@@ -116,14 +116,14 @@ def check(function):
 
 
 def forbid(broken, args: Hyperparameters, names: str, reason: str) -> None:
-    """Where `broken`, raises UserError with the names and values of the settings in `names`."""
+    """Where `broken`, raises UserError with the settings in `names` and their values."""
     if broken:
         values = ", ".join(f"{name.upper()}={getattr(args, name)}" for name in names.split())
         raise UserError(f"{values}: {reason}")
 
 
 class Hyperparameters:
-    """Every setting of a run, read from the environment once; nothing below reads it again."""
+    """Every setting of a run, read from the environment once."""
 
     _data = "Data"
     data_path = Var("./data/datasets/fineweb10B_byte260", "folder of shards")
@@ -220,8 +220,7 @@ class Hyperparameters:
     ttt_chunk_tokens = Var(32768, "targets scored, then learned from", 1, ship="eval")
     ttt_batch_rows = Var(16, "rows an update, over all ranks", 1, ship="eval")
     ttt_epochs = Var(1, "passes over each chunk", 1, ship="eval")
-    ttt_lr = Var(0.002, "rate of SGD at the first chunk", 0, ship="eval")
-    ttt_decay_chunks = Var(0, "rate / sqrt(1 + chunks / this); 0 = constant", 0, ship="eval")
+    ttt_lr = Var(0.002, "rate of SGD", 0, ship="eval")
     ttt_momentum = Var(0.9, "kept from chunk to chunk", 0, 0.9999, ship="eval")
     ttt_grad_clip = Var(1.0, "gradient norm of an update; 0 = no clip", 0, ship="eval")
     eval_only = Var(False, "score ARTIFACT and nothing else")
@@ -252,19 +251,15 @@ class Hyperparameters:
         "BIGRAM_VOCAB_SIZE": ("0", "see NGRAM_ORDERS"),
         "QUANT_CLIP": ("std", "a search lost at equal size"),
         "QAT_START": ("1 1.0", "see BytePatchJEPA"),
-        "QAT_ENABLED": ("0", "see QAT_START"),
-        "LATE_QAT": ("0", "see QAT_START"),
-        "TRAIN_ALIGN": ("stream", "other rows were never better"),
+        **dict.fromkeys(("QAT_ENABLED", "LATE_QAT"), ("0", "see BytePatchJEPA")),
         "TTT_MODULES": ("blocks", "see BytePatchJEPA"),
         "GENERATE": ("", "scripts/generate.py writes texts"),
         "JEPA_BACKBONE_GRAD": ("0", "see ByteJEPA"),
-        "JEPA_ADAPTER": ("1", "see JEPA_BACKBONE_GRAD"),
-        "JEPA_ADAPTER_GRAD": ("1", "see JEPA_BACKBONE_GRAD"),
-        "JEPA_LOSS": ("1", "see JEPA_BACKBONE_GRAD"),
+        **dict.fromkeys(("JEPA_ADAPTER", "JEPA_ADAPTER_GRAD", "JEPA_LOSS"),
+                        ("1", "see ByteJEPA")),
     }
-    IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
-               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE", "SPECULATE",
-               "TEMPERATURE", "MAX_NEW_TOKENS")
+    # First words of other scripts' variables, beside those of this one's.
+    FIELD = "AWQ CASEOPS CONTROL EMBED GATED HEAD LOOP LORA LQER MIX PPM SLIDING SPARSE"
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
@@ -313,8 +308,6 @@ class Hyperparameters:
                 lines.append(f"  {item.name:<28} {default!s:<14} {told}")
             elif isinstance(item, str) and not name.startswith("__"):
                 lines.append(f"\n{item}")
-        old = " ".join([*cls.RETIRED, *cls.IGNORED])
-        lines.append(f"\nAccepted from older command lines where they mean off: {old}")
         return "\n".join(lines)
 
     def settings(self) -> dict:
@@ -332,19 +325,22 @@ class Hyperparameters:
         return {name: settings[name] for name in names if name not in free}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
-        known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED}
+        known = {"LOCAL_WORLD_SIZE", *self.RETIRED, *map(str.upper, self.vars())}
+        words = {*self.FIELD.split(), *(name.partition("_")[0] for name in known)} - {"DATA"}
         for name, value in environ.items():
             if name in self.RETIRED:
                 off, why = self.RETIRED[name]
                 if value not in ("", *off.split()):
                     raise UserError(f"{name}={value!r} is retired: {why}; unset it")
+            if name in known:
                 continue
-            near = difflib.get_close_matches(name, known, 1, cutoff=0.87)
-            if near and name not in known:
+            if near := difflib.get_close_matches(name, known, 1, cutoff=0.87):
                 message = f"{name} is not a variable of this script; did you mean {near[0]}?"
                 if environ.get("STRICT_ENV", "1") != "0":
                     raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
                 self.warnings.append(message)
+            elif name.partition("_")[0] in words:
+                self.warnings.append(f"{name} is no variable of this script: ignored")
 
     def _parse_numbers(self, name: str, low: int, high: int) -> tuple[int, ...]:
         """`3, 2` -> (2, 3): different integers from `low` to `high`."""
@@ -625,7 +621,7 @@ def within(mask: Tensor | None, window: int, q: Tensor, k: Tensor) -> Tensor | N
 
 
 def math_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
-    """Causal attention spelt out, the reference that every other rung must agree with."""
+    """Causal attention spelt out, what every other rung must agree with."""
     k, v = (mx.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     scores = (q @ k.swapaxes(2, 3)).astype(mx.float32) * q.shape[-1] ** -0.5
     mask = within(mask, window or k.shape[2], q, k)
@@ -674,9 +670,7 @@ def pick_attention(args: Hyperparameters, dtype: mx.Dtype) -> str:
 # DATA
 # -----------------------------------------------------------------------------
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-HEADER_BYTES = 1024
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 PAD_ID, BOS_ID, BYTE_OFFSET = 0, 1, 4
 BYTE_CLASSES = ("lower", "upper", "digit", "space", "newline", "punctuation", "non-ascii",
                 "special", "token")
@@ -688,15 +682,14 @@ def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
 
 
 def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.ndarray:
-    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then uint16 ids.
-    The first `checked` ids (None: all) are held against the vocabulary at once."""
+    """Maps a shard: 256 little-endian int32 (magic, version, count, 0...), then uint16 ids. The
+    first `checked` ids (None: all) are held against the vocabulary."""
     size = path.stat().st_size
     if size < HEADER_BYTES:
         raise UserError(f"{path}: {size} bytes is too short for a shard header of {HEADER_BYTES}")
     header = np.fromfile(path, dtype="<i4", count=256)
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        wanted = f"{SHARD_MAGIC} {SHARD_VERSION}"
-        raise UserError(f"{path}: header {header[:2]} is not a shard's, {wanted}")
+        raise UserError(f"{path}: header {header[:2]}, not {SHARD_MAGIC} {SHARD_VERSION}: no shard")
     room = (size - HEADER_BYTES) / 2
     if header[2] != room:
         raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room:g}")
@@ -804,10 +797,9 @@ def open_tokenizer(args: Hyperparameters):
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary).
 
-    A target counts base[id] + (space[id] and not edge[previous id]). byte260: a byte for ids from 4
-    up. SentencePiece: 1 for byte pieces, 0 for control, unknown and unused ones, else the UTF-8
-    length with U+2581 as a space; a leading one counts only after ids that are no boundary: there
-    stands the dummy prefix, which models trained by data/prepare.py do not add."""
+    byte260: a byte for ids from 4 up. SentencePiece: 1 for byte pieces, 0 for control, unknown and
+    unused ones, else the UTF-8 length with U+2581 as a space; a leading one counts only after ids
+    that are no boundary: there stands the dummy prefix, which data/prepare.py does not train."""
     base = np.zeros(args.vocab_size, dtype=np.int64)
     space = np.zeros(args.vocab_size, dtype=bool)
     edge = np.zeros(args.vocab_size, dtype=bool)
@@ -838,7 +830,7 @@ def target_bytes(ids: np.ndarray, tables: tuple) -> np.ndarray:
 
 
 def class_table(vocab_size: int) -> np.ndarray:
-    """Class of each id, an index into BYTE_CLASSES, for the bits-by-class report."""
+    """Class of each id, an index into BYTE_CLASSES."""
     names = ["special"] * BYTE_OFFSET + ["token"] * (vocab_size - BYTE_OFFSET)
     for byte in range(256) if vocab_size == 260 else ():
         text = chr(byte)
@@ -856,7 +848,7 @@ def check_batch(args: Hyperparameters) -> None:
 
 
 class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
-    """How a batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group` rows.
+    """How a batch of `rows` rows is spread: micro-steps x ranks x `groups` of `group` rows.
 
     Ranks run the same shapes: slots beyond the batch repeat its first group with weight 0."""
 
@@ -871,7 +863,7 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
         return cls(rows, group, groups, micro_steps, world_size)
 
     def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers inside the global batch for one forward, and a weight for each."""
+        """Rows of the global batch for one forward, and a weight for each."""
         first = (micro_step * self.world_size + rank) * self.groups * self.group
         numbers = np.arange(first, first + self.groups * self.group)
         real = numbers < self.rows  # which is a whole number of groups
@@ -991,8 +983,8 @@ def cheapest(x: np.ndarray, top: int, rate: float) -> np.ndarray:
 def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
     """Full-Hessian GPTQ (Frantar et al. 2022) of x (R, C), its rows in units of their steps.
 
-    Columns go in the order of falling input power; the error of each is spread over those to come
-    by the inverse of the damped hessian = X^T X (C, C)."""
+    Columns go by falling input power; the error of each is spread over those to come by the
+    inverse of the damped hessian = X^T X (C, C)."""
     power = np.diag(hessian)
     order = np.argsort(-power, kind="stable")
     damped = hessian[np.ix_(order, order)].astype(np.float64)
@@ -1020,16 +1012,15 @@ def quantise(weight: np.ndarray, bits: int, k: float, axis: int, rate: float = 0
 
     step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394). A Gaussian then costs about
     log2(top / k) + 2.05 bits a weight, so k sets the size. Steps have an epsilon floor, not 1 / top
-    (defect G2 of #832). Rounding: by `gptq` with a hessian (C, C); else by `cheapest` where `rate`,
-    the price of a bit in squared steps, is not 0 (at ln(2) / 6 = 0.116 a bit costs what a coarser
-    step would save); else to the nearest. Returns q, int8 of weight's shape, and step, fp16 with
-    size 1 on `axis`. NumPy: backends pack alike."""
+    (defect G2 of #832). `rate` is the price of a bit in squared steps: at ln(2) / 6 = 0.116 what a
+    coarser step would save. Returns q, int8 of weight's shape, and step, fp16 with size 1 on
+    `axis`. NumPy: backends pack alike."""
     top = 2 ** (bits - 1) - 1
     weight = np.asarray(weight, dtype=np.float32)
     step = k / top * weight.std(axis=axis, keepdims=True, dtype=np.float64)
     step = np.maximum(step, SCALE_FLOOR).astype(np.float16).astype(np.float32)
     x = weight / step
-    # the best rounding that is at hand
+
     if hessian is not None:
         q = gptq(x, hessian, top)
     elif rate:
@@ -1137,7 +1128,7 @@ class ChunkJEPA(Module):
         self.injection.weight = mx.zeros_like(self.injection.weight)
 
     def inputs(self, step: int) -> Tensor:
-        """Fresh unit directions (latent, projs) for SIGReg, from only the seed and the step."""
+        """Fresh unit directions (latent, projs) of SIGReg, by seed and step."""
         key = mx.random.key(self.args.seed * 1_000_003 + step)
         size = self.args.jepa_latent_dim, self.args.jepa_sigreg_projs
         directions = mx.random.normal(size, key=key)
@@ -1508,7 +1499,7 @@ class GPT(Module):
         return x[:, known - ids.shape[1] :]
 
     def attention_mask(self, ids: Tensor, past: KVCache | None):
-        """The `mask` of the attention rungs: None where plain causal attention is wanted."""
+        """The rungs' `mask`: None where plain causal attention is wanted."""
         if not self.args.doc_mask:
             return None
         known = 0 if past is None else past.length
@@ -1554,7 +1545,7 @@ class GPT(Module):
         return rms_norm(x)
 
     def exported(self) -> dict[str, Tensor]:
-        """Parameters that scoring needs, by name: an artifact holds no others."""
+        """Parameters that scoring needs: an artifact holds no others."""
         return self.named_parameters()
 
     def head(self, x: Tensor, frozen: bool = False) -> Tensor:
@@ -1635,7 +1626,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: mx.Dtype) -> Tensor:
 
 
 class Muon:
-    """Momentum, then orthogonalisation: singular values of an update are near 1, times its rate.
+    """Momentum, then orthogonalisation: an update's singular values are near its rate.
 
     Matrices of equal shape form one stack; every rank works on all of them.
     update = NS(g + mu m), m <- mu m + g;
@@ -1748,8 +1739,7 @@ class Optimizers:
 
     @staticmethod
     def group_of(name: str, p: Tensor) -> str:
-        prefixes = {"aux.": "aux", "draft.": "draft",
-                    "ngram.table": "table", "tok_emb.": "embed"}
+        prefixes = {"aux.": "aux", "draft.": "draft", "ngram.table": "table", "tok_emb.": "embed"}
         for prefix, group in prefixes.items():
             if name.startswith(prefix):
                 return group
@@ -1828,8 +1818,7 @@ class EMA:
 # -----------------------------------------------------------------------------
 
 # magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of JSON, payload
-ARTIFACT_MAGIC = b"GOLFLM\r\n"
-ARTIFACT_VERSION = 2
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 2
 
 CHUNK = 1024  # symbols coded under one state of the models
 CONTEXT_EDGES = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64,
@@ -1855,7 +1844,7 @@ def planes(entries: list) -> list[Plane]:
 
 
 def fresh_counts(top: int) -> np.ndarray:
-    """What a model has counted before its first symbol: (4 ages x CONTEXT_LEVELS, 2 top + 1).
+    """Counts before a model's first symbol: (4 ages x CONTEXT_LEVELS, 2 top + 1).
     A row is a two-sided geometric distribution with the mean |q| of its context."""
     mean = np.tile(np.append(CONTEXT_EDGES, 724), 4)[:, None] / 16
     mean[:CONTEXT_LEVELS] = 4  # age 0: no slice before
@@ -1895,7 +1884,7 @@ def code_plane(block: np.ndarray, plane: Plane, counts: np.ndarray, code) -> Non
 
 
 def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
-    """Walks over `raw` (int8) in coding order; code(symbols, model, top) replaces the symbols.
+    """Walks over `raw`, int8, in coding order; code(symbols, model, top) replaces symbols.
 
     A symbol's context is the mean |q| of its place (column or bucket) in the slices before, and how
     many these are. Each (model, context) counts what it has seen, so no table is sent; with every
@@ -1942,9 +1931,7 @@ COMPRESSORS = {  # (compress, decompress), of bytes and the layout of the payloa
 
 
 def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> bytes:
-    """Quantises by `quant_plan` and compresses in the order of `planes`: one self-describing file,
-    no pickle.
-
+    """Quantises by `quant_plan`, compresses in the order of `planes`: a file that tells its layout.
     `hessians` {name: (C, C)} of the matrices that GPTQ is to round."""
     entries, codes, halves = [], [], []
     for name, weight in tensors.items():
@@ -1988,7 +1975,7 @@ def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
 
 
 def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """The inverse of `pack`: (header, {name: fp32 array}); UserError names the file, `path`."""
+    """The inverse of `pack`: (header, {name: fp32 array}); errors name `path`."""
     start = len(ARTIFACT_MAGIC)
     if blob[:start] != ARTIFACT_MAGIC:
         raise UserError(f"{path}: not an artifact of this family (it begins with {blob[:8]!r})")
@@ -2016,7 +2003,7 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hyperparameters:
-    """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's)."""
+    """The settings of an artifact's header; `environ` may change EVAL_* and the run's."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
         raise UserError(f"{path}: made by {header['script']}: its config lacks {missing[0]}")
@@ -2060,14 +2047,12 @@ def check_windows(args: Hyperparameters) -> None:
 def windows(targets: int, length: int, stride: int) -> np.ndarray:
     """Rows (start, first, stop): ids[start : start + length] score targets first ... stop - 1.
 
-    Target t is the id t + 1 of the stream. The stream is cut into blocks of `stride` targets; each
-    is scored by the window that ends with it (the first windows start at 0), so every target, the
-    tail included, counts once, after at least length - stride ids where there are so many."""
+    Target t is the id t + 1 of the stream. Each block of `stride` targets is scored by the window
+    that ends with it (the first start at 0): every target, the tail included, counts once, after
+    at least length - stride ids where there are so many."""
     first = np.arange(0, targets, stride)
     stop = np.minimum(first + stride, targets)
     start = np.maximum(first + stride - length, 0)
-    assert (stop - first).sum() == targets
-    assert (first >= start).all() and (stop - start <= length).all()
     return np.stack((start, first, stop), axis=1)
 
 
@@ -2099,7 +2084,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
     if learner is not None:
         chunk = model.args.ttt_chunk_tokens // plan.stride
     seen = np.zeros(len(ids) - 1, dtype=bool)
-    # score-first: a chunk is learned from once it is scored
+
     for start in range(0, len(rows), chunk):
         if start and learner is not None:
             learner.catch_up(ids, seen)
@@ -2127,8 +2112,7 @@ class TestTimeTraining:
     """Score-first test-time training (#461, #549): SGD of the blocks on each chunk once scored.
 
     After a chunk, rows of TRAIN_SEQ_LEN that end with it are trained on, TTT_BATCH_ROWS an update,
-    as many updates on every rank. The rate depends only on the number of chunks already scored: a
-    decoder, which does not know how much text will come, makes the same updates."""
+    as many updates on every rank. Nothing depends on the text to come: a decoder does the same."""
 
     def __init__(self, model: GPT, gradients=training_gradients, runtime=None):
         self.model, self.args, self.gradients = model, model.args, gradients
@@ -2141,13 +2125,13 @@ class TestTimeTraining:
         self.chunks, self.updates, self.seconds = 0, 0, 0.0
 
     def rows(self, stop: int) -> np.ndarray:
-        """Starts of the rows that cover the chunk before target `stop`, counted from its end."""
+        """Starts of the rows that cover the chunk before target `stop`, from its end."""
         count = -(-self.args.ttt_chunk_tokens // self.args.train_seq_len)
         starts = stop - self.args.train_seq_len * np.arange(count, 0, -1)
         return starts[starts >= 0]
 
     def catch_up(self, ids: np.ndarray, seen: np.ndarray) -> None:
-        """Learns, in order, from all complete chunks; `seen` (targets,): those scored."""
+        """Learns, in order, from complete chunks; `seen` (targets,): those scored."""
         began = time.perf_counter()
         args, size = self.args, self.args.ttt_chunk_tokens
         while seen[self.chunks * size : (self.chunks + 1) * size].sum() == size:
@@ -2180,9 +2164,6 @@ class TestTimeTraining:
         grads = self.runtime.sum_arrays(grads) if self.runtime else grads
         norm = mx.sqrt(sum(grad.square().sum() for grad in grads.values()))
         clip = mx.minimum((args.ttt_grad_clip or math.inf) / (norm + 1e-6), 1.0)
-        age = (self.chunks - 1) / (args.ttt_decay_chunks or math.inf)
-        fall = (1 + age) ** -0.5
-        self.sgd.learning_rate = args.ttt_lr * fall
         grads = {name: clip * grad for name, grad in grads.items()}
         self.params = self.sgd.apply_gradients(grads, self.params)
         mx.eval(self.params, self.sgd.state)
@@ -2277,7 +2258,7 @@ class Evaluator:
         return result
 
     def report(self, name: str, model: GPT, stride: int | None = None, learn: bool = False) -> dict:
-        """Runs a pass and prints its line: non-overlapping windows or, with a stride, sliding."""
+        """Runs a pass, prints its line; without a stride windows do not overlap."""
         length = self.args.eval_seq_len
         result = self.run(name, model, length, stride or length, learn)
         extra = f" stride:{stride}" if stride else ""
@@ -2310,7 +2291,7 @@ class Stream:
         self.states = {}  # of the last pass, by position
 
     def logprobs(self) -> np.ndarray:
-        """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it."""
+        """fp32 log-probabilities (V,) of the next id. Push the first one, a BOS."""
         if self.known is None:
             self.known = self.ahead([])[0]
         return self.known
@@ -2445,7 +2426,7 @@ class Trainer:
         return {name: sum(part[name].item() for part in sums) for name in sums[0]}
 
     def warm_up(self) -> None:
-        """Compiles every shape on made-up ids, then puts everything back bit for bit."""
+        """Compiles every shape on made-up ids, then puts all back bit for bit."""
         if not self.args.warmup_steps:
             return
         kept = self.model.named_parameters()
@@ -2518,8 +2499,8 @@ class Trainer:
         return found
 
     def progress(self) -> float:
-        """Share of the run that is done, of the steps or of the seconds. Twice the slowest of late
-        steps, and the time for calibration, stay unused: nothing may end after the limit."""
+        """Share of the run that is done, of its steps or seconds. Twice the slowest of late steps
+        and the time for calibration stay unused: nothing may end after the limit."""
         by_steps, by_time = self.step / self.args.iterations, 0.0
         if self.args.max_wallclock_seconds:
             usable = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
@@ -2536,7 +2517,7 @@ class Trainer:
             raise Stopped(int(stop))
 
     def run(self, evaluator: Evaluator) -> None:
-        """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
+        """Trains until progress is 1 or a signal. The clock runs here, but for validation."""
         args, runtime = self.args, self.runtime
         loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
         first_bad = math.inf  # step of a non-finite loss
@@ -2662,18 +2643,18 @@ class Trainer:
     def _check_resumed(self, path: Path, meta: dict) -> None:
         """Refuses another model or text; tells what else is new."""
         args, before = self.args, meta["config"]
-        for key, value in args.shipped().items():
-            if (other := before.get(key)) != value:
-                raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+        model = {var.name for var in args.vars().values() if var.ship == "model"}
+        for key, value in (args.learning() | args.shipped()).items():
+            if (other := before.get(key, None if key in model else value)) != value:
+                if key in model:
+                    raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+                self.log(f"warning: resumed with {key}={value}, it was {other}")
+
         if meta.setdefault("text", self.text) != self.text:
             if args.resume_data != "changed":
                 raise UserError(f"RESUME={path}: made with other text than {args.data_path}; "
                                 "RESUME_DATA=changed reads this from its start")
             meta.update(text=self.text, loader_state=None)
-
-        for key, value in args.learning().items():
-            if (other := before.get(key, value)) != value:
-                self.log(f"warning: resumed with {key}={value}, it was {other}")
 
     def restore(self, path: Path) -> None:
         """Goes on from a checkpoint, of the trunk too."""
@@ -2684,7 +2665,6 @@ class Trainer:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"RESUME={path}: not a checkpoint of this script ({error})") from None
         self._check_resumed(path, meta)
-        # weights and average
         names = list(self.model.named_parameters())
         update_parameters(self.model, {name: state[f"model.{name}"] for name in names})
         self.ema.average = {name: state[f"ema.{name}"] for name in names}
@@ -2695,16 +2675,15 @@ class Trainer:
 
 
 def git_commit() -> str:
-    folder = Path(__file__).resolve().parent
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, timeout=10,
-                              capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+    words = "git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"
+    with contextlib.suppress(OSError):
+        done = subprocess.run(words, capture_output=True)
+        return done.stdout.decode().strip() or "unknown"
     return "unknown"
 
 
 def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
-    """Source, versions, settings and data: nothing but the log is needed to know what ran."""
+    """Source, versions, settings and data: all that it takes to know what ran."""
     log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
     for warning in args.warnings:
         log(f"warning: {warning}")
@@ -2717,7 +2696,7 @@ def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: d
 
 
 def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
-    """Trains from the start or a checkpoint; a signal leaves one behind and raises Stopped."""
+    """Trains from the start or a checkpoint; a signal leaves one and raises Stopped."""
     args = trainer.args
     last, final = (run_folder(args) / f"{name}.safetensors" for name in ("last", "final"))
     newest = final if final.exists() else last  # a run that was stopped while it packed
@@ -2738,7 +2717,7 @@ def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
 
 
 def write_artifact(trainer: Trainer) -> tuple[Path, int]:
-    """(artifact.bin of the weights that the model holds, how many numbers are in it)."""
+    """(artifact.bin of the model's weights, how many numbers are in it)."""
     args, runtime = trainer.args, trainer.runtime
     with runtime.clock("calibration"):
         hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
@@ -2794,7 +2773,7 @@ def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
 
 def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluator,
            summary: dict) -> int:
-    """Checks the budgets, writes `metrics.json`, prints the closing block -> the exit code."""
+    """Checks budgets, writes `metrics.json`, prints the closing block -> exit code."""
     headline = list(evaluator.results)[-1]
     code = len(Path(__file__).read_bytes())
     total = code + os.path.getsize(summary["artifact"])

@@ -299,7 +299,7 @@ def plain(script) -> dict[str, str]:
 SHARED = """UserError Var Var.__init__ Var.__set_name__ Var.accepted Var.convert Var.parse
     TENSOR_CLASSES CHECKS check forbid Hyperparameters Hyperparameters.jepa_phase1_frac
     Hyperparameters.jepa_phase2_frac Hyperparameters.beta1 Hyperparameters.beta2
-    Hyperparameters.RETIRED Hyperparameters.IGNORED Hyperparameters.__init__ Hyperparameters.vars
+    Hyperparameters.RETIRED Hyperparameters.FIELD Hyperparameters.__init__ Hyperparameters.vars
     Hyperparameters.help Hyperparameters.settings Hyperparameters.shipped
     Hyperparameters._refuse_retired_and_misspelt Hyperparameters._parse_numbers
     Hyperparameters._parse_classes write_atomic Runtime Runtime.clock Log Log.__init__

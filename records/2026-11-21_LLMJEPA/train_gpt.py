@@ -41,13 +41,13 @@ import sys
 import time
 import zlib
 from collections import deque, namedtuple
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported later it would keep the group, whose threads then abort
+import torch.distributed.nn  # imported later, it keeps the group
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -92,7 +92,7 @@ class Var:
         return kinds[type(self.default)] + low + high
 
     def convert(self, text: str):
-        """The text as a value of the default's type; ValueError or KeyError where it is none."""
+        """The text in the default's type; ValueError or KeyError where that fails."""
         word = text.strip()
         if isinstance(self.default, bool):
             return {"0": False, "1": True, "false": False, "true": True}[word.lower()]
@@ -126,14 +126,14 @@ def check(function):
 
 
 def forbid(broken, args: Hyperparameters, names: str, reason: str) -> None:
-    """Where `broken`, raises UserError with the names and values of the settings in `names`."""
+    """Where `broken`, raises UserError with the settings in `names` and their values."""
     if broken:
         values = ", ".join(f"{name.upper()}={getattr(args, name)}" for name in names.split())
         raise UserError(f"{values}: {reason}")
 
 
 class Hyperparameters:
-    """Every setting of a run, read from the environment once; nothing below reads it again."""
+    """Every setting of a run, read from the environment once."""
 
     _data = "Data"
     data_path = Var("./data/datasets/fineweb10B_sp1024", "folder of shards")
@@ -235,8 +235,7 @@ class Hyperparameters:
     ttt_chunk_tokens = Var(32768, "targets scored, then learned from", 1, ship="eval")
     ttt_batch_rows = Var(16, "rows an update, over all ranks", 1, ship="eval")
     ttt_epochs = Var(1, "passes over each chunk", 1, ship="eval")
-    ttt_lr = Var(0.002, "rate of SGD at the first chunk", 0, ship="eval")
-    ttt_decay_chunks = Var(0, "rate / sqrt(1 + chunks / this); 0 = constant", 0, ship="eval")
+    ttt_lr = Var(0.002, "rate of SGD", 0, ship="eval")
     ttt_momentum = Var(0.9, "kept from chunk to chunk", 0, 0.9999, ship="eval")
     ttt_grad_clip = Var(1.0, "gradient norm of an update; 0 = no clip", 0, ship="eval")
     eval_only = Var(False, "score ARTIFACT and nothing else")
@@ -272,15 +271,12 @@ class Hyperparameters:
         "BIGRAM_VOCAB_SIZE": ("0", "see NGRAM_ORDERS"),
         "QUANT_CLIP": ("std", "a search lost at equal size"),
         "QAT_START": ("1 1.0", "see BytePatchJEPA"),
-        "QAT_ENABLED": ("0", "see QAT_START"),
-        "LATE_QAT": ("0", "see QAT_START"),
-        "TRAIN_ALIGN": ("stream", "other rows were never better"),
+        **dict.fromkeys(("QAT_ENABLED", "LATE_QAT"), ("0", "see BytePatchJEPA")),
         "TTT_MODULES": ("blocks", "see BytePatchJEPA"),
         "GENERATE": ("", "scripts/generate.py writes texts"),
     }
-    IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
-               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE", "SPECULATE",
-               "TEMPERATURE", "MAX_NEW_TOKENS")
+    # First words of other scripts' variables, beside those of this one's.
+    FIELD = "AWQ CASEOPS CONTROL EMBED GATED HEAD LOOP LORA LQER MIX PPM SLIDING SPARSE"
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
@@ -329,8 +325,6 @@ class Hyperparameters:
                 lines.append(f"  {item.name:<28} {default!s:<14} {told}")
             elif isinstance(item, str) and not name.startswith("__"):
                 lines.append(f"\n{item}")
-        old = " ".join([*cls.RETIRED, *cls.IGNORED])
-        lines.append(f"\nAccepted from older command lines where they mean off: {old}")
         return "\n".join(lines)
 
     def settings(self) -> dict:
@@ -348,19 +342,22 @@ class Hyperparameters:
         return {name: settings[name] for name in names if name not in free}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
-        known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED}
+        known = {"LOCAL_WORLD_SIZE", *self.RETIRED, *map(str.upper, self.vars())}
+        words = {*self.FIELD.split(), *(name.partition("_")[0] for name in known)} - {"DATA"}
         for name, value in environ.items():
             if name in self.RETIRED:
                 off, why = self.RETIRED[name]
                 if value not in ("", *off.split()):
                     raise UserError(f"{name}={value!r} is retired: {why}; unset it")
+            if name in known:
                 continue
-            near = difflib.get_close_matches(name, known, 1, cutoff=0.87)
-            if near and name not in known:
+            if near := difflib.get_close_matches(name, known, 1, cutoff=0.87):
                 message = f"{name} is not a variable of this script; did you mean {near[0]}?"
                 if environ.get("STRICT_ENV", "1") != "0":
                     raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
                 self.warnings.append(message)
+            elif name.partition("_")[0] in words:
+                self.warnings.append(f"{name} is no variable of this script: ignored")
 
     def _parse_numbers(self, name: str, low: int, high: int) -> tuple[int, ...]:
         """`3, 2` -> (2, 3): different integers from `low` to `high`."""
@@ -408,7 +405,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def tune_allocator() -> None:
-    """Keeps freed pages inside the process: fresh ones can dominate eager CPU runs (up to 7x).
+    """Keeps freed pages: fresh ones dominate eager CPU runs (up to 7x).
     On glibc: no mmap for large blocks, no trimming, one arena. Elsewhere: nothing."""
     mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # of malloc.h
     values = {mmap_max: 0, trim_threshold: -1, top_pad: 1 << 28, arena_max: 1}
@@ -421,7 +418,7 @@ def tune_allocator() -> None:
 def piece(function):
     """Marks a part of the network that compiles whole, once for all who call it.
 
-    `piece.compiled` switches all of them. All models and equal blocks share the graphs."""
+    `piece.compiled` switches all. All models and equal blocks share the graphs."""
     @functools.cache
     def compiled():
         torch._dynamo.config.recompile_limit = 64  # kinds of blocks times shapes
@@ -466,9 +463,30 @@ class Runtime:
                 raise UserError(f"WORLD_SIZE={args.world_size} but no MASTER_ADDR: use torchrun")
             nccl = self.device.type == "cuda" and dist.is_nccl_available()
             dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+            ThreadPoolExecutor(1).submit(self._watch_ranks, args)
         self.dtype = self._pick_dtype(args)
         self.compile = self._pick_compile(args)
         self.must_compile = args.compile == "1"
+
+    def _watch_ranks(self, args: Hyperparameters) -> None:
+        """Ends this process once a rank is silent for 30 s, stopped or lost."""
+        silent: dict = {}  # seconds, by rank and its last beat
+        asker = ThreadPoolExecutor(1)
+        with contextlib.suppress(RuntimeError):  # the store ends with the run
+            store = dist.TCPStore(args.master_addr, args.master_port, is_master=False)
+            while dist.is_initialized() and 30 not in silent.values():
+                time.sleep(1)
+                beats = asker.submit(lambda: [store.add(f"beat {rank}", rank == self.rank)
+                                              for rank in range(self.world_size)])
+                wait([beats], 30)
+                if beats.done():
+                    seen = enumerate(beats.result())
+                    silent = {beat: silent.get(beat, 0) + 1 for beat in seen}
+                else:  # rank 0 has the store, if torchrun has not
+                    silent = {(0, 0): 30}
+        if lost := [rank for (rank, _), seconds in silent.items() if seconds == 30]:
+            print(f"rank {self.rank}: stopped, rank {lost[0]} is silent", file=sys.stderr)
+            os._exit(1)
 
     def _pick_device(self, args: Hyperparameters) -> torch.device:
         seen = ["cuda"] if torch.cuda.is_available() else []
@@ -489,10 +507,9 @@ class Runtime:
         return torch.bfloat16 if faster else torch.float32
 
     def _bf16_is_faster(self, dim: int) -> bool:
-        """Whether this CPU multiplies bf16 clearly faster: on some it is slower."""
-        words, rates = set(), []
-        with contextlib.suppress(OSError):
-            words |= set(Path("/proc/cpuinfo").read_text().split())
+        """Whether this CPU multiplies bf16 clearly faster."""
+        info, rates = Path("/proc/cpuinfo"), []
+        words = set(info.read_text().split()) if info.exists() else set()
         if not words & {"amx_bf16", "avx512_bf16", "bf16"}:
             return False
         for dtype in (torch.float32, torch.bfloat16):
@@ -552,7 +569,7 @@ class Runtime:
             raise UserError(f"rank {rank} has other {what} than rank 0")
 
     def compile_by(self, attempt, log) -> None:
-        """Compiles what `attempt` runs, on all ranks or none: it has no collective."""
+        """Compiles what `attempt` runs, without collectives, on all ranks or none."""
         piece.compiled, failure = True, ""
         try:
             attempt()
@@ -634,7 +651,7 @@ def within(mask: Tensor | None, window: int) -> Tensor | None:
 
 
 def math_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
-    """Causal attention spelt out, the reference that every other rung must agree with."""
+    """Causal attention spelt out, what every other rung must agree with."""
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
     if mask is None:
@@ -680,7 +697,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0)
 
 
 def flash_attention(package: str):
-    """FlashAttention 2 or 3; documents go through its kernel for rows of varying length."""
+    """FlashAttention 2 or 3; documents take its kernel for rows of any length."""
     flash = importlib.import_module(package)  # here, since a graph would break at an import
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens=None, window: int = 0) -> Tensor:
@@ -707,7 +724,7 @@ def attention_of(rung: str):
 
 
 def document_mask(rung: str, docs: Tensor):
-    """What a rung needs to keep the documents apart; docs (B, T), the document of each position.
+    """What a rung needs to keep documents apart; docs (B, T), the document of each position.
     For flash where each document begins (cu_seqlens), padded to a power of two so that shapes
     repeat; else a mask (B, 1, T, T)."""
     if rung in FLASH:
@@ -766,7 +783,7 @@ def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
             continue
         if seconds and (not timed or rung == "math"):
             break
-        with contextlib.suppress(Exception):  # no package, a card that it refuses, no memory
+        with contextlib.suppress(Exception):  # no package, no memory
             check_rung(rung, args, runtime)
             seconds[rung] = attention_seconds(rung, args, runtime) if timed else 0.0
 
@@ -783,9 +800,7 @@ def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
 # DATA
 # -----------------------------------------------------------------------------
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-HEADER_BYTES = 1024
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 PAD_ID, BOS_ID, BYTE_OFFSET = 0, 1, 4
 BYTE_CLASSES = ("lower", "upper", "digit", "space", "newline", "punctuation", "non-ascii",
                 "special", "token")
@@ -797,15 +812,14 @@ def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
 
 
 def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.ndarray:
-    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then uint16 ids.
-    The first `checked` ids (None: all) are held against the vocabulary at once."""
+    """Maps a shard: 256 little-endian int32 (magic, version, count, 0...), then uint16 ids. The
+    first `checked` ids (None: all) are held against the vocabulary."""
     size = path.stat().st_size
     if size < HEADER_BYTES:
         raise UserError(f"{path}: {size} bytes is too short for a shard header of {HEADER_BYTES}")
     header = np.fromfile(path, dtype="<i4", count=256)
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        wanted = f"{SHARD_MAGIC} {SHARD_VERSION}"
-        raise UserError(f"{path}: header {header[:2]} is not a shard's, {wanted}")
+        raise UserError(f"{path}: header {header[:2]}, not {SHARD_MAGIC} {SHARD_VERSION}: no shard")
     room = (size - HEADER_BYTES) / 2
     if header[2] != room:
         raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room:g}")
@@ -913,10 +927,9 @@ def open_tokenizer(args: Hyperparameters):
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary).
 
-    A target counts base[id] + (space[id] and not edge[previous id]). byte260: a byte for ids from 4
-    up. SentencePiece: 1 for byte pieces, 0 for control, unknown and unused ones, else the UTF-8
-    length with U+2581 as a space; a leading one counts only after ids that are no boundary: there
-    stands the dummy prefix, which models trained by data/prepare.py do not add."""
+    byte260: a byte for ids from 4 up. SentencePiece: 1 for byte pieces, 0 for control, unknown and
+    unused ones, else the UTF-8 length with U+2581 as a space; a leading one counts only after ids
+    that are no boundary: there stands the dummy prefix, which data/prepare.py does not train."""
     base = np.zeros(args.vocab_size, dtype=np.int64)
     space = np.zeros(args.vocab_size, dtype=bool)
     edge = np.zeros(args.vocab_size, dtype=bool)
@@ -947,7 +960,7 @@ def target_bytes(ids: np.ndarray, tables: tuple) -> np.ndarray:
 
 
 def class_table(vocab_size: int) -> np.ndarray:
-    """Class of each id, an index into BYTE_CLASSES, for the bits-by-class report."""
+    """Class of each id, an index into BYTE_CLASSES."""
     names = ["special"] * BYTE_OFFSET + ["token"] * (vocab_size - BYTE_OFFSET)
     for byte in range(256) if vocab_size == 260 else ():
         text = chr(byte)
@@ -965,7 +978,7 @@ def check_batch(args: Hyperparameters) -> None:
 
 
 class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
-    """How a batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group` rows.
+    """How a batch of `rows` rows is spread: micro-steps x ranks x `groups` of `group` rows.
 
     Ranks run the same shapes: slots beyond the batch repeat its first group with weight 0."""
 
@@ -980,7 +993,7 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
         return cls(rows, group, groups, micro_steps, world_size)
 
     def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers inside the global batch for one forward, and a weight for each."""
+        """Rows of the global batch for one forward, and a weight for each."""
         first = (micro_step * self.world_size + rank) * self.groups * self.group
         numbers = np.arange(first, first + self.groups * self.group)
         real = numbers < self.rows  # which is a whole number of groups
@@ -1112,8 +1125,8 @@ def cheapest(x: np.ndarray, top: int, rate: float) -> np.ndarray:
 def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
     """Full-Hessian GPTQ (Frantar et al. 2022) of x (R, C), its rows in units of their steps.
 
-    Columns go in the order of falling input power; the error of each is spread over those to come
-    by the inverse of the damped hessian = X^T X (C, C)."""
+    Columns go by falling input power; the error of each is spread over those to come by the
+    inverse of the damped hessian = X^T X (C, C)."""
     power = np.diag(hessian)
     order = np.argsort(-power, kind="stable")
     damped = hessian[np.ix_(order, order)].astype(np.float64)
@@ -1141,16 +1154,15 @@ def quantise(weight: np.ndarray, bits: int, k: float, axis: int, rate: float = 0
 
     step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394). A Gaussian then costs about
     log2(top / k) + 2.05 bits a weight, so k sets the size. Steps have an epsilon floor, not 1 / top
-    (defect G2 of #832). Rounding: by `gptq` with a hessian (C, C); else by `cheapest` where `rate`,
-    the price of a bit in squared steps, is not 0 (at ln(2) / 6 = 0.116 a bit costs what a coarser
-    step would save); else to the nearest. Returns q, int8 of weight's shape, and step, fp16 with
-    size 1 on `axis`. NumPy: backends pack alike."""
+    (defect G2 of #832). `rate` is the price of a bit in squared steps: at ln(2) / 6 = 0.116 what a
+    coarser step would save. Returns q, int8 of weight's shape, and step, fp16 with size 1 on
+    `axis`. NumPy: backends pack alike."""
     top = 2 ** (bits - 1) - 1
     weight = np.asarray(weight, dtype=np.float32)
     step = k / top * weight.std(axis=axis, keepdims=True, dtype=np.float64)
     step = np.maximum(step, SCALE_FLOOR).astype(np.float16).astype(np.float32)
     x = weight / step
-    # the best rounding that is at hand
+
     if hessian is not None:
         q = gptq(x, hessian, top)
     elif rate:
@@ -1619,7 +1631,7 @@ class GPT(nn.Module):
 
     @piece
     def embed_rows(self, ids: Tensor, rows: Tensor | None) -> Tensor:
-        """ids (B, T) and their rows in the n-gram tables -> normalised embeddings (B, T, D)."""
+        """ids (B, T), their rows in the tables -> normalised embeddings (B, T, D)."""
         x = self.embed(ids)
         if rows is not None:
             x = x + self.ngram(rows, self.dtype)
@@ -1627,7 +1639,7 @@ class GPT(nn.Module):
         return x if self.smear is None else self.smear(x, ids)
 
     def attention_mask(self, ids: Tensor, past: KVCache | None):
-        """The `mask` of the attention rungs: None where plain causal attention is wanted."""
+        """The rungs' `mask`: None where plain causal attention is wanted."""
         if past is None and not self.args.doc_mask:
             return None
         docs = ((ids == BOS_ID) & self.args.doc_mask).cumsum(1)
@@ -1676,7 +1688,7 @@ class GPT(nn.Module):
         return rms_norm(x)
 
     def exported(self) -> dict[str, nn.Parameter]:
-        """Parameters that scoring needs, by name: an artifact holds no others."""
+        """Parameters that scoring needs: an artifact holds no others."""
         return {n: p for n, p in self.named_parameters() if not n.startswith("aux.")}
 
     def head(self, x: Tensor, frozen: bool = False) -> Tensor:
@@ -1753,11 +1765,11 @@ def gradients(params: list[nn.Parameter]) -> list[Tensor]:
 
 
 class Muon:
-    """Momentum, then orthogonalisation: singular values of an update are near 1, times its rate.
+    """Momentum, then orthogonalisation: an update's singular values are near its rate.
 
-    Matrices of equal shape form one stack; each rank owns a share of it, receives the share's
-    summed gradient (reduce-scatter), orthogonalises it and sends it round (all-gather) while it
-    works on the next. update = NS(g + mu m), m <- mu m + g;
+    Matrices of equal shape form one stack; each rank owns a share, receives its summed gradient
+    (reduce-scatter), orthogonalises it and sends it round (all-gather) while the next comes in.
+    update = NS(g + mu m), m <- mu m + g;
     p <- (1 - rate wd) p - rate sqrt(max(1, r / c)) update."""
 
     def __init__(self, params: list[nn.Parameter], args: Hyperparameters, runtime: Runtime):
@@ -1785,7 +1797,7 @@ class Muon:
             self.shares.append(share)
 
     def square_norm(self) -> Tensor:
-        """Waits for the reduction; the squared norm of all gradients of this group."""
+        """Waits for the reduction; the squared norm of this group's gradients."""
         for work in self.pending:
             work.wait()
         total = torch.stack([share.square().sum() for share in self.shares]).sum()
@@ -1805,7 +1817,7 @@ class Muon:
             torch._foreach_add_(members, update()[: len(members)].unbind(), alpha=-rate * factor)
 
     def _gather(self, share: Tensor):
-        """Starts to collect every rank's share of a stack -> a function that waits for it."""
+        """Starts to collect the ranks' shares of a stack -> a function that waits."""
         if self.runtime.world_size == 1:
             return lambda: share
         full = share.new_empty(len(share) * self.runtime.world_size, *share.shape[1:])
@@ -1817,7 +1829,7 @@ class Muon:
         return whole
 
     def state(self) -> dict[str, Tensor]:
-        """Momenta of all ranks, for a checkpoint that any number of ranks can read."""
+        """Momenta of all ranks, for a checkpoint that any number can read."""
         return {f"muon.{i}": self._gather(momentum)()[: len(members)]
                 for i, (members, momentum) in enumerate(zip(self.stacks, self.momenta))}
 
@@ -1877,8 +1889,7 @@ class Optimizers:
 
     @staticmethod
     def group_of(name: str, p: nn.Parameter) -> str:
-        prefixes = {"aux.": "aux", "draft.": "draft",
-                    "ngram.table": "table", "tok_emb.": "embed"}
+        prefixes = {"aux.": "aux", "draft.": "draft", "ngram.table": "table", "tok_emb.": "embed"}
         for prefix, group in prefixes.items():
             if name.startswith(prefix):
                 return group
@@ -1956,8 +1967,7 @@ class EMA:
 # -----------------------------------------------------------------------------
 
 # magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of JSON, payload
-ARTIFACT_MAGIC = b"GOLFLM\r\n"
-ARTIFACT_VERSION = 2
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 2
 
 CHUNK = 1024  # symbols coded under one state of the models
 CONTEXT_EDGES = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64,
@@ -1983,7 +1993,7 @@ def planes(entries: list) -> list[Plane]:
 
 
 def fresh_counts(top: int) -> np.ndarray:
-    """What a model has counted before its first symbol: (4 ages x CONTEXT_LEVELS, 2 top + 1).
+    """Counts before a model's first symbol: (4 ages x CONTEXT_LEVELS, 2 top + 1).
     A row is a two-sided geometric distribution with the mean |q| of its context."""
     mean = np.tile(np.append(CONTEXT_EDGES, 724), 4)[:, None] / 16
     mean[:CONTEXT_LEVELS] = 4  # age 0: no slice before
@@ -2023,7 +2033,7 @@ def code_plane(block: np.ndarray, plane: Plane, counts: np.ndarray, code) -> Non
 
 
 def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
-    """Walks over `raw` (int8) in coding order; code(symbols, model, top) replaces the symbols.
+    """Walks over `raw`, int8, in coding order; code(symbols, model, top) replaces symbols.
 
     A symbol's context is the mean |q| of its place (column or bucket) in the slices before, and how
     many these are. Each (model, context) counts what it has seen, so no table is sent; with every
@@ -2070,9 +2080,7 @@ COMPRESSORS = {  # (compress, decompress), of bytes and the layout of the payloa
 
 
 def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> bytes:
-    """Quantises by `quant_plan` and compresses in the order of `planes`: one self-describing file,
-    no pickle.
-
+    """Quantises by `quant_plan`, compresses in the order of `planes`: a file that tells its layout.
     `hessians` {name: (C, C)} of the matrices that GPTQ is to round."""
     entries, codes, halves = [], [], []
     for name, weight in tensors.items():
@@ -2116,7 +2124,7 @@ def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
 
 
 def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """The inverse of `pack`: (header, {name: fp32 array}); UserError names the file, `path`."""
+    """The inverse of `pack`: (header, {name: fp32 array}); errors name `path`."""
     start = len(ARTIFACT_MAGIC)
     if blob[:start] != ARTIFACT_MAGIC:
         raise UserError(f"{path}: not an artifact of this family (it begins with {blob[:8]!r})")
@@ -2144,7 +2152,7 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hyperparameters:
-    """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's)."""
+    """The settings of an artifact's header; `environ` may change EVAL_* and the run's."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
         raise UserError(f"{path}: made by {header['script']}: its config lacks {missing[0]}")
@@ -2195,14 +2203,12 @@ def check_windows(args: Hyperparameters) -> None:
 def windows(targets: int, length: int, stride: int) -> np.ndarray:
     """Rows (start, first, stop): ids[start : start + length] score targets first ... stop - 1.
 
-    Target t is the id t + 1 of the stream. The stream is cut into blocks of `stride` targets; each
-    is scored by the window that ends with it (the first windows start at 0), so every target, the
-    tail included, counts once, after at least length - stride ids where there are so many."""
+    Target t is the id t + 1 of the stream. Each block of `stride` targets is scored by the window
+    that ends with it (the first start at 0): every target, the tail included, counts once, after
+    at least length - stride ids where there are so many."""
     first = np.arange(0, targets, stride)
     stop = np.minimum(first + stride, targets)
     start = np.maximum(first + stride - length, 0)
-    assert (stop - first).sum() == targets
-    assert (first >= start).all() and (stop - start <= length).all()
     return np.stack((start, first, stop), axis=1)
 
 
@@ -2236,7 +2242,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan,
     if learner is not None:
         chunk = model.args.ttt_chunk_tokens // plan.stride
     seen = np.zeros(len(ids) - 1, dtype=bool)
-    # score-first: a chunk is learned from once it is scored
+
     for start in range(0, len(rows), chunk):
         if start and learner is not None:
             learner.catch_up(ids, seen)
@@ -2262,8 +2268,7 @@ class TestTimeTraining:
     """Score-first test-time training (#461, #549): SGD of the blocks on each chunk once scored.
 
     After a chunk, rows of TRAIN_SEQ_LEN that end with it are trained on, TTT_BATCH_ROWS an update,
-    as many updates on every rank. The rate depends only on the number of chunks already scored: a
-    decoder, which does not know how much text will come, makes the same updates."""
+    as many updates on every rank. Nothing depends on the text to come: a decoder does the same."""
 
     def __init__(self, model: GPT, runtime: Runtime | None = None):
         self.model, self.args = model, model.args
@@ -2274,13 +2279,13 @@ class TestTimeTraining:
         self.chunks, self.updates, self.seconds = 0, 0, 0.0
 
     def rows(self, stop: int) -> np.ndarray:
-        """Starts of the rows that cover the chunk before target `stop`, counted from its end."""
+        """Starts of the rows that cover the chunk before target `stop`, from its end."""
         count = -(-self.args.ttt_chunk_tokens // self.args.train_seq_len)
         starts = stop - self.args.train_seq_len * np.arange(count, 0, -1)
         return starts[starts >= 0]
 
     def catch_up(self, ids: np.ndarray, seen: np.ndarray) -> None:
-        """Learns, in order, from all complete chunks; `seen` (targets,): those scored."""
+        """Learns, in order, from complete chunks; `seen` (targets,): those scored."""
         began = time.perf_counter()
         args, size = self.args, self.args.ttt_chunk_tokens
         while seen[self.chunks * size : (self.chunks + 1) * size].sum() == size:
@@ -2319,14 +2324,12 @@ class TestTimeTraining:
         args, flat = self.args, self.gradient(ids, starts)
         flat = self.runtime.all_reduce(flat) if self.runtime else flat
         flat *= ((args.ttt_grad_clip or math.inf) / (flat.norm() + 1e-6)).clamp(max=1.0)
-        age = (self.chunks - 1) / (args.ttt_decay_chunks or math.inf)
-        rate = args.ttt_lr * (1 + age) ** -0.5
         parts = flat.split([p.numel() for p in self.params])
         torch._foreach_mul_(self.momenta, args.ttt_momentum)
         parts = [part.view_as(p) for part, p in zip(parts, self.params)]
         torch._foreach_add_(self.momenta, parts)
         with torch.no_grad():
-            torch._foreach_add_(self.params, self.momenta, alpha=-rate)
+            torch._foreach_add_(self.params, self.momenta, alpha=-args.ttt_lr)
         self.updates += 1
 
     @torch.no_grad()
@@ -2426,7 +2429,7 @@ class Evaluator:
         return result
 
     def report(self, name: str, model: GPT, stride: int | None = None, learn: bool = False) -> dict:
-        """Runs a pass and prints its line: non-overlapping windows or, with a stride, sliding."""
+        """Runs a pass, prints its line; without a stride windows do not overlap."""
         length = self.args.eval_seq_len
         result = self.run(name, model, length, stride or length, learn)
         extra = f" stride:{stride}" if stride else ""
@@ -2459,7 +2462,7 @@ class Stream:
         self.states = {}  # of the last pass, by position
 
     def logprobs(self) -> np.ndarray:
-        """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it."""
+        """fp32 log-probabilities (V,) of the next id. Push the first one, a BOS."""
         if self.known is None:
             self.known = self.ahead([])[0]
         return self.known
@@ -2537,7 +2540,7 @@ class Trainer:
         self.ema = EMA(self.model, self.args.ema_decay)
 
     def micro_step(self, ids: Tensor, weights: Tensor, term_weights: dict, aux_inputs) -> dict:
-        """Forward and backward; gradients add up to those of the global batch's mean."""
+        """Forward and backward; gradients add up to those of the batch's mean."""
         sums = self.model.losses(ids, weights, aux_inputs)
         ce = term_weights.get("ce", 1.0) * sums["ce"]
         loss = ce / (self.plan.rows * self.args.train_seq_len)
@@ -2562,7 +2565,7 @@ class Trainer:
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def warm_up(self) -> None:
-        """Compiles every shape on made-up ids, then puts everything back bit for bit."""
+        """Compiles every shape on made-up ids, then puts all back bit for bit."""
         args, runtime = self.args, self.runtime
         kept = [p.detach().clone() for p in self.model.parameters()]
         shape = (self.plan.micro_steps, self.plan.groups * self.plan.group, args.train_seq_len + 1)
@@ -2637,8 +2640,8 @@ class Trainer:
         return found
 
     def progress(self) -> float:
-        """Share of the run that is done, of the steps or of the seconds. Twice the slowest of late
-        steps, and the time for calibration, stay unused: nothing may end after the limit."""
+        """Share of the run that is done, of its steps or seconds. Twice the slowest of late steps
+        and the time for calibration stay unused: nothing may end after the limit."""
         by_steps, by_time = self.step / self.args.iterations, 0.0
         if self.args.max_wallclock_seconds:
             usable = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
@@ -2655,7 +2658,7 @@ class Trainer:
             raise Stopped(int(stop))
 
     def run(self, evaluator: Evaluator) -> None:
-        """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
+        """Trains until progress is 1 or a signal. The clock runs here, but for validation."""
         args, runtime = self.args, self.runtime
         loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
         first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of a non-finite loss
@@ -2676,7 +2679,7 @@ class Trainer:
                 self.step, self.loader_state = self.step + 1, state
                 bad = first_bad.clamp(max=self.step)
                 first_bad = torch.where(terms["ce"].isfinite(), first_bad, bad)
-                if runtime.device.type == "cuda":  # at most two steps ahead: an honest clock
+                if runtime.device.type == "cuda":  # at most two steps ahead
                     fences.append(torch.cuda.current_stream().record_event())
                     if len(fences) > 2:
                         fences.popleft().synchronize()
@@ -2724,9 +2727,8 @@ class Trainer:
         values = deque(self.runtime.all_reduce(torch.stack(parts)).tolist())
         for step, seconds, progress, terms in self.unwritten:
             sums = {name: values.popleft() for name in sorted(terms)}
-            line = {"step": step, **self.means(sums)}
-            line |= {"train_seconds": seconds, "progress": progress}
-            line["rate"] = rate_at(progress, self.args)
+            line = {"step": step, **self.means(sums), "train_seconds": seconds,
+                    "progress": progress, "rate": rate_at(progress, self.args)}
             self.log.metrics(**line)
         self.unwritten.clear()
         return line
@@ -2765,7 +2767,7 @@ class Trainer:
         self.log.metrics(step=self.step, val_loss=result["val_loss"], val_bpb=result["val_bpb"])
 
     def save(self, name: str) -> None:
-        """All that a run needs to go on from here: one safetensors file, atomically."""
+        """All that a run needs to go on from here, in one file, atomically."""
         tensors = {f"model.{key}": p for key, p in self.model.named_parameters()}
         names = [key.replace("model", "ema", 1) for key in tensors]
         tensors |= dict(zip(names, self.ema.average))
@@ -2785,18 +2787,18 @@ class Trainer:
     def _check_resumed(self, path: Path, meta: dict) -> None:
         """Refuses another model or text; tells what else is new."""
         args, before = self.args, meta["config"]
-        for key, value in args.shipped().items():
-            if (other := before.get(key)) != value:
-                raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+        model = {var.name for var in args.vars().values() if var.ship == "model"}
+        for key, value in (args.learning() | args.shipped()).items():
+            if (other := before.get(key, None if key in model else value)) != value:
+                if key in model:
+                    raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+                self.log(f"warning: resumed with {key}={value}, it was {other}")
+
         if meta.setdefault("text", self.text) != self.text:
             if args.resume_data != "changed":
                 raise UserError(f"RESUME={path}: made with other text than {args.data_path}; "
                                 "RESUME_DATA=changed reads this from its start")
             meta.update(text=self.text, loader_state=None)
-
-        for key, value in args.learning().items():
-            if (other := before.get(key, value)) != value:
-                self.log(f"warning: resumed with {key}={value}, it was {other}")
 
     def restore(self, path: Path) -> None:
         try:
@@ -2806,7 +2808,6 @@ class Trainer:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"RESUME={path}: not a checkpoint of this script ({error})") from None
         self._check_resumed(path, meta)
-        # weights and average
         with torch.no_grad():
             for (key, p), average in zip(self.model.named_parameters(), self.ema.average):
                 p.copy_(state[f"model.{key}"])
@@ -2818,16 +2819,15 @@ class Trainer:
 
 
 def git_commit() -> str:
-    folder = Path(__file__).resolve().parent
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, timeout=10,
-                              capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+    words = "git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"
+    with contextlib.suppress(OSError):
+        done = subprocess.run(words, capture_output=True)
+        return done.stdout.decode().strip() or "unknown"
     return "unknown"
 
 
 def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
-    """Source, versions, settings and data: nothing but the log is needed to know what ran."""
+    """Source, versions, settings and data: all that it takes to know what ran."""
     log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
     for warning in args.warnings:
         log(f"warning: {warning}")
@@ -2843,7 +2843,7 @@ def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: d
 
 
 def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
-    """Trains from the start or a checkpoint; a signal leaves one behind and raises Stopped."""
+    """Trains from the start or a checkpoint; a signal leaves one and raises Stopped."""
     args = trainer.args
     last, final = (run_folder(args) / f"{name}.safetensors" for name in ("last", "final"))
     newest = final if final.exists() else last  # a run that was stopped while it packed
@@ -2881,7 +2881,7 @@ def score_int8(trainer: Trainer, evaluator: Evaluator, tensors: dict, hessians: 
 
 
 def write_artifact(trainer: Trainer, evaluator: Evaluator) -> tuple[Path, int]:
-    """(artifact.bin of the weights that the model holds, how many numbers are in it)."""
+    """(artifact.bin of the model's weights, how many numbers are in it)."""
     args, runtime = trainer.args, trainer.runtime
     with runtime.clock("calibration"):
         hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
@@ -2942,7 +2942,7 @@ def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
 
 def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluator,
            summary: dict) -> int:
-    """Checks the budgets, writes `metrics.json`, prints the closing block -> the exit code."""
+    """Checks budgets, writes `metrics.json`, prints the closing block -> exit code."""
     headline = list(evaluator.results)[-1]
     code = len(Path(__file__).read_bytes())
     total = code + os.path.getsize(summary["artifact"])

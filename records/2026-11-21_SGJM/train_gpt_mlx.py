@@ -83,7 +83,7 @@ class Var:
         return kinds[type(self.default)] + low + high
 
     def convert(self, text: str):
-        """The text as a value of the default's type; ValueError or KeyError where it is none."""
+        """The text in the default's type; ValueError or KeyError where that fails."""
         word = text.strip()
         if isinstance(self.default, bool):
             return {"0": False, "1": True, "false": False, "true": True}[word.lower()]
@@ -136,14 +136,14 @@ def check(function):
 
 
 def forbid(broken, args: Hyperparameters, names: str, reason: str) -> None:
-    """Where `broken`, raises UserError with the names and values of the settings in `names`."""
+    """Where `broken`, raises UserError with the settings in `names` and their values."""
     if broken:
         values = ", ".join(f"{name.upper()}={getattr(args, name)}" for name in names.split())
         raise UserError(f"{values}: {reason}")
 
 
 class Hyperparameters:
-    """Every setting of a run, read from the environment once; nothing below reads it again."""
+    """Every setting of a run, read from the environment once."""
 
     _data = "Data"
     data_path = Var("./data/datasets/fineweb10B_byte260", "folder of shards")
@@ -273,9 +273,7 @@ class Hyperparameters:
         "NGRAM_ORDERS": ("0", "see BIGRAM_VOCAB_SIZE"),
         "QUANT_CLIP": ("std", "a search lost at equal size"),
         "QAT_START": ("1 1.0", "see BytePatchJEPA"),
-        "QAT_ENABLED": ("0", "see QAT_START"),
-        "LATE_QAT": ("0", "see QAT_START"),
-        "TRAIN_ALIGN": ("stream", "other rows were never better"),
+        **dict.fromkeys(("QAT_ENABLED", "LATE_QAT"), ("0", "see BytePatchJEPA")),
         "JEPA_CHUNK_SIZE": ("0", "judge and drafter took its place"),
         "DOC_MASK": ("0", "rows are short"),
         "TTT": ("0", "not measured with these heads"),
@@ -284,10 +282,8 @@ class Hyperparameters:
         "GENERATE_BENCH": ("0", "bench.py beside this script measures"),
         "EVAL_GATE": ("0", "train_gpt.py judges, checkpoints of this script too"),
     }
-    IGNORED = ("SWA_EVERY", "EMBED_LR", "HEAD_LR", "MTP_LOSS_WEIGHT", "BIGRAM_DIM",
-               "QAT_THRESHOLD", "MUON_BETA2", "VAL_BATCH_SIZE", "SPECULATE",
-               "TEMPERATURE", "MAX_NEW_TOKENS",
-               "SGJM", "BASELINE", "GATE_BENCH", "GATE_BATCHES", "GATE_RADIUS")
+    # First words of other scripts' variables, beside those of this one's.
+    FIELD = "AWQ CASEOPS CONTROL EMBED GATED HEAD LOOP LORA LQER MIX PPM SLIDING SPARSE"
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, settings in an artifact, replaces the defaults it names."""
@@ -347,7 +343,6 @@ class Hyperparameters:
         lines.append("\nAccepted from older command lines, without effect")
         for name, (off, why) in cls.RETIRED.items():
             lines.append(f"  {name}={off.split()[0]:<24} {why}")
-        lines.append("  " + " ".join(cls.IGNORED))
         return "\n".join(lines)
 
     def settings(self) -> dict:
@@ -365,19 +360,22 @@ class Hyperparameters:
         return {name: settings[name] for name in names if name not in free}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
-        known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED}
+        known = {"LOCAL_WORLD_SIZE", *self.RETIRED, *map(str.upper, self.vars())}
+        words = {*self.FIELD.split(), *(name.partition("_")[0] for name in known)} - {"DATA"}
         for name, value in environ.items():
             if name in self.RETIRED:
                 off, why = self.RETIRED[name]
                 if value not in ("", *off.split()):
                     raise UserError(f"{name}={value!r} is retired: {why}; unset it")
+            if name in known:
                 continue
-            near = difflib.get_close_matches(name, known, 1, cutoff=0.87)
-            if near and name not in known:
+            if near := difflib.get_close_matches(name, known, 1, cutoff=0.87):
                 message = f"{name} is not a variable of this script; did you mean {near[0]}?"
                 if environ.get("STRICT_ENV", "1") != "0":
                     raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
                 self.warnings.append(message)
+            elif name.partition("_")[0] in words:
+                self.warnings.append(f"{name} is no variable of this script: ignored")
 
     def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
         """`embed:8,mlp:6` -> {"embed": 8, ...}; classes that are not named keep the default."""
@@ -644,7 +642,7 @@ def causal_mask(docs: Tensor, queries: int) -> Tensor:
 
 
 def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Causal attention spelt out, the reference that every other rung must agree with."""
+    """Causal attention spelt out, what every other rung must agree with."""
     k, v = (mx.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     scores = (q @ k.swapaxes(2, 3)).astype(mx.float32) * q.shape[-1] ** -0.5
     if mask is None:
@@ -690,9 +688,7 @@ def pick_attention(args: Hyperparameters, dtype: mx.Dtype) -> str:
 # DATA
 # -----------------------------------------------------------------------------
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-HEADER_BYTES = 1024
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 PAD_ID, BOS_ID, BYTE_OFFSET = 0, 1, 4
 SHARD_VOCAB = 260  # ids of byte260
 BYTE_CLASSES = ("lower", "upper", "digit", "space", "newline", "punctuation", "non-ascii",
@@ -714,8 +710,7 @@ def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.nd
         raise UserError(f"{path}: {size} bytes is too short for a shard header of {HEADER_BYTES}")
     header = np.fromfile(path, dtype="<i4", count=256)
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        wanted = f"{SHARD_MAGIC} {SHARD_VERSION}"
-        raise UserError(f"{path}: header {header[:2]} is not a shard's, {wanted}")
+        raise UserError(f"{path}: header {header[:2]}, not {SHARD_MAGIC} {SHARD_VERSION}: no shard")
     room = (size - HEADER_BYTES) / 2
     if header[2] != room:
         raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room:g}")
@@ -823,7 +818,7 @@ def target_bytes(ids: np.ndarray, tables: np.ndarray) -> np.ndarray:
 
 
 def class_table(vocab_size: int) -> np.ndarray:
-    """Class of each id, an index into BYTE_CLASSES, for the bits-by-class report."""
+    """Class of each id, an index into BYTE_CLASSES."""
     names = ["special"] * (vocab_size - 256)
     for byte in range(256):
         text = chr(byte)
@@ -863,7 +858,7 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
         return cls(rows, group, groups, micro_steps, world_size)
 
     def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers inside the global batch for one forward, and a weight for each."""
+        """Rows of the global batch for one forward, and a weight for each."""
         first = (micro_step * self.world_size + rank) * self.groups * self.group
         numbers = np.arange(first, first + self.groups * self.group)
         real = numbers < self.rows  # which is a whole number of groups
@@ -970,8 +965,8 @@ def nearest(x: np.ndarray, top: int) -> np.ndarray:
 def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
     """Full-Hessian GPTQ (Frantar et al. 2022) of x (R, C), its rows in units of their steps.
 
-    Columns go in the order of falling input power; the error of each is spread over those to come
-    by the inverse of the damped hessian = X^T X (C, C)."""
+    Columns go by falling input power; the error of each is spread over those to come by the
+    inverse of the damped hessian = X^T X (C, C)."""
     power = np.diag(hessian)
     order = np.argsort(-power, kind="stable")
     damped = hessian[np.ix_(order, order)].astype(np.float64)
@@ -1764,7 +1759,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: mx.Dtype) -> Tensor:
 
 
 class Muon:
-    """Momentum, then orthogonalisation: singular values of an update are near 1, times its rate.
+    """Momentum, then orthogonalisation: an update's singular values are near its rate.
 
     Matrices of equal shape form one stack; every rank works on all of them.
     update = NS(g + mu m), m <- mu m + g;
@@ -1943,8 +1938,7 @@ class EMA:
 # -----------------------------------------------------------------------------
 
 # magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of JSON, payload
-ARTIFACT_MAGIC = b"GOLFLM\r\n"
-ARTIFACT_VERSION = 2
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 2
 
 CHUNK = 1024  # symbols coded under one state of the models
 CONTEXT_EDGES = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64,
@@ -1970,7 +1964,7 @@ def planes(entries: list) -> list[Plane]:
 
 
 def fresh_counts(top: int) -> np.ndarray:
-    """What a model has counted before its first symbol: (4 ages x CONTEXT_LEVELS, 2 top + 1).
+    """Counts before a model's first symbol: (4 ages x CONTEXT_LEVELS, 2 top + 1).
     A row is a two-sided geometric distribution with the mean |q| of its context."""
     mean = np.tile(np.append(CONTEXT_EDGES, 724), 4)[:, None] / 16
     mean[:CONTEXT_LEVELS] = 4  # age 0: no slice before
@@ -2010,7 +2004,7 @@ def code_plane(block: np.ndarray, plane: Plane, counts: np.ndarray, code) -> Non
 
 
 def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
-    """Walks over `raw` (int8) in coding order; code(symbols, model, top) replaces the symbols.
+    """Walks over `raw`, int8, in coding order; code(symbols, model, top) replaces symbols.
 
     A symbol's context is the mean |q| of its place (column or bucket) in the slices before, and how
     many these are. Each (model, context) counts what it has seen, so no table is sent; with every
@@ -2075,9 +2069,7 @@ def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
 
 
 def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> bytes:
-    """Quantises by `quant_plan` and compresses in the order of `planes`: one self-describing file,
-    no pickle.
-
+    """Quantises by `quant_plan`, compresses in the order of `planes`: a file that tells its layout.
     `hessians` {name: (C, C)} of the matrices that GPTQ is to round."""
     entries, codes, halves = [], [], []
     for name, weight in tensors.items():
@@ -2121,7 +2113,7 @@ def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
 
 
 def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """The inverse of `pack`: (header, {name: fp32 array}); UserError names the file, `path`."""
+    """The inverse of `pack`: (header, {name: fp32 array}); errors name `path`."""
     start = len(ARTIFACT_MAGIC)
     if blob[:start] != ARTIFACT_MAGIC:
         raise UserError(f"{path}: not an artifact of this family (it begins with {blob[:8]!r})")
@@ -2149,7 +2141,7 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hyperparameters:
-    """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's)."""
+    """The settings of an artifact's header; `environ` may change EVAL_* and the run's."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
         raise UserError(f"{path}: made by {header['script']}: its config lacks {missing[0]}")
@@ -2237,14 +2229,12 @@ def check_windows(args: Hyperparameters) -> None:
 def windows(targets: int, length: int, stride: int) -> np.ndarray:
     """Rows (start, first, stop): ids[start : start + length] score targets first ... stop - 1.
 
-    Target t is the id t + 1 of the stream. The stream is cut into blocks of `stride` targets; each
-    is scored by the window that ends with it (the first windows start at 0), so every target, the
-    tail included, counts once, after at least length - stride ids where there are so many."""
+    Target t is the id t + 1 of the stream. Each block of `stride` targets is scored by the window
+    that ends with it (the first start at 0): every target, the tail included, counts once, after
+    at least length - stride ids where there are so many."""
     first = np.arange(0, targets, stride)
     stop = np.minimum(first + stride, targets)
     start = np.maximum(first + stride - length, 0)
-    assert (stop - first).sum() == targets
-    assert (first >= start).all() and (stop - start <= length).all()
     return np.stack((start, first, stop), axis=1)
 
 
@@ -2354,7 +2344,7 @@ class Evaluator:
         return result
 
     def report(self, name: str, model: GPT, stride: int | None = None) -> dict:
-        """Runs a pass and prints its line: non-overlapping windows or, with a stride, sliding."""
+        """Runs a pass, prints its line; without a stride windows do not overlap."""
         length = self.args.eval_seq_len
         result = self.run(name, model, length, stride or length)
         extra = f" stride:{stride}" if stride else ""
@@ -2383,7 +2373,7 @@ class Stream:
         self.known = None  # log-probabilities of the next id
 
     def logprobs(self) -> np.ndarray:
-        """fp32 log-probabilities (V,) of the next id. The first id, a BOS, is given: push it."""
+        """fp32 log-probabilities (V,) of the next id. Push the first one, a BOS."""
         if not self.ids:
             raise ValueError("push the first id (BOS) before asking for the second")
         if self.known is not None:
@@ -2878,7 +2868,7 @@ class Trainer:
         return {name: sum(part[name].item() for part in sums) for name in sums[0]}
 
     def warm_up(self) -> None:
-        """Compiles every shape on made-up ids, then puts everything back bit for bit."""
+        """Compiles every shape on made-up ids, then puts all back bit for bit."""
         if not self.args.warmup_steps:
             return
         kept = self.model.named_parameters()
@@ -2946,8 +2936,8 @@ class Trainer:
         return {name: np.array(total) for name, total in sums.items()}
 
     def progress(self) -> float:
-        """Share of the run that is done, of the steps or of the seconds. Twice the slowest of late
-        steps, and the time for calibration, stay unused: nothing may end after the limit."""
+        """Share of the run that is done, of its steps or seconds. Twice the slowest of late steps
+        and the time for calibration stay unused: nothing may end after the limit."""
         by_steps, by_time = self.step / self.args.iterations, 0.0
         if self.args.max_wallclock_seconds:
             usable = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
@@ -2964,7 +2954,7 @@ class Trainer:
             raise Stopped(int(stop))
 
     def run(self, evaluator: Evaluator) -> None:
-        """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
+        """Trains until progress is 1 or a signal. The clock runs here, but for validation."""
         args, runtime = self.args, self.runtime
         loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
         first_bad = math.inf  # step of a non-finite loss
@@ -3090,24 +3080,23 @@ class Trainer:
     def _check_resumed(self, path: Path, meta: dict) -> None:
         """Refuses another model or text; tells what else is new."""
         args, before = self.args, meta["config"]
-        for key, value in args.shipped().items():
-            if (other := before.get(key)) != value:
-                raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+        model = {var.name for var in args.vars().values() if var.ship == "model"}
+        for key, value in (args.learning() | args.shipped()).items():
+            if (other := before.get(key, None if key in model else value)) != value:
+                if key in model:
+                    raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
+                self.log(f"warning: resumed with {key}={value}, it was {other}")
+
         if meta.setdefault("text", self.text) != self.text:
             if args.resume_data != "changed":
                 raise UserError(f"RESUME={path}: made with other text than {args.data_path}; "
                                 "RESUME_DATA=changed reads this from its start")
             meta.update(text=self.text, loader_state=None)
 
-        for key, value in args.learning().items():
-            if (other := before.get(key, value)) != value:
-                self.log(f"warning: resumed with {key}={value}, it was {other}")
-
     def restore(self, path: Path) -> None:
         """Goes on from a checkpoint, of the torch script too."""
         meta, state = read_checkpoint(path, "RESUME")
         self._check_resumed(path, meta)
-        # weights and average
         names = list(self.model.named_parameters())
         update_parameters(self.model, {name: state[f"model.{name}"] for name in names})
         self.ema.average = {name: state[f"ema.{name}"] for name in names}
@@ -3118,16 +3107,15 @@ class Trainer:
 
 
 def git_commit() -> str:
-    folder = Path(__file__).resolve().parent
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, timeout=10,
-                              capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+    words = "git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"
+    with contextlib.suppress(OSError):
+        done = subprocess.run(words, capture_output=True)
+        return done.stdout.decode().strip() or "unknown"
     return "unknown"
 
 
 def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
-    """Source, versions, settings and data: nothing but the log is needed to know what ran."""
+    """Source, versions, settings and data: all that it takes to know what ran."""
     log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
     for warning in args.warnings:
         log(f"warning: {warning}")
@@ -3140,7 +3128,7 @@ def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: d
 
 
 def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
-    """Trains from the start or a checkpoint; a signal leaves one behind and raises Stopped."""
+    """Trains from the start or a checkpoint; a signal leaves one and raises Stopped."""
     args = trainer.args
     last, final = (run_folder(args) / f"{name}.safetensors" for name in ("last", "final"))
     newest = final if final.exists() else last  # a run that was stopped while it packed
@@ -3161,7 +3149,7 @@ def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
 
 
 def write_artifact(trainer: Trainer) -> tuple[Path, int]:
-    """(artifact.bin of the weights that the model holds, how many numbers are in it)."""
+    """(artifact.bin of the model's weights, how many numbers are in it)."""
     args, runtime = trainer.args, trainer.runtime
     with runtime.clock("calibration"):
         hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
@@ -3220,7 +3208,7 @@ def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
 
 def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluator,
            summary: dict) -> int:
-    """Checks the budgets, writes `metrics.json`, prints the closing block -> the exit code."""
+    """Checks budgets, writes `metrics.json`, prints the closing block -> exit code."""
     headline = list(evaluator.results)[-1]
     code = len(Path(__file__).read_bytes())
     total = code + os.path.getsize(summary["artifact"])

@@ -39,13 +39,13 @@ import sys
 import time
 import zlib
 from collections import deque, namedtuple
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported later it would keep the group, whose threads then abort
+import torch.distributed.nn  # imported later, it keeps the group
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -95,7 +95,7 @@ class Var:
         return kinds[type(self.default)] + low + high
 
     def convert(self, text: str):
-        """The text as a value of the default's type; ValueError or KeyError where it is none."""
+        """The text in the default's type; ValueError or KeyError where that fails."""
         word = text.strip()
         if isinstance(self.default, bool):
             return {"0": False, "1": True, "false": False, "true": True}[word.lower()]
@@ -129,14 +129,14 @@ def check(function):
 
 
 def forbid(broken, args: Hyperparameters, names: str, reason: str) -> None:
-    """Where `broken`, raises UserError with the names and values of the settings in `names`."""
+    """Where `broken`, raises UserError with the settings in `names` and their values."""
     if broken:
         values = ", ".join(f"{name.upper()}={getattr(args, name)}" for name in names.split())
         raise UserError(f"{values}: {reason}")
 
 
 class Hyperparameters:
-    """Every setting of a run, read from the environment once; nothing below reads it again."""
+    """Every setting of a run, read from the environment once."""
 
     _data = "Data"
     data_path = Var("./data/datasets/fineweb10B_sp8192_caseops", "folder of shards")
@@ -229,6 +229,7 @@ class Hyperparameters:
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
     runs_path = Var("./runs", "where runs are kept")
     resume = Var("", "auto, or a checkpoint file")
+    resume_data = Var("same", "changed: other text than before", choices=("same", "changed"))
     checkpoint_every = Var(0, "steps between checkpoints; 0 = on a signal", 0)
     train_log_every = Var(200, "steps between log lines, after the first ten", 1)
     device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
@@ -264,8 +265,8 @@ class Hyperparameters:
          " BIJEPAX_END_FRAC= BIJEPAX_FWD_HOPS=0 BIJEPAX_BWD_HOPS=0 BIJEPAX_HEAD_DIM= BIJEPAX_STRIDE="
          " BIJEPAX_LR="),
     ) for name, _, off in (word.partition("=") for word in names.split())}
-    IGNORED = ("EMBED_LR", "HEAD_LR", "MUON_BETA2", "VAL_BATCH_SIZE", "TTT_CHUNK_TOKENS", "TTT_BATCH_ROWS",
-               "TTT_EPOCHS", "TTT_LR", "TTT_DECAY_CHUNKS", "TTT_MOMENTUM", "TTT_GRAD_CLIP", "TTT_MODULES")
+    # First words of other scripts' variables, beside those of this one's.
+    FIELD = "AWQ CASEOPS CONTROL EMBED GATED HEAD LOOP LORA LQER MIX PPM SLIDING SPARSE"
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
@@ -310,8 +311,6 @@ class Hyperparameters:
                 lines.append(f"  {item.name:<28} {default!s:<14} {told}")
             elif isinstance(item, str) and not name.startswith("__"):
                 lines.append(f"\n{item}")
-        old = " ".join([*cls.RETIRED, *cls.IGNORED])
-        lines.append(f"\nAccepted from older command lines where they mean off: {old}")
         return "\n".join(lines)
 
     def settings(self) -> dict:
@@ -329,19 +328,22 @@ class Hyperparameters:
         return {name: settings[name] for name in names if name not in free}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
-        known = {var.name for var in self.vars().values()} | {*self.RETIRED, *self.IGNORED}
+        known = {"LOCAL_WORLD_SIZE", *self.RETIRED, *map(str.upper, self.vars())}
+        words = {*self.FIELD.split(), *(name.partition("_")[0] for name in known)} - {"DATA"}
         for name, value in environ.items():
             if name in self.RETIRED:
                 off, why = self.RETIRED[name]
                 if value not in ("", *off.split()):
                     raise UserError(f"{name}={value!r} is retired: {why}; unset it")
+            if name in known:
                 continue
-            near = difflib.get_close_matches(name, known, 1, cutoff=0.87)
-            if near and name not in known:
+            if near := difflib.get_close_matches(name, known, 1, cutoff=0.87):
                 message = f"{name} is not a variable of this script; did you mean {near[0]}?"
                 if environ.get("STRICT_ENV", "1") != "0":
                     raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
                 self.warnings.append(message)
+            elif name.partition("_")[0] in words:
+                self.warnings.append(f"{name} is no variable of this script: ignored")
 
     def _parse_growth(self) -> list[tuple[int, float]]:
         """`4:0.4,1` -> [(4, 0.4), (1, 1.0)]: updates a step, and the progress that ends them."""
@@ -391,7 +393,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def tune_allocator() -> None:
-    """Keeps freed pages inside the process: fresh ones can dominate eager CPU runs (up to 7x).
+    """Keeps freed pages: fresh ones dominate eager CPU runs (up to 7x).
     On glibc: no mmap for large blocks, no trimming, one arena. Elsewhere: nothing."""
     mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # of malloc.h
     values = {mmap_max: 0, trim_threshold: -1, top_pad: 1 << 28, arena_max: 1}
@@ -404,7 +406,7 @@ def tune_allocator() -> None:
 def piece(function):
     """Marks a part of the network that compiles whole, once for all who call it.
 
-    `piece.compiled` switches all of them. All models and equal blocks share the graphs."""
+    `piece.compiled` switches all. All models and equal blocks share the graphs."""
     @functools.cache
     def compiled():
         torch._dynamo.config.recompile_limit = 64  # kinds of blocks times shapes
@@ -449,9 +451,30 @@ class Runtime:
                 raise UserError(f"WORLD_SIZE={args.world_size} but no MASTER_ADDR: use torchrun")
             nccl = self.device.type == "cuda" and dist.is_nccl_available()
             dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+            ThreadPoolExecutor(1).submit(self._watch_ranks, args)
         self.dtype = self._pick_dtype(args)
         self.compile = self._pick_compile(args)
         self.must_compile = args.compile == "1"
+
+    def _watch_ranks(self, args: Hyperparameters) -> None:
+        """Ends this process once a rank is silent for 30 s, stopped or lost."""
+        silent: dict = {}  # seconds, by rank and its last beat
+        asker = ThreadPoolExecutor(1)
+        with contextlib.suppress(RuntimeError):  # the store ends with the run
+            store = dist.TCPStore(args.master_addr, args.master_port, is_master=False)
+            while dist.is_initialized() and 30 not in silent.values():
+                time.sleep(1)
+                beats = asker.submit(lambda: [store.add(f"beat {rank}", rank == self.rank)
+                                              for rank in range(self.world_size)])
+                wait([beats], 30)
+                if beats.done():
+                    seen = enumerate(beats.result())
+                    silent = {beat: silent.get(beat, 0) + 1 for beat in seen}
+                else:  # rank 0 has the store, if torchrun has not
+                    silent = {(0, 0): 30}
+        if lost := [rank for (rank, _), seconds in silent.items() if seconds == 30]:
+            print(f"rank {self.rank}: stopped, rank {lost[0]} is silent", file=sys.stderr)
+            os._exit(1)
 
     def _pick_device(self, args: Hyperparameters) -> torch.device:
         seen = ["cuda"] if torch.cuda.is_available() else []
@@ -472,10 +495,9 @@ class Runtime:
         return torch.bfloat16 if faster else torch.float32
 
     def _bf16_is_faster(self, dim: int) -> bool:
-        """Whether this CPU multiplies bf16 clearly faster: on some it is slower."""
-        words, rates = set(), []
-        with contextlib.suppress(OSError):
-            words |= set(Path("/proc/cpuinfo").read_text().split())
+        """Whether this CPU multiplies bf16 clearly faster."""
+        info, rates = Path("/proc/cpuinfo"), []
+        words = set(info.read_text().split()) if info.exists() else set()
         if not words & {"amx_bf16", "avx512_bf16", "bf16"}:
             return False
         for dtype in (torch.float32, torch.bfloat16):
@@ -535,7 +557,7 @@ class Runtime:
             raise UserError(f"rank {rank} has other {what} than rank 0")
 
     def compile_by(self, attempt, log) -> None:
-        """Compiles what `attempt` runs, on all ranks or none: it has no collective."""
+        """Compiles what `attempt` runs, without collectives, on all ranks or none."""
         piece.compiled, failure = True, ""
         try:
             attempt()
@@ -597,8 +619,7 @@ class Log:
 # ATTENTION
 # -----------------------------------------------------------------------------
 # The rungs of a ladder, fastest first: q (B, T, H, d) and k, v (B, T, K, d) -> (B, T, H, d).
-# `mask` is None for plain causal attention, else what `document_mask` made for that rung. A
-# query sees the last `window` positions, its own among them; 0: all.
+# `mask` is None for plain causal attention, else what `document_mask` made for that rung.
 
 
 def causal_mask(docs: Tensor, queries: int) -> Tensor:
@@ -608,30 +629,18 @@ def causal_mask(docs: Tensor, queries: int) -> Tensor:
     return same_document & (positions[-queries:, None] >= positions)
 
 
-def within(mask: Tensor | None, window: int) -> Tensor | None:
-    """A causal mask (..., queries, T) without what lies before each query's window."""
-    if not window:
-        return mask
-    queries, length = mask.shape[-2:]
-    return mask.triu(length - queries - window + 1)
-
-
-def math_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
-    """Causal attention spelt out, the reference that every other rung must agree with."""
+def math_attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
+    """Causal attention spelt out, what every other rung must agree with."""
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.size(-1) ** -0.5
     if mask is None:
         mask = causal_mask(torch.zeros(q.shape[:2], device=q.device), q.size(1))
-    hidden = ~within(mask, window)
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     """Torch's fused kernels. With a mask, q may be only the last positions of k and v."""
-    if mask is None and window:
-        return block_attention(q, k, v, None, window)
-    mask = within(mask, window)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
     return y.transpose(1, 2)
@@ -640,14 +649,13 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) 
 QUERY_BLOCK = 128  # queries of `block_attention`
 
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0) -> Tensor:
+def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     """Causal attention by blocks of queries, each with the keys that it may see.
     The backward finds all weights kept, where torch's kernel computes them again."""
     length, groups, dim = q.size(1), k.size(2), q.size(3)
     before = k.size(1) - length  # keys of the row before, see `with_row_before`
     if mask is None:
         mask = causal_mask(torch.zeros(1, length, device=q.device), length)
-    mask = within(mask, window)
     keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))  # (B * K, T, d)
     out = []
 
@@ -664,17 +672,16 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, window: int = 0)
 
 
 def flash_attention(package: str):
-    """FlashAttention 2 or 3; documents go through its kernel for rows of varying length."""
+    """FlashAttention 2 or 3; documents take its kernel for rows of any length."""
     flash = importlib.import_module(package)  # here, since a graph would break at an import
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens=None, window: int = 0) -> Tensor:
-        how = {"causal": True, "window_size": (window - 1, 0 if window else -1)}
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens=None) -> Tensor:
         if cu_seqlens is None:
-            out = flash.flash_attn_func(q, k, v, **how)
+            out = flash.flash_attn_func(q, k, v, causal=True)
         else:
             flat = [x.flatten(0, 1) for x in (q, k, v)]
             lengths = cu_seqlens, cu_seqlens, q.size(1), q.size(1)
-            out = flash.flash_attn_varlen_func(*flat, *lengths, **how)
+            out = flash.flash_attn_varlen_func(*flat, *lengths, causal=True)
         out = out[0] if isinstance(out, tuple) else out  # some builds return more
         return out.view(q.shape)
     return attend
@@ -691,7 +698,7 @@ def attention_of(rung: str):
 
 
 def document_mask(rung: str, docs: Tensor):
-    """What a rung needs to keep the documents apart; docs (B, T), the document of each position.
+    """What a rung needs to keep documents apart; docs (B, T), the document of each position.
     For flash where each document begins (cu_seqlens), padded to a power of two so that shapes
     repeat; else a mask (B, 1, T, T)."""
     if rung in FLASH:
@@ -751,7 +758,7 @@ def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
     for rung in rungs[first:]:
         if rung in unfit or not bf16 and rung in (*FLASH, "cpu"):
             continue
-        with contextlib.suppress(Exception):  # no package, a card that it refuses, no memory
+        with contextlib.suppress(Exception):  # no package, no memory
             check_rung(rung, args, runtime)
             choice, = runtime.from_main([rungs.index(rung)])
             return rungs[int(choice)]
@@ -762,9 +769,7 @@ def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
 # DATA
 # -----------------------------------------------------------------------------
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-HEADER_BYTES = 1024
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 PAD_ID, BOS_ID, BYTE_OFFSET = 0, 1, 4
 OPERATORS = ("\ue001", "\ue002", "\ue003", "\ue004")  # of CaseOps: pieces without a byte
 BYTE_CLASSES = ("special", "token")
@@ -776,15 +781,14 @@ def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
 
 
 def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.ndarray:
-    """Memory-maps a shard: 256 little-endian int32 (magic, version, count, 0...), then uint16 ids.
-    The first `checked` ids (None: all) are held against the vocabulary at once."""
+    """Maps a shard: 256 little-endian int32 (magic, version, count, 0...), then uint16 ids. The
+    first `checked` ids (None: all) are held against the vocabulary."""
     size = path.stat().st_size
     if size < HEADER_BYTES:
         raise UserError(f"{path}: {size} bytes is too short for a shard header of {HEADER_BYTES}")
     header = np.fromfile(path, dtype="<i4", count=256)
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        wanted = f"{SHARD_MAGIC} {SHARD_VERSION}"
-        raise UserError(f"{path}: header {header[:2]} is not a shard's, {wanted}")
+        raise UserError(f"{path}: header {header[:2]}, not {SHARD_MAGIC} {SHARD_VERSION}: no shard")
     room = (size - HEADER_BYTES) / 2
     if header[2] != room:
         raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room:g}")
@@ -910,10 +914,9 @@ def open_tokenizer(args: Hyperparameters):
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary).
 
-    A target counts base[id] + (space[id] and not edge[previous id]). byte260: a byte for ids from 4
-    up. SentencePiece: 1 for byte pieces, 0 for control, unknown and unused ones, else the UTF-8
-    length with U+2581 as a space; a leading one counts only after ids that are no boundary: there
-    stands the dummy prefix, which models trained by data/prepare.py do not add."""
+    byte260: a byte for ids from 4 up. SentencePiece: 1 for byte pieces, 0 for control, unknown and
+    unused ones, else the UTF-8 length with U+2581 as a space; a leading one counts only after ids
+    that are no boundary: there stands the dummy prefix, which data/prepare.py does not train."""
     base = np.zeros(args.vocab_size, dtype=np.int64)
     space = np.zeros(args.vocab_size, dtype=bool)
     edge = np.zeros(args.vocab_size, dtype=bool)
@@ -960,7 +963,7 @@ def spelling(args: Hyperparameters) -> list[tuple[int, ...]]:
 
 
 def class_table(vocab_size: int) -> np.ndarray:
-    """Class of each id, an index into BYTE_CLASSES, for the bits-by-class report."""
+    """Class of each id, an index into BYTE_CLASSES."""
     return (np.arange(vocab_size) >= BYTE_OFFSET).astype(int)
 
 
@@ -975,7 +978,7 @@ def check_batch(args: Hyperparameters) -> None:
 
 
 class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_size")):
-    """How a batch of `rows` rows is spread: micro-steps x ranks x `groups` groups of `group` rows.
+    """How a batch of `rows` rows is spread: micro-steps x ranks x `groups` of `group` rows.
 
     Ranks run the same shapes: slots beyond the batch repeat its first group with weight 0."""
 
@@ -987,14 +990,15 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
         at_most = max(1, args.device_batch_tokens // (args.train_seq_len * group))
         micro_steps = -(-total // (world_size * at_most))
         for count, _ in args.growth:  # whole micro-steps, without spare slots
-            fits = micro_steps % count == 0 and (count == 1 or total % (world_size * micro_steps) == 0)
+            full = count == 1 or total % (world_size * micro_steps) == 0
+            fits = full and micro_steps % count == 0
             forbid(not fits, args, "batch_growth device_batch_tokens",
                    f"{rows} rows on {world_size} ranks make {micro_steps} equal forwards")
         groups = -(-total // (world_size * micro_steps))
         return cls(rows, group, groups, micro_steps, world_size)
 
     def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers inside the global batch for one forward, and a weight for each."""
+        """Rows of the global batch for one forward, and a weight for each."""
         first = (micro_step * self.world_size + rank) * self.groups * self.group
         numbers = np.arange(first, first + self.groups * self.group)
         real = numbers < self.rows  # which is a whole number of groups
@@ -1113,8 +1117,8 @@ def gptq(x: np.ndarray, hessian: np.ndarray, top: np.ndarray) -> np.ndarray:
     """Full-Hessian GPTQ (Frantar et al. 2022) of x (R, C), its rows in units of their steps. Column
     c has integers up to top[c], and steps finer by top.min() / top[c].
 
-    Columns go in the order of falling input power; the error of each is spread over those to come
-    by the inverse of the damped hessian = X^T X (C, C)."""
+    Columns go by falling input power; the error of each is spread over those to come by the
+    inverse of the damped hessian = X^T X (C, C)."""
     power = np.diag(hessian)
     grain = (top.min() / top).astype(np.float32)
     order = np.argsort(-power, kind="stable")
@@ -1157,8 +1161,7 @@ def salient_groups(tensors: dict, hessians: dict, args: Hyperparameters) -> dict
     scores = []
     for name, hessian in hessians.items():
         columns = np.sqrt(np.diag(hessian)) * np.abs(tensors[name]).mean(0)
-        spare = len(columns) % AWQ_WIDTH
-        sums = columns[: len(columns) - spare].reshape(-1, AWQ_WIDTH).sum(1)
+        sums = columns[: len(columns) // AWQ_WIDTH * AWQ_WIDTH].reshape(-1, AWQ_WIDTH).sum(1)
         if len(sums) > 1:
             scores.append((float(sums.max()), name, int(sums.argmax()) * AWQ_WIDTH))
     return {name: column for _, name, column in sorted(scores)[::-1][: args.awq_groups]}
@@ -1375,8 +1378,7 @@ def joined(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
 
 @check
 def check_network(args: Hyperparameters) -> None:
-    wide = args.gate_window > args.model_dim
-    forbid(wide, args, "gate_window model_dim", "no such channels")
+    forbid(args.gate_window > args.model_dim, args, "gate_window model_dim", "no such channels")
 
 
 class GPT(nn.Module):
@@ -1428,7 +1430,7 @@ class GPT(nn.Module):
         return rms_norm(self.smear(self.embed(ids), ids))
 
     def attention_mask(self, ids: Tensor, past: KVCache | None):
-        """The `mask` of the attention rungs: None where plain causal attention is wanted."""
+        """The rungs' `mask`: None where plain causal attention is wanted."""
         if past is None and not self.args.doc_mask:
             return None
         docs = ((ids == BOS_ID) & self.args.doc_mask).cumsum(1)
@@ -1552,11 +1554,11 @@ def gradients(params: list[nn.Parameter]) -> list[Tensor]:
 
 
 class Muon:
-    """Momentum, then orthogonalisation: singular values of an update are near 1, times its rate.
+    """Momentum, then orthogonalisation: an update's singular values are near its rate.
 
-    Matrices of equal shape form one stack; each rank owns a share of it, receives the share's
-    summed gradient (reduce-scatter), orthogonalises it and sends it round (all-gather) while it
-    works on the next. update = NS(g + mu m), m <- mu m + g;
+    Matrices of equal shape form one stack; each rank owns a share, receives its summed gradient
+    (reduce-scatter), orthogonalises it and sends it round (all-gather) while the next comes in.
+    update = NS(g + mu m), m <- mu m + g;
     p <- (1 - rate wd) p - rate sqrt(max(1, r / c)) update."""
 
     def __init__(self, params: list[nn.Parameter], args: Hyperparameters, runtime: Runtime):
@@ -1584,7 +1586,7 @@ class Muon:
             self.shares.append(share)
 
     def square_norm(self) -> Tensor:
-        """Waits for the reduction; the squared norm of all gradients of this group."""
+        """Waits for the reduction; the squared norm of this group's gradients."""
         for work in self.pending:
             work.wait()
         total = torch.stack([share.square().sum() for share in self.shares]).sum()
@@ -1604,7 +1606,7 @@ class Muon:
             torch._foreach_add_(members, update()[: len(members)].unbind(), alpha=-rate * factor)
 
     def _gather(self, share: Tensor):
-        """Starts to collect every rank's share of a stack -> a function that waits for it."""
+        """Starts to collect the ranks' shares of a stack -> a function that waits."""
         if self.runtime.world_size == 1:
             return lambda: share
         full = share.new_empty(len(share) * self.runtime.world_size, *share.shape[1:])
@@ -1616,7 +1618,7 @@ class Muon:
         return whole
 
     def state(self) -> dict[str, Tensor]:
-        """Momenta of all ranks, for a checkpoint that any number of ranks can read."""
+        """Momenta of all ranks, for a checkpoint that any number can read."""
         return {f"muon.{i}": self._gather(momentum)()[: len(members)]
                 for i, (members, momentum) in enumerate(zip(self.stacks, self.momenta))}
 
@@ -1667,8 +1669,7 @@ class Optimizers:
             flat = torch._utils._flatten_dense_tensors(grads)
             dist.all_reduce(flat)
             torch._foreach_copy_(grads, list(torch._utils._unflatten_dense_tensors(flat, grads)))
-        rest = torch.stack(torch._foreach_norm(grads)).square().sum()
-        return (self.muon.square_norm() + rest).sqrt()
+        return (self.muon.square_norm() + torch.stack(torch._foreach_norm(grads)).square().sum()).sqrt()
 
     @torch.no_grad()
     def step(self, step: int, progress: float, norm: Tensor) -> None:
@@ -1724,8 +1725,7 @@ class EMA:
 # -----------------------------------------------------------------------------
 
 # magic (8 bytes), sha256 of the rest (32), version (2), header length (4), zlib of JSON, payload
-ARTIFACT_MAGIC = b"GOLFLM\r\n"
-ARTIFACT_VERSION = 2
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFLM\r\n", 2
 
 CHUNK = 1024  # symbols coded under one state of the models
 CONTEXT_EDGES = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64,
@@ -1750,7 +1750,7 @@ def planes(entries: list) -> list[Plane]:
 
 
 def fresh_counts(top: int) -> np.ndarray:
-    """What a model has counted before its first symbol: (4 ages x CONTEXT_LEVELS, 2 top + 1).
+    """Counts before a model's first symbol: (4 ages x CONTEXT_LEVELS, 2 top + 1).
     A row is a two-sided geometric distribution with the mean |q| of its context."""
     mean = np.tile(np.append(CONTEXT_EDGES, 724), 4)[:, None] / 16
     mean[:CONTEXT_LEVELS] = 4  # age 0: no slice before
@@ -1790,7 +1790,7 @@ def code_plane(block: np.ndarray, plane: Plane, counts: np.ndarray, code) -> Non
 
 
 def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
-    """Walks over `raw` (int8) in coding order; code(symbols, model, top) replaces the symbols.
+    """Walks over `raw`, int8, in coding order; code(symbols, model, top) replaces symbols.
 
     A symbol's context is the mean |q| of its place (column or bucket) in the slices before, and how
     many these are. Each (model, context) counts what it has seen, so no table is sent; with every
@@ -1918,7 +1918,7 @@ def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
 
 
 def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """The inverse of `pack`: (header, {name: fp32 array}); UserError names the file, `path`."""
+    """The inverse of `pack`: (header, {name: fp32 array}); errors name `path`."""
     start = len(ARTIFACT_MAGIC)
     if blob[:start] != ARTIFACT_MAGIC:
         raise UserError(f"{path}: not an artifact of this family (it begins with {blob[:8]!r})")
@@ -1946,7 +1946,7 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hyperparameters:
-    """The settings in an artifact's header, with what `environ` may change (EVAL_*, the run's)."""
+    """The settings of an artifact's header; `environ` may change EVAL_* and the run's."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
         raise UserError(f"{path}: made by {header['script']}: its config lacks {missing[0]}")
@@ -1993,19 +1993,17 @@ def check_windows(args: Hyperparameters) -> None:
 def windows(targets: int, length: int, stride: int) -> np.ndarray:
     """Rows (start, first, stop): ids[start : start + length] score targets first ... stop - 1.
 
-    Target t is the id t + 1 of the stream. The stream is cut into blocks of `stride` targets; each
-    is scored by the window that ends with it (the first windows start at 0), so every target, the
-    tail included, counts once, after at least length - stride ids where there are so many."""
+    Target t is the id t + 1 of the stream. Each block of `stride` targets is scored by the window
+    that ends with it (the first start at 0): every target, the tail included, counts once, after
+    at least length - stride ids where there are so many."""
     first = np.arange(0, targets, stride)
     stop = np.minimum(first + stride, targets)
     start = np.maximum(first + stride - length, 0)
-    assert (stop - first).sum() == targets
-    assert (first >= start).all() and (stop - start <= length).all()
     return np.stack((start, first, stop), axis=1)
 
 
 def kernel(function, allocates=False):
-    """Compiles a loop over ids. No fastmath: scorer and decoder round alike. Allocations are slow."""
+    """Compiles a loop over ids. No fastmath: scorer and decoder round alike."""
     options = {"error_model": "numpy", "nogil": True, "forceinline": True, "_nrt": allocates}
     return njit(**options)(function) if njit else function
 
@@ -2067,7 +2065,7 @@ if njit:
         return types.void(columns, order, sums), emit
 
 
-# The vocabulary as a binary tree. Leaves are the ids in the order of their spelling; inner nodes are
+# The vocabulary as a binary tree. Leaves are the ids in order of spelling; inner nodes are
 # the borders between neighbours: node i parts leaves low ... i - 1 (a 0) from i ... high - 1 (a 1).
 # Only the network tells `alike` ids apart. Up to ROOM nodes that hang together are a group.
 Tree = namedtuple("Tree", "order low high rank nodes alike level group place above paths")
@@ -2164,7 +2162,7 @@ def propose(text, ids):
 
 
 # Binary mixing, after lpaq (Mahoney 2005): an id is as many decisions as there are nodes above it.
-# Contexts are the last bytes, the word so far and the last ids, counted only for this document or for
+# Contexts are the last bytes, the word so far and the last ids, counted for this document or for
 # the whole stream. Each owns a row for each group of nodes, 16 uint32: [document << 24 | check, a
 # counter a node: probability of a 1 << 10 | n]. The later of two has a row that both want.
 Mixer = namedtuple("Mixer", "table contexts hashes spelled starts now weights trust hits "
@@ -2661,7 +2659,7 @@ class TestTimeTraining:
         goes_on = (alive[:, 1] - alive[:, 0] > done + size) & self.args.ttt_adapt
         learners = int(goes_on.sum())
         rows, goals, goes_on = (torch.from_numpy(x).to(device) for x in (rows, goals, goes_on))
-        compiled, piece.compiled = piece.compiled, False  # shapes and readers of their own
+        compiled, piece.compiled = piece.compiled, False  # shapes of its own
         with torch.set_grad_enabled(learners > 0):
             params = adapters.attach(len(alive))
             x = self.model.hidden(rows, self.model.rotary_eval)
@@ -2823,7 +2821,7 @@ class Evaluator:
         return result | ({"prefix_bytes": self.prefix} if self.prefix else {})
 
     def report(self, name: str, model: GPT, stride: int | None = None, learn: bool = False) -> dict:
-        """Runs a pass and prints its lines: non-overlapping windows or, with a stride, sliding."""
+        """Runs a pass, prints its lines; without a stride windows do not overlap."""
         length = self.args.eval_seq_len
         mix = stride is not None and self.args.ppm_weight > 0
         self.run(name, model, length, stride or length, learn, mix)
@@ -2859,7 +2857,7 @@ class Stream:
         self.mixture = Mixture(model.args) if model.args.ppm_weight else None
 
     def logprobs(self) -> np.ndarray:
-        """fp32, or a mixture's fp64, log-probabilities (V,) of the next id. Push the first, a BOS."""
+        """fp32, or a mixture's fp64, log-probabilities (V,) of the next id. Push a BOS first."""
         logprobs = self.network()
         return self.mixture.distribution(logprobs) if self.mixture else logprobs
 
@@ -2966,7 +2964,7 @@ class Trainer:
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def warm_up(self) -> None:
-        """Compiles every shape on made-up ids, then puts everything back bit for bit."""
+        """Compiles every shape on made-up ids, then puts all back bit for bit."""
         args, runtime = self.args, self.runtime
         kept = [p.detach().clone() for p in self.model.parameters()]
         shape = (self.plan.micro_steps, self.plan.groups * self.plan.group, args.train_seq_len + 1)
@@ -3041,8 +3039,8 @@ class Trainer:
         return found
 
     def progress(self) -> float:
-        """Share of the run that is done, of the steps or of the seconds. Twice the slowest of late
-        steps, and the time for calibration, stay unused: nothing may end after the limit."""
+        """Share of the run that is done, of its steps or seconds. Twice the slowest of late steps
+        and the time for calibration stay unused: nothing may end after the limit."""
         by_steps, by_time = self.step / self.args.iterations, 0.0
         if self.args.max_wallclock_seconds:
             usable = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
@@ -3059,7 +3057,7 @@ class Trainer:
             raise Stopped(int(stop))
 
     def run(self, evaluator: Evaluator) -> None:
-        """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
+        """Trains until progress is 1 or a signal. The clock runs here, but for validation."""
         args, runtime = self.args, self.runtime
         loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
         first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of a non-finite loss
@@ -3079,7 +3077,7 @@ class Trainer:
                 self.step, self.loader_state = self.step + 1, state
                 bad = first_bad.clamp(max=self.step)
                 first_bad = torch.where(terms["ce"].isfinite(), first_bad, bad)
-                if runtime.device.type == "cuda":  # at most two steps ahead: an honest clock
+                if runtime.device.type == "cuda":  # at most two steps ahead
                     fences.append(torch.cuda.current_stream().record_event())
                     if len(fences) > 2:
                         fences.popleft().synchronize()
@@ -3127,9 +3125,8 @@ class Trainer:
         values = deque(self.runtime.all_reduce(torch.stack(parts)).tolist())
         for step, seconds, progress, terms in self.unwritten:
             sums = {name: values.popleft() for name in sorted(terms)}
-            line = {"step": step, **self.means(sums)}
-            line |= {"train_seconds": seconds, "progress": progress}
-            line["rate"] = rate_at(progress, self.args)
+            line = {"step": step, **self.means(sums), "train_seconds": seconds,
+                    "progress": progress, "rate": rate_at(progress, self.args)}
             self.log.metrics(**line)
         self.unwritten.clear()
         return line
@@ -3161,7 +3158,7 @@ class Trainer:
         self.log.metrics(step=self.step, val_loss=result["val_loss"], val_bpb=result["val_bpb"])
 
     def save(self, name: str) -> None:
-        """All that a run needs to go on from here: one safetensors file, atomically."""
+        """All that a run needs to go on from here, in one file, atomically."""
         tensors = {f"model.{key}": p for key, p in self.model.named_parameters()}
         names = [key.replace("model", "ema", 1) for key in tensors]
         tensors |= dict(zip(names, self.ema.average))
@@ -3187,8 +3184,12 @@ class Trainer:
                 if key in model:
                     raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
                 self.log(f"warning: resumed with {key}={value}, it was {other}")
+
         if meta.setdefault("text", self.text) != self.text:
-            raise UserError(f"RESUME={path}: made with other text than {args.data_path}")
+            if args.resume_data != "changed":
+                raise UserError(f"RESUME={path}: made with other text than {args.data_path}; "
+                                "RESUME_DATA=changed reads this from its start")
+            meta.update(text=self.text, loader_state=None)
 
     def restore(self, path: Path) -> None:
         try:
@@ -3198,7 +3199,6 @@ class Trainer:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"RESUME={path}: not a checkpoint of this script ({error})") from None
         self._check_resumed(path, meta)
-        # weights and average
         with torch.no_grad():
             for (key, p), average in zip(self.model.named_parameters(), self.ema.average):
                 p.copy_(state[f"model.{key}"])
@@ -3210,16 +3210,15 @@ class Trainer:
 
 
 def git_commit() -> str:
-    folder = Path(__file__).resolve().parent
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, timeout=10,
-                              capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+    words = "git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"
+    with contextlib.suppress(OSError):
+        done = subprocess.run(words, capture_output=True)
+        return done.stdout.decode().strip() or "unknown"
     return "unknown"
 
 
 def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
-    """Source, versions, settings and data: nothing but the log is needed to know what ran."""
+    """Source, versions, settings and data: all that it takes to know what ran."""
     log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
     for warning in args.warnings:
         log(f"warning: {warning}")
@@ -3235,7 +3234,7 @@ def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: d
 
 
 def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
-    """Trains from the start or a checkpoint; a signal leaves one behind and raises Stopped."""
+    """Trains from the start or a checkpoint; a signal leaves one and raises Stopped."""
     args = trainer.args
     last, final = (run_folder(args) / f"{name}.safetensors" for name in ("last", "final"))
     newest = final if final.exists() else last  # a run that was stopped while it packed
@@ -3256,7 +3255,7 @@ def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
 
 
 def write_artifact(trainer: Trainer) -> tuple[Path, int]:
-    """(artifact.bin of the weights that the model holds, how many numbers are in it)."""
+    """(artifact.bin of the model's weights, how many numbers are in it)."""
     args, runtime = trainer.args, trainer.runtime
     with runtime.clock("calibration"):
         hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
@@ -3315,7 +3314,7 @@ def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
 
 def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluator,
            summary: dict) -> int:
-    """Checks the budgets, writes `metrics.json`, prints the closing block -> the exit code."""
+    """Checks budgets, writes `metrics.json`, prints the closing block -> exit code."""
     headline = list(evaluator.results)[-1]
     code = len(Path(__file__).read_bytes())
     total = code + os.path.getsize(summary["artifact"])
