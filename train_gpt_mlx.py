@@ -138,8 +138,8 @@ class Hyperparameters:
     _model = "Model"
     num_layers = Var(13, "transformer blocks", 1, ship="model")
     model_dim = Var(512, "width of the residual stream", 8, ship="model")
-    num_heads = Var(8, "query heads", 1, ship="model")
-    num_kv_heads = Var(4, "key/value heads (GQA)", 1, ship="model")
+    num_heads = Var(4, "query heads", 1, ship="model")
+    num_kv_heads = Var(2, "key/value heads (GQA)", 1, ship="model")
     mlp_mult = Var(2.0, "MLP hidden width / model width", 0, ship="model")
     leaky_slope = Var(0.5, "slope of the squared LeakyReLU; 0 = ReLU^2", ship="model")
     tied_embed_init_std = Var(0.005, "std of the token embedding, also the head", 0)
@@ -2335,7 +2335,7 @@ stream = Stream  # the name that every script of the family gives it
 
 
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C: the checkpoint is written, the message says how to go on."""
+    """SIGTERM or Ctrl-C: a checkpoint is written, a message tells how to go on."""
 
 
 def run_folder(args: Hyperparameters) -> Path:
@@ -2575,7 +2575,7 @@ class Trainer:
         return f"train_time:{1e3 * seconds:.0f}ms step_avg:{average:.2f}ms"
 
     def write_steps(self) -> dict:
-        """Writes the waiting steps to `metrics.jsonl`, one sum over ranks -> the newest."""
+        """Writes waiting steps to `metrics.jsonl`, one sum over ranks -> the newest."""
         if not self.unwritten:
             return {}
         parts = [step[3][name] for step in self.unwritten for name in sorted(step[3])]
@@ -2804,6 +2804,7 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
 
 def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # head
         print(Hyperparameters.help())
         return 0
     runtime = None

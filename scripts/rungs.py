@@ -62,9 +62,9 @@ def batch_law(size: float) -> float:
 
 
 def rotated(width: int, heads: int) -> int:
-    """ROPE_DIMS: a quarter of a head, even, at least 8 where a head has them."""
+    """ROPE_DIMS: a quarter of a head, even, at least 8 where a head has them, at most the contest's 16."""
     head = width // heads
-    return min(head // 2 * 2, max(8, head // 8 * 2))
+    return min(head // 2 * 2, max(8, head // 8 * 2), 16)
 
 
 def schedule(steps: int) -> dict[str, str]:
@@ -91,7 +91,7 @@ def proportions(millions: float, per_id: float = 1.0) -> dict[str, str]:
 
     what                      law                                      reason
     layers, width             N^0.215, and N / (7 layers)              `shape`
-    heads                     a power of two, of 64 or more; but two   the contest's; attention's time goes
+    heads                     a power of two, of 128 or more; but two  the contest's; attention's time goes
                               at least, half of them for keys and      by their number
                               values
     sequence                  8 widths                                 attention's share of the compute stays
@@ -113,7 +113,7 @@ def proportions(millions: float, per_id: float = 1.0) -> dict[str, str]:
     its work in attention, the contest's does a half. Whether reach matters, arms of `laws` test.
     """
     layers, width = shape(millions)
-    heads = max(2, 1 << max(1, width // 64).bit_length() - 1)
+    heads = max(2, 1 << max(1, width // 128).bit_length() - 1)
     sequence = nearest(8 * width / per_id, 8, 8)
     group = GROUP * sequence
     batch = nearest(batch_law(text(millions)) / per_id, 2 * group, 2 * group)

@@ -56,8 +56,8 @@ class Agent:
         self.limit = threading.Timer(SECONDS, self.process.terminate)
         self.limit.start()
 
-    def kill(self, rank: int) -> None:
-        os.kill(int((self.ranks / str(rank)).read_text()), signal.SIGKILL)
+    def send(self, rank: int, number: signal.Signals) -> None:
+        os.kill(int((self.ranks / str(rank)).read_text()), number)
 
     def close(self) -> None:
         """Leaves no process: torchrun ends its own at SIGTERM, and each of them leads a group."""
@@ -148,7 +148,9 @@ def test_two_agents_with_two_processes_each_train_as_four_under_one(agent, run, 
 
 @slow
 @pytest.mark.parametrize("seed", range(int(os.environ.get("LAUNCH_KILLS", "1"))))
-def test_a_run_that_loses_a_process_ends_like_one_that_does_not(agent, undisturbed, tmp_path, seed):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+def test_a_run_that_loses_a_process_ends_like_one_that_does_not(agent, undisturbed, tmp_path, seed, number):
+    """A process that is stopped is told of by those that wait for it, half a minute later."""
     rng = random.Random(seed)
     step, rank = rng.randint(1, STEPS - 4), rng.randrange(4)
     options = ["--standalone", "--max-restarts=1"]
@@ -157,10 +159,11 @@ def test_a_run_that_loses_a_process_ends_like_one_that_does_not(agent, undisturb
     for line in one.process.stdout:
         lines.append(line)
         if line.startswith(f"step:{step}/") and not (tmp_path / "killed").exists():
-            one.kill(rank)
+            one.send(rank, number)
             (tmp_path / "killed").touch()
     output = "".join(lines)
     assert one.process.wait() == 0, output
+    assert (f"stopped, rank {rank} is silent" in output) == (number == signal.SIGSTOP), output
 
     # It went on from the newest checkpoint that was whole: a step's line is shown before its checkpoint.
     starts = output.split("model_params:")[1:]

@@ -535,7 +535,7 @@ class Runtime:
         return torch.bfloat16 if faster else torch.float32
 
     def _bf16_is_faster(self, dim: int) -> bool:
-        """Whether this CPU multiplies bf16 clearly faster."""
+        """Whether bf16 is clearly faster here."""
         info, rates = Path("/proc/cpuinfo"), []
         words = set(info.read_text().split()) if info.exists() else set()
         if not words & {"amx_bf16", "avx512_bf16", "bf16"}:
@@ -2875,7 +2875,7 @@ class Generator:
 
 
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C: the checkpoint is written, the message says how to go on."""
+    """SIGTERM or Ctrl-C: a checkpoint is written, a message tells how to go on."""
 
 
 def run_folder(args: Hyperparameters) -> Path:
@@ -3087,7 +3087,7 @@ class Trainer:
         return f"train_time:{1e3 * seconds:.0f}ms step_avg:{average:.2f}ms"
 
     def write_steps(self) -> dict:
-        """Writes the waiting steps to `metrics.jsonl`, one sum over ranks -> the newest."""
+        """Writes waiting steps to `metrics.jsonl`, one sum over ranks -> the newest."""
         if not self.unwritten:
             return {}
         parts = [terms[name].float() for *_, terms in self.unwritten for name in sorted(terms)]
@@ -3332,6 +3332,7 @@ def check_plan(args: Hyperparameters, log: Log) -> None:
 
 def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # head
         print(Hyperparameters.help())
         return 0
     me = ""  # of several ranks, which one speaks

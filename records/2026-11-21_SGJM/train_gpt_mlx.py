@@ -2781,7 +2781,7 @@ class Generator:
 
 
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C: the checkpoint is written, the message says how to go on."""
+    """SIGTERM or Ctrl-C: a checkpoint is written, a message tells how to go on."""
 
 
 def run_folder(args: Hyperparameters) -> Path:
@@ -3012,7 +3012,7 @@ class Trainer:
         return f"train_time:{1e3 * seconds:.0f}ms step_avg:{average:.2f}ms"
 
     def write_steps(self) -> dict:
-        """Writes the waiting steps to `metrics.jsonl`, one sum over ranks -> the newest."""
+        """Writes waiting steps to `metrics.jsonl`, one sum over ranks -> the newest."""
         if not self.unwritten:
             return {}
         parts = [step[3][name] for step in self.unwritten for name in sorted(step[3])]
@@ -3239,6 +3239,7 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
 
 def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # head
         print(Hyperparameters.help())
         return 0
     runtime = None
