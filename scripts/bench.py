@@ -6,7 +6,7 @@
     NUM_LAYERS=6 MODEL_DIM=192 python scripts/bench.py --one      the configuration of the environment
     make gpu-check        or: python scripts/bench.py --check [--text FILE.jsonl.zst ...] [--out FOLDER]
     python scripts/bench.py --rehearse                            the same with a toy model on a CPU
-    python scripts/bench.py --plan --card h100 NUM_HEADS=4    what a run will cost, see docs/plan.md
+    python scripts/bench.py --plan --card h100 NUM_HEADS=8    what a run will cost, see docs/plan.md
 
 The matmul (2048^3, or 8192^3 on a GPU, 1024^3 with MLX on a CPU, in the dtype of the run) is timed in the
 same process between the steps, since machines are noisy: quote the ratio. Model FLOP a byte = 6 * (matrices +

@@ -366,7 +366,8 @@ def lists_apart(old: list, new: list, what: str) -> Iterator[str]:
 def settings_apart(old: dict, new: dict, scripts: tuple[Path, Path]) -> tuple[list[str], list[str]]:
     """(differences, notes) between the settings that two artifacts or checkpoints carry.
 
-    A setting may be gone if the new script has retired it at this value, and may be new at its default.
+    A setting may be gone (whether it mattered, the numbers tell), but not where the new script refuses its
+    value; it may be new at its default.
     """
     apart = list(values_apart({key: value for key, value in old.items() if key in new}, new))
     gone, come = [key for key in old if key not in new], [key for key in new if key not in old]
@@ -374,13 +375,10 @@ def settings_apart(old: dict, new: dict, scripts: tuple[Path, Path]) -> tuple[li
         before, now = (family.load_script(path).Hyperparameters for path in scripts)
         known = {var.name for var in before.vars().values()}
         defaults = {var.name: var.default for var in now.vars().values()}
-        accepted = dict.fromkeys(getattr(now, "IGNORED", ()), ())  # without effect at any value
-        for key, (off, _) in now.RETIRED.items():
-            accepted[key] = off.split() if isinstance(off, str) else off
+        retired = {key: off.split() if isinstance(off, str) else off for key, (off, _) in now.RETIRED.items()}
         for key in list(gone):
-            value = old[key]
-            text = as_text(value)
-            if key not in accepted or accepted[key] and text not in accepted[key]:
+            text = as_text(old[key])
+            if key in retired and text not in retired[key]:
                 apart.append(f"{key} is missing and not retired at {text!r}")
                 gone.remove(key)
         for key in list(come):

@@ -1,7 +1,7 @@
 """What a run will cost, before it runs: FLOPs, bytes, milliseconds and memory of a step, seconds of scoring.
 
     python scripts/bench.py --plan                                  the trunk's defaults on 8 x H100
-    python scripts/bench.py --plan --card a100 NUM_HEADS=4 NUM_KV_HEADS=2
+    python scripts/bench.py --plan --card a100 NUM_HEADS=8 NUM_KV_HEADS=4
     python scripts/bench.py --plan --card cpu --script BytePPM NUM_LAYERS=6 MODEL_DIM=192 NUM_HEADS=6 ...
     python scripts/plan.py [--json FILE]      the plan held against this machine: predicted beside measured
 
@@ -792,7 +792,7 @@ class Paper:
     def known_names(self) -> set[str]:
         """Names of settings that the script reads, or takes from older command lines."""
         known = self.module.Hyperparameters
-        older = (getattr(known, kind, ()) for kind in ("RETIRED", "IGNORED", "ALIASES"))
+        older = (getattr(known, kind, ()) for kind in ("RETIRED", "ALIASES"))
         return {var.name for var in known.vars().values()}.union(*older)
 
     @contextlib.contextmanager

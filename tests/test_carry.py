@@ -270,13 +270,12 @@ HEADER = '''class Var:
 class Hyperparameters:
 {}
     RETIRED = {}
-    IGNORED = ("SIZE",)
     @classmethod
     def vars(cls): return {{name: var for name, var in vars(cls).items() if isinstance(var, Var)}}
 '''
 
 
-def test_a_retired_setting_may_leave_the_header_at_its_off_value(tmp_path):
+def test_a_setting_may_leave_the_header_where_it_is_not_refused(tmp_path):
     scripts = []
     before = "    clip = Var('std')\n    dim = Var(8)\n    gone = Var(0)\n    size = Var(3)"
     for name, fields, retired in (("old", before, {}),
