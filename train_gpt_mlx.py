@@ -240,7 +240,7 @@ class Hyperparameters:
     memory_limit_mb = Var(0, "memory that MLX may hold; 0 = its own limit", 0)
     strict_env = Var(True, "refuse misspelt variables; 0 = only warn")
     _launcher = "Ranks: mlx.launch tells MLX, not this script"
-    world_size = Var(1, "torchrun's: `mlx.launch` starts this script on several Macs", 1, 1)
+    world_size = Var(1, "of `mlx.launch`", 1, 1)
 
     # Variables of ideas that are gone: {name: (values that mean off, reason)}.
     RETIRED = {
@@ -253,13 +253,17 @@ class Hyperparameters:
         "QAT_START": ("1 1.0", "see BytePatchJEPA"),
         **dict.fromkeys(("QAT_ENABLED", "LATE_QAT"), ("0", "see BytePatchJEPA")),
         "TTT_MODULES": ("blocks", "see BytePatchJEPA"),
+        "TRAIN_ALIGN": ("stream", "see TokenBest"),
+        "TTT_DECAY_CHUNKS": ("0", "the rate is constant"),
         "GENERATE": ("", "scripts/generate.py writes texts"),
         "JEPA_BACKBONE_GRAD": ("0", "see ByteJEPA"),
         **dict.fromkeys(("JEPA_ADAPTER", "JEPA_ADAPTER_GRAD", "JEPA_LOSS"),
                         ("1", "see ByteJEPA")),
     }
-    # First words of other scripts' variables, beside those of this one's.
-    FIELD = "AWQ CASEOPS CONTROL EMBED GATED HEAD LOOP LORA LQER MIX PPM SLIDING SPARSE"
+    # How variables of other scripts begin.
+    FIELD = re.compile("(ATTN|AWQ|BATCH|BIGRAM|BIJEPAX|CASEOPS|DRAFTER|EMBED|EVAL|GATED?|"
+                       "HEAD|JEPA|LOOP|LORA|LQER|MIX|MTP|MUON|NGRAM|PATCH|PPM|QAT|QUANT|"
+                       "SIGREG|SPARSE|SWA|TTT|VAL)_")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
@@ -306,7 +310,7 @@ class Hyperparameters:
                 default = int(default) if isinstance(default, bool) else default
                 told = f"{item.why} [{item.accepted()}]"
                 lines.append(f"  {item.name:<28} {default!s:<14} {told}")
-            elif isinstance(item, str) and not name.startswith("__"):
+            elif isinstance(item, str) and re.match("_[a-z]", name):
                 lines.append(f"\n{item}")
         return "\n".join(lines)
 
@@ -325,8 +329,7 @@ class Hyperparameters:
         return {name: settings[name] for name in names if name not in free}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
-        known = {"LOCAL_WORLD_SIZE", *self.RETIRED, *map(str.upper, self.vars())}
-        words = {*self.FIELD.split(), *(name.partition("_")[0] for name in known)} - {"DATA"}
+        known = {*self.RETIRED, *map(str.upper, self.vars())}
         for name, value in environ.items():
             if name in self.RETIRED:
                 off, why = self.RETIRED[name]
@@ -339,7 +342,7 @@ class Hyperparameters:
                 if environ.get("STRICT_ENV", "1") != "0":
                     raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
                 self.warnings.append(message)
-            elif name.partition("_")[0] in words:
+            elif self.FIELD.match(name):
                 self.warnings.append(f"{name} is no variable of this script: ignored")
 
     def _parse_numbers(self, name: str, low: int, high: int) -> tuple[int, ...]:
@@ -770,9 +773,8 @@ class Dataset:
             digest.update(f"{path.name} {len(shard)}".encode())
             digest.update(shard[:4096].tobytes() + shard[-4096:].tobytes())
         told = ("source", "variant", "documents", "bytes", "val_text_sha256")
-        known = {key: self.manifest.get(key) for key in told}
         return {
-            "name": self.path.name, **known,
+            "name": self.path.name, **{key: self.manifest.get(key) for key in told},
             "train_shards": len(self.train_files), "val_shards": len(self.val_files),
             "train_tokens": sum(map(len, self.train_shards)), "val_tokens": len(self.val),
             "val_documents": int((self.val == BOS_ID).sum()), "sha256": digest.hexdigest(),
@@ -799,7 +801,7 @@ def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
     byte260: a byte for ids from 4 up. SentencePiece: 1 for byte pieces, 0 for control, unknown and
     unused ones, else the UTF-8 length with U+2581 as a space; a leading one counts only after ids
-    that are no boundary: there stands the dummy prefix, which data/prepare.py does not train."""
+    that are no boundary: there stands the dummy prefix, which models of data/prepare.py lack."""
     base = np.zeros(args.vocab_size, dtype=np.int64)
     space = np.zeros(args.vocab_size, dtype=bool)
     edge = np.zeros(args.vocab_size, dtype=bool)
@@ -859,8 +861,7 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
         total = rows // group
         at_most = max(1, args.device_batch_tokens // (args.train_seq_len * group))
         micro_steps = -(-total // (world_size * at_most))
-        groups = -(-total // (world_size * micro_steps))
-        return cls(rows, group, groups, micro_steps, world_size)
+        return cls(rows, group, -(-total // (world_size * micro_steps)), micro_steps, world_size)
 
     def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the global batch for one forward, and a weight for each."""
@@ -955,8 +956,7 @@ def tensor_class(name: str) -> str:
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
     """(bits, axis of a step's slice: a table's buckets, else the last); (0, 0): fp16."""
-    small = math.prod(shape) < SMALL_TENSOR and min(shape, default=0) < 16
-    if len(shape) < 2 or small:
+    if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR and min(shape) < 16:
         return 0, 0
     kind = tensor_class(name)
     return args.bits_by_class[kind], len(shape) - (2 if kind == "ngram" else 1)
@@ -1012,8 +1012,8 @@ def quantise(weight: np.ndarray, bits: int, k: float, axis: int, rate: float = 0
 
     step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394). A Gaussian then costs about
     log2(top / k) + 2.05 bits a weight, so k sets the size. Steps have an epsilon floor, not 1 / top
-    (defect G2 of #832). `rate` is the price of a bit in squared steps: at ln(2) / 6 = 0.116 what a
-    coarser step would save. Returns q, int8 of weight's shape, and step, fp16 with size 1 on
+    (defect G2 of #832). `rate` is the price of a bit in squared steps; 0.116, ln(2) / 6, is what
+    a coarser step would save. Returns q, int8 of weight's shape, and step, fp16 with size 1 on
     `axis`. NumPy: backends pack alike."""
     top = 2 ** (bits - 1) - 1
     weight = np.asarray(weight, dtype=np.float32)
@@ -1566,9 +1566,8 @@ class GPT(Module):
         nats = nn.losses.cross_entropy(self.head(x), ids[:, 1:])
         sums = {"ce": (nats.sum(1) * weights).sum()}
         if self.draft is not None:
-            groups = len(next(iter(terms.values()), ids))
             total = (self.draft.loss(self, x, ids) * weights).sum()
-            sums["draft"] = total * groups / len(ids)
+            sums["draft"] = total * len(next(iter(terms.values()), ids)) / len(ids)
         for name, value in terms.items():  # one value a group, whose weights are equal
             sums[name] = (value * weights.reshape(len(value), -1).mean(1)).sum()
         return sums
@@ -1626,7 +1625,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: mx.Dtype) -> Tensor:
 
 
 class Muon:
-    """Momentum, then orthogonalisation: an update's singular values are near its rate.
+    """Momentum, then orthogonalisation: the update's singular values are near 1.
 
     Matrices of equal shape form one stack; every rank works on all of them.
     update = NS(g + mu m), m <- mu m + g;
@@ -2048,8 +2047,8 @@ def windows(targets: int, length: int, stride: int) -> np.ndarray:
     """Rows (start, first, stop): ids[start : start + length] score targets first ... stop - 1.
 
     Target t is the id t + 1 of the stream. Each block of `stride` targets is scored by the window
-    that ends with it (the first start at 0): every target, the tail included, counts once, after
-    at least length - stride ids where there are so many."""
+    that ends with it (the first windows start at 0): every target, the tail included, counts
+    once, after at least length - stride ids where there are so many."""
     first = np.arange(0, targets, stride)
     stop = np.minimum(first + stride, targets)
     start = np.maximum(first + stride - length, 0)
@@ -2258,7 +2257,7 @@ class Evaluator:
         return result
 
     def report(self, name: str, model: GPT, stride: int | None = None, learn: bool = False) -> dict:
-        """Runs a pass, prints its line; without a stride windows do not overlap."""
+        """Runs a pass, prints its line; no stride: windows do not overlap."""
         length = self.args.eval_seq_len
         result = self.run(name, model, length, stride or length, learn)
         extra = f" stride:{stride}" if stride else ""
@@ -2463,7 +2462,7 @@ class Trainer:
                 self.reserve, = self.runtime.from_main([seconds])
 
     def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds this rank's X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
+        """Adds X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
         def add(names: list[str], x: Tensor) -> None:
             x = x.flatten(0, -2).astype(mx.float32)
             product = x.T @ x
@@ -2483,7 +2482,7 @@ class Trainer:
         return sums
 
     def calibrate(self) -> dict[str, np.ndarray]:
-        """Hessians for GPTQ, on the training clock; none for a tensor whose inputs overflow."""
+        """Hessians for GPTQ, on the training clock; none where inputs overflow."""
         start, sums = time.perf_counter(), {}
         batches = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
         for _ in range(self.args.gptq_batches):
@@ -2517,7 +2516,7 @@ class Trainer:
             raise Stopped(int(stop))
 
     def run(self, evaluator: Evaluator) -> None:
-        """Trains until progress is 1 or a signal. The clock runs here, but for validation."""
+        """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
         args, runtime = self.args, self.runtime
         loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
         first_bad = math.inf  # step of a non-finite loss
@@ -2675,9 +2674,9 @@ class Trainer:
 
 
 def git_commit() -> str:
-    words = "git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"
-    with contextlib.suppress(OSError):
-        done = subprocess.run(words, capture_output=True)
+    words = "git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(words, capture_output=True, timeout=10)
         return done.stdout.decode().strip() or "unknown"
     return "unknown"
 
@@ -2804,7 +2803,7 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
 
 def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # head
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         print(Hyperparameters.help())
         return 0
     runtime = None

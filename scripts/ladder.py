@@ -500,7 +500,7 @@ def prior_seconds(settings: dict[str, str]) -> tuple[float, float]:
 
     layers, width, length = number("NUM_LAYERS", 13), number("MODEL_DIM", 512), number("TRAIN_SEQ_LEN", 4096)
     weights = layers * width**2 * (3 + 2 * number("MLP_MULT", 2))
-    micros = 6 * weights / 75e3 + 0.01 * layers * number("NUM_HEADS", 8) * length / 2 + 0.09 * layers * width
+    micros = 6 * weights / 75e3 + 0.01 * layers * number("NUM_HEADS", 4) * length / 2 + 0.09 * layers * width
     passes = 3 + length / number("EVAL_STRIDE", length)
     targets = number("ITERATIONS", 1) * number("TRAIN_BATCH_TOKENS", 1)
     return 1e-6 * micros * targets + 6, 1e-6 * micros * 0.35 * passes * number("VAL_BYTES", 0) + 2

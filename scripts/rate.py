@@ -166,7 +166,7 @@ def fit(script, options) -> list[dict]:
     if wrong := [pair for pair in options.set if "=" not in pair]:
         raise Misuse(f"--set {wrong[0]}: --set needs NAME=VALUE")
     base = dict(pair.split("=", 1) for pair in options.set)
-    heads = int(base.get("NUM_HEADS", 8))
+    heads = int(base.get("NUM_HEADS") or script.Hyperparameters.vars()["num_heads"].default or 1)
     code = len(Path(script.__file__).read_bytes())
     factor = like(script, options.like)
     grid = itertools.product(

@@ -84,7 +84,7 @@ def test_logits_losses_and_gradients(pair, twin, switches):
 
 def test_long_rows_turn_by_the_same_angles(trunk, twin):
     """Positions near the contest's 4,096: nn.RoPE's own frequencies would be off by more than 1e-4 there."""
-    args, mine = (script.Hyperparameters({"ROPE_DIMS": "0"}) for script in (trunk, twin))
+    args, mine = (script.Hyperparameters({"ROPE_DIMS": "0", "NUM_HEADS": "8"}) for script in (trunk, twin))
     x = torch.randn(1, 4096, 1, 64, generator=torch.Generator().manual_seed(0))
     wanted = trunk.rotate(x, trunk.rotary_tables(4096, args)).transpose(1, 2).numpy()
     tables, rows = twin.rotary_tables(4096, mine), array(x.transpose(1, 2))

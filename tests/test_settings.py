@@ -89,7 +89,7 @@ def test_a_text_keeps_its_spaces_and_a_choice_loses_them(trunk):
 
 
 BAD_PAIRS = [
-    {"NUM_HEADS": "7"}, {"NUM_KV_HEADS": "3"}, {"ROPE_DIMS": "5"}, {"ROPE_DIMS": "128"},
+    {"NUM_HEADS": "7"}, {"NUM_KV_HEADS": "3"}, {"ROPE_DIMS": "5"}, {"ROPE_DIMS": "256"},
     {"TRAIN_BATCH_TOKENS": "393217"}, {"EVAL_STRIDE": "8192"}, {"EVAL_STRIDE": "12"},
     {"JEPA_SIGREG_GROUP": "5"}, {"JEPA_PHASE1_FRAC": "0.9"}, {"RANK": "1"}, {"TRAIN_SEQ_LEN": "100"},
     {"RESUME": "auto"},

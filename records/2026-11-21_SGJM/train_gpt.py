@@ -45,12 +45,13 @@ import time
 import zlib
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported later, it keeps the group
+import torch.distributed.nn  # later it would keep the group, and threads abort
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -301,11 +302,14 @@ class Hyperparameters:
         "DOC_MASK": ("0", "rows are short"),
         "TTT": ("0", "not measured with these heads"),
         "TOKENIZER_PATH": ("none", "this model reads bytes"),
+        "TRAIN_ALIGN": ("stream", "see TokenBest"),
         "GENERATE": ("", "scripts/generate.py writes texts"),
         "GENERATE_BENCH": ("0", "bench.py beside this script measures"),
     }
-    # First words of other scripts' variables, beside those of this one's.
-    FIELD = "AWQ CASEOPS CONTROL EMBED GATED HEAD LOOP LORA LQER MIX PPM SLIDING SPARSE"
+    # How variables of other scripts begin.
+    FIELD = re.compile("(ATTN|AWQ|BATCH|BIGRAM|BIJEPAX|CASEOPS|DRAFTER|EMBED|EVAL|GATED?|"
+                       "HEAD|JEPA|LOOP|LORA|LQER|MIX|MTP|MUON|NGRAM|PATCH|PPM|QAT|QUANT|"
+                       "SIGREG|SPARSE|SWA|TTT|VAL)_")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
@@ -361,7 +365,7 @@ class Hyperparameters:
                 default = int(default) if isinstance(default, bool) else default
                 told = f"{item.why} [{item.accepted()}]"
                 lines.append(f"  {item.name:<28} {default!s:<14} {told}")
-            elif isinstance(item, str) and not name.startswith("__"):
+            elif isinstance(item, str) and re.match("_[a-z]", name):
                 lines.append(f"\n{item}")
         return "\n".join(lines)
 
@@ -380,8 +384,7 @@ class Hyperparameters:
         return {name: settings[name] for name in names if name not in free}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
-        known = {"LOCAL_WORLD_SIZE", *self.RETIRED, *map(str.upper, self.vars())}
-        words = {*self.FIELD.split(), *(name.partition("_")[0] for name in known)} - {"DATA"}
+        known = {*self.RETIRED, *map(str.upper, self.vars())}
         for name, value in environ.items():
             if name in self.RETIRED:
                 off, why = self.RETIRED[name]
@@ -394,7 +397,7 @@ class Hyperparameters:
                 if environ.get("STRICT_ENV", "1") != "0":
                     raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
                 self.warnings.append(message)
-            elif name.partition("_")[0] in words:
+            elif self.FIELD.match(name):
                 self.warnings.append(f"{name} is no variable of this script: ignored")
 
     def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
@@ -433,7 +436,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def tune_allocator() -> None:
-    """Keeps freed pages: fresh ones dominate eager CPU runs (up to 7x).
+    """Keeps freed pages: fresh ones can dominate eager CPU runs (up to 7x).
     On glibc: no mmap for large blocks, no trimming, one arena. Elsewhere: nothing."""
     mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # of malloc.h
     values = {mmap_max: 0, trim_threshold: -1, top_pad: 1 << 28, arena_max: 1}
@@ -491,29 +494,29 @@ class Runtime:
                 raise UserError(f"WORLD_SIZE={args.world_size} but no MASTER_ADDR: use torchrun")
             nccl = self.device.type == "cuda" and dist.is_nccl_available()
             dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
-            ThreadPoolExecutor(1).submit(self._watch_ranks, args)
         self.dtype = self._pick_dtype(args)
         self.compile = self._pick_compile(args)
         self.must_compile = args.compile == "1"
 
-    def _watch_ranks(self, args: Hyperparameters) -> None:
-        """Ends this process once a rank is silent for 30 s, stopped or lost."""
-        silent: dict = {}  # seconds, by rank and its last beat
-        asker = ThreadPoolExecutor(1)
-        with contextlib.suppress(RuntimeError):  # the store ends with the run
-            store = dist.TCPStore(args.master_addr, args.master_port, is_master=False)
-            while dist.is_initialized() and 30 not in silent.values():
-                time.sleep(1)
-                beats = asker.submit(lambda: [store.add(f"beat {rank}", rank == self.rank)
-                                              for rank in range(self.world_size)])
-                wait([beats], 30)
-                if beats.done():
-                    seen = enumerate(beats.result())
-                    silent = {beat: silent.get(beat, 0) + 1 for beat in seen}
-                else:  # rank 0 has the store, if torchrun has not
-                    silent = {(0, 0): 30}
-        if lost := [rank for (rank, _), seconds in silent.items() if seconds == 30]:
-            print(f"rank {self.rank}: stopped, rank {lost[0]} is silent", file=sys.stderr)
+    def watch_ranks(self, args: Hyperparameters) -> None:
+        """Ends this process once a rank is silent for a minute."""
+        def beats() -> list[tuple]:
+            address = args.master_addr, args.master_port
+            store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=9))
+            return [(rank, store.add(f"beat {rank}", rank == self.rank))
+                    for rank in range(self.world_size)]
+
+        asker, silent = ThreadPoolExecutor(1), {}  # seconds, by rank and its last beat
+        while dist.is_initialized() and 60 not in silent.values():
+            time.sleep(1)
+            wait([found := asker.submit(beats)], 60)
+            if not found.done():  # the store's host hangs
+                silent = {("0 or the launcher", 0): 60}
+            elif not found.exception():
+                silent = {beat: silent.get(beat, 0) + 1 for beat in found.result()}
+        if dist.is_initialized():
+            lost = next(rank for (rank, _), seconds in silent.items() if seconds == 60)
+            print(f"rank {self.rank}: stopped, rank {lost} is silent", file=sys.stderr)
             os._exit(1)
 
     def _pick_device(self, args: Hyperparameters) -> torch.device:
@@ -955,8 +958,7 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
         total = rows // group
         at_most = max(1, args.device_batch_tokens // (args.train_seq_len * group))
         micro_steps = -(-total // (world_size * at_most))
-        groups = -(-total // (world_size * micro_steps))
-        return cls(rows, group, groups, micro_steps, world_size)
+        return cls(rows, group, -(-total // (world_size * micro_steps)), micro_steps, world_size)
 
     def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the global batch for one forward, and a weight for each."""
@@ -1065,8 +1067,7 @@ def tensor_class(name: str) -> str:
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
     """(bits, axis of a step's slice: the last); (0, 0): fp16."""
-    small = math.prod(shape) < SMALL_TENSOR and min(shape, default=0) < 16
-    if len(shape) < 2 or small:
+    if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR and min(shape) < 16:
         return 0, 0
     return args.bits_by_class[tensor_class(name)], len(shape) - 1
 
@@ -1836,10 +1837,10 @@ def gradients(params: list[nn.Parameter]) -> list[Tensor]:
 
 
 class Muon:
-    """Momentum, then orthogonalisation: an update's singular values are near its rate.
+    """Momentum, then orthogonalisation: the update's singular values are near 1.
 
     Matrices of equal shape form one stack; each rank owns a share, receives its summed gradient
-    (reduce-scatter), orthogonalises it and sends it round (all-gather) while the next comes in.
+    (reduce-scatter), orthogonalises it and sends it round (all-gather) beside the next one.
     update = NS(g + mu m), m <- mu m + g;
     p <- (1 - rate wd) p - rate sqrt(max(1, r / c)) update."""
 
@@ -1900,7 +1901,7 @@ class Muon:
         return whole
 
     def state(self) -> dict[str, Tensor]:
-        """Momenta of all ranks, for a checkpoint that any number can read."""
+        """Momenta of all ranks, for a checkpoint that any number of ranks reads."""
         return {f"muon.{i}": self._gather(momentum)()[: len(members)]
                 for i, (members, momentum) in enumerate(zip(self.stacks, self.momenta))}
 
@@ -2301,8 +2302,8 @@ def windows(targets: int, length: int, stride: int) -> np.ndarray:
     """Rows (start, first, stop): ids[start : start + length] score targets first ... stop - 1.
 
     Target t is the id t + 1 of the stream. Each block of `stride` targets is scored by the window
-    that ends with it (the first start at 0): every target, the tail included, counts once, after
-    at least length - stride ids where there are so many."""
+    that ends with it (the first windows start at 0): every target, the tail included, counts
+    once, after at least length - stride ids where there are so many."""
     first = np.arange(0, targets, stride)
     stop = np.minimum(first + stride, targets)
     start = np.maximum(first + stride - length, 0)
@@ -2925,8 +2926,7 @@ class Trainer:
             if aux_inputs is None:  # the loader draws them ahead
                 aux_inputs = self.model.aux.inputs(self.step, self.runtime.device)
         parts = [self.micro_step(*batch, term_weights, aux_inputs) for batch in zip(ids, weights)]
-        norm = self.optimizers.reduce()
-        self.optimizers.step(self.step, progress, norm)
+        self.optimizers.step(self.step, progress, self.optimizers.reduce())
         self.ema.update(self.step)
         self.model.zero_grad()
         return {name: sum(part[name] for part in parts) for name in parts[0]}
@@ -2965,7 +2965,7 @@ class Trainer:
 
     @torch.no_grad()
     def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds this rank's X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
+        """Adds X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
         def add(names: list[str], x: Tensor) -> None:
             x = x.flatten(0, -2).float()
             product = x.T @ x
@@ -2996,7 +2996,7 @@ class Trainer:
         return {name: self.runtime.all_reduce(total).cpu().numpy() for name, total in sums.items()}
 
     def calibrate(self) -> dict[str, np.ndarray]:
-        """Hessians for GPTQ, on the training clock; none for a tensor whose inputs overflow."""
+        """Hessians for GPTQ, on the training clock; none where inputs overflow."""
         start = time.perf_counter()
         found = self.moments(self.args.gptq_batches)
         self.seconds, = self.runtime.from_main([self.seconds + time.perf_counter() - start])
@@ -3025,7 +3025,7 @@ class Trainer:
             raise Stopped(int(stop))
 
     def run(self, evaluator: Evaluator) -> None:
-        """Trains until progress is 1 or a signal. The clock runs here, but for validation."""
+        """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
         args, runtime = self.args, self.runtime
         loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
         first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of a non-finite loss
@@ -3150,6 +3150,7 @@ class Trainer:
             write_atomic(run_folder(self.args) / f"{name}.safetensors", blob)
             config = json.dumps(self.args.settings(), indent=1)  # for people
             write_atomic(run_folder(self.args) / "config.json", config.encode())
+        self.runtime.all_reduce(torch.zeros(1))  # the others wait
 
     def _check_resumed(self, path: Path, meta: dict) -> None:
         """Refuses another model or text; tells what else is new."""
@@ -3181,9 +3182,9 @@ class Trainer:
 
 
 def git_commit() -> str:
-    words = "git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"
-    with contextlib.suppress(OSError):
-        done = subprocess.run(words, capture_output=True)
+    words = "git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(words, capture_output=True, timeout=10)
         return done.stdout.decode().strip() or "unknown"
     return "unknown"
 
@@ -3231,8 +3232,7 @@ def write_artifact(trainer: Trainer) -> tuple[Path, int]:
     with runtime.clock("calibration"):
         hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
     with runtime.clock("compression"):
-        exported = trainer.model.exported().items()
-        tensors = {name: p.detach().cpu().numpy() for name, p in exported}
+        tensors = {name: p.detach().cpu().numpy() for name, p in trainer.model.exported().items()}
         artifact = run_folder(args) / "artifact.bin"
         if runtime.main:
             write_atomic(artifact, pack(tensors, args, hessians))
@@ -3332,7 +3332,7 @@ def check_plan(args: Hyperparameters, log: Log) -> None:
 
 def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # head
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         print(Hyperparameters.help())
         return 0
     me = ""  # of several ranks, which one speaks
@@ -3356,6 +3356,7 @@ def main() -> int:
         fingerprint = data.fingerprint()
         same = [args.shipped(), args.learning(), args.iterations, fingerprint["sha256"]]
         runtime.agree("settings or text", same)
+        ThreadPoolExecutor(1).submit(runtime.watch_ranks, args)
         log_header(log, args, runtime, fingerprint)
         evaluator = Evaluator(args, data, runtime, log)
         log(evaluator.describe(data.manifest))

@@ -261,7 +261,7 @@ class Hyperparameters:
     memory_limit_mb = Var(0, "memory that MLX may hold; 0 = its own limit", 0)
     strict_env = Var(True, "refuse misspelt variables; 0 = only warn")
     _launcher = "Ranks: mlx.launch tells MLX, not this script"
-    world_size = Var(1, "torchrun's: `mlx.launch` starts this script on several Macs", 1, 1)
+    world_size = Var(1, "of `mlx.launch`", 1, 1)
 
     # Variables of ideas that are gone: {name: (values that mean off, reason)}.
     RETIRED = {
@@ -278,12 +278,15 @@ class Hyperparameters:
         "DOC_MASK": ("0", "rows are short"),
         "TTT": ("0", "not measured with these heads"),
         "TOKENIZER_PATH": ("none", "this model reads bytes"),
+        "TRAIN_ALIGN": ("stream", "see TokenBest"),
         "GENERATE": ("", "scripts/generate.py writes texts"),
         "GENERATE_BENCH": ("0", "bench.py beside this script measures"),
         "EVAL_GATE": ("0", "train_gpt.py judges, checkpoints of this script too"),
     }
-    # First words of other scripts' variables, beside those of this one's.
-    FIELD = "AWQ CASEOPS CONTROL EMBED GATED HEAD LOOP LORA LQER MIX PPM SLIDING SPARSE"
+    # How variables of other scripts begin.
+    FIELD = re.compile("(ATTN|AWQ|BATCH|BIGRAM|BIJEPAX|CASEOPS|DRAFTER|EMBED|EVAL|GATED?|"
+                       "HEAD|JEPA|LOOP|LORA|LQER|MIX|MTP|MUON|NGRAM|PATCH|PPM|QAT|QUANT|"
+                       "SIGREG|SPARSE|SWA|TTT|VAL)_")
 
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, settings in an artifact, replaces the defaults it names."""
@@ -338,7 +341,7 @@ class Hyperparameters:
                 default = int(default) if isinstance(default, bool) else default
                 told = f"{item.why} [{item.accepted()}]"
                 lines.append(f"  {item.name:<28} {default!s:<14} {told}")
-            elif isinstance(item, str) and not name.startswith("__"):
+            elif isinstance(item, str) and re.match("_[a-z]", name):
                 lines.append(f"\n{item}")
         lines.append("\nAccepted from older command lines, without effect")
         for name, (off, why) in cls.RETIRED.items():
@@ -360,8 +363,7 @@ class Hyperparameters:
         return {name: settings[name] for name in names if name not in free}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
-        known = {"LOCAL_WORLD_SIZE", *self.RETIRED, *map(str.upper, self.vars())}
-        words = {*self.FIELD.split(), *(name.partition("_")[0] for name in known)} - {"DATA"}
+        known = {*self.RETIRED, *map(str.upper, self.vars())}
         for name, value in environ.items():
             if name in self.RETIRED:
                 off, why = self.RETIRED[name]
@@ -374,7 +376,7 @@ class Hyperparameters:
                 if environ.get("STRICT_ENV", "1") != "0":
                     raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
                 self.warnings.append(message)
-            elif name.partition("_")[0] in words:
+            elif self.FIELD.match(name):
                 self.warnings.append(f"{name} is no variable of this script: ignored")
 
     def _parse_classes(self, name: str, kind: type, low: float, high: float) -> dict:
@@ -854,8 +856,7 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
         total = rows // group
         at_most = max(1, args.device_batch_tokens // (args.train_seq_len * group))
         micro_steps = -(-total // (world_size * at_most))
-        groups = -(-total // (world_size * micro_steps))
-        return cls(rows, group, groups, micro_steps, world_size)
+        return cls(rows, group, -(-total // (world_size * micro_steps)), micro_steps, world_size)
 
     def slots(self, micro_step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the global batch for one forward, and a weight for each."""
@@ -952,8 +953,7 @@ def tensor_class(name: str) -> str:
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
     """(bits, axis of a step's slice: the last); (0, 0): fp16."""
-    small = math.prod(shape) < SMALL_TENSOR and min(shape, default=0) < 16
-    if len(shape) < 2 or small:
+    if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR and min(shape) < 16:
         return 0, 0
     return args.bits_by_class[tensor_class(name)], len(shape) - 1
 
@@ -1759,7 +1759,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: mx.Dtype) -> Tensor:
 
 
 class Muon:
-    """Momentum, then orthogonalisation: an update's singular values are near its rate.
+    """Momentum, then orthogonalisation: the update's singular values are near 1.
 
     Matrices of equal shape form one stack; every rank works on all of them.
     update = NS(g + mu m), m <- mu m + g;
@@ -2230,8 +2230,8 @@ def windows(targets: int, length: int, stride: int) -> np.ndarray:
     """Rows (start, first, stop): ids[start : start + length] score targets first ... stop - 1.
 
     Target t is the id t + 1 of the stream. Each block of `stride` targets is scored by the window
-    that ends with it (the first start at 0): every target, the tail included, counts once, after
-    at least length - stride ids where there are so many."""
+    that ends with it (the first windows start at 0): every target, the tail included, counts
+    once, after at least length - stride ids where there are so many."""
     first = np.arange(0, targets, stride)
     stop = np.minimum(first + stride, targets)
     start = np.maximum(first + stride - length, 0)
@@ -2344,7 +2344,7 @@ class Evaluator:
         return result
 
     def report(self, name: str, model: GPT, stride: int | None = None) -> dict:
-        """Runs a pass, prints its line; without a stride windows do not overlap."""
+        """Runs a pass, prints its line; no stride: windows do not overlap."""
         length = self.args.eval_seq_len
         result = self.run(name, model, length, stride or length)
         extra = f" stride:{stride}" if stride else ""
@@ -2905,7 +2905,7 @@ class Trainer:
                 self.reserve, = self.runtime.from_main([seconds])
 
     def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds this rank's X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
+        """Adds X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
         def add(names: list[str], x: Tensor) -> None:
             x = x.flatten(0, -2).astype(mx.float32)
             product = x.T @ x
@@ -2954,7 +2954,7 @@ class Trainer:
             raise Stopped(int(stop))
 
     def run(self, evaluator: Evaluator) -> None:
-        """Trains until progress is 1 or a signal. The clock runs here, but for validation."""
+        """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
         args, runtime = self.args, self.runtime
         loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
         first_bad = math.inf  # step of a non-finite loss
@@ -3107,9 +3107,9 @@ class Trainer:
 
 
 def git_commit() -> str:
-    words = "git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"
-    with contextlib.suppress(OSError):
-        done = subprocess.run(words, capture_output=True)
+    words = "git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(words, capture_output=True, timeout=10)
         return done.stdout.decode().strip() or "unknown"
     return "unknown"
 
@@ -3239,7 +3239,7 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
 
 def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # head
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         print(Hyperparameters.help())
         return 0
     runtime = None
