@@ -9,7 +9,7 @@ from pathlib import Path
 import audit
 import audit_files
 import pytest
-from conftest import ROOT
+from conftest import ROOT, slow
 from family import Misuse
 
 TOY = Path(__file__).parent / "toy" / "train_gpt.py"
@@ -387,7 +387,9 @@ def test_mutant_is_caught_by_its_probe(tmp_path, name):
     ), findings
 
 
-@pytest.mark.parametrize("settings", [{}, {"DOC_MASK": "1", "TTT": "0"}, {"VOCAB_SIZE": "8192"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"DOC_MASK": "1", "TTT": "0"}, pytest.param({"VOCAB_SIZE": "8192"}, marks=slow)], ids=str
+)
 def test_no_false_alarm_on_the_honest_toy(settings):
     findings = audit.check(TOY, None, settings)
     assert {finding.level for finding in findings} == {"PASS"}, "\n".join(map(str, findings))

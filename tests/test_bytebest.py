@@ -236,6 +236,7 @@ def test_one_artifact_scores_the_same_on_two_ranks(run, model, corpus, tmp_path)
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
+@slow
 def test_a_codec_proves_the_adapters(model, tmp_path):
     tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
     (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))
@@ -250,6 +251,7 @@ def test_a_codec_proves_the_adapters(model, tmp_path):
     assert json.loads(done.stdout)["updates"] >= 3
 
 
+@slow
 def test_what_contexts_are_worth(model, corpus, tmp_path):
     tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
     (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))

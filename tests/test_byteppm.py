@@ -436,7 +436,7 @@ def test_lines_of_a_run_on_any_number_of_ranks(run):
 
 
 @pytest.mark.parametrize("mix, streams, others", [
-    ("binary", 4, [(3, 2)]), ("ppm", 1, [(2, 3)]),
+    ("binary", 4, [(3, 2)]), pytest.param("ppm", 1, [(2, 3)], marks=slow),
 ])
 def test_ranks_and_threads_change_no_digit(run, model, corpus, tmp_path, mix, streams, others):
     """One artifact, scored on one to three ranks by one to three threads each: the same sums, bit for bit."""
@@ -500,8 +500,8 @@ def test_bad_settings_are_one_line(run, settings, words):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"MIX_STREAMS": 2, "MIX": "ppm"}, {"MIX_STREAMS": 3},
-     {"TTT": "sgd", "TTT_CHUNK_TOKENS": 64, "TTT_LR": 0.02}],
+    [pytest.param({"MIX_STREAMS": 2, "MIX": "ppm"}, marks=slow), {"MIX_STREAMS": 3},
+     pytest.param({"TTT": "sgd", "TTT_CHUNK_TOKENS": 64, "TTT_LR": 0.02}, marks=slow)],
     ids=str,
 )
 def test_a_codec_proves_the_mixture(model, tmp_path, settings):
@@ -528,6 +528,7 @@ def test_a_codec_proves_the_mixture(model, tmp_path, settings):
     assert "TTT" not in settings or result["updates"] >= 3
 
 
+@slow
 def test_what_each_mixture_is_worth(model, corpus, tmp_path):
     tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
     (tmp_path / "model.bin").write_bytes(section.pack(tensors, model.args))

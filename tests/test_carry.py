@@ -14,7 +14,7 @@ import jsonschema
 import lineage
 import pytest
 import stats
-from conftest import ROOT
+from conftest import ROOT, slow
 
 # Everything of the trunk in a model of some thousand parameters, four steps of eight rows.
 SMALL = {**carry.EVERYTHING, "NUM_LAYERS": "2", "MODEL_DIM": "64", "ROPE_DIMS": "4", "NGRAM_ORDERS": "2,3",
@@ -113,6 +113,7 @@ def test_another_order_of_one_operation_is_refused(against, old):
     assert not found.equal and "final.safetensors" in found.different
 
 
+@slow
 def test_a_change_of_the_last_pass_is_named_there(against, old):
     found = against(replaced(r"\.ttt_lr\b", ".ttt_lr * 1.01", old))
     assert found.first().startswith("scores of the artifact: final_int6_ttt val_loss is ")

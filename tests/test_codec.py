@@ -10,7 +10,7 @@ import zlib
 import codec
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, enlivened, environment
+from conftest import ROOT, TINY, enlivened, environment, slow
 from family import load_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -411,6 +411,7 @@ def test_a_caseops_record_codes_text_in_caseops_form(kind, prepare, prepare_file
 # --- proofs ------------------------------------------------------------------
 
 
+@slow
 def test_prove_passes_on_a_prefix_of_a_shard(artifact, corpus):
     shard = next(corpus.glob("*_val_*.bin"))
     code, out, err = call(

@@ -304,7 +304,7 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(driven, tmp_path):
 
 @pytest.mark.parametrize("name, settings, passes", [
     ("", TINY, ["raw", "ema", "int6_sliding"]),
-    ("2026-11-21_BytePPM", byteppm.SETTINGS, ["int6_roundtrip", "int6_sliding"]),
+    pytest.param("2026-11-21_BytePPM", byteppm.SETTINGS, ["int6_roundtrip", "int6_sliding"], marks=slow),
     ("2026-11-21_SGJM", sgjm.RUN, ["ema", "int7_sliding"]),
     ("2026-11-22_BiJEPAX", bijepax.HERE, ["ema", "int6_sliding"]),
 ], ids=["trunk", "BytePPM", "SGJM", "BiJEPAX"])

@@ -479,6 +479,7 @@ def test_a_bad_call_is_one_line(tiny, tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@slow
 def test_runs_of_an_older_script_are_carried(tiny, corpus, tmp_path, monkeypatch, capsys):
     """Where every arm is equal; tests/test_carry.py is about the comparison itself."""
     asked = []

@@ -13,7 +13,7 @@ import run_seeds
 import stats
 import sweep
 import tables
-from conftest import ROOT
+from conftest import ROOT, slow
 from family import Misuse
 
 TOOL = [sys.executable, str(ROOT / "scripts" / "run_seeds.py")]
@@ -486,6 +486,7 @@ def test_finished_runs_are_evaluated_and_ranked(place, capsys):
     assert [each["arm"] for each in again["evaluations"] if each["state"] == "done"] == ["more"]
 
 
+@slow
 def test_what_cannot_be_evaluated_comes_last(place, capsys):
     arms = {
         **CARDS["arms"],
@@ -526,6 +527,7 @@ def test_cards_alone_are_told_and_the_table_names_them(place, capsys):
     assert "| more | -2.1910 | 3.0010 | 6.0000 |  | a larger rate \\| is worse | 0.25 more |" in out
 
 
+@slow
 def test_a_named_set_lies_beside_the_script_and_its_summary_too(place, capsys):
     sets = place / "A" / "sweeps"
     sets.mkdir()
