@@ -2257,7 +2257,7 @@ class Evaluator:
         return result
 
     def report(self, name: str, model: GPT, stride: int | None = None, learn: bool = False) -> dict:
-        """Runs a pass, prints its line; no stride: windows do not overlap."""
+        """Runs a pass, prints its line; without a stride windows do not overlap."""
         length = self.args.eval_seq_len
         result = self.run(name, model, length, stride or length, learn)
         extra = f" stride:{stride}" if stride else ""

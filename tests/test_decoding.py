@@ -28,7 +28,7 @@ TTT = {"TTT": "sgd", "TTT_CHUNK_TOKENS": 32, "TTT_LR": 0.05, "TTT_BATCH_ROWS": 2
     {"EVAL_STRIDE": 64},
     {"EVAL_SEQ_LEN": 96, "EVAL_STRIDE": 8},
     TTT,
-    {**TTT, "DOC_MASK": 1, "TTT_DECAY_CHUNKS": 2, "TTT_EPOCHS": 2},
+    {**TTT, "DOC_MASK": 1, "TTT_EPOCHS": 2},
 ], ids=str)
 def test_cached_decoding_equals_the_full_forward_everywhere(trunk, tiny, alive, ids, settings):
     model = alive(tiny(**settings)).eval()

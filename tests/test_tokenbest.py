@@ -293,7 +293,7 @@ def test_what_is_gone_is_refused_with_the_reason(name, value):
 
 def test_command_lines_that_switched_it_off_still_work():
     off = {"LOOP_EXTRA": 0, "LOOP_START": 1, "NUM_LOOPS": 0, "BIJEPAX_ENABLED": 0, "BIJEPAX_WEIGHT": 0}
-    assert tiny(**off).warnings == []
+    assert not set(off) & {warning.split()[0] for warning in tiny(**off).warnings}
 
 
 def test_all_that_is_trained_is_shipped():
