@@ -8,7 +8,6 @@ import errno
 import json
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -110,19 +109,6 @@ def test_any_manifest_is_read_or_refused(trunk, folder, content, cut):
 
 
 # --- resuming ---
-
-
-@pytest.fixture
-def other_text(corpus, tmp_path):
-    """The corpus with one id of the validation text changed."""
-    path = tmp_path / "other"
-    shutil.copytree(corpus, path)
-    (path / "manifest.json").unlink()
-    file = next(path.glob("*_val_*.bin"))
-    data = bytearray(file.read_bytes())
-    data[1024 + 2 * 100] ^= 1
-    file.write_bytes(data)
-    return path
 
 
 @UNLIKE

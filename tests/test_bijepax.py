@@ -674,6 +674,30 @@ def test_a_run_resumes_bit_for_bit_across_recurrence_and_heads(run, tmp_path):
 
 
 @slow
+def test_other_text_is_refused_unless_it_is_asked_for(run, other_text):
+    small = {**HERE, "script": RECORD / "train_gpt.py"}
+    code, output, _ = run(**small | {"ITERATIONS": 4, "CHECKPOINT_EVERY": 2})
+    assert code == 0, output
+    again = small | {"ITERATIONS": 8, "RESUME": "auto", "DATA_PATH": other_text}
+    code, output, _ = run(**again)
+    assert code == 2 and f"made with other text than {other_text}; RESUME_DATA=changed" in output
+    code, output, metrics = run(**again | {"RESUME_DATA": "changed", "SEED": 7})
+    assert code == 0 and metrics["steps"] == 8, output
+    assert "warning: resumed with SEED=7, it was 1337" in output
+
+
+@slow
+def test_a_rank_with_other_settings_is_named(run, tmp_path):
+    starter = tmp_path / "start.py"
+    starter.write_text(f"""import os, runpy
+os.environ["MATRIX_LR"] = "0.02" if os.environ["RANK"] == "1" else "0.026"
+runpy.run_path({str(RECORD / "train_gpt.py")!r}, run_name="__main__")
+""")
+    code, output, _ = run(ranks=2, script=starter, **HERE)
+    assert code != 0 and "rank 1 has other settings or text than rank 0" in output, output
+
+
+@slow
 def test_two_ranks_give_the_losses_of_one(run):
     found = []
     for ranks in (1, 2):

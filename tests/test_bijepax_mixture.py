@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 RECORD, = (ROOT / "records").glob("*_BiJEPAX")
 section = load_script(RECORD)
 mixtures = load_script(RECORD / "mixtures.py")
-MIXES = ["binary", "tilt"]
+TILT, MIX = 0, 1  # rows of `score`
 WORDS = [
     "the", "cat", "sat", "on", "a", "mat", "and", "The", "Dog", "ran", "to", "the", "barn", "while",
     "Mary", "who", "had", "the", "cat", "sang", "of", "rivers", "NASA", "iPhone", "café", "été",
@@ -63,7 +63,7 @@ def vocab_of(folder) -> int:
 @pytest.fixture(scope="module")
 def args(shards):
     tokenizer, = shards.glob("*.model")
-    return SimpleNamespace(mix="binary", ppm_weight=1, ppm_order=5, mix_rows=12, vocab_size=vocab_of(shards),
+    return SimpleNamespace(ppm_weight=1, ppm_order=5, mix_rows=12, vocab_size=vocab_of(shards),
                            tokenizer_path=str(tokenizer))
 
 
@@ -85,10 +85,21 @@ def network(ids: np.ndarray, size: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(logits).log_softmax(-1).float()
 
 
-def booked(found, ids, lp, first: int = 0, stop: int | None = None) -> np.ndarray:
-    """The headline's nats of targets first ... stop - 1."""
+def booked(found, ids, lp, first: int = 0, stop: int | None = None, row: int = MIX) -> np.ndarray:
+    """Nats of targets first ... stop - 1: the headline's, or the tilt's."""
     stop = len(ids) - 1 if stop is None else stop
-    return found.score(ids[first + 1 : stop + 1], found.distil(ids, first, stop, lp[first:stop]).numpy())[-1]
+    return found.score(ids[first + 1 : stop + 1], found.distil(ids, first, stop, lp[first:stop]).numpy())[row]
+
+
+def distribution(found, logprobs: np.ndarray, row: int) -> np.ndarray:
+    """fp64 log-probabilities of all ids at the newest place; the tilt's, id by id, by what books them."""
+    if row == MIX:
+        return found.distribution(logprobs)
+    liked, nats = logprobs[found.hint[:, ::2]].astype(float), np.zeros((len(logprobs), 1))
+    for i, own in enumerate(logprobs.astype(float)):
+        beta = found.beta.copy()  # asking changes nothing
+        section.tilt_score(beta, np.array([i]), np.array([own]), found.hint, liked, nats[i])
+    return -nats[:, 0]
 
 
 # The tree
@@ -170,61 +181,62 @@ def test_what_ids_spell(args):
 # The mixture
 
 
-@pytest.mark.parametrize("mix", MIXES)
-def test_sums_to_one_whatever_the_weights_and_is_what_is_booked(args, text, mix):
+@pytest.mark.parametrize("row", [TILT, MIX])
+def test_sums_to_one_whatever_the_weights_and_is_what_is_booked(args, text, row):
     lp = network(text, args.vocab_size, 1)
-    whole = booked(mixture(args, mix=mix), text, lp)
-    stepwise = mixture(args, mix=mix)
+    whole = booked(mixture(args), text, lp, row=row)
+    stepwise = mixture(args)
     rng = np.random.default_rng(0)
     stepwise.push(text[0], None)
     for t, token in enumerate(text[1:400]):
         if t % 9 == 0:
-            logprobs = stepwise.distribution(lp[t].numpy())
+            logprobs = distribution(stepwise, lp[t].numpy(), row)
             assert logprobs.shape == (args.vocab_size,) and abs(np.exp(logprobs).sum() - 1) < 1e-6
             assert abs(whole[t] + logprobs[token]) < 1e-9
         stepwise.push(token, lp[t].numpy())
     for scale in (0.1, 3.0, 100.0):  # no weights can spoil the sum
         for array in (stepwise.mixer.weights, stepwise.mixer.trust, stepwise.beta[0]):
             array[:] = rng.normal(0, min(scale, 20), array.shape)
-        logprobs = stepwise.distribution(lp[399].numpy())
+        logprobs = distribution(stepwise, lp[399].numpy(), row)
         assert np.isfinite(logprobs).all() and abs(np.exp(logprobs).sum() - 1) < 1e-6
 
 
-@pytest.mark.parametrize("mix", MIXES)
-def test_any_cut_into_blocks_gives_the_same_numbers(args, text, mix):
-    lp, at, parts, found = network(text, args.vocab_size, 2), 0, [], mixture(args, mix=mix)
+@pytest.mark.parametrize("row", [TILT, MIX])
+def test_any_cut_into_blocks_gives_the_same_numbers(args, text, row):
+    lp, at, parts, found = network(text, args.vocab_size, 2), 0, [], mixture(args)
     for n in (1, 2, 7, 300, 0, len(text) - 311):
-        parts.append(booked(found, text, lp, at, at + n))
+        parts.append(booked(found, text, lp, at, at + n, row))
         at += n
     np.testing.assert_allclose(
-        np.concatenate(parts), booked(mixture(args, mix=mix), text, lp), rtol=0, atol=1e-9
+        np.concatenate(parts), booked(mixture(args), text, lp, row=row), rtol=0, atol=1e-9
     )
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("row", [TILT, MIX])
 @pytest.mark.parametrize("at", [0, 1, 500, 1400])
-def test_another_target_moves_nothing_up_to_it(args, text, mix, at):
+def test_another_target_moves_nothing_up_to_it(args, text, row, at):
     lp = network(text, args.vocab_size, 3)
-    want, before = booked(mixture(args, mix=mix), text, lp), mixture(args, mix=mix)
+    want, before = booked(mixture(args), text, lp, row=row), mixture(args)
     before.push(text[0], None)
     for t in range(at):
         before.push(text[t + 1], lp[t].numpy())
-    vector = before.distribution(lp[at].numpy())
-    np.testing.assert_array_equal(before.distribution(lp[at].numpy()), vector)  # asking changes nothing
+    vector = distribution(before, lp[at].numpy(), row)
+    again = distribution(before, lp[at].numpy(), row)
+    np.testing.assert_array_equal(again, vector)  # asking changes nothing
     for poison in (1, 3, 4, 20, 270, args.vocab_size - 1):
         poisoned = text.copy()
         poisoned[at + 1] = poison
         poisoned[at + 2 :] = np.random.default_rng(poison).permutation(text[at + 2 :])  # nor does the future
-        got = booked(mixture(args, mix=mix), poisoned, lp)
+        got = booked(mixture(args), poisoned, lp, row=row)
         np.testing.assert_array_equal(got[:at], want[:at])
         assert abs(got[at] + vector[poison]) < 1e-9
 
 
-@pytest.mark.parametrize("mix", MIXES)
-def test_what_repeats_gets_cheaper(args, text, mix):
+@pytest.mark.parametrize("row", [TILT, MIX])
+def test_what_repeats_gets_cheaper(args, text, row):
     ids = np.concatenate((text[:200], text[:200]))
     lp = torch.full((len(ids) - 1, args.vocab_size), -math.log(args.vocab_size))
-    nats = booked(mixture(args, mix=mix), ids, lp)
+    nats = booked(mixture(args), ids, lp, row=row)
     assert nats[-150:].sum() < 0.6 * nats[49:199].sum()
 
 
@@ -234,9 +246,8 @@ def test_hard_cases_stay_finite(args):
     lp[np.arange(len(ids) - 1), ids[1:]] = 0
     lp[-5:] = np.float32(-100)
     lp[-5:, 270] = 0  # the last five come as a surprise
-    for mix in MIXES:
-        found = mixture(args, mix=mix)
-        nats = booked(found, ids, torch.from_numpy(lp))
+    for row in (TILT, MIX):
+        nats = booked(mixture(args), ids, torch.from_numpy(lp), row=row)
         assert np.isfinite(nats).all() and (nats >= -1e-6).all()
 
 
@@ -396,11 +407,11 @@ def test_equals_a_slow_reference(args, text):
 
 
 def test_the_tilt_in_closed_form(args, text):
-    lp, found = network(text, args.vocab_size, 5), mixture(args, mix="tilt")
+    lp, found = network(text, args.vocab_size, 5), mixture(args)
     booked(found, text, lp, 0, 800)
     found.hint[:] = [[300, 6, 0, 0]]
     p = lp[800].double().exp().numpy()
-    logprobs = found.distribution(lp[800].numpy())
+    logprobs = distribution(found, lp[800].numpy(), TILT)
     beta = found.beta[0, (6 * 16) + min(int(-2 * lp[800, 300]), 15)]
     want = p * np.exp(beta * (np.arange(len(p)) == 300)) / (1 + p[300] * (math.exp(beta) - 1))
     np.testing.assert_allclose(np.exp(logprobs), want, rtol=1e-9)
@@ -474,7 +485,7 @@ def model(args):
     return enlivened(section, section.Hyperparameters(mine)).eval()
 
 
-@pytest.mark.parametrize("changes", [{"mix": "binary"}, {"mix": "tilt"}, {"ppm_weight": 0}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"ppm_weight": 0}], ids=str)
 def test_score_and_stream_agree(model, text, monkeypatch, changes):
     for name, value in changes.items():
         monkeypatch.setattr(model.args, name, value)
@@ -504,12 +515,11 @@ def test_lines_of_a_run_on_two_ranks(run, shards, args, monkeypatch):
     ids = np.array(section.open_shard(shard, args.vocab_size))[: found[0]["targets"] + 1]
     model = section.load(metrics["artifact"])
     model.args.tokenizer_path = args.tokenizer_path
-    for result, (weight, mix) in zip(found, ((0, "tilt"), (1, "tilt"), (1, "binary"))):
+    for result, weight in zip(found[::2], (0, 1)):
         monkeypatch.setattr(model.args, "ppm_weight", weight)
-        monkeypatch.setattr(model.args, "mix", mix)
         nats, _ = section.score(model, ids)
         assert nats.sum() / math.log(2) / found[0]["bytes"] == pytest.approx(result["val_bpb"], abs=1e-4)
-    assert found[2]["val_bpb"] < found[0]["val_bpb"]
+    assert found[2]["val_bpb"] < found[1]["val_bpb"] < found[0]["val_bpb"]
 
 
 @slow
@@ -579,6 +589,6 @@ def test_what_each_mixture_is_worth(model, shards, args, tmp_path):
         section, str(tmp_path / "model.bin"), args.tokenizer_path, ids, sizes[1:].astype(int), 2, print
     )
     rows = {row[0]: float(row[1]) for row in found["rows"]}
-    mixed, control = rows["**mixture (`MIX=binary`)**"], rows["control: network alone through the mixer"]
-    assert mixed < control and mixed < rows["tilt (`MIX=tilt`)"] < rows["network alone"]
+    mixed, control = rows["**mixture**"], rows["control: network alone through the mixer"]
+    assert mixed < control and mixed < rows["tilt"] < rows["network alone"]
     assert sum("INVALID" in name for name in rows) == 2 and "sum to" in str(rows)

@@ -95,7 +95,7 @@ TEXT = documents(60, 17, 1, 70, 12, 9, 30, 5, 16, 33, 20)
 
 
 @pytest.mark.parametrize("more", [
-    {}, {"MIX": "tilt"}, {"TTT_ADAPT": 0}, {"PPM_WEIGHT": 0}, {"TTT": "0"},
+    {}, {"TTT_ADAPT": 0}, {"PPM_WEIGHT": 0}, {"TTT": "0"},
 ], ids=str)
 def test_the_stream_follows_the_score(more):
     assert_stream_follows_score(section, alive(**more), TEXT, every=3, atol=2e-4)

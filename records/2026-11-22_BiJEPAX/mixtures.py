@@ -110,7 +110,7 @@ def distilled(script, args, artifact: str, ids: np.ndarray, samples: int):
     found, count = script.Mixture(args), len(ids) - 1
     wanted = {*np.linspace(count // 2, count - 1, samples, dtype=int).tolist()} if samples else set()
 
-    values = np.empty((count, found.width))
+    values = np.empty((count, 1 + 3 * len(script.RUNS) + found.tree.paths.shape[1]))
     at, seconds = {}, 0.0
     rows = max(1, 16384 // args.eval_seq_len)
     plan = script.WindowPlan(args.eval_seq_len, args.eval_stride, rows)
@@ -165,7 +165,7 @@ def table(
     """
     header, _ = script.unpack(script.read_file(artifact, "ARTIFACT"), artifact)
     args = script.shipped_settings(
-        header, artifact, {"TOKENIZER_PATH": tokenizer, "MIX": "binary", "PPM_WEIGHT": "1"}
+        header, artifact, {"TOKENIZER_PATH": tokenizer, "PPM_WEIGHT": "1"}
     )
     count = len(ids) - 1
     sizes = script.target_bytes(ids, script.byte_tables(args)) if sizes is None else sizes
@@ -186,8 +186,8 @@ def table(
     add("control: network alone through the mixer", refined)
     nats, speeds, milliseconds = mixed_in_parts(script, args, ids, values, sizes, at)
     tilt, mixed = nats.sum(1)
-    add("tilt (`MIX=tilt`)", tilt)
-    add("**mixture (`MIX=binary`)**", mixed, f"{max(speeds):.2f} (median {np.median(speeds):.2f})")
+    add("tilt", tilt)
+    add("**mixture**", mixed, f"{max(speeds):.2f} (median {np.median(speeds):.2f})")
 
     # The published rule, which is not one.
     spelled = [word if word[0] < 256 else () for word in script.spelling(args)]

@@ -230,7 +230,6 @@ class Hyperparameters:
     ttt_lora_alpha = Var(144.0, "lora: alpha / rank scales the product", 0, ship="eval")
     ttt_lora_lr = Var(1e-4, "lora: rate of AdamW, whose beta1 is 0", 0, ship="eval")
     ttt_lora_wd = Var(1.0, "lora: decoupled weight decay", 0, ship="eval")
-    mix = Var("binary", "headline: mixed, or tilted", choices=("binary", "tilt"), ship="eval")
     ppm_weight = Var(1, "0 = only the network, 1 = mixed", 0, 1, ship="eval")
     ppm_order = Var(5, "longest context in bytes", 1, 15, ship="eval")
     mix_rows = Var(20, "log2 of the 64-byte rows of a table", 4, 26, ship="eval")
@@ -241,6 +240,7 @@ class Hyperparameters:
     run_id = Var("", "folder under RUNS_PATH; empty = time and seed")
     runs_path = Var("./runs", "where runs are kept")
     resume = Var("", "auto, or a checkpoint file")
+    resume_data = Var("same", "changed: other text than before", choices=("same", "changed"))
     checkpoint_every = Var(0, "steps between checkpoints; 0 = on a signal", 0)
     train_log_every = Var(200, "steps between log lines, after the first ten", 1)
     device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
@@ -263,7 +263,7 @@ class Hyperparameters:
         ("#2080 has it so", "TRAIN_ORDER=sequential BIJEPAX_CYCLE=0 MTP_NUM_HEADS=0 CASEOPS_ENABLED=1"),
         ("only this", "TRAIN_ALIGN=stream TTT_LORA_MODULES=attn.proj,mlp.fc,mlp.proj,tok_emb"),
         ("LQER_TOP_K=0 switches it off", "LQER_ENABLED=1"),
-        ("a mixer learns", "PPM_H=0.999 PPM_L=0.18 PPM_T=0.80"),
+        ("a mixer learns", "MIX=binary PPM_H=0.999 PPM_L=0.18 PPM_T=0.80"),
         ("no sweeps", "PPM_DUMP_INPUTS=0 PPM_SWEEP_GRID= PPM_SWEEP_APPLY=0"),
         ("set EVAL_ONLY=1 ARTIFACT=FILE", "QUANTIZE_ONLY=0 PREQUANT_ONLY=0 TTT_EVAL_ONLY=0"),
         ("set ITERATIONS, WARMDOWN_ITERS", "FORCE_STOP_STEP=0 WARMDOWN_FRAC="),
@@ -301,7 +301,7 @@ class Hyperparameters:
 
         self.trains = not shipped
         hops = self.bijepax_fwd_hops, -self.bijepax_bwd_hops
-        self.hops = [hop for hop in hops if hop and self.trains]  # no artifact has heads
+        self.hops = [hop for hop in hops if hop and self.trains]
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
@@ -551,6 +551,14 @@ class Runtime:
         if self.world_size > 1:
             dist.broadcast(tensor, 0)
         return tensor.tolist()
+
+    def agree(self, what: str, values) -> None:
+        """Raises, on all ranks, where one has other values than rank 0."""
+        mine = zlib.crc32(json.dumps(values, sort_keys=True).encode())
+        first, = self.from_main([mine])
+        apart = torch.tensor(self.rank if mine != first else 0)
+        if rank := int(self.all_reduce(apart, dist.ReduceOp.MAX)):
+            raise UserError(f"rank {rank} has other {what} than rank 0")
 
     def compile_by(self, attempt, log) -> None:
         """Compiles what `attempt` runs, without collectives, on all ranks or none."""
@@ -1184,10 +1192,6 @@ class BiJEPAX(nn.Module):
             nn.init.orthogonal_(down.weight, generator=generator)
             up.weight.normal_(0, 0.02, generator=generator)
 
-    def inputs(self, progress: float) -> bool:
-        """Whether a step's losses need the terms."""
-        return self.weights(progress)["bijepax"] > 0
-
     @piece
     def forward(self, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """States x (B, T, D) of ids (B, T) -> terms (B,): the loss, and that of the best single
@@ -1214,9 +1218,6 @@ class BiJEPAX(nn.Module):
         ramp = max(min(0.15 * (end - start), 0.08), 1e-9)
         height = min(max(min(progress - start, end - progress) / ramp, 0.0), 1.0)
         return {"bijepax": self.args.bijepax_weight * height, "bijepax_plain": 0.0}
-
-    def report(self, means: dict[str, float]) -> dict[str, float]:
-        return means
 
 
 # -----------------------------------------------------------------------------
@@ -2401,7 +2402,7 @@ def masses(probs, columns, sums, tree, nodes, out):
 
 # The tilt (#1145): p'(a) = p(a) e^(beta [a = h]) / (1 + p(h) (e^beta - 1)), for a proposed id h.
 @kernel
-def tilt_score(beta, rate, ids, own, hints, liked, nats):
+def tilt_score(beta, ids, own, hints, liked, nats):
     """Nats of ids from log-probabilities, `own` and those `liked` (n, runs) of hints. beta (2,
     cells): strengths by run, its length and `liked`, and AdaGrad's sums."""
     for t in range(len(ids)):
@@ -2416,31 +2417,29 @@ def tilt_score(beta, rate, ids, own, hints, liked, nats):
         whole = 1 + p * (e - 1)
         nats[t] += math.log(whole) - hit * beta[0, cell]
         gradient = hit - p * e / whole
-        beta[1, cell] += rate * gradient * gradient
-        beta[0, cell] += rate * gradient / math.sqrt(beta[1, cell])
+        beta[1, cell] += 0.1 * gradient * gradient
+        beta[0, cell] += 0.1 * gradient / math.sqrt(beta[1, cell])
 
 
 class Mixture:
     """The network's distributions mixed with statistics of the scored text.
 
-    A rank's `distil` keeps few numbers of its log-probabilities; `score` books them on one rank, in
+    `distil` keeps few numbers of a rank's log-probabilities; `score` books them on one rank, in
     order. A decoder asks for `distribution`, then calls `push`. 448 bytes * 2^MIX_ROWS + 46 MB."""
 
     def __init__(self, args: Hyperparameters):
         if njit is None:
             raise UserError("PPM_WEIGHT=1 needs numba: install it or set PPM_WEIGHT=0")
-        self.labels = ("tilt", "mix") if args.mix == "binary" else ("tilt",)
         spelled, runs = spelling(args), len(RUNS)
         self.tree = vocabulary_tree(spelled)
         groups, levels = len(self.tree.above), self.tree.paths.shape[1]
-        self.width = 1 + 3 * runs + levels
         self.hint = np.zeros((1, 2 * runs), np.int64)
         cells = runs * (LONGEST + 1) * 16
         self.beta = np.stack((np.zeros(cells), np.ones(cells)))
         slots, now = 1 << SLOTS, np.zeros(2 + 2 * runs, np.int64)
         self.text = Text(np.zeros(slots, np.uint16), now, np.zeros((runs, slots), np.int32))
 
-        # 1, 3 and PPM_ORDER bytes, the word, one id; of the whole stream two ids and the word
+        # 1, 3, PPM_ORDER bytes, the word, one id; of the stream two ids and the word
         word = args.ppm_order
         last, third = word - 1, min(3, word) - 1
         contexts = [(0, 1), (third, 1), (last, 1), (word, 1), (word + 1, 1), (word + 2, 0), (word, 0)]
@@ -2494,30 +2493,24 @@ class Mixture:
         return torch.cat((own[:, :1], torch.from_numpy(hints), own[:, 1:], odds), 1)
 
     def score(self, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """fp64 nats (labels, n) of ids (n,) from their `values`; learns them."""
+        """fp64 nats (2, n) of ids (n,), tilted and mixed; learns them."""
         runs = len(RUNS)
         own, hints, liked, odds = np.split(values, (1, 1 + 2 * runs, 1 + 3 * runs), 1)
         ids, hints = ids.astype(np.int64), hints.astype(np.int64)
-        nats = np.zeros((len(self.labels), len(ids)))
-        tilt_score(self.beta, 0.1, ids, own[:, 0], hints, liked, nats[0])
-        if self.labels[-1] == "mix":
-            mixer_score(self.mixer, self.tree, ids, hints, odds, nats[-1])
+        nats = np.zeros((2, len(ids)))
+        tilt_score(self.beta, ids, own[:, 0], hints, liked, nats[0])
+        mixer_score(self.mixer, self.tree, ids, hints, odds, nats[1])
         return nats
 
     def distribution(self, logprobs: np.ndarray, hints: np.ndarray | None = None) -> np.ndarray:
         """fp64 log-probabilities (V,) of the next id, given the network's, fp32, and the hints
         (1, 2 * runs) of its place, if not the newest. Changes nothing."""
-        out = logprobs.astype(np.float64)
         hints = self.hint if hints is None else hints.astype(np.int64)
-        if self.labels[-1] == "mix":
-            odds = self.odds(torch.from_numpy(logprobs[None]), self.tree.nodes[None])[0]
-            follow(self.mixer, np.zeros(0, np.int64))
-            out[:] = 1
-            mixer_distribution(self.mixer, self.tree, hints[0], odds.numpy(), out)
-            return np.log(out)[self.tree.rank]
-        ids, nats, hints = np.arange(len(out)), np.zeros(len(out)), hints.repeat(len(out), 0)
-        tilt_score(self.beta, 0.0, ids, out, hints, out[hints[:, ::2]], nats)
-        return -nats
+        odds = self.odds(torch.from_numpy(logprobs[None]), self.tree.nodes[None])[0]
+        follow(self.mixer, np.zeros(0, np.int64))
+        out = np.ones(len(logprobs))
+        mixer_distribution(self.mixer, self.tree, hints[0], odds.numpy(), out)
+        return np.log(out)[self.tree.rank]
 
     def push(self, token: int, logprobs: np.ndarray | None) -> None:
         """Learns the next id, given the network's view of it: None for the first."""
@@ -2575,7 +2568,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan,
 
 class Adapters:
     """LoRA (Hu et al. 2022): W + alpha / rank B A, a set for each of some documents. All begin with
-    the same A and B = 0 and learn for themselves, by AdamW with betas 0 and 0.999."""
+    the same A and B = 0 and learn by AdamW with betas 0 and 0.999."""
 
     OWNERS = ("attn.proj", "mlp.fc", "mlp.proj", "tok_emb")
 
@@ -2653,7 +2646,7 @@ class TestTimeTraining:
         """Log-probabilities (n, size, V) and nats (n, size) of n documents' targets from `done` on;
         those that go on learn from it."""
         size, device = self.args.ttt_doc_chunk, self.model.tok_emb.weight.device
-        begin = max(done + size - length, 0)  # of the window, in the document
+        begin = max(done + size - length, 0)
         rows = np.full((len(alive), done + size - begin), PAD_ID, np.int64)
         goals = np.zeros((len(alive), size), np.int64)
         for i, (start, end) in enumerate(alive):
@@ -2770,9 +2763,9 @@ class Evaluator:
         names, mixing, gather = [name], 0.0, None
         if mix:
             mixture = Mixture(args)
-            names += [f"{name}_{label}" for label in mixture.labels]
+            names += [f"{name}_tilt", f"{name}_mix"]
             gather = lambda *found: self.gather(mixture, *found)  # noqa: E731
-        sums = torch.zeros(len(names), classes + 1, dtype=torch.float64)  # by class, and targets
+        sums = torch.zeros(len(names), classes + 1, dtype=torch.float64)
         learner = TestTimeTraining(model) if learn else None
         batch = max(1, args.eval_batch_tokens // length)
         plan = WindowPlan(length, stride, batch, runtime.rank, runtime.world_size)
@@ -2795,7 +2788,7 @@ class Evaluator:
         for label, row in zip(names, sums):
             self.results[label] = self.result(label, row, length, stride, seconds)
         if mix:
-            self.results[names[-1]] |= {"mixture": args.mix, "mix_seconds": mixing}
+            self.results[names[-1]] |= {"mixture": "binary", "mix_seconds": mixing}
         if learner is not None:
             updates = int(runtime.all_reduce(torch.tensor(learner.updates)))
             self.results[name] |= {"updates": updates}
@@ -2819,8 +2812,7 @@ class Evaluator:
         self.run(name, model, length, stride or length, learn, mix)
         extra = f" stride:{stride}" if stride else ""
         extra += f" prefix:{self.prefix}" if self.prefix else ""
-        labels = [name, f"{name}_tilt", f"{name}_mix"]
-        for label in [label for label in labels if label in self.results]:
+        for label in (name, f"{name}_tilt", f"{name}_mix")[: 3 if mix else 1]:
             result = self.results[label]
             loss, bpb = result["val_loss"], result["val_bpb"]
             self.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f}{extra} "
@@ -2948,10 +2940,10 @@ class Trainer:
         return {name: value.detach() for name, value in sums.items()}
 
     def mode(self, progress: float) -> tuple[bool, bool]:
-        """(Do layers run again, with auxiliary terms?); at 1 as the artifact runs."""
+        """(Do layers run again, with auxiliary terms?)"""
         args, aux = self.args, self.model.aux
         looping = bool(args.loop_extra) and args.loop_start <= progress and args.loop_start < 1
-        return looping, aux is not None and aux.inputs(progress)
+        return looping, aux is not None and aux.weights(progress)["bijepax"] > 0
 
     def train_step(self, ids: Tensor, weights: Tensor, progress: float) -> dict:
         """One optimizer step on a global batch -> {term: this rank's sum}."""
@@ -3140,9 +3132,7 @@ class Trainer:
         groups = self.plan.rows // self.plan.group
         means = {name: total / groups for name, total in sums.items()}
         line = {"train_loss": means.pop("ce") / (self.plan.group * self.args.train_seq_len)}
-        if self.model.aux is not None:
-            line |= self.model.aux.report(means)
-        return line
+        return line | means
 
     def log_step(self, line: dict) -> None:
         """Shows a line of `metrics.jsonl`."""
@@ -3194,8 +3184,12 @@ class Trainer:
                 if key in model:
                     raise UserError(f"RESUME={path}: made with {key}={other}, not {value}")
                 self.log(f"warning: resumed with {key}={value}, it was {other}")
+
         if meta.setdefault("text", self.text) != self.text:
-            raise UserError(f"RESUME={path}: made with other text than {args.data_path}")
+            if args.resume_data != "changed":
+                raise UserError(f"RESUME={path}: made with other text than {args.data_path}; "
+                                "RESUME_DATA=changed reads this from its start")
+            meta.update(text=self.text, loader_state=None)
 
     def restore(self, path: Path) -> None:
         try:
@@ -3370,8 +3364,10 @@ def main() -> int:
         data = Dataset(args, verify=runtime.main)
         log = Log(run_folder(args) if runtime.main else None)
         fingerprint = data.fingerprint()
-        log_header(log, args, runtime, fingerprint)
+        same = [args.shipped(), args.learning(), args.iterations, fingerprint["sha256"]]
+        runtime.agree("settings or text", same)
         ThreadPoolExecutor(1).submit(runtime.watch_ranks, args)
+        log_header(log, args, runtime, fingerprint)
         evaluator = Evaluator(args, data, runtime, log)
         log(evaluator.describe(data.manifest))
 
@@ -3382,6 +3378,10 @@ def main() -> int:
         return finish(args, runtime, log, evaluator, summary) if runtime.main else 0
     except UserError as error:
         print(f"{me}error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        half = f"DEVICE_BATCH_TOKENS={args.device_batch_tokens // 2}"
+        print(f"{me}error: out of GPU memory, try {half}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or me and "Connection" in str(error)):

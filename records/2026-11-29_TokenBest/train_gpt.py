@@ -219,7 +219,6 @@ class Hyperparameters:
     ttt_lora_alpha = Var(144.0, "lora: alpha / rank scales the product", 0, ship="eval")
     ttt_lora_lr = Var(1e-4, "lora: rate of AdamW, whose beta1 is 0", 0, ship="eval")
     ttt_lora_wd = Var(1.0, "lora: decoupled weight decay", 0, ship="eval")
-    mix = Var("binary", "headline: mixed, or tilted", choices=("binary", "tilt"), ship="eval")
     ppm_weight = Var(1, "0 = only the network, 1 = mixed", 0, 1, ship="eval")
     ppm_order = Var(5, "longest context in bytes", 1, 15, ship="eval")
     mix_rows = Var(20, "log2 of the 64-byte rows of a table", 4, 26, ship="eval")
@@ -253,7 +252,7 @@ class Hyperparameters:
         ("#2080 has it so", "BIJEPAX_CYCLE=0 MTP_NUM_HEADS=0 CASEOPS_ENABLED=1"),
         ("only this", "TTT_LORA_MODULES=attn.proj,mlp.fc,mlp.proj,tok_emb"),
         ("LQER_TOP_K=0 switches it off", "LQER_ENABLED=1"),
-        ("a mixer learns", "PPM_H=0.999 PPM_L=0.18 PPM_T=0.80"),
+        ("a mixer learns", "MIX=binary PPM_H=0.999 PPM_L=0.18 PPM_T=0.80"),
         ("no sweeps", "PPM_DUMP_INPUTS=0 PPM_SWEEP_GRID= PPM_SWEEP_APPLY=0"),
         ("set EVAL_ONLY=1 ARTIFACT=FILE", "QUANTIZE_ONLY=0 PREQUANT_ONLY=0 TTT_EVAL_ONLY=0"),
         ("set ITERATIONS, WARMDOWN_ITERS", "FORCE_STOP_STEP=0 WARMDOWN_FRAC="),
@@ -2372,7 +2371,7 @@ def masses(probs, columns, sums, tree, nodes, out):
 
 # The tilt (#1145): p'(a) = p(a) e^(beta [a = h]) / (1 + p(h) (e^beta - 1)), for a proposed id h.
 @kernel
-def tilt_score(beta, rate, ids, own, hints, liked, nats):
+def tilt_score(beta, ids, own, hints, liked, nats):
     """Nats of ids from log-probabilities, `own` and those `liked` (n, runs) of hints. beta (2,
     cells): strengths by run, its length and `liked`, and AdaGrad's sums."""
     for t in range(len(ids)):
@@ -2387,24 +2386,22 @@ def tilt_score(beta, rate, ids, own, hints, liked, nats):
         whole = 1 + p * (e - 1)
         nats[t] += math.log(whole) - hit * beta[0, cell]
         gradient = hit - p * e / whole
-        beta[1, cell] += rate * gradient * gradient
-        beta[0, cell] += rate * gradient / math.sqrt(beta[1, cell])
+        beta[1, cell] += 0.1 * gradient * gradient
+        beta[0, cell] += 0.1 * gradient / math.sqrt(beta[1, cell])
 
 
 class Mixture:
     """The network's distributions mixed with statistics of the scored text.
 
-    A rank's `distil` keeps few numbers of its log-probabilities; `score` books them on one rank, in
+    `distil` keeps few numbers of a rank's log-probabilities; `score` books them on one rank, in
     order. A decoder asks for `distribution`, then calls `push`. 512 bytes * 2^MIX_ROWS + 46 MB."""
 
     def __init__(self, args: Hyperparameters):
         if njit is None:
             raise UserError("PPM_WEIGHT=1 needs numba: install it or set PPM_WEIGHT=0")
-        self.labels = ("tilt", "mix") if args.mix == "binary" else ("tilt",)
         spelled, runs = spelling(args), len(RUNS)
         self.tree = vocabulary_tree(spelled)
         groups, levels = len(self.tree.above), self.tree.paths.shape[1]
-        self.width = 1 + 3 * runs + levels
         self.hint = np.zeros((1, 2 * runs), np.int64)
         cells = runs * (LONGEST + 1) * 16
         self.beta = np.stack((np.zeros(cells), np.ones(cells)))
@@ -2473,30 +2470,24 @@ class Mixture:
         return torch.cat((own[:, :1], torch.from_numpy(hints), own[:, 1:], odds), 1).numpy()
 
     def score(self, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """fp64 nats (labels, n) of ids (n,) from their `values`; learns them."""
+        """fp64 nats (2, n) of ids (n,), tilted and mixed; learns them."""
         runs = len(RUNS)
         own, hints, liked, odds = np.split(values, (1, 1 + 2 * runs, 1 + 3 * runs), 1)
         ids, hints = ids.astype(np.int64), hints.astype(np.int64)
-        nats = np.zeros((len(self.labels), len(ids)))
-        tilt_score(self.beta, 0.1, ids, own[:, 0], hints, liked, nats[0])
-        if self.labels[-1] == "mix":
-            mixer_score(self.mixer, self.tree, ids, hints, odds, nats[-1])
+        nats = np.zeros((2, len(ids)))
+        tilt_score(self.beta, ids, own[:, 0], hints, liked, nats[0])
+        mixer_score(self.mixer, self.tree, ids, hints, odds, nats[1])
         return nats
 
     def distribution(self, logprobs: np.ndarray, hints: np.ndarray | None = None) -> np.ndarray:
         """fp64 log-probabilities (V,) of the next id, given the network's, fp32, and the hints
         (1, 2 * runs) of its place, if not the newest. Changes nothing."""
-        out = logprobs.astype(np.float64)
         hints = self.hint if hints is None else hints.astype(np.int64)
-        if self.labels[-1] == "mix":
-            odds = self.odds(torch.from_numpy(logprobs[None]), self.tree.nodes[None])[0]
-            follow(self.mixer, np.zeros(0, np.int64))
-            out[:] = 1
-            mixer_distribution(self.mixer, self.tree, hints[0], odds.numpy(), out)
-            return np.log(out)[self.tree.rank]
-        ids, nats, hints = np.arange(len(out)), np.zeros(len(out)), hints.repeat(len(out), 0)
-        tilt_score(self.beta, 0.0, ids, out, hints, out[hints[:, ::2]], nats)
-        return -nats
+        odds = self.odds(torch.from_numpy(logprobs[None]), self.tree.nodes[None])[0]
+        follow(self.mixer, np.zeros(0, np.int64))
+        out = np.ones(len(logprobs))
+        mixer_distribution(self.mixer, self.tree, hints[0], odds.numpy(), out)
+        return np.log(out)[self.tree.rank]
 
     def push(self, token: int, logprobs: np.ndarray | None) -> None:
         """Learns the next id, given the network's view of it: None for the first."""
@@ -2552,7 +2543,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan,
 
 class Adapters:
     """LoRA (Hu et al. 2022): W + alpha / rank B A, a set for each of some documents. All begin with
-    the same A and B = 0 and learn for themselves, by AdamW with betas 0 and 0.999."""
+    the same A and B = 0 and learn by AdamW with betas 0 and 0.999."""
 
     OWNERS = ("attn.proj", "mlp.fc", "mlp.proj", "tok_emb")
 
@@ -2647,7 +2638,7 @@ class TestTimeTraining:
         """Log-probabilities (n, size, V) of targets from `done` on of n documents; they learn
         from it, if they go on."""
         size, device = self.args.ttt_doc_chunk, self.model.tok_emb.weight.device
-        begin = max(done + size - length, 0)  # of the window, in the document
+        begin = max(done + size - length, 0)
         rows = np.full((len(alive), done + size - begin), PAD_ID, np.int64)
         goals = np.zeros((len(alive), size), np.int64)
         for i, (start, end) in enumerate(alive):
@@ -2769,9 +2760,9 @@ class Evaluator:
         names, mixing, gather = [name], 0.0, None
         if mix:
             mixture = Mixture(args)
-            names += [f"{name}_{label}" for label in mixture.labels]
+            names += [f"{name}_tilt", f"{name}_mix"]
             gather = lambda *found: self.gather(mixture, *found)  # noqa: E731
-        sums = torch.zeros(len(names), classes + 1, dtype=torch.float64)  # by class, and targets
+        sums = torch.zeros(len(names), classes + 1, dtype=torch.float64)
         targets, shown = len(self.ids) - 1, began
 
         def tell(read: int) -> None:
@@ -2802,7 +2793,7 @@ class Evaluator:
             self.results[label] = self.result(label, row, length, stride, seconds)
 
         if mix:
-            self.results[names[-1]] |= {"mixture": args.mix, "mix_seconds": mixing}
+            self.results[names[-1]] |= {"mixture": "binary", "mix_seconds": mixing}
         if learner is not None:
             found = runtime.all_reduce(torch.tensor(learner.updates))
             self.results[name]["updates"] = int(found)
@@ -2826,8 +2817,7 @@ class Evaluator:
         self.run(name, model, length, stride or length, learn, mix)
         extra = f" stride:{stride}" if stride else ""
         extra += f" prefix:{self.prefix}" if self.prefix else ""
-        labels = [name, f"{name}_tilt", f"{name}_mix"]
-        for label in [label for label in labels if label in self.results]:
+        for label in (name, f"{name}_tilt", f"{name}_mix")[: 3 if mix else 1]:
             result = self.results[label]
             loss, bpb = result["val_loss"], result["val_bpb"]
             self.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f}{extra} "
