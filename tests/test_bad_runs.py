@@ -5,6 +5,7 @@ script of the family must refuse is tried in every one of them. tests/test_bad_d
 """
 
 import errno
+import itertools
 import json
 import random
 import resource
@@ -147,26 +148,30 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_had_not_been(run, corpus, t
     settings = {"ITERATIONS": 30, "CHECKPOINT_EVERY": 1, "WARMDOWN_ITERS": 10}
     code, output, whole = run(RUN_ID="whole", **settings)
     assert code == 0, output
-    places = {"DATA_PATH": corpus, "RUNS_PATH": tmp_path / "runs", "RUN_ID": "killed", "RESUME": "auto"}
-    chance, kills = random.Random(0), 0
-    while kills < 3:
-        started = subprocess.Popen([sys.executable, str(TRUNK)], env=environment(**settings, **places),
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        try:
-            started.wait(timeout=chance.uniform(2.0, 7.0))
-            assert started.returncode == 0, started.stdout.read().decode()
+    chance, kills, wanted = random.Random(0), 0, 3 if EXAMPLES == 100 else 20
+    for number in itertools.count():
+        folder = tmp_path / "runs" / f"killed{number}"
+        places = {"DATA_PATH": corpus, "RUNS_PATH": folder.parent, "RUN_ID": folder.name, "RESUME": "auto"}
+        finished = False
+        while not finished:
+            started = subprocess.Popen([sys.executable, str(TRUNK)], env=environment(**settings, **places),
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            try:
+                started.wait(timeout=chance.uniform(2.0, 7.0) if kills < wanted else 120)
+                assert started.returncode == 0, started.stdout.read().decode()
+                finished = True
+            except subprocess.TimeoutExpired:
+                started.send_signal(signal.SIGKILL)
+                started.wait()
+                kills += 1
+            finally:
+                started.stdout.close()
+        artifact = folder / "artifact.bin"
+        assert artifact.read_bytes() == (folder.parent / "whole" / "artifact.bin").read_bytes()
+        killed = json.loads((folder / "metrics.json").read_text())
+        assert whole["val_bpb"] == killed["val_bpb"] and not list(folder.glob("*.tmp"))
+        if kills >= wanted:
             break
-        except subprocess.TimeoutExpired:
-            started.send_signal(signal.SIGKILL)
-            started.wait()
-            kills += 1
-        finally:
-            started.stdout.close()
-    code, output, killed = run(**settings, **places)
-    assert code == 0, output
-    folders = [tmp_path / "runs" / name for name in ("whole", "killed")]
-    assert (folders[0] / "artifact.bin").read_bytes() == (folders[1] / "artifact.bin").read_bytes()
-    assert whole["val_bpb"] == killed["val_bpb"] and not list(folders[1].glob("*.tmp"))
 
 
 def test_two_processes_may_not_share_a_run(run, corpus, tmp_path):

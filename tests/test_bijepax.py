@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 RECORD, = (ROOT / "records").glob("*_BiJEPAX")
 section = load_script(RECORD)
+compressors = load_script(RECORD / "compressors.py")
 
 # The tiny model of the tests, in the variables that this record
 # has: layer 1 runs three times, layers 2 and 3 have two lanes.
@@ -671,6 +672,37 @@ def test_a_run_resumes_bit_for_bit_across_recurrence_and_heads(run, tmp_path):
         with section.safe_open(tmp_path / f"runs/{name}/final.safetensors", "pt") as file:
             found.append({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
+def test_other_compressors_get_the_same_integers(tmp_path):
+    """Groups hold all of the payload; sorted rows come back by their order."""
+    model, path = alive(), tmp_path / "model.bin"
+    tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
+    path.write_bytes(section.pack(tensors, model.args))
+    entries, raw = compressors.payload(section, str(path))
+    found, rest = compressors.groups(entries, raw)
+    assert sum(matrix.size for part in found.values() for matrix in part) + len(rest) == len(raw)
+    assert {"tok_emb", "attn.c_q", "attn.c_k", "mlp.fc", "mlp.proj"} <= set(found)
+
+    plain, none = compressors.arranged(found, False)
+    mixed, orders = compressors.arranged(found, True)
+    assert none == b"" and plain != mixed and [*map(len, plain)] == [*map(len, mixed)]
+    rows, first = len(matrix := found["tok_emb"][0]), [*found].index("tok_emb")
+    order = np.frombuffer(orders[: 2 * rows], "<u2") if first == 0 else compressors.nearest_first(matrix)
+    back = np.empty_like(matrix)
+    back[order] = np.frombuffer(mixed[first], np.int8).reshape(matrix.shape[::-1]).T
+    np.testing.assert_array_equal(back, matrix)
+
+    table = compressors.table(section, str(path), print)["rows"]
+    assert table[0][2] == f"{len(section.rans_encode(raw, section.planes(entries))):,}"
+    assert [row[:2] for row in table[1:4]] == [["LZMA", "as it lies"], ["LZMA", "by role, transposed"],
+                                               ["LZMA", "the same, rows sorted"]]
+    assert table[1][2] == f"{len(compressors.installed()['LZMA'](raw)):,}"
+
+
+def test_an_order_of_rows_by_hand():
+    rows = np.array([[0, 0], [9, 9], [1, 0], [8, 9]], np.int8)
+    assert compressors.nearest_first(rows).tolist() == [0, 2, 3, 1]
 
 
 @slow
