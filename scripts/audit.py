@@ -795,9 +795,10 @@ def independent(trial: Trial) -> bool:
     """Whether documents are scored on their own: what DOC_MASK
     says, unless something learns along the stream.
     """
-    on = {name: trial.settings.get(name, "0") not in ("0", "0.0", "") for name in ("DOC_MASK", "TTT", "MIX")}
+    names = ("DOC_MASK", "TTT", "PPM_WEIGHT")
+    on = {name: trial.settings.get(name, "0") not in ("0", "0.0", "") for name in names}
     return bool(trial.of_adapter("DOCUMENTS_INDEPENDENT")) or (
-        on["DOC_MASK"] and not on["TTT"] and not on["MIX"]
+        on["DOC_MASK"] and not on["TTT"] and not on["PPM_WEIGHT"]
     )
 
 

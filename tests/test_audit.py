@@ -493,6 +493,17 @@ def test_no_false_alarm_on_the_trunk(trained_trunk):
     assert {finding.level for finding in trained_trunk[0]} == {"PASS"}, "\n".join(map(str, trained_trunk[0]))
 
 
+@pytest.mark.parametrize("record", ["BiJEPAX", "TokenBest", "BytePPM", "ByteBest"])
+def test_what_a_mixture_learns_makes_documents_depend_on_others(record, tmp_path):
+    """By the settings that the audit takes from each record, with and without its mixture and adapters."""
+    folder, = (ROOT / "records").glob(f"*_{record}")
+    trial = audit.Trial(folder / "train_gpt.py", tmp_path, {"DOC_MASK": "1", "TTT": "0"}, record=folder)
+    trial.configure()
+    assert float(trial.settings["PPM_WEIGHT"]) == 1 and not audit.independent(trial)
+    trial.settings["PPM_WEIGHT"] = "0"
+    assert audit.independent(trial)
+
+
 @pytest.mark.parametrize("name", PLANTED)
 def test_mutant_of_the_trunk_is_caught(trained_trunk, tmp_path, name):
     probe, rule, changes = PLANTED[name]

@@ -285,6 +285,7 @@ def test_packs_that_cannot_be_are_refused(bad, words):
     ("LOOP_EXTRA", 2), ("LOOP_FIRST", 3), ("LOOP_LAST", 5), ("LOOP_START", 0.35), ("NUM_LOOPS", 2),
     ("BIJEPAX_ENABLED", 1), ("BIJEPAX_WEIGHT", 0.01), ("BIJEPAX_STRIDE", 64), ("BIJEPAX_CYCLE", 1),
     ("DISABLE_COMPILE", 1), ("TTT_ENABLED", 0), ("PPM_MIXER_ENABLED", 0), ("ARTIFACT_DIR", "out"),
+    ("MIX", "tilt"),
 ])
 def test_what_is_gone_is_refused_with_the_reason(name, value):
     with pytest.raises(section.UserError, match=f"{name}='{value}' is retired"):
@@ -292,7 +293,8 @@ def test_what_is_gone_is_refused_with_the_reason(name, value):
 
 
 def test_command_lines_that_switched_it_off_still_work():
-    off = {"LOOP_EXTRA": 0, "LOOP_START": 1, "NUM_LOOPS": 0, "BIJEPAX_ENABLED": 0, "BIJEPAX_WEIGHT": 0}
+    off = {"MIX": "binary", "LOOP_EXTRA": 0, "LOOP_START": 1, "NUM_LOOPS": 0,
+           "BIJEPAX_ENABLED": 0, "BIJEPAX_WEIGHT": 0}
     assert not set(off) & {warning.split()[0] for warning in tiny(**off).warnings}
 
 

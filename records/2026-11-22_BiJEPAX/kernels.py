@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     ids = shards["val"][: options.targets + 1 or None]
     network = Bigrams(shards["train"][:6_000_000])
     scripts["new"].tune_allocator()
-    args = SimpleNamespace(ppm_weight=1, ppm_order=5, mix_rows=20, vocab_size=VOCAB,
+    args = SimpleNamespace(mix="binary", ppm_weight=1, ppm_order=5, mix_rows=20, vocab_size=VOCAB,
                            tokenizer_path=options.tokenizer)
     for script in scripts.values():  # compiles
         found = script.Mixture(args)
