@@ -787,12 +787,12 @@ PUBLISHED = {  # the README block of #2080, without its paths
     "BIJEPAX_WEIGHT": 0.01, "BIJEPAX_START_FRAC": 0.35, "BIJEPAX_END_FRAC": 0.80, "BIJEPAX_FWD_HOPS": 4,
     "BIJEPAX_BWD_HOPS": 4, "BIJEPAX_CYCLE": 0, "BIJEPAX_HEAD_DIM": 32, "BIJEPAX_STRIDE": 64,
     "BIJEPAX_LR": 0.001, "TRAIN_LOG_EVERY": 250, "SEED": 42,
-    "MIX": "binary",  # ours, of older commands
 }
 
 
 def test_the_published_block_is_accepted_and_means_the_same():
-    args = section.Hyperparameters({name: str(value) for name, value in PUBLISHED.items()})
+    older = {"MIX": "binary"}  # ours, of commands before the tilt became a control
+    args = section.Hyperparameters({name: str(value) for name, value in (PUBLISHED | older).items()})
     assert (args.compile, args.ttt, args.ppm_weight, args.seed) == ("0", "0", 1, 42)
     assert args.warnings == [] and {name: args.settings()[name] for name in ("PPM_ORDER", "LQER_TOP_K")} == {
         "PPM_ORDER": 5, "LQER_TOP_K": 1}

@@ -217,7 +217,8 @@ def test_a_window_saves_time_on_a_cpu(trunk):
         torch.autograd.grad(y, (q, k, v), y)
         return time.perf_counter() - start
 
-    whole, windowed = (min(seconds(window) for _ in range(3)) for window in (0, 256))
+    rounds = [(seconds(0), seconds(256)) for _ in range(8)]  # in turns, beside whatever else runs
+    whole, windowed = map(min, zip(*rounds))
     assert windowed < 0.7 * whole, f"{windowed / whole:.2f}"
 
 
