@@ -92,8 +92,8 @@ def planned(script, settings: dict[str, str]) -> tuple[dict[str, int], int]:
     return size_plan(script, model, args), sum(p.numel() for p in model.exported().values())
 
 
-def coded(script, path: str) -> dict[str, int]:
-    """{tensor class: bytes} of a real artifact, every class coded on its own by rANS."""
+def payload(script, path: str) -> tuple[list, list[tuple]]:
+    """(entries of the header, [(plane, its bytes)]) of an artifact, as they were before its compressor."""
     blob = script.read_file(path, "ARTIFACT")
     header, _ = script.unpack(blob, path)
     body = blob[len(script.ARTIFACT_MAGIC) + 32 :]
@@ -102,18 +102,25 @@ def coded(script, path: str) -> dict[str, int]:
     coders = script.COMPRESSORS if hasattr(script, "COMPRESSORS") else script.compressors()  # from before
     raw = coders[header["compressor"]][1](body[6 + length :], layout)
 
-    # Cut at the borders of the planes.
-    parts: dict[str, tuple[list, list]] = {}
-    at = 0
+    parts, at = [], 0
     for plane in layout:
         size = plane.slices * plane.places
-        blocks, planes = parts.setdefault(plane.model.rstrip("0123456789"), ([], []))
-        blocks.append(raw[at : at + size])
-        planes.append(plane)
+        parts.append((plane, raw[at : at + size]))
         at += size
-    return {
-        kind: len(script.rans_encode(b"".join(blocks), planes)) for kind, (blocks, planes) in parts.items()
-    }
+    return header["tensors"], parts
+
+
+def rans_size(script, parts: list[tuple]) -> int:
+    """Bytes of some planes coded on their own by rANS."""
+    return len(script.rans_encode(b"".join(block for _, block in parts), [plane for plane, _ in parts]))
+
+
+def coded(script, path: str) -> dict[str, int]:
+    """{tensor class: bytes} of a real artifact, every class coded on its own by rANS."""
+    classes: dict[str, list] = {}
+    for plane, block in payload(script, path)[1]:
+        classes.setdefault(plane.model.rstrip("0123456789"), []).append((plane, block))
+    return {kind: rans_size(script, parts) for kind, parts in classes.items()}
 
 
 def plan(script, paths: list[str]) -> list[dict]:

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -67,19 +66,6 @@ def corpus(tmp_path_factory, prepare) -> Path:
     source = Path(sysconfig.get_paths()["stdlib"]) / "email"
     assert prepare.main(["python", str(source), "--out", str(folder), "--val-share", "0.2"]) == 0
     return folder
-
-
-@pytest.fixture
-def other_text(corpus, tmp_path):
-    """The corpus with one id of the validation text changed."""
-    path = tmp_path / "other"
-    shutil.copytree(corpus, path)
-    (path / "manifest.json").unlink()
-    file = next(path.glob("*_val_*.bin"))
-    data = bytearray(file.read_bytes())
-    data[1024 + 2 * 100] ^= 1
-    file.write_bytes(data)
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import errno
 import json
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,18 +17,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES, ROOT, environment, shard
+from conftest import EXAMPLES, ROOT, environment, shard, slow
 from family import TRUNK, load_script
 from hypothesis import HealthCheck, given
 from hypothesis import settings as rules
 from hypothesis import strategies as st
+from test_bijepax import HERE as LOOPED
 from test_sgjm import RUN, SCRIPT
+from test_tokenbest import HERE as PLAIN
 
 FAMILY = [TRUNK, *sorted(ROOT.glob("records/*_[A-Z]*/train_gpt.py"))]
 FAMILY = [path for path in FAMILY if "Baseline" not in path.parent.name and "_Trunk" not in path.parent.name]
 BIJEPAX, *CHILDREN = (path for path in FAMILY if path.parent.name.endswith(("BiJEPAX", "TokenBest")))
 # The trunk, and the record that is least like it, each with its small model beside the trunk's.
-UNLIKE = pytest.mark.parametrize("script, small", [(TRUNK, {}), (SCRIPT, RUN)], ids=["trunk", "SGJM"])
+PAIR = (TRUNK, {}), (SCRIPT, RUN)
+UNLIKE = pytest.mark.parametrize("script, small", PAIR, ids=["trunk", "SGJM"])
+# Beside them the token models, whose symbols for this are the trunk's.
+TOKENS = [pytest.param(path, small, marks=slow, id=path.parent.name.partition("_")[2])
+          for path, small in [(BIJEPAX, LOOPED), *((child, PLAIN) for child in CHILDREN)]]
+MORE = pytest.mark.parametrize("script, small", [*(pytest.param(*each) for each in PAIR), *TOKENS])
 
 
 @pytest.fixture
@@ -111,7 +119,20 @@ def test_any_manifest_is_read_or_refused(trunk, folder, content, cut):
 # --- resuming ---
 
 
-@UNLIKE
+@pytest.fixture
+def other_text(corpus, tmp_path):
+    """The corpus with one id of the validation text changed."""
+    path = tmp_path / "other"
+    shutil.copytree(corpus, path)
+    (path / "manifest.json").unlink()
+    file = next(path.glob("*_val_*.bin"))
+    data = bytearray(file.read_bytes())
+    data[1024 + 2 * 100] ^= 1
+    file.write_bytes(data)
+    return path
+
+
+@MORE
 def test_resuming_on_other_text_is_refused_and_other_settings_are_told(run, other_text, script, small):
     small = {"script": script, **small, "MODEL_DIM": 32}
     code, output, _ = run(**small | {"ITERATIONS": 4, "CHECKPOINT_EVERY": 2})
@@ -123,7 +144,8 @@ def test_resuming_on_other_text_is_refused_and_other_settings_are_told(run, othe
     code, output, metrics = run(DATA_PATH=other_text, **again | changed)
     assert code == 0 and metrics["steps"] == 8, output
     told = [line for line in output.splitlines() if line.startswith("warning: resumed with ")]
-    assert told == ["warning: resumed with MATRIX_LR=0.01, it was 0.025",
+    before = load_script(script).Hyperparameters.matrix_lr.default
+    assert told == [f"warning: resumed with MATRIX_LR=0.01, it was {before}",
                     "warning: resumed with SEED=7, it was 1337"]
     code, output, _ = run(**again | {"MODEL_DIM": 64})
     assert code == 2 and "made with MODEL_DIM=32, not 64" in output
@@ -255,7 +277,7 @@ def test_memory_of_a_gpu_that_runs_out_says_what_to_try(inside, monkeypatch, scr
     assert code == 2 and "error: out of GPU memory, try DEVICE_BATCH_TOKENS=2048" in output
 
 
-@UNLIKE
+@MORE
 def test_ranks_that_see_other_text_or_settings_stop(run, other_text, corpus, tmp_path, script, small):
     """Two ranks whose folders differ: both end, and one line says which."""
     driver = tmp_path / "driver.py"

@@ -168,27 +168,6 @@ def test_a_run_that_has_ended_is_scored_another_way(run, tmp_path):
     assert code == 2 and "made with XSA_LAST_N=4, not 0" in output
 
 
-@slow
-def test_what_is_new_in_training_is_told(run, tmp_path):
-    run(script=RECORD / "train_gpt.py", **HERE, RUN_ID="run", CHECKPOINT_EVERY=4)
-    code, output, _ = run(script=RECORD / "train_gpt.py", RUN_ID="on", MATRIX_LR=0.02, SEED=7, EMA_DECAY=0.5,
-                          RESUME=tmp_path / "runs/run/last.safetensors", **HERE)
-    assert code == 0, output
-    for words in ("MATRIX_LR=0.02, it was 0.026", "SEED=7, it was", "EMA_DECAY=0.5, it was"):
-        assert f"warning: resumed with {words}" in output
-
-
-def test_a_rank_with_other_settings_is_named(run, tmp_path):
-    """As where one machine of two has an old file of settings."""
-    starter = tmp_path / "start.py"
-    starter.write_text(f"""import os, runpy
-os.environ["MATRIX_LR"] = "0.02" if os.environ["RANK"] == "1" else "0.026"
-runpy.run_path({str(RECORD / "train_gpt.py")!r}, run_name="__main__")
-""")
-    code, output, _ = run(ranks=2, script=starter, **HERE)
-    assert code != 0 and "rank 1 has other settings or text than rank 0" in output, output
-
-
 # ------------------------------------------------------------------------------------------ packed documents
 
 

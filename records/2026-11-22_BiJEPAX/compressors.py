@@ -27,6 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from family import Misuse, command, load_script, markdown_table
+from rate import payload, rans_size
 
 SCRIPT = Path(__file__).with_name("train_gpt.py")
 HEADER = ["compressor", "order", "embedding", "matrices of blocks", "all", "against rANS", "seconds"]
@@ -49,30 +50,17 @@ def installed() -> dict:
     return found
 
 
-def payload(script, artifact: str) -> tuple[list, bytes]:
-    """(entries, the payload as it was before its compressor)."""
-    blob = script.read_file(artifact, "ARTIFACT")
-    header, _ = script.unpack(blob, artifact)  # refuses what is damaged
-    body = blob[len(script.ARTIFACT_MAGIC) + 32 :]
-    start = 6 + int.from_bytes(body[2:6], "little")
-    decompress = script.COMPRESSORS[header["compressor"]][1]
-    return header["tensors"], decompress(body[start:], script.planes(header["tensors"]))
-
-
-def groups(entries: list, raw: bytes) -> tuple[dict, bytes]:
+def groups(entries: list, parts: list[tuple]) -> tuple[dict, bytes]:
     """({role: matrices (R, C) int8}, all that is in none: small parts, steps, fp16 numbers)."""
-    found, rest, place = {}, b"", 0
-    for name, shape, bits, _ in entries:
-        if not bits:
-            continue
-        size = int(np.prod(shape))
-        part, place = raw[place : place + size], place + size
+    coded = [(name, shape) for name, shape, bits, _ in entries if bits]
+    found, rest = {}, b""
+    for (name, shape), (_, block) in zip(coded, parts):
         if ":" in name:
-            rest += part
+            rest += block
             continue
         role = re.sub(r"blocks\.\d+\.|\.?weight", "", name)
-        found.setdefault(role, []).append(np.frombuffer(part, np.int8).reshape(shape))
-    return found, rest + raw[place:]
+        found.setdefault(role, []).append(np.frombuffer(block, np.int8).reshape(shape))
+    return found, rest + b"".join(block for _, block in parts[len(coded) :])
 
 
 def nearest_first(rows: np.ndarray) -> np.ndarray:
@@ -98,47 +86,35 @@ def arranged(matrices: list, sort: bool) -> tuple[bytes, bytes]:
     return stream, orders
 
 
-def rans_sizes(script, entries: list, raw: bytes) -> list[int]:
-    """Bytes by rANS of the embedding alone, and of the matrices of blocks alone."""
-    layout = script.planes(entries)
-    ends = np.cumsum([plane.slices * plane.places for plane in layout])
-    blocks = np.split(np.frombuffer(raw, np.int8), ends[:-1])
-    names = [name for name, _, bits, _ in entries if bits] + ["half0", "half1"]
-    sizes = []
-    for wanted in ("tok_emb.weight", "blocks."):
-        keep = [i for i, name in enumerate(names) if name.startswith(wanted) and ":" not in name]
-        part = b"".join(blocks[i].tobytes() for i in keep)
-        sizes.append(len(script.rans_encode(part, [layout[i] for i in keep])))
-    return sizes
-
-
 def table(script, artifact: str, log) -> dict:
     """{"header", "rows", "note"} of all that is installed."""
-    entries, raw = payload(script, artifact)
-    parts, rows = rans_sizes(script, entries, raw), []
+    entries, parts = payload(script, artifact)
+    found, rest = groups(entries, parts)
+    names = [name for name, _, bits, _ in entries if bits]
+    matrices = [(name, part) for name, part in zip(names, parts) if ":" not in name]
+    apart = [rans_size(script, [part for name, part in matrices if name.startswith(wanted)])
+             for wanted in ("tok_emb.", "blocks.")]
     start = time.perf_counter()
-    own = len(script.rans_encode(raw, script.planes(entries)))
+    own = rans_size(script, parts)
+    rows = []
 
-    def add(name: str, order: str, sizes: list, whole: int) -> None:
-        against = "" if not rows else f"{whole / own - 1:+.2%}"
-        told = [f"{size:,}" for size in (*sizes, whole)]
-        rows.append([name, order, *told, against, f"{time.perf_counter() - start:.0f}"])
+    def add(name: str, order: str, sizes: list[int], against: str, seconds: float) -> None:
+        rows.append([name, order, *(f"{size:,}" for size in sizes), against, f"{seconds:.0f}"])
         log(rows[-1])
 
-    add("**rANS** (the script's)", "as it lies", parts, own)
-    found, rest = groups(entries, raw)
+    add("**rANS** (the script's)", "as it lies", [*apart, own], "", time.perf_counter() - start)
     plain = {role: arranged(matrices, False) for role, matrices in found.items()}
-    rows_sorted = {role: arranged(matrices, role.endswith(SORTED)) for role, matrices in found.items()}
+    nearest = {role: arranged(matrices, role.endswith(SORTED)) for role, matrices in found.items()}
     codecs = installed()
     small = codecs.get("brotli 11", codecs["LZMA"])
     for name, compress in codecs.items():
-        for order, streams in (("by role, transposed", plain), ("the same, rows sorted", rows_sorted)):
+        for order, streams in (("by role, transposed", plain), ("the same, rows sorted", nearest)):
             start = time.perf_counter()
             sizes = {role: len(compress(stream)) + (len(small(orders)) if orders else 0)
                      for role, (stream, orders) in streams.items()}
-            embedding = sizes.pop("tok_emb")
-            blocks = sum(sizes.values())
-            add(name, order, [embedding, blocks], embedding + blocks + len(small(rest)))
+            embedding, whole = sizes["tok_emb"], sum(sizes.values()) + len(small(rest))
+            told = [embedding, sum(sizes.values()) - embedding, whole]
+            add(name, order, told, f"{whole / own - 1:+.2%}", time.perf_counter() - start)
     weights = sum(matrix.size for matrices in found.values() for matrix in matrices)
     note = (f"{weights:,} integers of one artifact and {len(rest):,} bytes of all else, the header and the "
             "code not counted; seconds on one thread, without those for sorting rows.")

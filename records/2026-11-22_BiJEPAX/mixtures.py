@@ -110,16 +110,15 @@ def distilled(script, args, artifact: str, ids: np.ndarray, samples: int):
     found, count = script.Mixture(args), len(ids) - 1
     wanted = {*np.linspace(count // 2, count - 1, samples, dtype=int).tolist()} if samples else set()
 
-    values = np.empty((count, 1 + 3 * len(script.RUNS) + found.tree.paths.shape[1]))
-    at, seconds = {}, 0.0
+    values, at, seconds = [], {}, 0.0
     rows = max(1, 16384 // args.eval_seq_len)
     plan = script.WindowPlan(args.eval_seq_len, args.eval_stride, rows)
     for first, stop, logprobs, _ in script.scored(model, ids, plan):
         start = time.process_time()
-        values[first:stop] = found.distil(ids, first, stop, logprobs).numpy()
+        values.append(found.distil(ids, first, stop, logprobs).numpy())
         seconds += time.process_time() - start
         at |= {t: logprobs[t - first].float().cpu().numpy() for t in wanted if first <= t < stop}
-    return values, at, seconds
+    return np.concatenate(values), at, seconds
 
 
 def mixed_in_parts(script, args, ids: np.ndarray, values: np.ndarray, sizes: np.ndarray, at: dict):
