@@ -1280,8 +1280,8 @@ def compare(script: Path, name: str, sizes: dict, steps: int) -> dict:
 
     Half of the steps run before the rates are measured, half after: a machine that others use drifts.
     """
-    from bench import BASE
-    settings = {key: str(value) for key, value in {**BASE, **sizes, "COMPILE": 0, "DTYPE": "fp32"}.items()}
+    from bench import settings_of
+    settings = settings_of(str(script), {**sizes, "COMPILE": 0, "DTYPE": "fp32"})
     step, times = real_steps(script, settings), []
 
     def run() -> None:
