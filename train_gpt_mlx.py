@@ -218,7 +218,7 @@ class Hyperparameters:
     ttt = Var("0", "test-time training on scored text", choices=("0", "sgd"), ship="eval")
     ttt_adapt = Var(True, "0 = without learning: the control", ship="eval")
     ttt_chunk_tokens = Var(32768, "targets scored, then learned from", 1, ship="eval")
-    ttt_batch_rows = Var(16, "rows an update, over all ranks", 1, ship="eval")
+    ttt_batch_rows = Var(8, "rows an update, over all ranks", 1, ship="eval")
     ttt_epochs = Var(1, "passes over each chunk", 1, ship="eval")
     ttt_lr = Var(0.002, "rate of SGD", 0, ship="eval")
     ttt_momentum = Var(0.9, "kept from chunk to chunk", 0, 0.9999, ship="eval")
@@ -2546,7 +2546,7 @@ class Trainer:
                     self.refuse_non_finite(first_bad)
                 if shown:
                     self.log_step(self.write_steps())
-                if due(args.checkpoint_every):
+                if due(args.checkpoint_every) and progress < 0.97:  # later, "final" is near
                     self.seconds = time.perf_counter() - started
                     self.save("last")
                 if due(args.val_loss_every) and self.step < args.iterations:

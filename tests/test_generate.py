@@ -444,7 +444,7 @@ def test_a_terminal_gets_whole_characters_and_no_control_codes():
 def test_ctrl_c_keeps_what_is_there(of, request):
     path = request.getfixturevalue(of)()
     with process(path, "text", "--max-new-tokens", 10**6, "--temperature", 1.5) as tool:
-        # streamed, long before the end; of the pipe itself, since `communicate` misses what a buffered read took
+        # streamed, long before the end; of the pipe itself: `communicate` misses what a buffered read took
         begun = os.read(tool.stdout.fileno(), 5)
         tool.send_signal(signal.SIGINT)
         out, err = tool.communicate(timeout=60)

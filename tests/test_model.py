@@ -386,6 +386,28 @@ def test_time_kept_for_calibration_is_measured_and_that_of_rank_0(trunk, tiny, c
     assert trainer.progress() == 1.0
 
 
+def test_what_is_queued_on_a_device_ends_within_the_limit(trunk, tiny, corpus):
+    """Two steps are under way where the clock is asked, and one more follows."""
+    args = tiny(DATA_PATH=corpus, MAX_WALLCLOCK_SECONDS=100, ITERATIONS=10**9)
+    trainer = trunk.Trainer(args, trunk.Dataset(args, False), trunk.Runtime(args), trunk.Log(None))
+    trainer.slowest, trainer.seconds = 2.0, 93.9
+    assert trainer.progress() < 1.0
+    trainer.seconds = 94.1
+    assert trainer.progress() == 1.0
+
+
+def test_no_checkpoint_is_saved_so_late_that_it_breaks_the_limit(trunk, tiny, corpus, monkeypatch):
+    args = tiny(DATA_PATH=corpus, ITERATIONS=50, CHECKPOINT_EVERY=1)
+    trainer = trunk.Trainer(args, trunk.Dataset(args, False), trunk.Runtime(args), trunk.Log(None))
+    saved, terms = [], {"ce": torch.zeros(())}
+    monkeypatch.setattr(trainer, "save", lambda name: saved.append(trainer.step))
+    monkeypatch.setattr(trainer, "train_step", lambda *_: terms)
+    monkeypatch.setattr(trainer, "log_step", lambda *_: None)
+    monkeypatch.setattr(trainer, "write_steps", lambda: None)
+    trainer.run(None)
+    assert trainer.step == 50 and saved == [*range(1, 50)]
+
+
 def test_one_forward_of_weighted_groups_equals_the_mean_over_the_batch(trunk, tiny, alive):
     """Splitting a batch into micro-batches, and padding with weight 0, changes no summed loss term."""
     model = alive(tiny())

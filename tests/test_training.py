@@ -178,6 +178,34 @@ def test_a_process_group_goes_when_it_is_destroyed(script, tmp_path):
 
 
 
+STUCK = """
+import signal, sys, time
+sys.path.insert(0, sys.argv.pop(1))
+from family import load_script
+script = load_script(sys.argv.pop(1))
+alarm = signal.alarm
+script.dist.is_initialized = lambda: True
+script.dist.destroy_process_group = lambda: time.sleep(60)
+script.signal.alarm = lambda seconds: alarm(seconds // 60)
+if sys.argv[1:] == ["unexpected"]:
+    def settings(environ):
+        raise ValueError("nobody has thought of this")
+    script.Hyperparameters, sys.argv[1:] = settings, []
+sys.exit(script.main())
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("what, words", [("word", "error: 'word'"), ("unexpected", "ValueError: nobody has")])
+def test_a_rank_that_fails_speaks_and_ends_though_its_group_hangs(script, what, words):
+    """NCCL's end may wait for ranks that wait for this one."""
+    if script != SCRIPTS[0] and os.environ.get("CI"):
+        pytest.skip("the same function as the trunk's")
+    call = [sys.executable, "-c", STUCK, str(ROOT / "scripts"), str(script), what]
+    done = subprocess.run(call, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGALRM and words in done.stderr, done.stderr
+
+
 @slow
 def test_three_ranks_with_a_batch_that_does_not_divide(run):
     code, output, metrics = run(3, ITERATIONS=3, CHECKPOINT_EVERY=2)

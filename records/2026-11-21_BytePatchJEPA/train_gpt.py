@@ -1183,8 +1183,8 @@ def check_rounding(args: Hyperparameters) -> None:
 
 
 class Rounding(nn.Module):
-    """Quantisation-aware training: the forward rounds a weight as the exporter does with std steps,
-    to the nearest; gradients go straight through.
+    """Quantisation-aware training: the forward rounds a weight to the nearest, as the exporter
+    does with std steps; gradients go through.
 
     While training rounds, it is the submodule `qat` of a weight's module. Without it a model runs
     the graphs of one that is read from an artifact."""
@@ -1292,9 +1292,10 @@ class PatchJEPA(nn.Module):
 
     With e_c a patch's embedding and h_c the encoder's state after it: z_c = projector(e_c),
     zhat_{c+1} = predictor(h_c), a learned zhat_0; losses |zhat_c - sg(z_c)|^2 for c > 0, and SIGReg
-    on z, which reaches the embedding. CE trains the predictor too. After c patches the decoder gets
-    W zhat_c (PATCH_CONDITION=latent), V h_{c-1}, first 0 (context), or their sum (both).
-    SIGReg pools fixed groups of rows, whatever the ranks."""
+    on z, which reaches the embedding. CE trains the predictor too.
+
+    After c patches the decoder gets W zhat_c (PATCH_CONDITION=latent), V h_{c-1}, first 0
+    (context), or their sum (both). SIGReg pools fixed groups of rows, whatever the ranks."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
@@ -1338,7 +1339,7 @@ class PatchJEPA(nn.Module):
         return x.unflatten(0, (-1, self.args.sigreg_group)).flatten(1, 2)
 
     def terms(self, z: Tensor, guess: Tensor, full: Tensor, directions: Tensor) -> dict:
-        """z, guess (B, C, latent), full (B, C) -> {name: (G,)}: means over the complete patches."""
+        """z, guess (B, C, latent), full (B, C) -> {name: (G,)}: means over complete patches."""
         full = full.float()
         share = self.pooled(full[:, 1:])
         share = share / share.sum(1, keepdim=True)
@@ -2723,11 +2724,11 @@ class Trainer:
         return found
 
     def progress(self) -> float:
-        """Share of the run that is done, of its steps or seconds. Twice the slowest of late steps
+        """Share of the run that is done, of its steps or seconds. Three of the slowest late steps
         and the time for calibration stay unused: nothing may end after the limit."""
         by_steps, by_time = self.step / self.args.iterations, 0.0
         if self.args.max_wallclock_seconds:
-            usable = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
+            usable = self.args.max_wallclock_seconds - 3 * self.slowest - self.reserve
             by_time = self.seconds / max(usable, 1e-9)
         return min(1.0, max(by_steps, by_time))
 
@@ -2772,11 +2773,11 @@ class Trainer:
                 if shown or due(max(1, args.iterations // 400)):  # a smooth curve
                     now = time.perf_counter() - started
                     self.unwritten.append((self.step, now, progress, terms))
-                if shown or due(args.checkpoint_every):
+                if shown or due(args.checkpoint_every) or due(args.val_loss_every):
                     self.refuse_non_finite(first_bad)
                 if shown:
                     self.log_step(self.write_steps())
-                if due(args.checkpoint_every):
+                if due(args.checkpoint_every) and progress < 0.97:  # later, "final" is near
                     self.seconds = time.perf_counter() - started
                     self.save("last")
                 if due(args.val_loss_every) and self.step < args.iterations:
@@ -3077,16 +3078,18 @@ def main() -> int:
         half = f"DEVICE_BATCH_TOKENS={args.device_batch_tokens // 2}"
         print(f"{me}error: out of GPU memory, try {half}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or me and "Connection" in str(error)):
-            raise
-        reason = " ".join(str(error).split())
-        print(f"{me}stopped, another rank is gone or out of reach: {reason}", file=sys.stderr)
-        return 1
     except Stopped as stopped:
         return 128 + stopped.args[0]
+    except Exception as error:  # told before the group's end, which may hang
+        if isinstance(error, dist.DistError) or me and "Connection" in str(error):
+            reason = " ".join(str(error).split())
+            print(f"{me}stopped, another rank is gone or out of reach: {reason}", file=sys.stderr)
+        else:
+            sys.excepthook(*sys.exc_info())
+        return 1
     finally:
         if dist.is_initialized():
+            signal.alarm(60)  # ends a rank that hangs in here
             dist.destroy_process_group()
 
 

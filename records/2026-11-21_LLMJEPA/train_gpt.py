@@ -728,12 +728,12 @@ def attention_of(rung: str):
 
 def document_mask(rung: str, docs: Tensor):
     """What a rung needs to keep documents apart; docs (B, T), the document of each position.
-    For flash where each document begins (cu_seqlens), padded to a power of two so that shapes
-    repeat; else a mask (B, 1, T, T)."""
+    For flash where each document begins (cu_seqlens), padded so that shapes repeat, and warm-up
+    meets them; else a mask (B, 1, T, T)."""
     if rung in FLASH:
         begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)
         first = begins.flatten().nonzero().flatten().int()
-        room = max(64, 1 << len(first).bit_length())
+        room = max(64, docs.numel() // 128, 1 << len(first).bit_length())
         return F.pad(first, (0, room - len(first)), value=docs.numel())
     return causal_mask(docs, docs.size(1))
 
@@ -2638,11 +2638,11 @@ class Trainer:
         return found
 
     def progress(self) -> float:
-        """Share of the run that is done, of its steps or seconds. Twice the slowest of late steps
+        """Share of the run that is done, of its steps or seconds. Three of the slowest late steps
         and the time for calibration stay unused: nothing may end after the limit."""
         by_steps, by_time = self.step / self.args.iterations, 0.0
         if self.args.max_wallclock_seconds:
-            usable = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
+            usable = self.args.max_wallclock_seconds - 3 * self.slowest - self.reserve
             by_time = self.seconds / max(usable, 1e-9)
         return min(1.0, max(by_steps, by_time))
 
@@ -2687,11 +2687,11 @@ class Trainer:
                 if shown or due(max(1, args.iterations // 400)):  # a smooth curve
                     now = time.perf_counter() - started
                     self.unwritten.append((self.step, now, progress, terms))
-                if shown or due(args.checkpoint_every):
+                if shown or due(args.checkpoint_every) or due(args.val_loss_every):
                     self.refuse_non_finite(first_bad)
                 if shown:
                     self.log_step(self.write_steps())
-                if due(args.checkpoint_every):
+                if due(args.checkpoint_every) and progress < 0.97:  # later, "final" is near
                     self.seconds = time.perf_counter() - started
                     self.save("last")
                 if due(args.val_loss_every) and self.step < args.iterations:
@@ -3010,16 +3010,18 @@ def main() -> int:
         half = f"DEVICE_BATCH_TOKENS={args.device_batch_tokens // 2}"
         print(f"{me}error: out of GPU memory, try {half}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or me and "Connection" in str(error)):
-            raise
-        reason = " ".join(str(error).split())
-        print(f"{me}stopped, another rank is gone or out of reach: {reason}", file=sys.stderr)
-        return 1
     except Stopped as stopped:
         return 128 + stopped.args[0]
+    except Exception as error:  # told before the group's end, which may hang
+        if isinstance(error, dist.DistError) or me and "Connection" in str(error):
+            reason = " ".join(str(error).split())
+            print(f"{me}stopped, another rank is gone or out of reach: {reason}", file=sys.stderr)
+        else:
+            sys.excepthook(*sys.exc_info())
+        return 1
     finally:
         if dist.is_initialized():
+            signal.alarm(60)  # ends a rank that hangs in here
             dist.destroy_process_group()
 
 

@@ -2592,8 +2592,10 @@ class SpeculationGraph:
 
 
 class Place:
-    """An id in the tree of a pass: its root is the last id of the text, drafts with a common prefix
-    share it. `offers` are the ids drafted to follow it, in the order of drawing: (id, law, kind)."""
+    """An id in the tree of a pass: its root is the last id of the text, drafts with a common
+    prefix share it.
+
+    `offers` are the ids drafted to follow it, in the order of drawing: (id, law, kind)."""
 
     def __init__(self, token: int, above: Place | None = None):
         self.id, self.above = token, above
@@ -3007,11 +3009,11 @@ class Trainer:
         return found
 
     def progress(self) -> float:
-        """Share of the run that is done, of its steps or seconds. Twice the slowest of late steps
+        """Share of the run that is done, of its steps or seconds. Three of the slowest late steps
         and the time for calibration stay unused: nothing may end after the limit."""
         by_steps, by_time = self.step / self.args.iterations, 0.0
         if self.args.max_wallclock_seconds:
-            usable = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
+            usable = self.args.max_wallclock_seconds - 3 * self.slowest - self.reserve
             by_time = self.seconds / max(usable, 1e-9)
         return min(1.0, max(by_steps, by_time))
 
@@ -3056,11 +3058,11 @@ class Trainer:
                 if shown or due(max(1, args.iterations // 400)):  # a smooth curve
                     now = time.perf_counter() - started
                     self.unwritten.append((self.step, now, progress, terms))
-                if shown or due(args.checkpoint_every):
+                if shown or due(args.checkpoint_every) or due(args.val_loss_every):
                     self.refuse_non_finite(first_bad)
                 if shown:
                     self.log_step(self.write_steps())
-                if due(args.checkpoint_every):
+                if due(args.checkpoint_every) and progress < 0.97:  # later, "final" is near
                     self.seconds = time.perf_counter() - started
                     self.save("last")
                 if due(args.val_loss_every) and self.step < args.iterations:
@@ -3312,8 +3314,10 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
 
 
 def check_plan(args: Hyperparameters, log: Log) -> None:
-    """Refuses to train what cannot fit: of code and artifact it knows about how many bytes they will
-    take by the entropy of rounded Gaussians (`quantise`); trained weights take a little less."""
+    """Refuses to train what cannot fit.
+
+    Of code and artifact it knows about how many bytes they will take by the entropy of rounded
+    Gaussians (`quantise`); trained weights take a little less."""
     bits, code = 0.0, len(Path(__file__).read_bytes())
     with torch.device("meta"):
         exported = GPT(args).exported()
@@ -3374,18 +3378,20 @@ def main() -> int:
         half = f"DEVICE_BATCH_TOKENS={args.device_batch_tokens // 2}"
         print(f"{me}error: out of GPU memory, try {half}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or me and "Connection" in str(error)):
-            raise
-        reason = " ".join(str(error).split())
-        print(f"{me}stopped, another rank is gone or out of reach: {reason}", file=sys.stderr)
-        return 1
     except Stopped as stopped:
         return 128 + stopped.args[0]
+    except Exception as error:  # told before the group's end, which may hang
+        if isinstance(error, dist.DistError) or me and "Connection" in str(error):
+            reason = " ".join(str(error).split())
+            print(f"{me}stopped, another rank is gone or out of reach: {reason}", file=sys.stderr)
+        else:
+            sys.excepthook(*sys.exc_info())
+        return 1
     except KeyboardInterrupt:  # the gate's; training has handled its own
         return 128 + signal.SIGINT
     finally:
         if dist.is_initialized():
+            signal.alarm(60)  # ends a rank that hangs in here
             dist.destroy_process_group()
 
 

@@ -2496,8 +2496,10 @@ class SpeculationGraph:
 
 
 class Place:
-    """An id in the tree of a pass: its root is the last id of the text, drafts with a common prefix
-    share it. `offers` are the ids drafted to follow it, in the order of drawing: (id, law, kind)."""
+    """An id in the tree of a pass: its root is the last id of the text, drafts with a common
+    prefix share it.
+
+    `offers` are the ids drafted to follow it, in the order of drawing: (id, law, kind)."""
 
     def __init__(self, token: int, above: Place | None = None):
         self.id, self.above = token, above
@@ -2984,7 +2986,7 @@ class Trainer:
                     self.refuse_non_finite(first_bad)
                 if shown:
                     self.log_step(self.write_steps())
-                if due(args.checkpoint_every):
+                if due(args.checkpoint_every) and progress < 0.97:  # later, "final" is near
                     self.seconds = time.perf_counter() - started
                     self.save("last")
                 if due(args.val_loss_every) and self.step < args.iterations:

@@ -1,7 +1,7 @@
 """ByteBest: the family's best byte model.
 
 Parent: BytePPM.
-Idea:   training reads rows of the whole text in a shuffled order; a document's own adapters learn it
+Idea:   training reads rows in a shuffled order; a document's own adapters learn it
         while it is scored; the mixture counts two more contexts. What did not pay is gone.
 
 Run:    python train_gpt.py --help                             every variable and its reason
@@ -709,12 +709,12 @@ def attention_of(rung: str):
 
 def document_mask(rung: str, docs: Tensor):
     """What a rung needs to keep documents apart; docs (B, T), the document of each position.
-    For flash where each document begins (cu_seqlens), padded to a power of two so that shapes
-    repeat; else a mask (B, 1, T, T)."""
+    For flash where each document begins (cu_seqlens), padded so that shapes repeat, and warm-up
+    meets them; else a mask (B, 1, T, T)."""
     if rung in FLASH:
         begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)
         first = begins.flatten().nonzero().flatten().int()
-        room = max(64, 1 << len(first).bit_length())
+        room = max(64, docs.numel() // 128, 1 << len(first).bit_length())
         return F.pad(first, (0, room - len(first)), value=docs.numel())
     return causal_mask(docs, docs.size(1))
 
@@ -2010,8 +2010,9 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan,
 
 
 class Adapters:
-    """LoRA (Hu et al. 2022): W + alpha / rank B A, one set a document. All begin with the same A and
-    B = 0 and learn for themselves, by AdamW with betas 0 and 0.999."""
+    """LoRA (Hu et al. 2022): W + alpha / rank B A, one set a document.
+
+    All begin with the same A and B = 0 and learn for themselves, by AdamW with betas 0 and 0.999."""
 
     OWNERS = ("attn.proj", "mlp.fc", "mlp.proj", "tok_emb")
 
@@ -2062,9 +2063,10 @@ def check_documents(args: Hyperparameters) -> None:
 class TestTimeTraining:
     """Adapters of a document: they learn once TTT_DOC_CHUNK of its targets are scored (#1530).
 
-    A document is scored from its own ids only, so their order is free; but the mixture reads the
-    text in its order. Documents that follow one another make a group: those of about one length
-    share a batch, the longest first; it is handed on once it is scored. Ranks share each batch."""
+    A document is scored from its own ids only, so their order is free; but the mixture
+    reads the text in its order. Documents that follow one another make a group: those
+    of about one length share a batch, the longest first; it is handed on once it is
+    scored. Ranks share each batch."""
 
     GROUP = 4  # batches
 
@@ -2074,8 +2076,9 @@ class TestTimeTraining:
         self.read, self.updates, self.seconds = 0, 0, 0.0
 
     def documents(self, ids: np.ndarray) -> np.ndarray:
-        """(n, 2): first target and end of each document; a target belongs to that of the id
-        before it. Longer ones than TTT_DOC_TOKENS are several, each read from its own start."""
+        """(n, 2): first target and end of each document; a target belongs to that of
+        the id before it. Longer ones than TTT_DOC_TOKENS are several, each read from its
+        own start."""
         borders = np.union1d([0, len(ids) - 1], np.flatnonzero(ids[:-1] == BOS_ID))
         spans = itertools.pairwise(borders)
         starts = [np.arange(*span, self.args.ttt_doc_tokens) for span in spans]
@@ -2254,8 +2257,7 @@ def blend(state, symbol):
 
 @kernel
 def bit_odds(ids, probs, odds, tree):
-    """The network's odds of a 1 at each bit of each id, and its share: odds (n, 9) of probs (n, V).
-    tree (32,): scratch."""
+    """Odds of a 1 at each bit of each id, and its share: (n, 9) of probs (n, V). tree (32,): scratch."""
     for t in range(len(ids)):
         x, special = ids[t] - BYTE_OFFSET, probs[t, ids[t]] + TINY
         total = 5 * TINY + probs[t, 0] + probs[t, 1] + probs[t, 2] + probs[t, 3]
@@ -2508,8 +2510,10 @@ class Mixture:
             self.state = self.state._replace(text=grown)
 
     def evidence(self, ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
-        """What `book` needs of the network's log-probabilities (n, V) at ids (n,): log odds of their
-        bits (n, 9), or without a mixture the log-probabilities of the ids. It asks no state."""
+        """What `book` needs of the network's log-probabilities (n, V) at ids (n,).
+
+        Log odds of their bits (n, 9), or without a mixture the log-probabilities of the ids.
+        It asks no state."""
         if not self.weight:
             return np.take_along_axis(logprobs, ids[:, None], 1)[:, 0]
         odds, tree = np.ones((len(ids), SHARE + 1), np.float32), np.zeros(2 * LANES, np.float32)
@@ -2984,11 +2988,11 @@ class Trainer:
         return found
 
     def progress(self) -> float:
-        """Share of the run that is done, of its steps or seconds. Twice the slowest of late steps
+        """Share of the run that is done, of its steps or seconds. Three of the slowest late steps
         and the time for calibration stay unused: nothing may end after the limit."""
         by_steps, by_time = self.step / self.args.iterations, 0.0
         if self.args.max_wallclock_seconds:
-            usable = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
+            usable = self.args.max_wallclock_seconds - 3 * self.slowest - self.reserve
             by_time = self.seconds / max(usable, 1e-9)
         return min(1.0, max(by_steps, by_time))
 
@@ -3033,11 +3037,11 @@ class Trainer:
                 if shown or due(max(1, args.iterations // 400)):  # a smooth curve
                     now = time.perf_counter() - started
                     self.unwritten.append((self.step, now, progress, terms))
-                if shown or due(args.checkpoint_every):
+                if shown or due(args.checkpoint_every) or due(args.val_loss_every):
                     self.refuse_non_finite(first_bad)
                 if shown:
                     self.log_step(self.write_steps())
-                if due(args.checkpoint_every):
+                if due(args.checkpoint_every) and progress < 0.97:  # later, "final" is near
                     self.seconds = time.perf_counter() - started
                     self.save("last")
                 if due(args.val_loss_every) and self.step < args.iterations:
@@ -3332,16 +3336,18 @@ def main() -> int:
         half = f"DEVICE_BATCH_TOKENS={args.device_batch_tokens // 2}"
         print(f"{me}error: out of GPU memory, try {half}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or me and "Connection" in str(error)):
-            raise
-        reason = " ".join(str(error).split())
-        print(f"{me}stopped, another rank is gone or out of reach: {reason}", file=sys.stderr)
-        return 1
     except Stopped as stopped:
         return 128 + stopped.args[0]
+    except Exception as error:  # told before the group's end, which may hang
+        if isinstance(error, dist.DistError) or me and "Connection" in str(error):
+            reason = " ".join(str(error).split())
+            print(f"{me}stopped, another rank is gone or out of reach: {reason}", file=sys.stderr)
+        else:
+            sys.excepthook(*sys.exc_info())
+        return 1
     finally:
         if dist.is_initialized():
+            signal.alarm(60)  # ends a rank that hangs in here
             dist.destroy_process_group()
 
 

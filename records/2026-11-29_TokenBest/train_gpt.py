@@ -2,7 +2,7 @@
 
 Parent: ../2026-11-22_BiJEPAX/train_gpt.py
 Idea:   BiJEPAX without recurrence and its latent objective, which did not pay. Training reads rows
-        of the whole text in a shuffled order, in small batches at first. The rest is the parent's:
+        in a shuffled order, in small batches at first. The rest is the parent's:
         two lanes, gates, and a mixture over the tree of the vocabulary that sums to one.
 
 Run:    python train_gpt.py --help                             every variable and its reason
@@ -252,7 +252,7 @@ class Hyperparameters:
         ("#2080 has it so", "BIJEPAX_CYCLE=0 MTP_NUM_HEADS=0 CASEOPS_ENABLED=1"),
         ("only this", "TTT_LORA_MODULES=attn.proj,mlp.fc,mlp.proj,tok_emb"),
         ("LQER_TOP_K=0 switches it off", "LQER_ENABLED=1"),
-        ("a mixer learns", "MIX=binary PPM_H=0.999 PPM_L=0.18 PPM_T=0.80"),
+        ("binary mixing only", "MIX=binary PPM_H=0.999 PPM_L=0.18 PPM_T=0.80"),
         ("no sweeps", "PPM_DUMP_INPUTS=0 PPM_SWEEP_GRID= PPM_SWEEP_APPLY=0"),
         ("set EVAL_ONLY=1 ARTIFACT=FILE", "QUANTIZE_ONLY=0 PREQUANT_ONLY=0 TTT_EVAL_ONLY=0"),
         ("set ITERATIONS, WARMDOWN_ITERS", "FORCE_STOP_STEP=0 WARMDOWN_FRAC="),
@@ -700,12 +700,12 @@ def attention_of(rung: str):
 
 def document_mask(rung: str, docs: Tensor):
     """What a rung needs to keep documents apart; docs (B, T), the document of each position.
-    For flash where each document begins (cu_seqlens), padded to a power of two so that shapes
-    repeat; else a mask (B, 1, T, T)."""
+    For flash where each document begins (cu_seqlens), padded so that shapes repeat, and warm-up
+    meets them; else a mask (B, 1, T, T)."""
     if rung in FLASH:
         begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)
         first = begins.flatten().nonzero().flatten().int()
-        room = max(64, 1 << len(first).bit_length())
+        room = max(64, docs.numel() // 128, 1 << len(first).bit_length())
         cu_seqlens = F.pad(first, (0, room - len(first)), value=docs.numel())
         torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for all numbers
         return cu_seqlens
@@ -947,8 +947,7 @@ def target_bytes(ids: np.ndarray, tables: tuple) -> np.ndarray:
 
 
 def spelling(args: Hyperparameters) -> list[tuple[int, ...]]:
-    """The symbols of each id: bytes, or for an id without any (specials, the operators of CaseOps)
-    one symbol of its own, 256 + id."""
+    """The symbols of each id: its bytes, or 256 + id where it has none (special, CaseOps)."""
     _, _, special = byte_tables(args)
     if not args.tokenizer_path:
         return [(256 + i,) if special[i] else (i - BYTE_OFFSET,) for i in range(260)]
@@ -1523,8 +1522,8 @@ def rate_at(progress: float, args: Hyperparameters) -> float:
     return max(args.min_lr, left)
 
 
-# (a, b, c) of X <- a X + (b A + c A^2) X, A = X X^T, a triple a step: the best odd quintic for the
-# singular values that the steps before leave (Polar Express, Amsel et al. 2025; #1787).
+# (a, b, c) of X <- a X + (b A + c A^2) X, A = X X^T, a triple a step: the best quintic for the
+# singular values that earlier steps leave (Polar Express, Amsel et al. 2025; #1787).
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -2065,7 +2064,7 @@ if njit:
 
 
 # The vocabulary as a binary tree. Leaves are the ids in order of spelling; inner nodes are
-# the borders between neighbours: node i parts leaves low ... i - 1 (a 0) from i ... high - 1 (a 1).
+# the borders between them: node i parts leaves low ... i - 1 (a 0) from i ... high - 1 (a 1).
 # Only the network tells `alike` ids apart. Up to ROOM nodes that hang together are a group.
 Tree = namedtuple("Tree", "order low high rank nodes alike level group place above paths")
 # order, rank (V,): ids by leaf, leaves by id; nodes (V - 1,): topmost first; above (groups,): the
@@ -2160,10 +2159,10 @@ def propose(text, ids):
     return hints
 
 
-# Binary mixing, after lpaq (Mahoney 2005): an id is as many decisions as there are nodes above it.
+# Binary mixing, after lpaq (Mahoney 2005): an id is a decision at each node above it.
 # Contexts are the last bytes, the word so far and the last ids, counted for this document or for
 # the whole stream. Each owns a row for each group of nodes, 16 uint32: [document << 24 | check, a
-# counter a node: probability of a 1 << 10 | n]. The later of two has a row that both want.
+# counter a node: probability of a 1 << 10 | n]. A row goes to the later of two.
 Mixer = namedtuple("Mixer", "table contexts hashes spelled starts now weights trust hits "
                             "keys row mark met lanes cells sets mixed")
 # contexts (C, 3): index into hashes, 1 = this document, rows - 1; hashes (order + 3,) of the last
@@ -2214,7 +2213,7 @@ def ask(m, tree, t, token):
 @kernel
 def decide(m, tree, t, nodes, count, odds, hints):
     """Logistic mixing: writes `mixed`, the probability of a 1 at each of `count` nodes.
-    Inputs, `lanes` of a node, are log odds: the network's, each context's counter's, the proposals'.
+    Inputs, `lanes` of a node, are log odds of the network, counters and proposals.
     An input's weight is a sum of three `sets`, picked by how long the proposals agree, how sure the
     network is and the node; a counter's has a fourth, `trust`, by its trials, doubt and `met`."""
     lanes, cells, sets, mixed, weights = m.lanes, m.cells, m.sets, m.mixed, m.weights
@@ -2394,7 +2393,7 @@ class Mixture:
     """The network's distributions mixed with statistics of the scored text.
 
     `distil` keeps few numbers of a rank's log-probabilities; `score` books them on one rank, in
-    order. A decoder asks for `distribution`, then calls `push`. 512 bytes * 2^MIX_ROWS + 46 MB."""
+    order. A decoder asks `distribution`, then calls `push`. 512 bytes * 2^MIX_ROWS + 46 MB."""
 
     def __init__(self, args: Hyperparameters):
         if njit is None:
@@ -3028,11 +3027,11 @@ class Trainer:
         return found
 
     def progress(self) -> float:
-        """Share of the run that is done, of its steps or seconds. Twice the slowest of late steps
+        """Share of the run that is done, of its steps or seconds. Three of the slowest late steps
         and the time for calibration stay unused: nothing may end after the limit."""
         by_steps, by_time = self.step / self.args.iterations, 0.0
         if self.args.max_wallclock_seconds:
-            usable = self.args.max_wallclock_seconds - 2 * self.slowest - self.reserve
+            usable = self.args.max_wallclock_seconds - 3 * self.slowest - self.reserve
             by_time = self.seconds / max(usable, 1e-9)
         return min(1.0, max(by_steps, by_time))
 
@@ -3076,11 +3075,11 @@ class Trainer:
                 if shown or due(max(1, args.iterations // 400)):  # a smooth curve
                     now = time.perf_counter() - started
                     self.unwritten.append((self.step, now, progress, terms))
-                if shown or due(args.checkpoint_every):
+                if shown or due(args.checkpoint_every) or due(args.val_loss_every):
                     self.refuse_non_finite(first_bad)
                 if shown:
                     self.log_step(self.write_steps())
-                if due(args.checkpoint_every):
+                if due(args.checkpoint_every) and progress < 0.97:  # later, "final" is near
                     self.seconds = time.perf_counter() - started
                     self.save("last")
                 if due(args.val_loss_every) and self.step < args.iterations:
@@ -3373,16 +3372,18 @@ def main() -> int:
         half = f"DEVICE_BATCH_TOKENS={args.device_batch_tokens // 2}"
         print(f"{me}error: out of GPU memory, try {half}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or me and "Connection" in str(error)):
-            raise
-        reason = " ".join(str(error).split())
-        print(f"{me}stopped, another rank is gone or out of reach: {reason}", file=sys.stderr)
-        return 1
     except Stopped as stopped:
         return 128 + stopped.args[0]
+    except Exception as error:  # told before the group's end, which may hang
+        if isinstance(error, dist.DistError) or me and "Connection" in str(error):
+            reason = " ".join(str(error).split())
+            print(f"{me}stopped, another rank is gone or out of reach: {reason}", file=sys.stderr)
+        else:
+            sys.excepthook(*sys.exc_info())
+        return 1
     finally:
         if dist.is_initialized():
+            signal.alarm(60)  # ends a rank that hangs in here
             dist.destroy_process_group()
 
 
