@@ -1,8 +1,8 @@
 """The trunk: a byte-level language model trained, compressed and scored under a hard budget.
 
 Parent: none; every record under `records/` descends from this file and is to be diffed against it.
-Idea:   a causal transformer with hashed n-gram embeddings and a corrected chunk JEPA (#832), Muon +
-        EMA, entropy-shaped int6 weights, and one windowing routine that scores each target once.
+Idea:   a causal transformer with a corrected chunk JEPA (#832), Muon + EMA, entropy-shaped int6
+        weights, and one windowing routine that scores each target once.
 
 Run:    python train_gpt.py --help                             every variable and its reason
         python train_gpt.py                                    one process, any device
@@ -148,7 +148,7 @@ class Hyperparameters:
     model_dim = Var(512, "width of the residual stream", 8, ship="model")
     num_heads = Var(4, "query heads", 1, ship="model")
     num_kv_heads = Var(2, "key/value heads (GQA)", 1, ship="model")
-    mlp_mult = Var(2.0, "MLP hidden width / model width", 0, ship="model")
+    mlp_mult = Var(3.5, "MLP hidden width / model width", 0, ship="model")
     leaky_slope = Var(0.5, "slope of the squared LeakyReLU; 0 = ReLU^2", ship="model")
     tied_embed_init_std = Var(0.005, "std of the token embedding, also the head", 0)
     logit_softcap = Var(30.0, "cap * tanh(logits / cap); 0 = none", 0, ship="model")
@@ -163,7 +163,7 @@ class Hyperparameters:
     unet_skips = Var(True, "later blocks add earlier outputs", ship="model")
     resid_mix = Var(True, "blocks mix in the embedding", ship="model")
     smear_gate = Var(True, "blend embeddings with the one before", ship="model")
-    ngram_orders = Var("2,3,4,5,6", "lengths of hashed contexts; 0 = none", ship="model")
+    ngram_orders = Var("0", "lengths of hashed contexts; 0 = none", ship="model")
     ngram_words = Var(2, "1 = the word so far, 2 = and the one before", 0, 2, ship="model")
     ngram_buckets = Var(65536, "rows of each table", 2, ship="model")
     ngram_dim = Var(32, "width of a context's embedding", 1, ship="model")
