@@ -16,8 +16,8 @@ from rate import planned
 
 # The contest's run, the trunk's defaults: 13 layers x 512, 9,000 steps of 393,216 bytes.
 LAYERS, WIDTH, BATCH, STEPS = 13, 512, 393_216, 9000
-# Weights a layer / width^2: q 1, k and v 1/2 each, output 1, MLP 2 + 2. Rungs are counted so, though the default
-# has MLPs of 3.5 widths and no tables since the ladder `tables`; ladders before it name both.
+# Weights a layer / width^2: q 1, k and v 1/2 each, output 1, MLP 2 + 2. Rungs are counted so, though the
+# default has MLPs of 3.5 widths and no tables since the ladder `tables`; ladders before it name both.
 LAYER = 7
 WEIGHTS = LAYERS * LAYER * WIDTH**2
 TEXT = BATCH * STEPS / WEIGHTS  # bytes of text a block weight: 148
