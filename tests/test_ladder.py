@@ -89,6 +89,13 @@ def test_an_arm_changes_what_follows_from_it():
         rungs.arm_settings(0.1, {"DEVICE": "*2"}, {"DEVICE": "'auto'"}, "arm")
 
 
+def test_what_a_run_never_reads_does_not_tell_it_apart(trunk):
+    """How test-time training would go is no matter where it is off."""
+    for ttt, apart in ("0", []), ("sgd", ["TTT_BATCH_ROWS"]):
+        found = trunk.Hyperparameters({"TTT": ttt, "TTT_BATCH_ROWS": "3"}).settings()
+        assert ladder.differing({"settings": found}, {"TTT": ttt, "TTT_BATCH_ROWS": "4"}, trunk) == apart
+
+
 @pytest.mark.parametrize("rung", ["0.03", "0.9"])
 @pytest.mark.parametrize("names", [["MLP_MULT"], ["MODEL_DIM", "MLP_MULT"]])
 def test_matched_bytes_are_the_bases(trunk, rung, names):
@@ -360,7 +367,8 @@ def test_runs_of_other_scripts_and_settings_do_not_count(tmp_path):
 TINY = {
     "question": "Does it run?", "rungs": [0.001, 0.006], "seeds": {"0.001": [1], "0.006": [1]},
     "set": {"ITERATIONS": 30, "TRAIN_BATCH_TOKENS": 1024, "TRAIN_SEQ_LEN": 128, "VAL_BYTES": 3000,
-            "NGRAM_BUCKETS": 300, "EVAL_STRIDE": 64, "DEVICE_BATCH_TOKENS": 1024},
+            "NGRAM_ORDERS": "2,3,4,5,6", "NGRAM_BUCKETS": 300, "MLP_MULT": 2, "EVAL_STRIDE": 64,
+            "DEVICE_BATCH_TOKENS": 1024},
     "arms": {"none": {"why": "no tables", "set": {"NGRAM_ORDERS": 0}, "match": ["MLP_MULT"]}},
 }
 
