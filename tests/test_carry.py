@@ -249,14 +249,16 @@ def test_arms_are_grouped_by_script_and_setting_and_their_script_is_found_in_git
         path.write_text(json.dumps({"settings": settings, "evals": {}, "script_sha256": digest(past)}))
     (record / "ablations" / "arms.json").write_text(json.dumps({"base": "what it is"}))
     (record / "measured").mkdir()
-    for name, proof in (("prove", {"set": {"TTT": "0"}, "coded_bytes": 9}), ("speeds", {"seconds": 1})):
+    for name, proof in (("prove", {"set": {"TTT": "0"}, "coded_bytes": 9}), ("speeds", {"seconds": 1}),
+                        ("table", {"set": {"MIN_LR": 0.5}, "rows": []})):
         about = {**proof, "script_sha256": digest(old)}
         (record / "measured" / f"{name}.json").write_text(json.dumps(about))
 
     found = carry.jobs_of(record, arms=True)
     assert [job.results for job in found] == [
-        ["seed42"], ["ablations/base"], ["ablations/doc"], ["measured/prove.json"]]
+        ["seed42"], ["ablations/base"], ["ablations/doc"], ["measured/prove.json"], ["measured/table.json"]]
     assert found[3].like.settings == {**SMALL, "TTT": "0"}
+    assert found[4].like.settings == {**SMALL, "MIN_LR": "0.5"}
     assert carry.measured_source(found[1], tmp_path) == past.encode()
     found[1].like = carry.Measured({}, script="0" * 64)
     with pytest.raises(family.Misuse, match="ablations/base: no log and no commit has its script, 00000000"):
