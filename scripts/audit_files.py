@@ -411,7 +411,8 @@ def _numbers(submission: dict, runs: dict, logs: dict, say) -> None:
     for name, run in runs.items():
         entry = run["evals"][run["headline"]]
         nats = entry["val_loss"] / math.log(2)
-        for key, value in (("val_bpb", run["val_bpb"]), ("val_loss", entry["val_loss"])):
+        for key, value in (("val_bpb", run["val_bpb"]), ("val_loss", entry["val_loss"]),
+                           ("bytes_total", run["bytes_total"])):
             said = submission.get("seed_results", {}).get(str(run["seed"]), {}).get(key)
             if said is not None and said != value:
                 wrong.append(f"{name}: submission.json says {key} {said}, its metrics {value}")

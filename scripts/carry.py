@@ -616,13 +616,13 @@ def jobs_of(folder: Path, arms: bool) -> list[Job]:
         about = read_json(path)
         if not isinstance(about, dict) or "script_sha256" not in about:
             continue
-        if not {"evals", "set"} & {*about}:
+        if not {"evals", "set", "coded_bytes"} & {*about}:
             continue  # neither a run nor a proof nor a table of scores, but speeds: these are made again
         if "evals" in about:
             like = Measured.read(path)
         else:  # what codec.py prove made with the artifact of a seed, or a table that says what it set
             of_seed = Measured.read(paths[0])
-            own = {key: as_text(value) for key, value in about["set"].items()}
+            own = {key: as_text(value) for key, value in about.get("set", {}).items()}
             like = replace(of_seed, settings=of_seed.settings | own, script=about["script_sha256"])
         if like.script == present:
             continue

@@ -66,7 +66,8 @@ CARD = {"TRAIN_BATCH_TOKENS": 49152}
 TOY = {
     "NUM_LAYERS": 2, "MODEL_DIM": 64, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "XSA_LAST_N": 1,
     "TRAIN_SEQ_LEN": 128, "TRAIN_BATCH_TOKENS": 1024, "EVAL_BATCH_TOKENS": 1024, "EVAL_STRIDE": 64,
-    "NGRAM_BUCKETS": 1024, "JEPA_LATENT_DIM": 32, "GPTQ_BATCHES": 1, "DTYPE": "fp32", "DEVICE": "cpu",
+    "NGRAM_ORDERS": "2,3,4,5,6", "NGRAM_BUCKETS": 1024, "JEPA_LATENT_DIM": 32, "GPTQ_BATCHES": 1,
+    "DTYPE": "fp32", "DEVICE": "cpu",
 }
 WHOLE = {
     "ITERATIONS": 100, "WARMDOWN_ITERS": 30, "MUON_MOMENTUM_WARMUP_STEPS": 30, "EMA_DECAY": 0.95,
@@ -247,7 +248,7 @@ def graphs(lab: Lab, found: dict) -> str:
     batch = next(lab.batches)
 
     def reload() -> None:
-        """`load` without a file between: coding 39 M weights would take longer than all else here."""
+        """`load` without a file between: coding 34 M weights would take longer than all else here."""
         tensors = {name: p.detach().cpu().numpy() for name, p in model.exported().items()}
         memory = {"read_file": lambda *_: b"", "unpack": lambda *_: ({"config": lab.args.shipped()}, tensors)}
         with mock.patch.multiple(module, **memory):
@@ -525,7 +526,7 @@ def whole(lab: Lab, found: dict) -> str:
     """
     settings = {**WHOLE, **(TOY_WHOLE if lab.rehearse else {}), "RUNS_PATH": lab.folder}
     if not installed("constriction") and not lab.rehearse:
-        settings |= {"NUM_LAYERS": 6, "NGRAM_BUCKETS": 4096}  # LZMA takes minutes for 39 M weights
+        settings |= {"NUM_LAYERS": 6, "MLP_MULT": 2}  # LZMA takes minutes for 34 M weights
     metrics, seconds = {}, {}
     for name, more in (("run", {}), ("again", {"EVAL_ONLY": 1, "ARTIFACT": lab.folder / "run/artifact.bin"})):
         start, env = time.perf_counter(), environment(settings, more, {"RUN_ID": name})

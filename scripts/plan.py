@@ -1083,11 +1083,11 @@ def training(paper: Paper, prices, kinds: list[tuple[list[Op], float]]) -> dict:
     times = [(sum(row["ms"] for row in groups.values()) / 1e3, share)
              for (groups, _), (_, share) in zip(counted, kinds)]
 
-    # the training clock leaves room for two steps and for the calibration, which only reads batches
+    # the training clock leaves room for three steps and for the calibration, which only reads batches
     reading = sum(row["ms"] for name, row in counted[-1][0].items() if name.endswith("forward")) / 1e3
     batches = args.gptq_batches if getattr(args, "quant_round", "") == "gptq" else 0
     reserve = 1.25 * batches * reading
-    usable = args.max_wallclock_seconds - reserve - 2 * max(seconds for seconds, _ in times)
+    usable = args.max_wallclock_seconds - reserve - 3 * max(seconds for seconds, _ in times)
     steps, shares = 0, [share for _, share in times]
     if usable > 0 or not args.max_wallclock_seconds:
         steps, shares = run_length(max(usable, 0.0), times, args.iterations)
@@ -1168,7 +1168,7 @@ def checks(plan: dict, args, room: float) -> list[dict]:
     limit = args.max_wallclock_seconds
     text = f"{plan['train_seconds']:.0f} s, {plan['steps']:,} of {args.iterations:,} steps"
     add(f"MAX_WALLCLOCK_SECONDS={limit:g}", not limit or plan["steps"], text if plan["steps"] else
-        f"{text}: calibration and two steps alone take longer")
+        f"{text}: calibration and three steps alone take longer")
     limit, seconds = args.eval_budget_seconds, plan["eval_seconds"]
     add(f"EVAL_BUDGET_SECONDS={limit:g}", not limit or seconds <= limit, f"{seconds:.0f} s")
     limit, total = args.artifact_budget_bytes, plan["sizes"]["code"] + plan["sizes"]["model"]

@@ -88,8 +88,9 @@ def schedule(steps: int) -> dict[str, str]:
 
 
 def proportions(millions: float, per_id: float = 1.0) -> dict[str, str]:
-    """The settings of a rung; at 23.86 they are the trunk's defaults. `per_id`: bytes of text that an id
-    stands for; sequence and batch are counted in ids, their laws in bytes.
+    """The settings of a rung; at 23.86 they are the trunk's defaults, but for MLPs and tables.
+
+    `per_id`: bytes of text that an id stands for; sequence and batch are counted in ids, their laws in bytes.
 
     what                      law                                      reason
     layers, width             N^0.215, and N / (7 layers)              `shape`
@@ -99,7 +100,7 @@ def proportions(millions: float, per_id: float = 1.0) -> dict[str, str]:
     sequence                  8 widths                                 attention's share of the compute stays
     bytes of text             148 N                                    the contest's
     bytes a step              `batch_law`, whole pairs of 4 rows       a lower loss bears, and needs, more
-    weights of hash tables    8/13 N; their width as D^0.5, the rest   the contest's
+    weights of hash tables    8/13 N; their width as D^0.5, the rest   the contest's until 2026-11-30
                               are rows
     JEPA's widths, SIGReg's   D / 2                                    the contest's
     directions

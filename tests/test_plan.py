@@ -17,7 +17,7 @@ from family import TRUNK, Misuse, find_script
 
 # JEPA and word contexts add much to count: without them a hand count is short and a plan quick.
 PLAIN = {**{name: value for name, value in TINY.items() if name != "DEVICE"}, "JEPA_CHUNK_SIZE": "0",
-         "NGRAM_ORDERS": "2,3", "NGRAM_WORDS": "0"}
+         "MLP_MULT": "2", "NGRAM_ORDERS": "2,3", "NGRAM_WORDS": "0"}
 
 
 def planned(script=TRUNK, card="h100", ranks=1, rate=0.0, **settings) -> dict:

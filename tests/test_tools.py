@@ -29,6 +29,8 @@ def test_fit_finds_the_largest_model_under_a_budget(trunk):
         "--budget",
         400_000,
         "--set",
+        "NGRAM_ORDERS=2,3,4,5,6",
+        "--set",
         "NGRAM_BUCKETS=1024",
         "--set",
         "JEPA_CHUNK_SIZE=0",
@@ -43,6 +45,7 @@ def test_fit_finds_the_largest_model_under_a_budget(trunk):
             "NUM_LAYERS": str(rows[0]["layers"]),
             "MODEL_DIM": str(rows[0]["width"]),
             "MLP_MULT": str(rows[0]["mlp"]),
+            "NGRAM_ORDERS": "2,3,4,5,6",
             "NGRAM_BUCKETS": "1024",
             "JEPA_CHUNK_SIZE": "0",
         }
