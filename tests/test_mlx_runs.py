@@ -187,7 +187,7 @@ def test_bench_measures_the_twin():
     ]
     env = environment(
         QUANT_ROUND="nearest", EVAL_STRIDE=64, NGRAM_ORDERS=0,
-        JEPA_CHUNK_SIZE=0,
+        JEPA_CHUNK_SIZE=0, MLP_MULT=2,
     )
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr

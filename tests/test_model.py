@@ -37,7 +37,8 @@ def test_published_tensor_list(trunk):
     """Every tensor of #832 is here with its shape, changed,
     or absent, and nothing else is but the n-gram tables."""
     assert sum(math.prod(shape) for shape in PUBLISHED.values()) == 24_625_001
-    args = trunk.Hyperparameters({"NUM_HEADS": "8", "NUM_KV_HEADS": "4"})
+    args = trunk.Hyperparameters({"NUM_HEADS": "8", "NUM_KV_HEADS": "4", "MLP_MULT": "2",
+                                  "NGRAM_ORDERS": "2,3,4,5,6"})
     with torch.device("meta"):
         ours = {name: tuple(p.shape) for name, p in trunk.GPT(args).named_parameters()}
     assert {name for name in PUBLISHED if name not in ours} == set(ABSENT)

@@ -11,7 +11,8 @@ from conftest import ROOT, environment
 
 def test_bench_measures_one_configuration():
     command = [sys.executable, str(ROOT / "scripts" / "bench.py"), "--one", "--raw", "--steps", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    env = environment(MLP_MULT=2)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["step_ms"] > 0 and result["compile"] is False and result["parameters"] > 10_000
