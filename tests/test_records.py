@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 import stats
+import submit
 from family import ROOT, records
 from tables import is_draft
 
@@ -15,6 +16,12 @@ RECORDS = [folder for folder in records() if not is_draft(folder)]
 
 def test_there_is_a_record():
     assert RECORDS
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.name)
+def test_a_records_command_has_the_settings_of_its_runs(record):
+    """Also those that a default has left since."""
+    assert [*submit.told_command(submit.Record(record))] == []
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.name)
