@@ -29,6 +29,7 @@ import sys
 import time
 
 from family import ROOT, TRUNK, Misuse, command, find_script, load_script, markdown_table
+from run_seeds import variables
 
 # The warm-up tries scoring too: EVAL_BATCH_TOKENS left to
 # DEVICE_BATCH_TOKENS would add 8 GB and a minute to it.
@@ -189,9 +190,9 @@ def measure(script: str, steps: int) -> dict:
 
 def settings_of(script: str, overrides: dict) -> dict[str, str]:
     """The environment of a size for a script, by name or path."""
-    source = find_script(script).read_text()
-    trunk = "mlp_mult = Var(3.5," in source and 'ngram_orders = Var("0",' in source  # its defaults
-    return {key: str(value) for key, value in {**BASE, **(OF_TRUNK if trunk else {}), **overrides}.items()}
+    own, trunk = variables(find_script(script)), variables(TRUNK)
+    same = all(own.get(name) == trunk[name] for name in OF_TRUNK)
+    return {key: str(value) for key, value in {**BASE, **(OF_TRUNK if same else {}), **overrides}.items()}
 
 
 def measure_apart(options: argparse.Namespace, name: str, overrides: dict) -> dict:

@@ -175,6 +175,11 @@ OF_THE_PROCESS = (
 OF_THE_RUN = {"SEED", "RUN_ID", "RUNS_PATH", "DATA_PATH", "TOKENIZER_PATH", *OF_THE_PROCESS}
 
 
+def idle(settings: dict) -> set[str]:
+    """Names of settings that a run never read: how it would have learned at test time, where that is off."""
+    return {name for name in settings if name.startswith("TTT_")} if settings.get("TTT") == "0" else set()
+
+
 def run_settings(folder: Path | str) -> dict[str, str]:
     """The settings of a run, as its script reads them from the
     environment, from the metrics.json in its folder.

@@ -70,6 +70,7 @@ from family import (
     Misuse,
     command,
     find_script,
+    idle,
     load_script,
     markdown_table,
     read_json,
@@ -365,13 +366,9 @@ def settings_at(ladder: Ladder, arm: Arm, rung: str, programs: dict[Path, Progra
 
 
 def differing(metrics: dict, settings: dict[str, str], module) -> list[str]:
-    """Names of settings in which a run is not what is asked for, as far as both know them. How learning at
-    test time would go is no matter where it is off.
-    """
+    """Names of settings in which a run is not what is asked for, as far as both know and read them."""
     asked, found = module.Hyperparameters(settings).settings(), metrics.get("settings", {})
-    names = (asked.keys() & found.keys()) - HOW - {*OF_THE_RUN}
-    if asked.get("TTT") == found.get("TTT") == "0":
-        names -= {name for name in names if name.startswith("TTT_")}
+    names = (asked.keys() & found.keys()) - HOW - {*OF_THE_RUN} - (idle(asked) & idle(found))
     return sorted(name for name in names if asked[name] != found[name])
 
 

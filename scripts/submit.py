@@ -47,6 +47,7 @@ from family import (
     Misuse,
     command,
     find_script,
+    idle,
     read_json,
     report,
     run_settings,
@@ -333,8 +334,10 @@ def told_command(record: Record) -> Iterable[Problem]:
             yield "README.md", f"the command says {name}={value}, the runs had {had[0]}"
         if known and not had and name not in {*known, *OWN, *OF_THE_MACHINE}:
             yield "README.md", f"the command says {name}={value}, the script has no such variable"
-    for name, value in record.runs[0]["settings"].items() if record.runs else ():
-        if name in told or name in stats.OF_THE_RUN or name.endswith(("_EVERY", *stats.PATHS)):
+    settings = record.runs[0]["settings"] if record.runs else {}
+    passed = told | idle(settings) | {*stats.OF_THE_RUN}
+    for name, value in settings.items():
+        if name in passed or name.endswith(("_EVERY", *stats.PATHS)):
             continue  # which run it was, where its files lay, how often it wrote a line
         try:
             default = ast.literal_eval(known[name])

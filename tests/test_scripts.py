@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import bench
 import pytest
 import tables
 from conftest import ROOT, environment
@@ -23,6 +24,12 @@ def test_bench_measures_one_configuration():
     assert result["ratio"] == pytest.approx(
         result["flop_per_second"] / result["matmul_flop_per_second"], rel=1e-6
     )
+
+
+def test_the_bench_setting_is_for_scripts_with_the_trunks_defaults():
+    """Another record's tables and MLPs are its design."""
+    for name, given in (".", True), ("BytePPM", True), ("BiJEPAX", False), ("SGJM", False):
+        assert ("NGRAM_ORDERS" in bench.settings_of(name, {})) is given, name
 
 
 def test_verdicts_follow_the_rule_for_claims():
