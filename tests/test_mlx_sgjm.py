@@ -155,7 +155,7 @@ def test_the_stream_has_the_scorers_distributions(mlx, overrides):
 
 @pytest.mark.parametrize("overrides", BACKBONES[:3], ids=named)
 def test_speculation_writes_what_plain_decoding_and_torch_write(mlx, overrides):
-    model, other = both(mlx, **overrides, DRAFT_COST=0.01)
+    model, other = both(mlx, **overrides, DRAFT_PRICE=0.01)
     prompt, texts = [1, *b"so it goes, and so it goes", *b" so it"], []
     for script, source in ((section, model), (mlx, other)):
         for speculate in (False, True):
@@ -297,7 +297,7 @@ def test_torchs_gate_judges_the_twins_checkpoints(mlx, inside, tmp_path):
             ), mine["name"]
     code, output, _ = inside(mlx, **{**gate, "RUN_ID": "twin"}, SGJM=pairs[1][0], BASELINE=pairs[1][1])
     assert code == 2 and re.fullmatch(
-        r"error: EVAL_GATE='1' .*: train_gpt.py judges, checkpoints of this script too; .*\n",
+        r"error: EVAL_GATE='1' .*: train_gpt.py judges; .*\n",
         output,
     ), output
 

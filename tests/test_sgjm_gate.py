@@ -254,7 +254,7 @@ def written_by(model, prompt: list[int], count: int = 31) -> tuple[list[int], fl
 
 def learned(size: int):
     """A model that has read one sentence often enough to draft it, now and then wrongly."""
-    one_draft = {"DRAFTER": "heads", "DRAFT_BRANCHES": 1, "DRAFT_BYTE_COST": 0, "DRAFT_COST": 1e-9}
+    one_draft = {"DRAFTER": "heads", "DRAFT_BRANCHES": 1, "DRAFT_PRICE": 0}
     args = settings(BLOCK_SIZE=size, POSITIONS="rope", **one_draft)
     trainer = section.Trainer(args, None, section.Runtime(args), section.Log(None))
     words = np.frombuffer(b"so it goes, and so it went, and so it will go on; " * 20, np.uint8) + 4

@@ -1,6 +1,7 @@
 """The record SGJM writes: drafts change how fast a text
 grows, never the text, nor at a temperature its distribution."""
 
+import copy
 import json
 import math
 import subprocess
@@ -20,7 +21,7 @@ from torch import nn
 
 timing = load_script(RECORD / "bench.py")
 
-READ_ALL = {"DRAFT_BYTE_COST": 0, "DRAFT_COST": 1e-9}  # neither a byte nor the heads are ever too dear
+READ_ALL = {"DRAFT_PRICE": 0}  # no draft is too dear
 BLOCKS = {"BLOCK_SIZE": 4, **READ_ALL}
 LETTERS = 5
 
@@ -116,7 +117,8 @@ def test_a_full_window_is_read_again_from_its_middle(overrides):
     {"DRAFTER": "suffix"},
     {"DRAFTER": "heads"},
     {"JUDGE_WEIGHT": 0},
-    {"DRAFT_BYTE_COST": 0.9},
+    {"DRAFT_PRICE": 1},
+    {"DRAFT_PRICE": 5},
     {"BLOCK_SIZE": 1},
     {"MERGE_RADIUS": 0},
     {"MERGE_RADIUS": 64},
@@ -555,13 +557,17 @@ def test_lookup_writes_a_loop_in_few_passes():
 # What does not pay
 
 
-def test_heads_pause_when_nothing_of_theirs_is_taken():
-    model = alive(BLOCK_SIZE=4, DRAFTER="heads", DRAFT_COST=0.25, **ROPE, EVAL_SEQ_LEN=600)
+def test_heads_pause_ever_longer_when_nothing_of_theirs_is_taken():
+    model = alive(BLOCK_SIZE=4, DRAFTER="heads", **ROPE, EVAL_SEQ_LEN=600)
+    model.args.draft_price = 0.25 / section.drafting_cost(model)
     drafted, draft = [], model.aux.drafter.draft
-    model.aux.drafter.draft = lambda *args: drafted.append(0) or draft(*args)
-    text, writer = write(model, [1, 70], 300)
-    assert writer.read[0] > 280 and len(drafted) <= 7 + 300 / 64 + 1
-    drafted.clear()
+    model.aux.drafter.draft = lambda *args: drafted.append(int(writer.read[0])) or draft(*args)
+    writer = section.Generator(model, [1, 70], 0, True, 0.0)
+    text = writer.write(900)
+    tried = np.diff(drafted)  # what the heads are worth falls by a fifth a draft, from 1
+    assert writer.read[0] > 880 and len(drafted) <= 10 and (tried[:3] == 1).all() and tried[-1] >= 256
+
+    model.aux.drafter.draft = draft
     oracle = Oracle("\x01" + "F" + text, 0)
     # Never wrong
     oracle.rng = SimpleNamespace(
@@ -571,35 +577,62 @@ def test_heads_pause_when_nothing_of_theirs_is_taken():
     assert writer.worth > 2 and writer.read[0] < 50
 
 
-def test_a_draft_costs_what_it_reads():
-    """Of SIZE=25m, whose drafts were timed at 0.25 to 0.29 passes on a CPU."""
+def test_drafts_that_do_not_pay_are_not_read():
+    """The first drafted byte of a pass has the price of three: its chance has to be as much."""
+    model, ids = alive(BLOCK_SIZE=1, DRAFTER="suffix", **ROPE), [1, *[70, 71, 72, 73] * 3]
+    for rate, reads in ((0.0, False), (0.1, False), (0.9, True)):
+        writer = section.Generator(model, ids, 0, True, 0.0)
+        writer.rates = dict.fromkeys(writer.rates, rate)
+        writer.catch_up()
+        read = writer.plan(30)
+        assert (len(read) > 1) == reads and read[0].offers
+        assert writer.graph.counts["verified"] == reads
+
+
+def test_a_draft_costs_what_it_reads_and_calls():
+    """Of SIZE=25m, whose drafts were timed at 0.34 (fp32) and 0.44 (bf16) plain steps on a CPU."""
     with torch.device("meta"):
         model = section.GPT(section.Hyperparameters({"SIZE": "25m"}))
     weights = {name: sum(p.numel() for p in part.parameters()) for name, part in (
         ("all", model), ("heads", model.aux), ("drafter", model.aux.drafter))}
-    drafts = 4 * weights["drafter"] + weights["heads"] - weights["drafter"]
+    drafts = 4 * weights["drafter"] + weights["heads"] - weights["drafter"] + 1e6 * (4 * 2 + 2)
     cost = section.drafting_cost(model)
-    assert cost == drafts / (weights["all"] - weights["heads"]) and 0.24 < cost < 0.27
-    small = alive(BLOCK_SIZE=4, DRAFTER="heads")
-    assert section.Generator(small, [1, 5], 0, True, 0.0).cost == section.drafting_cost(small)
-    assert section.Generator(alive(BLOCK_SIZE=4, DRAFT_COST=0.3), [1, 5], 0, True, 0.0).cost == 0.3
+    assert cost == drafts / (weights["all"] - weights["heads"] + 10e6) and 0.4 < cost < 0.6
+    small = alive(BLOCK_SIZE=4, DRAFTER="heads", DRAFT_PRICE=0.5)
+    assert section.Generator(small, [1, 5], 0, True, 0.0).cost == section.drafting_cost(small) / 2
+
+
+@pytest.mark.parametrize("overrides", [{}, HYBRID], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decoding_reads_the_weights_as_they_are(overrides, dtype):
+    """Their joined and cast copies are made anew once weights change."""
+    model, ids = alive(**overrides), prompts(1, seed=3)[0]
+    model.dtype = dtype
+    first, _ = write(model, ids, 20)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.neg_()
+    second, _ = write(model, ids, 20)
+    assert second != first and second == write(copy.deepcopy(model), ids, 20, speculate=False)[0]
+    fresh = alive(**overrides)
+    fresh.dtype = dtype
+    fresh.load_state_dict(model.state_dict())
+    assert second == write(fresh, ids, 20)[0]
 
 
 @pytest.mark.parametrize("overrides", [{}, {"DRAFTER": "heads"}, HYBRID], ids=str)
 def test_no_clock_decides_what_is_drafted(monkeypatch, overrides):
     """A text at a temperature depends on what was drafted. The same seed writes the same bytes in the same
-    passes on any machine, however busy: here drafts and passes take a random time, from nothing to an hour.
+    passes on any machine, however busy: here the script has no clock.
     """
     model = alive(BLOCK_SIZE=4, **overrides)
+    monkeypatch.setattr(section, "time", None)
     for seed in range(3):
         found = []
-        for trial in range(3):
-            ticks = iter(np.cumsum(10 ** np.random.default_rng(trial).uniform(-6, 3.5, 4000)).tolist())
-            monkeypatch.setattr(section.time, "perf_counter", ticks.__next__)
+        for _ in range(2):
             text, writer = write(model, [1, 70, 71, 70, 71], 60, temperature=1.0, seed=seed)
             found.append((text, writer.read.tolist(), writer.graph.counts))
-        monkeypatch.undo()
-        assert found[0] == found[1] == found[2] and writer.drafting > 0
+        assert found[0] == found[1] and writer.graph.counts["created"]
 
 
 # The command
@@ -649,8 +682,8 @@ def bench(monkeypatch, capfd, tmp_path):
 
 
 def test_the_old_ways_to_write_and_to_measure_say_what_took_their_place():
-    for variables, words in (({"GENERATE": "so it goes"}, "scripts/generate.py writes texts"),
-                             ({"GENERATE_BENCH": "1"}, "bench.py beside this script measures")):
+    for variables, words in (({"GENERATE": "so it goes"}, "scripts/generate.py"),
+                             ({"GENERATE_BENCH": "1"}, "bench.py")):
         with pytest.raises(section.UserError, match=words):
             section.Hyperparameters(variables)
     off = {"GENERATE": "", "GENERATE_BENCH": "0", "MAX_NEW_TOKENS": "5", "TEMPERATURE": "1", "SPECULATE": "0"}

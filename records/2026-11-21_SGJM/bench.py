@@ -38,6 +38,30 @@ def beside(name: str):
     return module
 
 
+def with_clock(script):
+    """The script's Generator, which reads no clock, with one. It stands while the prompt is read."""
+
+    class Timed(script.Generator):
+        seconds = drafting = 0.0
+
+        def grow(self, count: int):
+            self.catch_up()
+            yield from super().grow(count)
+
+        def step(self, left: int) -> None:
+            began = time.perf_counter()
+            super().step(left)
+            self.seconds += time.perf_counter() - began
+
+        def plan(self, most: int) -> list:
+            began = time.perf_counter()
+            read = super().plan(most)
+            self.drafting += time.perf_counter() - began
+            return read
+
+    return Timed
+
+
 def looping(text: str) -> float:
     """Share of a text that repeats the text some ids before, for twice as many, at least 8."""
     ids = np.array(list(map(ord, text)))
@@ -64,7 +88,7 @@ def summed_up(writers: list, prompt: list[int], count: int) -> dict:
         "bytes_per_pass": len(writers) * count / read[0],
         "acceptance": [a / n for a, n in zip(taken[1:], read[1:]) if n],  # by depth, where read
         "drafting": sum(writer.drafting for writer in writers) / seconds,
-        "verification": sum(writer.reading for writer in writers) / seconds,
+        "verification": 1 - sum(writer.drafting for writer in writers) / seconds,
         "looping": float(np.mean([looping(text) for text in made])),
         "drafts": {state: sum(writer.graph.counts[state] for writer in writers) for state in states},
     }
@@ -72,11 +96,11 @@ def summed_up(writers: list, prompt: list[int], count: int) -> dict:
 
 def measured(script, model, prompt: list[int], temperature: float, count: int, repeats: int) -> dict:
     """Plain and speculative decoding of `count` ids after a prompt in turn, `repeats` times each."""
-    runs = {"ar": [], "speculation": []}
+    runs, generator = {"ar": [], "speculation": []}, with_clock(script)
     for repeat in range(repeats):
         for name, writers in runs.items():
             seed, speculate = model.args.seed + repeat, name != "ar"
-            writers.append(script.Generator(model, prompt, seed, speculate, temperature))
+            writers.append(generator(model, prompt, seed, speculate, temperature))
             writers[-1].write(count)
     report = {name: summed_up(writers, prompt, count) for name, writers in runs.items()}
     report["ratio"] = report["speculation"]["bytes_per_second"] / report["ar"]["bytes_per_second"]

@@ -260,8 +260,7 @@ class Hyperparameters:
                   choices=("heads", "suffix", "both"))
     draft_branches = Var(4, "blocks that the heads draft", 1, 64)
     draft_budget = Var(16, "drafted bytes a pass; a hybrid reads a chain of them", 1, 63)
-    draft_byte_cost = Var(0.1, "time of a byte more in a pass / of a plain step", 0)
-    draft_cost = Var(0.0, "work of a draft / of a pass; 0 = by weights read", 0)
+    draft_price = Var(1.0, "of drafts beside plain steps; 0 = they cost nothing", 0)
     keep_top_k = Var(4, "drafts read in a pass", 1)
     judge_weight = Var(1.0, "of the judge's error where drafts are ranked", 0)
     merge_radius = Var(4, "bits of 64 in which drafts may differ of which one is read", 0, 64)
@@ -293,8 +292,7 @@ class Hyperparameters:
         "EMA_ENABLED": ("1", "EMA_DECAY=0 scores the last weights"),
         "TIE_EMBEDDINGS": ("1", "an untied head costs bytes"),
         "MTP_NUM_HEADS": ("0", "the drafter took its place"),
-        "BIGRAM_VOCAB_SIZE": ("0", "this model embeds single bytes"),
-        "NGRAM_ORDERS": ("0", "see BIGRAM_VOCAB_SIZE"),
+        **dict.fromkeys(("BIGRAM_VOCAB_SIZE", "NGRAM_ORDERS"), ("0", "it reads bytes")),
         "QUANT_CLIP": ("std", "a search lost at equal size"),
         "QAT_START": ("1 1.0", "see BytePatchJEPA"),
         **dict.fromkeys(("QAT_ENABLED", "LATE_QAT"), ("0", "see BytePatchJEPA")),
@@ -303,8 +301,8 @@ class Hyperparameters:
         "TTT": ("0", "not measured with these heads"),
         "TOKENIZER_PATH": ("none", "this model reads bytes"),
         "TRAIN_ALIGN": ("stream", "see TokenBest"),
-        "GENERATE": ("", "scripts/generate.py writes texts"),
-        "GENERATE_BENCH": ("0", "bench.py beside this script measures"),
+        **dict.fromkeys(("GENERATE", "GENERATE_BENCH"), ("0", "scripts/generate.py, bench.py")),
+        "DRAFT_COST": ("0 0.0", "see DRAFT_PRICE"), "DRAFT_BYTE_COST": ("0.1", "see DRAFT_PRICE"),
     }
     # How variables of other scripts begin.
     FIELD = re.compile("(ATTN|AWQ|BATCH|BIGRAM|BIJEPAX|CASEOPS|DRAFTER|EMBED|EVAL|GATED?|"
@@ -314,7 +312,7 @@ class Hyperparameters:
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
         environ = {name: text for name, text in (environ or {}).items()
-                   if name.lower() not in SIZED or text.strip() != "0"}  # 0 is SIZE's: as if unset
+                   if name.lower() not in SIZED or text.strip() != "0"}  # 0 is SIZE's
         self.warnings: list[str] = []
         self._refuse_retired_and_misspelt(environ)
         # environment, else artifact, else default
@@ -331,10 +329,9 @@ class Hyperparameters:
             if name == "ff_dim" and self.arch == "baseline":
                 number = BASELINE_FF.get(self.size, number)
             setattr(self, name, getattr(self, name) or number)
-        if self.size in BEYOND and not environ.get("ARTIFACT_BUDGET_BYTES"):
-            self.artifact_budget_bytes = 0
-        if self.size in BEYOND and not environ.get("CHECKPOINT_EVERY"):
-            self.checkpoint_every = 500
+        for name, value in (("artifact_budget_bytes", 0), ("checkpoint_every", 500)):
+            if self.size in BEYOND and not environ.get(name.upper()):
+                setattr(self, name, value)
         rows = max(1, self.train_batch_tokens // self.train_seq_len)
         self.row_group = math.gcd(rows, ROW_GROUP)
         if not environ.get("TRAIN_BATCH_TOKENS"):
@@ -1129,9 +1126,23 @@ class CastedLinear(nn.Linear):
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__(dim_in, dim_out, bias=False)
+        self.joined = None, None  # see `at_once`
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, past=None) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype)) if past is None else at_once(x, past, self)
+
+
+def at_once(x: Tensor, past, *layers: CastedLinear) -> Tensor:
+    """x through layers side by side. While decoding, which waits for memory, their weights stay
+    joined and cast until the first of them changes."""
+    weights = [layer.weight for layer in layers]
+    if past is None:
+        return F.linear(x, torch.cat(weights).to(x.dtype))
+    key = x.dtype, weights[0]._version, weights[0].data_ptr()
+    if layers[0].joined[0] != key:
+        joined = torch.cat(weights) if weights[1:] else weights[0]
+        layers[0].joined = key, joined.to(x.dtype)
+    return F.linear(x, layers[0].joined[1])
 
 
 class LatentMLP(nn.Module):
@@ -1360,9 +1371,8 @@ class SpeculativeHeads(nn.Module):
         latent, and latent_var, the variance of what they foresee. verifier_acc on labelled drafts
         and verifier_base, that of the better constant answer. Of greedy drafts draft_accepted, the
         accepted share of those whose end is known, draft_unknown, the share of the others, and
-        draft_bytes, accepted bytes, as far as known. accept_acc is the published number, the mean
-        of two shares: of true states that the verifier takes, and of strange ones that it does
-        not. It says nothing of drafts."""
+        draft_bytes, accepted bytes, as far as known. accept_acc, the published number, is the mean
+        share of true states that the verifier takes and of strange ones that it does not."""
         if not means:
             return {}
         known, variance = max(means["known"], 1e-9), max(means["spread"], 1e-12)
@@ -1434,34 +1444,31 @@ class KVCache:
     """What decoding goes on from: keys and values of a window, states of its Mamba blocks.
 
     `rewind` takes positions back. Attention can forget any; a Mamba block only those whose states
-    it kept: each one of the last read, if that had KEPT positions at most, else the one after."""
+    it kept in `tails`, beside its convolution's inputs: each one of the last read, if that had KEPT
+    positions at most, else the one after."""
 
     KEPT = 64
 
     def __init__(self, model: GPT):
-        args = model.args
-        like = {"dtype": model.dtype, "device": model.tok_emb.weight.device}
+        args, device = model.args, model.tok_emb.weight.device
         head_dim = args.model_dim // args.num_heads
         self.mambas = [block for block in model.blocks if isinstance(block, MambaBlock)]
         attentions = len(model.blocks) - len(self.mambas)
-        shape = (attentions, 2, 1, args.eval_seq_len, args.num_heads, head_dim)
-        self.layers = torch.zeros(shape, **like)
+        shape = (attentions, 2, 1, args.num_heads, args.eval_seq_len, head_dim)
+        self.layers = torch.zeros(shape, dtype=model.dtype, device=device)
         self.rewind(0)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values of new positions (1, n, K, d); returns those of all."""
         stop = self.length + k.size(1)
-        self.layers[layer, :, :, self.length : stop] = torch.stack((k, v))
-        return self.layers[layer, :, :, :stop].unbind()
+        kept = self.layers[layer].transpose(2, 3)  # a head's positions are side by side
+        kept[:, :, self.length : stop] = torch.stack((k, v))
+        return kept[:, :, :stop].unbind()
 
     def resume(self, layer: int) -> tuple[Tensor, Tensor]:
         """Inputs of a Mamba block's convolution and its state, both after the last position."""
         mixed, states = self.tails[layer]
         return mixed[..., 1 - self.mambas[layer].taps :], states[-1]
-
-    def keep(self, layer: int, mixed: Tensor, states: list[Tensor]) -> None:
-        """mixed (1, C, taps - 1 + n), and n + 1 states, the first that after `first` positions."""
-        self.tails[layer] = mixed, states
 
     def advance(self, count: int) -> None:
         """`count` positions have been read."""
@@ -1471,8 +1478,8 @@ class KVCache:
     def gather(self, start: int, rows: list[int]) -> None:
         """Of what was read after `start` positions keeps only these rows: a path of a tree."""
         if rows != list(range(len(rows))):
-            kept = self.layers[:, :, :, [start + row for row in rows]]
-            self.layers[:, :, :, start : start + len(rows)] = kept
+            kept = self.layers[..., [start + row for row in rows], :]
+            self.layers[..., start : start + len(rows), :] = kept
         self.rewind(start + len(rows))
 
     def rewind(self, length: int) -> None:
@@ -1514,20 +1521,15 @@ class CausalSelfAttention(nn.Module):
         self.attend = attention_of(attention)
 
     def forward(self, x: Tensor, rotary: Tensor | None, mask=None, past=None) -> Tensor:
-        layers = self.c_q, self.c_k, self.c_v
-        if past is None:  # one wide product
-            weight = torch.cat([layer.weight for layer in layers])
-            parts = F.linear(x, weight.to(x.dtype)).chunk(3, -1)
-        else:  # of few ids: to join the weights would take as long
-            parts = [layer(x) for layer in layers]
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # (B, T, H, d)
+        wide = at_once(x, past, self.c_q, self.c_k, self.c_v).unflatten(-1, (3, -1, self.head_dim))
+        q, k, v = wide.unbind(2)  # (B, T, H, d)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if past is None:
             y = self.attend(q, k, v, mask)
         else:
             y = sdpa_attention(q, *past.extend(self.layer, k, v), mask)
-        return self.proj(y.flatten(2))
+        return self.proj(y.flatten(2), past)
 
 
 class MLP(nn.Module):
@@ -1539,8 +1541,12 @@ class MLP(nn.Module):
         self.up = CastedLinear(dim, hidden)
         self.proj = CastedLinear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.silu(self.gate(x)) * self.up(x))
+    def forward(self, x: Tensor, past=None) -> Tensor:
+        if past is None:
+            gate, up = self.gate(x), self.up(x)
+        else:
+            gate, up = at_once(x, past, self.gate, self.up).chunk(2, -1)
+        return self.proj(F.silu(gate) * up, past)
 
 
 class Block(nn.Module):
@@ -1553,7 +1559,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor | None, mask=None, past=None) -> Tensor:
         x = x + self.attn(self.attn_norm(x), rotary, mask, past)
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(self.mlp_norm(x), past)
 
 
 def ssd_steps(x: Tensor, dt: Tensor, rate: Tensor, write: Tensor, read: Tensor,
@@ -1564,11 +1570,12 @@ def ssd_steps(x: Tensor, dt: Tensor, rate: Tensor, write: Tensor, read: Tensor,
     (B, H, P, N), all fp32 -> y (B, T, H, P), and the states before the first position and after
     each."""
     fall = (dt * rate).exp()[..., None, None]
-    new = torch.einsum("bth,bthp,btn->bthpn", dt, x, write)
-    states = [state]
+    new, states, y = (dt[..., None] * x)[..., None], [state], []
     for t in range(x.size(1)):
-        states.append(torch.addcmul(new[:, t], fall[:, t], states[-1]))
-    return torch.einsum("bthpn,btn->bthp", torch.stack(states[1:], 1), read), states
+        kept = states[-1] * fall[:, t]
+        states.append(kept.addcmul_(new[:, t], write[:, t, None, None]))
+        y.append(states[-1].flatten(1, 2) @ read[:, t, :, None])
+    return torch.stack(y, 1).view_as(x), states
 
 
 def decay(sums: Tensor) -> Tensor:
@@ -1610,8 +1617,7 @@ class MambaBlock(nn.Module):
     """A whole block of Mamba-2: (z, x, B, C, dt) = W_in RMSNorm(u); x, B and C through a causal
     convolution and silu; the recurrence of `ssd_steps` and a skip D x; u + W_out RMSNorm(y silu(z)).
 
-    dt = softplus(. + bias) starts log-uniform in [1e-3, 0.1], A in -[1, 16], as Mamba-2 has it.
-    Published: S_t = a (S_{t-1} + x B^T), whose head h keeps 2^-h of an input."""
+    dt = softplus(. + bias) starts log-uniform in [1e-3, 0.1], A in -[1, 16], as Mamba-2 has it."""
 
     def __init__(self, args: Hyperparameters, layer: int):
         super().__init__()
@@ -1633,11 +1639,15 @@ class MambaBlock(nn.Module):
         self.out_proj = CastedLinear(inner, args.model_dim)
 
     def forward(self, x: Tensor, rotary: Tensor | None, mask=None, past=None) -> Tensor:
-        z, mixed, dt = self.in_proj(self.norm(x)).split([*self.widths, self.heads], -1)
+        z, mixed, dt = self.in_proj(self.norm(x), past).split([*self.widths, self.heads], -1)
         tail, state = past.resume(self.layer) if past else self.start(len(x), x)
         mixed = torch.cat((tail, mixed.mT), 2)  # (B, I + 2N, taps - 1 + T)
         weight, bias = self.conv_weight[:, None].to(x.dtype), self.conv_bias.to(x.dtype)
-        seen = F.silu(F.conv1d(mixed, weight, bias, groups=len(weight))).mT.float()
+        if past is None:
+            seen = F.conv1d(mixed, weight, bias, groups=len(weight))
+        else:  # few positions
+            seen = (mixed.unfold(2, self.taps, 1) * weight).sum(-1) + bias[:, None]
+        seen = F.silu(seen).mT.float()
         inner, write, read = seen.split([self.widths[0], *[self.state_shape[2]] * 2], -1)
         inner = inner.unflatten(-1, self.state_shape[:2])  # (B, T, H, P)
 
@@ -1645,13 +1655,13 @@ class MambaBlock(nn.Module):
         parts = inner, dt, -self.A_log.exp(), write, read, state
         if past and x.size(1) <= past.KEPT:
             y, states = ssd_steps(*parts)
-            past.keep(self.layer, mixed, states)
+            past.tails[self.layer] = mixed, states
         else:
             y, state = ssd(*parts, min(self.chunk, x.size(1)))
             if past:
-                past.keep(self.layer, mixed[..., -self.taps + 1 :], [state])
+                past.tails[self.layer] = mixed[..., -self.taps + 1 :], [state]
         y = (y + self.D[:, None] * inner).flatten(2).to(x.dtype)
-        return x + self.out_proj(self.out_norm(y * F.silu(z)))
+        return x + self.out_proj(self.out_norm(y * F.silu(z)), past)
 
     def start(self, batch: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(inputs of the convolution before the first position, state), all 0."""
@@ -2249,39 +2259,29 @@ def settings_of(path: str | Path, environ: dict[str, str] | None = None,
     return shipped_settings(header, str(path), environ)
 
 
-def load_checkpoint(path: str | Path, device, args: Hyperparameters | None, dtype: torch.dtype,
-                    attention: str) -> GPT:
-    """The average of the weights where a file has one, and the heads, which an artifact has only
-    with EXPORT_HEADS=1 (else `model.aux` is None)."""
-    _, state = read_checkpoint(path, "checkpoint", ("model.", "ema."))
-    kind = "ema." if any(key.startswith("ema.") for key in state) else "model."
-    found = {key.removeprefix(kind): value for key, value in state.items() if key.startswith(kind)}
-    with torch.device("meta"):
-        model = GPT(args or settings_of(path), attention, dtype)
-    try:
-        model.load_state_dict(found, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{path}: its tensors do not fit its config ({error})") from None
-    model.set_tables()
-    return model.to(device).eval()
-
-
 def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None = None,
          dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> GPT:
-    """The model of an artifact or a checkpoint; `args` may change how it scores."""
-    if Path(artifact_path).suffix == ".safetensors":
-        return load_checkpoint(artifact_path, device, args, dtype, attention)
-    header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
-    args = args or shipped_settings(header, str(artifact_path))
+    """The model of an artifact, without heads unless EXPORT_HEADS=1, or of a checkpoint, with the
+    average of its weights if it has one; `args` may change how it scores."""
+    trained = Path(artifact_path).suffix == ".safetensors"
+    if trained:
+        _, state = read_checkpoint(artifact_path, "checkpoint", ("model.", "ema."))
+        kind = "ema." if any(key.startswith("ema.") for key in state) else "model."
+        found = {key.removeprefix(kind): x for key, x in state.items() if key.startswith(kind)}
+        args = args or settings_of(artifact_path)
+    else:
+        header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
+        args = args or shipped_settings(header, str(artifact_path))
+        found = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    # the tensors become the weights
     with torch.device("meta"):
         model = GPT(args, attention, dtype)
-    wanted = {(name, tuple(p.shape)) for name, p in model.exported().items()}
-    if odd := wanted ^ {(name, array.shape) for name, array in tensors.items()}:
+    named = dict(model.named_parameters()) if trained else model.exported()
+    wanted = {(name, p.shape) for name, p in named.items()}
+    if odd := wanted ^ {(name, x.shape) for name, x in found.items()}:
         raise UserError(f"{artifact_path}: its tensors do not fit its config, first {min(odd)}")
-    # the arrays become the weights, without a copy
-    found = {name: torch.from_numpy(array) for name, array in tensors.items()}
     model.load_state_dict(found, strict=False, assign=True)
-    if not args.export_heads:
+    if not (trained or args.export_heads):
         model.aux = None
     model.set_tables()
     return model.to(device).eval()
@@ -2676,14 +2676,14 @@ def chosen(p: np.ndarray, offers: list[tuple], rng: np.random.Generator) -> int:
 
 
 def drafting_cost(model: GPT) -> float:
-    """What a draft by the heads reads / what a pass reads, in weights. A clock would make a text
-    depend on what else the machine does."""
-    sums = dict.fromkeys(("drafter", "judge", "verifier", "backbone"), 0)
-    for name, p in dict(model.named_parameters()).items():
-        first, second, *_ = name.split(".")
-        sums[second if first == "aux" else "backbone"] += math.prod(p.shape)
-    draft = model.args.block_size * sums["drafter"] + sums["judge"] + sums["verifier"]
-    return draft / sums["backbone"]
+    """Of drafts by the heads, in plain steps: by weights read, and a million for a layer's calls."""
+    args, heads = model.args, model.aux
+    drafter, every, whole = (
+        sum(math.prod(p.shape) for p in dict(part.named_parameters()).values())
+        for part in (heads.drafter, heads, model))
+    calls = args.block_size * args.drafter_layers + 2
+    draft = (args.block_size - 1) * drafter + every + 1e6 * calls
+    return draft / (whole - every + 1e6 * len(model.blocks))
 
 
 class Generator:
@@ -2693,10 +2693,9 @@ class Generator:
 
     At temperature 0 the text is that of decoding without drafts, above it has the same
     distribution, whatever is read: ids drawn to follow a prefix are put to the test in the order of
-    drawing when the text reaches that prefix, be it some passes later. (Forgetting what was not read
-    would favour what the graph prefers.) An id is read if its chance, by how drafts of its kind
-    fared of late, is DRAFT_BYTE_COST or more; the heads draft only in one pass of 64 while what they
-    win of late does not pay for their work. All of it is counted, nothing timed: one seed, one text."""
+    drawing when the text reaches that prefix, be it some passes later. Drafts are read where that
+    pays, by how their kinds fared of late; heads that do not pay draft ever less often. No clock
+    decides: one seed, one text."""
 
     def __init__(self, model: GPT, ids: list[int], seed: int, speculate: bool, temperature: float,
                  top_p: float = 1.0):
@@ -2717,21 +2716,21 @@ class Generator:
         self.suffix = speculate and args.drafter != "heads"
         self.rates = {("heads", i): (i + 0.5) / 8 for i in range(8)}
         self.rates |= {("suffix", i): 1 - 0.5 / (i + 1) for i in range(8)}
-        self.worth = 1.0  # ids that a draft by the heads wins
-        self.cost = args.draft_cost or (drafting_cost(model) if by_heads and model.aux else 0.0)
-        self.seconds, self.drafting, self.reading = 0.0, 0.0, 0.0  # for reports only
+        self.tests = dict.fromkeys(self.rates, 0)
+        self.worth = 1.0  # plain steps that a draft by the heads wins
+        self.cost = args.draft_price * drafting_cost(model) if self.heads else 0.0
+        byte_cost = 0.2 if self.past.mambas else 0.08 if model.dtype == torch.float32 else 0.03
+        self.byte_cost = args.draft_price * byte_cost  # of one more in a pass
+        self.pause, self.due = 128, 0  # of the heads; when they draft at the latest
         self.read, self.taken = np.zeros((2, args.draft_budget + 1), np.int64)  # by depth of drafts
         self.gaps: dict[int, float] = {}  # at temperature 0: {place: best logit - the second}
 
     @torch.no_grad()
     def grow(self, count: int):
-        """Yields `count` ids more, pass by pass. The clock stands while the prompt is read."""
+        """Yields `count` ids more, pass by pass."""
         stop = len(self.text) + count
-        self.catch_up()
         while (length := len(self.text)) < stop:
-            began = time.perf_counter()
             self.step(stop - length)
-            self.seconds += time.perf_counter() - began
             yield self.text[length:]
 
     def write(self, count: int) -> str:
@@ -2753,17 +2752,13 @@ class Generator:
     def step(self, left: int) -> None:
         """One pass: from 1 to `left` ids."""
         self.catch_up()
-        began, known = time.perf_counter(), self.past.length
+        known = self.past.length
         read = self.plan(min(left, self.window - known))
-        drafted = time.perf_counter()
         x = self.states([place.id for place in read], tree_mask(read, self.device))
         path = self.walk(read[0], self.model.head(x).cpu().numpy())
         self.past.gather(known, path)
         self.graph.settle(self.text)
         self.state = x[path[-1:]]
-
-        self.drafting += drafted - began
-        self.reading += time.perf_counter() - drafted
         self.read[: 1 + max(place.depth for place in read)] += 1
         self.taken[: len(path)] += 1
 
@@ -2773,7 +2768,7 @@ class Generator:
         ends = [draft.end for draft in self.graph.alive if draft.kinds[0][0] == "suffix"]
         if self.suffix and most > 1 and max(ends, default=0) < length + args.draft_budget // 2:
             self.look_up(None)
-        due = self.worth >= self.cost or self.read[0] % 64 == 0
+        due = self.worth >= self.cost or self.read[0] >= self.due
         self.tried = self.heads is not None and self.state is not None and most > 1 and due
         if self.tried:
             self.draft(length)
@@ -2782,8 +2777,10 @@ class Generator:
         kept = self.graph.choose(length)
         paths = kept[:1] if self.past.mambas else kept  # Mamba's states follow a chain
         read = self.rows(root, paths, most)
+        if sum(place.chance for place in read[1:]) < self.byte_cost * (len(read) + 1):
+            read, root.children = [root], {}  # that there is a draft at all has a price, too
         for draft in kept:
-            self.graph.move(draft, "verified" if draft.path[-1].row >= 0 else "pruned")
+            self.graph.move(draft, "verified" if draft.path[-1] in read else "pruned")
         return read
 
     def tree(self, length: int) -> Place:
@@ -2806,7 +2803,7 @@ class Generator:
             for place in [*before, *draft.path]:
                 if place.row >= 0:
                     continue
-                if len(read) == room or place.depth == most or place.chance < args.draft_byte_cost:
+                if len(read) == room or place.depth == most or place.chance < self.byte_cost:
                     break
                 place.row = len(read)
                 read.append(place)
@@ -2861,14 +2858,18 @@ class Generator:
                 second, best = np.partition(scores, -2)[-2:]
                 self.gaps[len(self.text)] = float(best - second)
 
-            for drafted, _, kind in offers:
-                self.rates[kind] += 0.05 * ((drafted == token) - self.rates[kind])
+            for drafted, _, kind in offers:  # what a rate began with counts as two tests
+                self.tests[kind] += 1
+                part = max(1 / (self.tests[kind] + 2), 0.05)
+                self.rates[kind] += part * ((drafted == token) - self.rates[kind])
             self.text += chr(token)
             place = place.children.get(token)
             drafters = {kind[0] for drafted, _, kind in offers if drafted == token}
-            won += drafters == {"heads"} and place.row >= 0
+            won += drafters == {"heads"} and place is not None and place.row >= 0
         if self.tried:
-            self.worth += 0.2 * (won - self.worth)
+            self.worth += 0.2 * (won - self.byte_cost * (len(logits) - 1) - self.worth)
+            self.pause = 128 if self.worth >= self.cost else min(2 * self.pause, 1024)
+            self.due = self.read[0] + self.pause
         return path
 
 

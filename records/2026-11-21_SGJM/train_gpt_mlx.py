@@ -241,8 +241,7 @@ class Hyperparameters:
                   choices=("heads", "suffix", "both"))
     draft_branches = Var(4, "blocks that the heads draft", 1, 64)
     draft_budget = Var(16, "drafted bytes a pass; a hybrid reads a chain of them", 1, 63)
-    draft_byte_cost = Var(0.1, "time of a byte more in a pass / of a plain step", 0)
-    draft_cost = Var(0.0, "work of a draft / of a pass; 0 = by weights read", 0)
+    draft_price = Var(1.0, "of drafts beside plain steps; 0 = they cost nothing", 0)
     keep_top_k = Var(4, "drafts read in a pass", 1)
     judge_weight = Var(1.0, "of the judge's error where drafts are ranked", 0)
     merge_radius = Var(4, "bits of 64 in which drafts may differ of which one is read", 0, 64)
@@ -269,8 +268,7 @@ class Hyperparameters:
         "EMA_ENABLED": ("1", "EMA_DECAY=0 scores the last weights"),
         "TIE_EMBEDDINGS": ("1", "an untied head costs bytes"),
         "MTP_NUM_HEADS": ("0", "the drafter took its place"),
-        "BIGRAM_VOCAB_SIZE": ("0", "this model embeds single bytes"),
-        "NGRAM_ORDERS": ("0", "see BIGRAM_VOCAB_SIZE"),
+        **dict.fromkeys(("BIGRAM_VOCAB_SIZE", "NGRAM_ORDERS"), ("0", "it reads bytes")),
         "QUANT_CLIP": ("std", "a search lost at equal size"),
         "QAT_START": ("1 1.0", "see BytePatchJEPA"),
         **dict.fromkeys(("QAT_ENABLED", "LATE_QAT"), ("0", "see BytePatchJEPA")),
@@ -279,9 +277,9 @@ class Hyperparameters:
         "TTT": ("0", "not measured with these heads"),
         "TOKENIZER_PATH": ("none", "this model reads bytes"),
         "TRAIN_ALIGN": ("stream", "see TokenBest"),
-        "GENERATE": ("", "scripts/generate.py writes texts"),
-        "GENERATE_BENCH": ("0", "bench.py beside this script measures"),
-        "EVAL_GATE": ("0", "train_gpt.py judges, checkpoints of this script too"),
+        **dict.fromkeys(("GENERATE", "GENERATE_BENCH"), ("0", "scripts/generate.py, bench.py")),
+        "DRAFT_COST": ("0 0.0", "see DRAFT_PRICE"), "DRAFT_BYTE_COST": ("0.1", "see DRAFT_PRICE"),
+        "EVAL_GATE": ("0", "train_gpt.py judges"),
     }
     # How variables of other scripts begin.
     FIELD = re.compile("(ATTN|AWQ|BATCH|BIGRAM|BIJEPAX|CASEOPS|DRAFTER|EMBED|EVAL|GATED?|"
@@ -291,7 +289,7 @@ class Hyperparameters:
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, settings in an artifact, replaces the defaults it names."""
         environ = {name: text for name, text in (environ or {}).items()
-                   if name.lower() not in SIZED or text.strip() != "0"}  # 0 is SIZE's: as if unset
+                   if name.lower() not in SIZED or text.strip() != "0"}  # 0 is SIZE's
         self.warnings: list[str] = []
         self._refuse_retired_and_misspelt(environ)
         # environment, else artifact, else default
@@ -529,7 +527,7 @@ class Runtime:
 
 
 class Module(nn.Module):
-    """MLX's module under the trunk's names: `forward` is the call, parameters are in torch's order."""
+    """MLX's module under the trunk's names: `forward` is the call, parameters in torch's order."""
 
     def __call__(self, *args, **kwargs):
         return self.forward(*args, **kwargs)
@@ -1267,9 +1265,8 @@ class SpeculativeHeads(Module):
         latent, and latent_var, the variance of what they foresee. verifier_acc on labelled drafts
         and verifier_base, that of the better constant answer. Of greedy drafts draft_accepted, the
         accepted share of those whose end is known, draft_unknown, the share of the others, and
-        draft_bytes, accepted bytes, as far as known. accept_acc is the published number, the mean
-        of two shares: of true states that the verifier takes, and of strange ones that it does
-        not. It says nothing of drafts."""
+        draft_bytes, accepted bytes, as far as known. accept_acc, published, is the mean share of
+        true states that the verifier takes and of strange ones that it does not."""
         if not means:
             return {}
         known, variance = max(means["known"], 1e-9), max(means["spread"], 1e-12)
@@ -1521,11 +1518,7 @@ class MambaBlock(Module):
     """A whole block of Mamba-2: (z, x, B, C, dt) = W_in RMSNorm(u); x, B and C through a causal
     convolution and silu; the recurrence of `ssd_steps` and a skip D x; u + W_out RMSNorm(y silu(z)).
 
-    dt = softplus(. + bias) starts log-uniform in [1e-3, 0.1], A in -[1, 16], as Mamba-2 has it. The
-    published variant convolves only x, adds x B^T without dt and decays it at once,
-    S_t = a (S_{t-1} + x B^T), has no norm before W_out, and begins with dt = ln 2, A = -1 ... -H:
-    its head h keeps 2^-h of the current input, so that most heads are all but dead and the others
-    remember a few bytes."""
+    dt = softplus(. + bias) starts log-uniform in [1e-3, 0.1], A in -[1, 16], as Mamba-2 has it."""
 
     def __init__(self, args: Hyperparameters, layer: int):
         super().__init__()
@@ -1806,9 +1799,7 @@ class Optimizers:
     scalar   norms, biases, convolutions, A_log, D            AdamW      SCALAR_LR, no decay
 
     Backbone and heads are two parts, each with stacks and a gradient norm of its own: with
-    HEADS_GRAD=0 the backbone's weights do not depend on whether there are heads. (Published: AdamW
-    for all, one rate, betas 0.9 and 0.95, weight decay 0.1 on every parameter, one gradient norm,
-    of 1.)
+    HEADS_GRAD=0 the backbone's weights do not depend on whether there are heads.
 
     `moments`, the state of all of them, has the names that the torch script's checkpoints give."""
 
@@ -2579,28 +2570,26 @@ def chosen(p: np.ndarray, offers: list[tuple], rng: np.random.Generator) -> int:
 
 
 def drafting_cost(model: GPT) -> float:
-    """What a draft by the heads reads / what a pass reads, in weights. A clock would make a text
-    depend on what else the machine does."""
-    sums = dict.fromkeys(("drafter", "judge", "verifier", "backbone"), 0)
-    for name, p in dict(model.named_parameters()).items():
-        first, second, *_ = name.split(".")
-        sums[second if first == "aux" else "backbone"] += math.prod(p.shape)
-    draft = model.args.block_size * sums["drafter"] + sums["judge"] + sums["verifier"]
-    return draft / sums["backbone"]
+    """Of drafts by the heads, in plain steps: by weights read, and a million for a layer's calls."""
+    args, heads = model.args, model.aux
+    drafter, every, whole = (
+        sum(math.prod(p.shape) for p in dict(part.named_parameters()).values())
+        for part in (heads.drafter, heads, model))
+    calls = args.block_size * args.drafter_layers + 2
+    draft = (args.block_size - 1) * drafter + every + 1e6 * calls
+    return draft / (whole - every + 1e6 * len(model.blocks))
 
 
 class Generator:
     """Goes on from a text. A pass of the backbone reads its last id and drafts after it; those that
-    the backbone would have written itself join the text, and after them the id that it predicts: the
-    heads draft what follows that one. When the window is full, its last half is read again, with
-    drafts or without.
+    it would have written itself join the text, and then the id that it predicts: the heads draft
+    what follows that one. When the window is full, its last half is read again.
 
     At temperature 0 the text is that of decoding without drafts, above it has the same
     distribution, whatever is read: ids drawn to follow a prefix are put to the test in the order of
-    drawing when the text reaches that prefix, be it some passes later. (Forgetting what was not read
-    would favour what the graph prefers.) An id is read if its chance, by how drafts of its kind
-    fared of late, is DRAFT_BYTE_COST or more; the heads draft only in one pass of 64 while what they
-    win of late does not pay for their work. All of it is counted, nothing timed: one seed, one text."""
+    drawing when the text reaches that prefix, be it some passes later. Drafts are read where that
+    pays, by how their kinds fared of late; heads that do not pay draft ever less often. No clock
+    decides: one seed, one text."""
 
     def __init__(self, model: GPT, ids: list[int], seed: int, speculate: bool, temperature: float,
                  top_p: float = 1.0):
@@ -2620,20 +2609,20 @@ class Generator:
         self.suffix = speculate and args.drafter != "heads"
         self.rates = {("heads", i): (i + 0.5) / 8 for i in range(8)}
         self.rates |= {("suffix", i): 1 - 0.5 / (i + 1) for i in range(8)}
-        self.worth = 1.0  # ids that a draft by the heads wins
-        self.cost = args.draft_cost or (drafting_cost(model) if by_heads and model.aux else 0.0)
-        self.seconds, self.drafting, self.reading = 0.0, 0.0, 0.0  # for reports only
+        self.tests = dict.fromkeys(self.rates, 0)
+        self.worth = 1.0  # plain steps that a draft by the heads wins
+        self.cost = args.draft_price * drafting_cost(model) if self.heads else 0.0
+        byte_cost = 0.2 if self.past.mambas else 0.08 if model.dtype == mx.float32 else 0.03
+        self.byte_cost = args.draft_price * byte_cost  # of one more in a pass
+        self.pause, self.due = 128, 0  # of the heads; when they draft at the latest
         self.read, self.taken = np.zeros((2, args.draft_budget + 1), np.int64)  # by depth of drafts
         self.gaps: dict[int, float] = {}  # at temperature 0: {place: best logit - the second}
 
     def grow(self, count: int):
-        """Yields `count` ids more, pass by pass. The clock stands while the prompt is read."""
+        """Yields `count` ids more, pass by pass."""
         stop = len(self.text) + count
-        self.catch_up()
         while (length := len(self.text)) < stop:
-            began = time.perf_counter()
             self.step(stop - length)
-            self.seconds += time.perf_counter() - began
             yield self.text[length:]
 
     def write(self, count: int) -> str:
@@ -2655,17 +2644,13 @@ class Generator:
     def step(self, left: int) -> None:
         """One pass: from 1 to `left` ids."""
         self.catch_up()
-        began, known = time.perf_counter(), self.past.length
+        known = self.past.length
         read = self.plan(min(left, self.window - known))
-        drafted = time.perf_counter()
         x = self.states([place.id for place in read], tree_mask(read))
         path = self.walk(read[0], np.array(self.model.head(x)))
         self.past.gather(known, path)
         self.graph.settle(self.text)
         self.state = x[path[-1] : path[-1] + 1]
-
-        self.drafting += drafted - began
-        self.reading += time.perf_counter() - drafted
         self.read[: 1 + max(place.depth for place in read)] += 1
         self.taken[: len(path)] += 1
 
@@ -2675,7 +2660,7 @@ class Generator:
         ends = [draft.end for draft in self.graph.alive if draft.kinds[0][0] == "suffix"]
         if self.suffix and most > 1 and max(ends, default=0) < length + args.draft_budget // 2:
             self.look_up(None)
-        due = self.worth >= self.cost or self.read[0] % 64 == 0
+        due = self.worth >= self.cost or self.read[0] >= self.due
         self.tried = self.heads is not None and self.state is not None and most > 1 and due
         if self.tried:
             self.draft(length)
@@ -2684,8 +2669,10 @@ class Generator:
         kept = self.graph.choose(length)
         paths = kept[:1] if self.past.mambas else kept  # Mamba's states follow a chain
         read = self.rows(root, paths, most)
+        if sum(place.chance for place in read[1:]) < self.byte_cost * (len(read) + 1):
+            read, root.children = [root], {}  # that there is a draft at all has a price, too
         for draft in kept:
-            self.graph.move(draft, "verified" if draft.path[-1].row >= 0 else "pruned")
+            self.graph.move(draft, "verified" if draft.path[-1] in read else "pruned")
         return read
 
     def tree(self, length: int) -> Place:
@@ -2708,7 +2695,7 @@ class Generator:
             for place in [*before, *draft.path]:
                 if place.row >= 0:
                     continue
-                if len(read) == room or place.depth == most or place.chance < args.draft_byte_cost:
+                if len(read) == room or place.depth == most or place.chance < self.byte_cost:
                     break
                 place.row = len(read)
                 read.append(place)
@@ -2766,14 +2753,18 @@ class Generator:
                 second, best = np.partition(scores, -2)[-2:]
                 self.gaps[len(self.text)] = float(best - second)
 
-            for drafted, _, kind in offers:
-                self.rates[kind] += 0.05 * ((drafted == token) - self.rates[kind])
+            for drafted, _, kind in offers:  # what a rate began with counts as two tests
+                self.tests[kind] += 1
+                part = max(1 / (self.tests[kind] + 2), 0.05)
+                self.rates[kind] += part * ((drafted == token) - self.rates[kind])
             self.text += chr(token)
             place = place.children.get(token)
             drafters = {kind[0] for drafted, _, kind in offers if drafted == token}
-            won += drafters == {"heads"} and place.row >= 0
+            won += drafters == {"heads"} and place is not None and place.row >= 0
         if self.tried:
-            self.worth += 0.2 * (won - self.worth)
+            self.worth += 0.2 * (won - self.byte_cost * (len(logits) - 1) - self.worth)
+            self.pause = 128 if self.worth >= self.cost else min(2 * self.pause, 1024)
+            self.due = self.read[0] + self.pause
         return path
 
 
