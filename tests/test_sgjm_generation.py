@@ -19,7 +19,7 @@ from scipy.stats import chi2
 from test_sgjm import HYBRID, RECORD, ROPE, SCRIPT, SMALL, alive, batch, reports, section
 from torch import nn
 
-timing = load_script(RECORD / "bench.py")
+timing, lean = load_script(RECORD / "bench.py"), load_script(RECORD / "lean.py")
 
 READ_ALL = {"DRAFT_PRICE": 0}  # no draft is too dear
 BLOCKS = {"BLOCK_SIZE": 4, **READ_ALL}
@@ -49,7 +49,7 @@ class Oracle:
         self.writer = writer
         return self
 
-    def draft(self, state, branches, temperature, generator, given):
+    def draft(self, state, branches, temperature, generator, given, joined=None):
         length = len(self.writer.text)
         future = (self.truth[length:] + "\x04" * 3)[:3]
         ids = np.array([[given.item(), *map(ord, future)]] * branches)
@@ -67,6 +67,17 @@ class Oracle:
 
 
 # Greedy
+
+
+@pytest.mark.parametrize("overrides", [{}, ROPE, HYBRID], ids=str)
+def test_a_loop_of_another_hand_writes_the_same_text(overrides):
+    """lean.py's, with arrays of its own in place of the cache: what decoding is timed against."""
+    model, seen = alive(seed=1, **BLOCKS, **overrides), set()
+    for ids in prompts(12, longest=20):
+        text, seconds = lean.by_loop(section, model, ids, 8)
+        assert text == lean.by_script(section, model, ids, 8)[0] and seconds > 0
+        seen |= {*text}
+    assert len(seen) > 12
 
 
 @pytest.mark.parametrize("overrides", [{}, ROPE, HYBRID], ids=str)
@@ -263,7 +274,7 @@ class Picky:
     def __init__(self, seed: int):
         self.rng, self.drafter = np.random.default_rng(seed), self
 
-    def draft(self, state, branches, temperature, generator, given):
+    def draft(self, state, branches, temperature, generator, given, joined=None):
         # Without replacement
         first = (np.log(self.law) + self.rng.gumbel(size=LETTERS)).argsort()[::-1][:branches]
         ids = np.column_stack(
@@ -319,6 +330,18 @@ def test_a_toy_text_has_the_distribution_of_its_chain(overrides):
     assert min(transitions(ids, law, 1), transitions(ids, law, 2)) > 1e-3
     assert writer.read[0] < 10_000 / 1.2 and counts["pruned"] + counts["merged"] > 500
     assert counts["created"] == counts["committed"] + counts["expired"] + len(writer.graph.alive)
+
+
+@pytest.mark.parametrize("price", [1.2, 2.0])
+def test_a_pass_that_reads_no_draft_forgets_none(price):
+    """Where drafts do not pay, they wait to be put to the test: forgotten, they would give p < 1e-5."""
+    law = np.random.default_rng(1).dirichlet(np.full(LETTERS, 3), LETTERS)
+    model = Chain(law, DRAFTER="heads", KEEP_TOP_K=1, DRAFT_BRANCHES=2, DRAFT_PRICE=price)
+    writer = section.Generator(model, [0], 3, True, 1.0)
+    writer.heads, writer.cost = Picky(0), -1e9  # they draft in every pass
+    ids = np.array([0, *map(ord, writer.write(12_000))])
+    assert min(transitions(ids, law, 1), transitions(ids, law, 2)) > 1e-3
+    assert writer.graph.counts["created"] > 10_000 and 100 < writer.read[1] < 0.9 * writer.read[0]
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9])
@@ -380,7 +403,7 @@ class Near:
     def __init__(self, writer):
         self.writer, self.drafter, self.noise = writer, self, torch.Generator().manual_seed(0)
 
-    def draft(self, state, branches, temperature, generator, given):
+    def draft(self, state, branches, temperature, generator, given, joined=None):
         model = self.writer.model
         ids, found = torch.tensor([list(map(ord, self.writer.text))]), []
         for i in range(3):
@@ -563,9 +586,10 @@ def test_heads_pause_ever_longer_when_nothing_of_theirs_is_taken():
     drafted, draft = [], model.aux.drafter.draft
     model.aux.drafter.draft = lambda *args: drafted.append(int(writer.read[0])) or draft(*args)
     writer = section.Generator(model, [1, 70], 0, True, 0.0)
-    text = writer.write(900)
+    text = writer.write(1000)
     tried = np.diff(drafted)  # what the heads are worth falls by a fifth a draft, from 1
-    assert writer.read[0] > 880 and len(drafted) <= 10 and (tried[:3] == 1).all() and tried[-1] >= 256
+    assert writer.read[0] > 980 and len(drafted) <= 11 and (tried[:3] == 1).all()
+    assert tried[-3] == 128 and tried[-1] == 2 * tried[-2] == 4 * tried[-3]
 
     model.aux.drafter.draft = draft
     oracle = Oracle("\x01" + "F" + text, 0)
@@ -580,44 +604,64 @@ def test_heads_pause_ever_longer_when_nothing_of_theirs_is_taken():
 def test_drafts_that_do_not_pay_are_not_read():
     """The first drafted byte of a pass has the price of three: its chance has to be as much."""
     model, ids = alive(BLOCK_SIZE=1, DRAFTER="suffix", **ROPE), [1, *[70, 71, 72, 73] * 3]
-    for rate, reads in ((0.0, False), (0.1, False), (0.9, True)):
+    for rate, reads in ((0.0, False), (0.2, False), (0.3, True)):
         writer = section.Generator(model, ids, 0, True, 0.0)
         writer.rates = dict.fromkeys(writer.rates, rate)
         writer.catch_up()
         read = writer.plan(30)
         assert (len(read) > 1) == reads and read[0].offers
-        assert writer.graph.counts["verified"] == reads
 
 
 def test_a_draft_costs_what_it_reads_and_calls():
-    """Of SIZE=25m, whose drafts were timed at 0.34 (fp32) and 0.44 (bf16) plain steps on a CPU."""
+    """Of SIZE=25m it says 0.48 plain steps; timed on a CPU were 0.34 in fp32 and 0.44 in bf16."""
     with torch.device("meta"):
         model = section.GPT(section.Hyperparameters({"SIZE": "25m"}))
     weights = {name: sum(p.numel() for p in part.parameters()) for name, part in (
         ("all", model), ("heads", model.aux), ("drafter", model.aux.drafter))}
     drafts = 4 * weights["drafter"] + weights["heads"] - weights["drafter"] + 1e6 * (4 * 2 + 2)
     cost = section.drafting_cost(model)
-    assert cost == drafts / (weights["all"] - weights["heads"] + 10e6) and 0.4 < cost < 0.6
+    assert cost == drafts / (weights["all"] - weights["heads"] + 10e6) and 0.45 < cost < 0.5
     small = alive(BLOCK_SIZE=4, DRAFTER="heads", DRAFT_PRICE=0.5)
     assert section.Generator(small, [1, 5], 0, True, 0.0).cost == section.drafting_cost(small) / 2
 
 
 @pytest.mark.parametrize("overrides", [{}, HYBRID], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_decoding_reads_the_weights_as_they_are(overrides, dtype):
-    """Their joined and cast copies are made anew once weights change."""
+def test_each_text_reads_the_weights_as_they_are(overrides, dtype):
+    """A text keeps them joined and cast; the next one sees what changed, and how ever it did."""
     model, ids = alive(**overrides), prompts(1, seed=3)[0]
     model.dtype = dtype
-    first, _ = write(model, ids, 20)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.neg_()
-    second, _ = write(model, ids, 20)
-    assert second != first and second == write(copy.deepcopy(model), ids, 20, speculate=False)[0]
+    layers = [layer for layer in model.blocks.modules() if isinstance(layer, section.CastedLinear)]
+    texts = [write(model, ids, 20)[0]]
+    for layer in layers[1:]:  # none of them the first of a product
+        layer.weight.data.neg_()
+    texts.append(write(model, ids, 20)[0])
+    for layer in layers:
+        layer.weight.data = torch.randn_like(layer.weight) / 8
+    texts.append(write(model, ids, 20)[0])
     fresh = alive(**overrides)
     fresh.dtype = dtype
     fresh.load_state_dict(model.state_dict())
-    assert second == write(fresh, ids, 20)[0]
+    assert len({*texts}) == 3 and texts[-1] == write(fresh, ids, 20)[0]
+    assert not any(p.grad_fn for p in model.parameters()) and copy.deepcopy(model)
+
+
+def test_training_compiles_whole_and_sees_new_weights():
+    """The drafter drafts in training, too, from a cache of its slots."""
+    model, ids = alive(BLOCK_SIZE=4).train(), batch()
+    inputs = model.aux.inputs(0, ids.device)
+
+    def once(ids: torch.Tensor) -> dict:
+        return model.losses(ids, torch.ones(len(ids)), inputs)
+
+    compiled = torch.compile(once, backend="eager", fullgraph=True)
+    for _ in range(2):
+        eager, found = once(ids), compiled(ids)
+        assert {name: float(x.detach()) for name, x in eager.items()} == pytest.approx(
+            {name: float(x.detach()) for name, x in found.items()}, rel=1e-5)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.7)
 
 
 @pytest.mark.parametrize("overrides", [{}, {"DRAFTER": "heads"}, HYBRID], ids=str)
@@ -719,7 +763,7 @@ def test_mistakes_are_named(bench, tmp_path):
         assert code == 2 and message in output
     for arguments, variables, message in (
         (["nothing.bin"], {}, "ARTIFACT=nothing.bin: No such file"),
-        ([path, "--repeats", 0], {}, "--max-new-tokens and --repeats: at least 1"),
+        ([path, "--repeats", 0], {}, "--max-new-tokens and --repeats: at least 1; --temperature: above 0"),
         ([path], {"DRAFTER": "both2"}, "heads | suffix | both"),
     ):
         code, output, _ = bench(*arguments, **variables)
@@ -765,7 +809,7 @@ def test_the_bench_measures_both_ways_in_turn(bench, tmp_path, monkeypatch):
             assert plain["bytes_per_pass"] == 1 <= fast["bytes_per_pass"]
             assert plain["drafts"]["created"] == 0 < fast["drafts"]["created"]
             for part in (plain, fast):
-                assert 0 < part["drafting"] + part["verification"] <= 1 and 0 <= part["looping"] <= 1
+                assert 0 < part["drafting"] < 1 and 0 <= part["looping"] <= 1
                 assert all(0 <= share <= 1 for share in part["acceptance"])
             assert not plain["acceptance"]
         assert any(result["speculation"]["acceptance"] for result in found[kind].values())
@@ -805,6 +849,9 @@ def test_the_bench_takes_folders_and_json_and_tells_a_wrong_text(bench, tmp_path
     code, _, report = bench(path, folder, *short)
     assert code == 1 and report["summary"]["greedy"]["mismatches"] == 2
     assert report["greedy"]["one"]["near_ties"] == 0
-    monkeypatch.setattr(timing, "NEAR_TIE", math.inf)
+    monkeypatch.setattr(timing, "NEAR_TIES", {"": math.inf})
     code, _, report = bench(path, folder, *short)
     assert code == 0 and report["summary"]["greedy"]["near_ties"] == 2
+    monkeypatch.undo()
+    code, _, report = bench(path, folder, *short, "--temperature", 0.5, DTYPE="bf16")
+    assert code == 0 and report["dtype"] == "torch.bfloat16" and report["settings"]["TEMPERATURE"] == 0.5

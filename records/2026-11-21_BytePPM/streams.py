@@ -1,15 +1,18 @@
 """What it costs to cut a text into MIX_STREAMS runs with counts of their own, and how fast they are mixed.
 
     python records/2026-11-21_BytePPM/streams.py runs/NAME/artifact.bin data/datasets/mine/files_val_*.bin \\
-        --streams 1 2 4 8 16 32 --threads 2 --cache logprobs.npy --out streams.json
+        --streams 1 2 4 8 16 32 --threads 2 --cache logprobs.npy --out streams/seed42.json
+    python records/2026-11-21_BytePPM/streams.py --together streams/seed*.json --out streams.json
 
 The network's log-probabilities are found once, by the windows of `score`, and kept in --cache, 1,040 bytes a
 target. Then they go through the record's own `Ledger` in place of a network, with as many threads as
 --threads says. A run of 1 stream is the record's score; BPB is that of the binary mixture unless --set says
 otherwise. Seconds are those of the wall; predicted are one stream's on one thread, shared by the threads.
 
-`--rehearse N` instead tries the arithmetic of `bench.py --plan` on N targets. Rates come from a tenth of
-them; a cache that is too short is read from its beginning again, so that no BPB is told.
+`--together` takes what it wrote for several seeds (seed42.json, ...) and compares each number of streams with
+the first one, seed by seed. `--rehearse N` instead tries the arithmetic of `bench.py --plan` on N targets:
+rates come from a tenth of them; a cache that is too short is read from its beginning again, so that no BPB is
+told.
 """
 
 from __future__ import annotations
@@ -29,9 +32,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from family import Misuse, command, load_script, markdown_table
+from family import Misuse, command, load_script, markdown_table, read_json
 from mixtures import SCRIPT, made_by
 from plan import mixed_seconds
+from stats import paired, seed_in
 
 REHEARSED = ["streams", "runs", "predicted s", "measured s", "ratio"]
 HEADER = ["streams", "runs", "BPB", "difference", "threads", "seconds", "predicted", "MB/s"]
@@ -124,6 +128,34 @@ def table(script, args, ids: np.ndarray, logprobs: np.ndarray, streams: list[int
             "found": found}
 
 
+def together(paths: list[Path]) -> dict:
+    """{"header", "rows", "note", ...} of what `table` gave for several seeds, each in a file of its name."""
+    found = {seed_in(path): read_json(path) for path in paths}
+    first = next(iter(found.values()))
+    for key in ("targets", "script_sha256"):
+        if len({each[key] for each in found.values()}) > 1:
+            raise Misuse(f"--together: files of different {key}")
+    if None in found or len(found) < len(paths):
+        raise Misuse("--together: each file must be named for its seed")
+
+    base, *others = first["found"]
+    scores = {number: {seed: each["found"][number]["bpb"] for seed, each in found.items()}
+              for number in first["found"]}
+    rows = []
+    for number, by_seed in scores.items():
+        row = [number, *(f"{bpb:.4f}" for bpb in by_seed.values())]
+        if number in others:
+            difference = paired(by_seed, scores[base])
+            low, high = difference.interval
+            row += [f"{difference.difference:+.4f}", f"{low:+.4f} to {high:+.4f}", difference.word]
+        rows.append(row + [""] * (3 if number == base else 0))
+    header = ["streams", *(f"seed {seed}" for seed in found), "difference", "95 % interval", "verdict"]
+    note = first["note"].split("; one artifact")[0].split(", the network alone")[0]
+    network = ", ".join(f"{each['network']:.4f}" for each in found.values())
+    note += f"; the network alone {network} BPB."
+    return {"header": header, "rows": rows, "note": note, "script_sha256": first["script_sha256"]}
+
+
 def measured(script, options: argparse.Namespace, log) -> dict:
     header, _ = script.unpack(script.read_file(options.artifact, "ARTIFACT"), options.artifact)
     changes = dict(item.split("=", 1) for item in options.set)
@@ -149,12 +181,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("artifact")
-    parser.add_argument("shard", help="*.bin with the text to score")
+    parser.add_argument("artifact", nargs="?")
+    parser.add_argument("shard", nargs="?", help="*.bin with the text to score")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--threads", type=int, default=1, help="that mix (default: %(default)s)")
     parser.add_argument("--targets", type=int, default=0, help="how many of the text's; 0 = all")
-    parser.add_argument("--cache", type=Path, required=True, help="file of log-probabilities")
+    parser.add_argument("--cache", type=Path, help="file of log-probabilities")
+    parser.add_argument("--together", type=Path, nargs="+", metavar="FILE", help="only compare these results")
     parser.add_argument("--rehearse", type=int, default=0, metavar="N", help="only the time, of N targets")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                         help="a setting of the evaluation")
@@ -162,15 +195,20 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     script = load_script(SCRIPT)
-    try:
-        found = measured(script, options, lambda row: print(row, file=sys.stderr, flush=True))
-    except script.UserError as error:
-        raise Misuse(str(error)) from None
+    if options.together:
+        found = together(options.together)
+    elif not (options.artifact and options.shard and options.cache):
+        raise Misuse("an artifact, a shard and --cache are needed, or --together")
+    else:
+        try:
+            found = measured(script, options, lambda row: print(row, file=sys.stderr, flush=True))
+        except script.UserError as error:
+            raise Misuse(str(error)) from None
+        found["artifact_script_sha256"] = made_by(options.artifact)
+        found["script_sha256"] = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
 
     print(markdown_table(found["header"], found["rows"]) + "\n\n" + found["note"])
     if options.out:
-        found["artifact_script_sha256"] = made_by(options.artifact)
-        found["script_sha256"] = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
         script.write_atomic(options.out, json.dumps(found, indent=1).encode())
     return 0
 

@@ -3,9 +3,10 @@
     python bench.py FILE                                 a checkpoint or an artifact, from prompts of its own
     python bench.py FILE measured/prompts                a text, a file, a folder of files, JSON
     DRAFTER=heads RUN_ID=heads python bench.py FILE      settings of the drafts are the script's variables
+    DTYPE=bf16 python bench.py FILE --temperature 0.8    else fp32, and greedily and at temperature 1
     python bench.py FILE --script train_gpt_mlx.py       the same in MLX
 
-From every prompt it writes greedily and at temperature 1, --repeats times with drafts and as often without.
+From every prompt it writes greedily and at a temperature, --repeats times with drafts and as often without.
 The run's folder (RUNS_PATH, RUN_ID) gets a log and bench.json. Exit code 0; 1 if drafts change a greedy text;
 2 misuse; 130 stopped.
 """
@@ -25,7 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-NEAR_TIE = 1e-4  # logits closer than this are ordered by the rounding of a pass's shape
+# Logits closer than this are ordered by the rounding of a pass's shape; bf16 has 8 bits.
+NEAR_TIES = {"float32": 1e-4, "bfloat16": 0.15}
 
 
 def beside(name: str):
@@ -88,7 +90,6 @@ def summed_up(writers: list, prompt: list[int], count: int) -> dict:
         "bytes_per_pass": len(writers) * count / read[0],
         "acceptance": [a / n for a, n in zip(taken[1:], read[1:]) if n],  # by depth, where read
         "drafting": sum(writer.drafting for writer in writers) / seconds,
-        "verification": 1 - sum(writer.drafting for writer in writers) / seconds,
         "looping": float(np.mean([looping(text) for text in made])),
         "drafts": {state: sum(writer.graph.counts[state] for writer in writers) for state in states},
     }
@@ -108,7 +109,8 @@ def measured(script, model, prompt: list[int], temperature: float, count: int, r
     if temperature == 0:  # where the texts part, if they do
         parted = [(a, len(os.path.commonprefix((a.text, b.text)))) for a, b in zip(*runs.values())]
         gaps = [a.gaps[place] for a, place in parted if place < len(a.text)]
-        report["near_ties"] = sum(gap < NEAR_TIE for gap in gaps)
+        near = next(gap for dtype, gap in NEAR_TIES.items() if dtype in str(model.dtype))
+        report["near_ties"] = sum(gap < near for gap in gaps)
         report["mismatches"] = len(gaps) - report["near_ties"]
     return report
 
@@ -139,11 +141,11 @@ def read_prompts(place: str) -> dict[str, bytes]:
 
 
 def bench(script, model, prompts: dict[str, list[int]], runtime, log, options: argparse.Namespace) -> int:
-    """bench.json: prompts greedy and at temperature 1; exit code 1 if drafts change a text."""
+    """bench.json: prompts greedy and at a temperature; exit code 1 if drafts change a greedy text."""
     count, repeats, found, summary = options.max_new_tokens, options.repeats, {}, {}
     for speculate in (False, True):  # outside the clock
         script.Generator(model, next(iter(prompts.values())), 0, speculate, 0.0).write(8)
-    for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+    for kind, temperature in (("greedy", 0.0), ("sampled", options.temperature)):
         found[kind] = {}
         for name, prompt in prompts.items():
             found[kind][name] = result = measured(
@@ -162,7 +164,8 @@ def bench(script, model, prompts: dict[str, list[int]], runtime, log, options: a
     report = {
         "summary": summary, **found, "heads": model.aux is not None,
         "device": runtime.device_name(), "dtype": str(model.dtype), **versions(script),
-        "settings": model.args.settings() | {"MAX_NEW_TOKENS": count, "BENCH_REPEATS": repeats},
+        "settings": model.args.settings() | {"MAX_NEW_TOKENS": count, "BENCH_REPEATS": repeats,
+                                             "TEMPERATURE": options.temperature},
         "artifact_sha256": script.sha256_file(Path(options.model)),
         "script_sha256": script.sha256_file(Path(script.__file__)),
         "bench_sha256": script.sha256_file(Path(__file__)),
@@ -192,8 +195,8 @@ def check_heads_of(script, model, path: str) -> None:
 
 def run(script, options: argparse.Namespace) -> int:
     """Reads the model and the prompts, and measures."""
-    if min(options.max_new_tokens, options.repeats) < 1:
-        raise script.UserError("--max-new-tokens and --repeats: at least 1")
+    if min(options.max_new_tokens, options.repeats) < 1 or not options.temperature > 0:
+        raise script.UserError("--max-new-tokens and --repeats: at least 1; --temperature: above 0")
     args = script.settings_of(options.model, os.environ)
     runtime = script.Runtime(args)
     args.run_id = args.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-seed{args.seed}"
@@ -203,7 +206,8 @@ def run(script, options: argparse.Namespace) -> int:
     prompts = {name: [*start, *(byte + special for byte in text)] for name, text in texts.items()}
     if not prompts or not all(prompts.values()):
         raise script.UserError(f"{options.prompts}: {len(prompts)} prompts, or an empty one")
-    model = script.load(options.model, runtime.device, args)
+    more = {} if args.dtype == "auto" else {"dtype": runtime.dtype}
+    model = script.load(options.model, runtime.device, args, **more)
     check_heads_of(script, model, options.model)
     return bench(script, model, prompts, runtime, script.Log(script.run_folder(args)), options)
 
@@ -216,6 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("prompts", nargs="?", default="", help="a text, a file, a folder or JSON")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="ids (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each kind (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="(%(default)s)")
     parser.add_argument("--script", default="train_gpt.py", help="in this folder (%(default)s)")
     options = parser.parse_args(argv)
 

@@ -24,7 +24,8 @@ def generation(path: Path) -> dict:
     """Plain and speculative decoding, prompt by prompt."""
     found = read_json(path)
     rows = []
-    for kind, title in (("greedy", "greedy"), ("sampled", "T = 1")):
+    sampled = f"T = {found['settings'].get('TEMPERATURE', 1):g}"
+    for kind, title in (("greedy", "greedy"), ("sampled", sampled)):
         for name, result in found[kind].items():
             plain, drafted = result["ar"], result["speculation"]
             rows.append([
@@ -34,14 +35,13 @@ def generation(path: Path) -> dict:
                 f"**{result['ratio']:.2f}**",
                 f"{drafted['bytes_per_pass']:.2f}",
                 " ".join(f"{100 * share:.0f}" for share in drafted["acceptance"][:4]),
-                f"{drafted['verification']:.0%}",
                 f"{drafted['drafting']:.0%}",
                 f"{plain['looping']:.0%}",
                 f"{drafted['looping']:.0%}",
             ])
     header = [
         "prompt", "plain, bytes/s", "with drafts", "ratio", "bytes a pass", "accepted at 1, 2, 3, 4, %",
-        "verifying", "drafting", "looping, plain", "with drafts",
+        "drafting", "looping, plain", "with drafts",
     ]
 
     settings, greedy = found["settings"], found["summary"]["greedy"]

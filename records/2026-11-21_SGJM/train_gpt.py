@@ -260,7 +260,7 @@ class Hyperparameters:
                   choices=("heads", "suffix", "both"))
     draft_branches = Var(4, "blocks that the heads draft", 1, 64)
     draft_budget = Var(16, "drafted bytes a pass; a hybrid reads a chain of them", 1, 63)
-    draft_price = Var(1.0, "of drafts beside plain steps; 0 = they cost nothing", 0)
+    draft_price = Var(1.0, "times what drafts are thought to cost; 0 = free", 0)
     keep_top_k = Var(4, "drafts read in a pass", 1)
     judge_weight = Var(1.0, "of the judge's error where drafts are ranked", 0)
     merge_radius = Var(4, "bits of 64 in which drafts may differ of which one is read", 0, 64)
@@ -1126,23 +1126,21 @@ class CastedLinear(nn.Linear):
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__(dim_in, dim_out, bias=False)
-        self.joined = None, None  # see `at_once`
 
     def forward(self, x: Tensor, past=None) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype)) if past is None else at_once(x, past, self)
 
 
 def at_once(x: Tensor, past, *layers: CastedLinear) -> Tensor:
-    """x through layers side by side. While decoding, which waits for memory, their weights stay
-    joined and cast until the first of them changes."""
-    weights = [layer.weight for layer in layers]
-    if past is None:
-        return F.linear(x, torch.cat(weights).to(x.dtype))
-    key = x.dtype, weights[0]._version, weights[0].data_ptr()
-    if layers[0].joined[0] != key:
-        joined = torch.cat(weights) if weights[1:] else weights[0]
-        layers[0].joined = key, joined.to(x.dtype)
-    return F.linear(x, layers[0].joined[1])
+    """x through layers side by side; `past` keeps their joined, cast weights."""
+    kept = None if past is None else past.joined
+    weight = None if kept is None else kept.get(layers)
+    if weight is None:
+        parts = [layer.weight for layer in layers]
+        weight = (torch.cat(parts) if parts[1:] else parts[0]).to(x.dtype)
+        if kept is not None:
+            kept[layers] = weight
+    return F.linear(x, weight)
 
 
 class LatentMLP(nn.Module):
@@ -1163,8 +1161,8 @@ class LatentMLP(nn.Module):
 class SlotCache:
     """Keys and values of a drafter's slots, those of all branches."""
 
-    def __init__(self):
-        self.layers, self.length = {}, 0
+    def __init__(self, joined: dict | None):
+        self.layers, self.length, self.joined = {}, 0, joined
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds those of new slots (N, n, H, d); returns those of all."""
@@ -1218,7 +1216,7 @@ class Drafter(nn.Module):
     @torch.no_grad()
     def draft(self, parents: Tensor, branches: int, temperature: float = 0.0,
               generator: torch.Generator | None = None,
-              given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+              given: Tensor | None = None, joined: dict | None = None) -> tuple[Tensor, ...]:
         """parents (N, D) -> k branches of each: tokens (N, k, b), log-probabilities of each slot at
         this temperature (at 1 if it is 0) (N, k, b, V), endpoint latents (N, k, D).
 
@@ -1228,7 +1226,7 @@ class Drafter(nn.Module):
         none = parents.new_empty(len(parents), 0, dtype=torch.long)
         tokens = none if given is None else given
         heat, first = temperature or 1.0, tokens.size(1)
-        past = SlotCache()
+        past = SlotCache(joined)
         x = self.slots(parents, tokens, past)
         logits = self.head(x)  # (N, then N * k, slots so far, V)
 
@@ -1451,11 +1449,11 @@ class KVCache:
 
     def __init__(self, model: GPT):
         args, device = model.args, model.tok_emb.weight.device
-        head_dim = args.model_dim // args.num_heads
         self.mambas = [block for block in model.blocks if isinstance(block, MambaBlock)]
         attentions = len(model.blocks) - len(self.mambas)
-        shape = (attentions, 2, 1, args.num_heads, args.eval_seq_len, head_dim)
+        shape = attentions, 2, 1, args.num_heads, args.eval_seq_len, args.model_dim // args.num_heads
         self.layers = torch.zeros(shape, dtype=model.dtype, device=device)
+        self.joined: dict = {}  # weights by layers, see `at_once`
         self.rewind(0)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -1643,17 +1641,18 @@ class MambaBlock(nn.Module):
         tail, state = past.resume(self.layer) if past else self.start(len(x), x)
         mixed = torch.cat((tail, mixed.mT), 2)  # (B, I + 2N, taps - 1 + T)
         weight, bias = self.conv_weight[:, None].to(x.dtype), self.conv_bias.to(x.dtype)
-        if past is None:
-            seen = F.conv1d(mixed, weight, bias, groups=len(weight))
-        else:  # few positions
+        few = past is not None and x.size(1) <= past.KEPT
+        if few:
             seen = (mixed.unfold(2, self.taps, 1) * weight).sum(-1) + bias[:, None]
+        else:
+            seen = F.conv1d(mixed, weight, bias, groups=len(weight))
         seen = F.silu(seen).mT.float()
         inner, write, read = seen.split([self.widths[0], *[self.state_shape[2]] * 2], -1)
         inner = inner.unflatten(-1, self.state_shape[:2])  # (B, T, H, P)
 
         dt = F.softplus(dt.float() + self.dt_bias)
         parts = inner, dt, -self.A_log.exp(), write, read, state
-        if past and x.size(1) <= past.KEPT:
+        if few:
             y, states = ssd_steps(*parts)
             past.tails[self.layer] = mixed, states
         else:
@@ -2261,8 +2260,8 @@ def settings_of(path: str | Path, environ: dict[str, str] | None = None,
 
 def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None = None,
          dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> GPT:
-    """The model of an artifact, without heads unless EXPORT_HEADS=1, or of a checkpoint, with the
-    average of its weights if it has one; `args` may change how it scores."""
+    """The model of an artifact (heads only with EXPORT_HEADS=1) or of a checkpoint (its average, if
+    it has one); `args` may change how it scores."""
     trained = Path(artifact_path).suffix == ".safetensors"
     if trained:
         _, state = read_checkpoint(artifact_path, "checkpoint", ("model.", "ema."))
@@ -2273,12 +2272,12 @@ def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None =
         header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
         args = args or shipped_settings(header, str(artifact_path))
         found = {name: torch.from_numpy(array) for name, array in tensors.items()}
-    # the tensors become the weights
+    # the tensors become weights
     with torch.device("meta"):
         model = GPT(args, attention, dtype)
     named = dict(model.named_parameters()) if trained else model.exported()
-    wanted = {(name, p.shape) for name, p in named.items()}
-    if odd := wanted ^ {(name, x.shape) for name, x in found.items()}:
+    wanted = {(name, tuple(p.shape)) for name, p in named.items()}
+    if odd := wanted ^ {(name, tuple(x.shape)) for name, x in found.items()}:
         raise UserError(f"{artifact_path}: its tensors do not fit its config, first {min(odd)}")
     model.load_state_dict(found, strict=False, assign=True)
     if not (trained or args.export_heads):
@@ -2523,8 +2522,7 @@ class SpeculationGraph:
     created -> scored -> verified | pruned | merged -> committed | expired, or, still ahead, scored
     again. Two drafts merge if they end at the same length in latents whose signatures (SimHash,
     Charikar 2002: signs of 64 products with Gaussian vectors) differ in few bits: the better one is
-    read, the other points to it and keeps its own prefix. Edges lead to longer prefixes, pointers
-    to equal ones: no cycle."""
+    read, the other points to it and keeps its own prefix. Edges lead to longer prefixes."""
 
     AFTER = {
         "created": ("scored",), "scored": ("verified", "pruned", "merged"),
@@ -2604,12 +2602,14 @@ class Place:
         self.chance = float(above is None)  # that the text comes by
         self.children: dict[int, Place] = {}
         self.offers: list[tuple] = []
+        self.drafters: set[str] = set()  # who offered it
 
     def offer(self, token: int, law: np.ndarray | None, kind: tuple, rate: float) -> Place:
         """`token` may follow, and does so at this rate: its place."""
         self.offers.append((token, law, kind))
         child = self.children.setdefault(token, Place(token, self))
         child.chance = max(child.chance, self.chance * rate)
+        child.drafters.add(kind[0])
         return child
 
 
@@ -2676,14 +2676,14 @@ def chosen(p: np.ndarray, offers: list[tuple], rng: np.random.Generator) -> int:
 
 
 def drafting_cost(model: GPT) -> float:
-    """Of drafts by the heads, in plain steps: by weights read, and a million for a layer's calls."""
+    """Of drafts by the heads, in plain steps: weights read, and a million for each layer called."""
     args, heads = model.args, model.aux
-    drafter, every, whole = (
+    drafter, all_heads, whole = (
         sum(math.prod(p.shape) for p in dict(part.named_parameters()).values())
         for part in (heads.drafter, heads, model))
-    calls = args.block_size * args.drafter_layers + 2
-    draft = (args.block_size - 1) * drafter + every + 1e6 * calls
-    return draft / (whole - every + 1e6 * len(model.blocks))
+    calls = args.block_size * args.drafter_layers + 2  # judge, verifier
+    draft = (args.block_size - 1) * drafter + all_heads + 1e6 * calls
+    return draft / (whole - all_heads + 1e6 * len(model.blocks))
 
 
 class Generator:
@@ -2693,9 +2693,9 @@ class Generator:
 
     At temperature 0 the text is that of decoding without drafts, above it has the same
     distribution, whatever is read: ids drawn to follow a prefix are put to the test in the order of
-    drawing when the text reaches that prefix, be it some passes later. Drafts are read where that
-    pays, by how their kinds fared of late; heads that do not pay draft ever less often. No clock
-    decides: one seed, one text."""
+    drawing when the text reaches that prefix, be it some passes later. (Forgetting what was not read
+    would favour what the graph prefers.) Drafts are read where that pays, by how their kinds fared
+    of late; heads that do not, draft ever less often. No clock decides: one seed, one text."""
 
     def __init__(self, model: GPT, ids: list[int], seed: int, speculate: bool, temperature: float,
                  top_p: float = 1.0):
@@ -2719,9 +2719,8 @@ class Generator:
         self.tests = dict.fromkeys(self.rates, 0)
         self.worth = 1.0  # plain steps that a draft by the heads wins
         self.cost = args.draft_price * drafting_cost(model) if self.heads else 0.0
-        byte_cost = 0.2 if self.past.mambas else 0.08 if model.dtype == torch.float32 else 0.03
-        self.byte_cost = args.draft_price * byte_cost  # of one more in a pass
-        self.pause, self.due = 128, 0  # of the heads; when they draft at the latest
+        self.byte_cost = args.draft_price * (0.2 if self.past.mambas else 0.02 * model.dtype.itemsize)
+        self.pause, self.due = 64, 0  # passes that heads wait; their next
         self.read, self.taken = np.zeros((2, args.draft_budget + 1), np.int64)  # by depth of drafts
         self.gaps: dict[int, float] = {}  # at temperature 0: {place: best logit - the second}
 
@@ -2741,6 +2740,7 @@ class Generator:
         ids = torch.tensor([ids], device=self.device)
         return self.model.hidden(ids, self.model.rotary_eval, self.past, tree)[0]
 
+    @torch.no_grad()
     def catch_up(self) -> None:
         """Reads all before the last id that is not in the cache."""
         while len(self.text) - 1 - self.start >= self.window:
@@ -2778,7 +2778,8 @@ class Generator:
         paths = kept[:1] if self.past.mambas else kept  # Mamba's states follow a chain
         read = self.rows(root, paths, most)
         if sum(place.chance for place in read[1:]) < self.byte_cost * (len(read) + 1):
-            read, root.children = [root], {}  # that there is a draft at all has a price, too
+            read, root.children = [root], {}  # any draft costs two bytes more
+        self.spent = self.byte_cost * sum(place.drafters == {"heads"} for place in read)
         for draft in kept:
             self.graph.move(draft, "verified" if draft.path[-1] in read else "pruned")
         return read
@@ -2814,7 +2815,7 @@ class Generator:
         args = self.args
         last = torch.tensor([[ord(self.text[-1])]], device=self.device)
         found = self.heads.drafter.draft(
-            self.state, args.draft_branches, self.temperature, self.noise, last)
+            self.state, args.draft_branches, self.temperature, self.noise, last, self.past.joined)
         tokens, logprobs, latents = (part[0] for part in found)  # (k, b), (k, b, V), (k, D)
         logs = logprobs.gather(-1, tokens[..., None])[:, 1:, 0].tolist()
         scores = logprobs[:, 1:].to(torch.float64, copy=True)
@@ -2860,15 +2861,14 @@ class Generator:
 
             for drafted, _, kind in offers:  # what a rate began with counts as two tests
                 self.tests[kind] += 1
-                part = max(1 / (self.tests[kind] + 2), 0.05)
-                self.rates[kind] += part * ((drafted == token) - self.rates[kind])
+                off = (drafted == token) - self.rates[kind]
+                self.rates[kind] += max(1 / (self.tests[kind] + 2), 0.05) * off
             self.text += chr(token)
             place = place.children.get(token)
-            drafters = {kind[0] for drafted, _, kind in offers if drafted == token}
-            won += drafters == {"heads"} and place is not None and place.row >= 0
+            won += place is not None and place.row >= 0 and place.drafters == {"heads"}
         if self.tried:
-            self.worth += 0.2 * (won - self.byte_cost * (len(logits) - 1) - self.worth)
-            self.pause = 128 if self.worth >= self.cost else min(2 * self.pause, 1024)
+            self.worth += 0.2 * (won - self.spent - self.worth)
+            self.pause = 64 if self.worth >= self.cost else min(2 * self.pause, 1024)
             self.due = self.read[0] + self.pause
         return path
 

@@ -241,7 +241,7 @@ class Hyperparameters:
                   choices=("heads", "suffix", "both"))
     draft_branches = Var(4, "blocks that the heads draft", 1, 64)
     draft_budget = Var(16, "drafted bytes a pass; a hybrid reads a chain of them", 1, 63)
-    draft_price = Var(1.0, "of drafts beside plain steps; 0 = they cost nothing", 0)
+    draft_price = Var(1.0, "times what drafts are thought to cost; 0 = free", 0)
     keep_top_k = Var(4, "drafts read in a pass", 1)
     judge_weight = Var(1.0, "of the judge's error where drafts are ranked", 0)
     merge_radius = Var(4, "bits of 64 in which drafts may differ of which one is read", 0, 64)
@@ -1265,8 +1265,8 @@ class SpeculativeHeads(Module):
         latent, and latent_var, the variance of what they foresee. verifier_acc on labelled drafts
         and verifier_base, that of the better constant answer. Of greedy drafts draft_accepted, the
         accepted share of those whose end is known, draft_unknown, the share of the others, and
-        draft_bytes, accepted bytes, as far as known. accept_acc, published, is the mean share of
-        true states that the verifier takes and of strange ones that it does not."""
+        draft_bytes, accepted bytes, as far as known. accept_acc, the published number, is the mean
+        share of true states that the verifier takes and of strange ones that it does not."""
         if not means:
             return {}
         known, variance = max(means["known"], 1e-9), max(means["spread"], 1e-12)
@@ -2172,36 +2172,29 @@ def settings_of(path: str | Path, environ: dict[str, str] | None = None,
     return shipped_settings(header, str(path), environ)
 
 
-def load_checkpoint(path: str | Path, device, args: Hyperparameters | None, dtype: mx.Dtype,
-                    attention: str) -> GPT:
-    """The average of the weights where a file has one, and the heads, which an artifact has only
-    with EXPORT_HEADS=1 (else `model.aux` is None)."""
-    _, state = read_checkpoint(path, "checkpoint", ("model.", "ema."))
-    kind = "ema." if any(key.startswith("ema.") for key in state) else "model."
-    found = {key.removeprefix(kind): value for key, value in state.items() if key.startswith(kind)}
-    mx.set_default_device(pick_device(device) if isinstance(device, str) else device)
-    model = GPT(args or settings_of(path), attention, dtype)
-    wanted = {(name, p.shape) for name, p in model.named_parameters().items()}
-    if odd := wanted ^ {(name, array.shape) for name, array in found.items()}:
-        raise UserError(f"{path}: its tensors do not fit its config, first {min(odd)}")
-    update_parameters(model, found)
-    return model
-
-
 def load(artifact_path: str | Path, device="cpu", args: Hyperparameters | None = None,
          dtype: mx.Dtype = mx.float32, attention: str = "sdpa") -> GPT:
-    """The model of an artifact or a checkpoint; `args` may change how it scores."""
-    if Path(artifact_path).suffix == ".safetensors":
-        return load_checkpoint(artifact_path, device, args, dtype, attention)
-    header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
-    args = args or shipped_settings(header, str(artifact_path))
+    """The model of an artifact (heads only with EXPORT_HEADS=1) or of a checkpoint (its average, if
+    it has one); `args` may change how it scores."""
+    trained = Path(artifact_path).suffix == ".safetensors"
+    if trained:
+        _, state = read_checkpoint(artifact_path, "checkpoint", ("model.", "ema."))
+        kind = "ema." if any(key.startswith("ema.") for key in state) else "model."
+        found = {key.removeprefix(kind): x for key, x in state.items() if key.startswith(kind)}
+        args = args or settings_of(artifact_path)
+    else:
+        header, tensors = unpack(read_file(artifact_path, "ARTIFACT"), str(artifact_path))
+        args = args or shipped_settings(header, str(artifact_path))
+        found = {name: mx.array(array) for name, array in tensors.items()}
+    # the tensors become weights
     mx.set_default_device(pick_device(device) if isinstance(device, str) else device)
     model = GPT(args, attention, dtype)
-    wanted = {(name, p.shape) for name, p in model.exported().items()}
-    if odd := wanted ^ {(name, array.shape) for name, array in tensors.items()}:
+    named = model.named_parameters() if trained else model.exported()
+    wanted = {(name, tuple(p.shape)) for name, p in named.items()}
+    if odd := wanted ^ {(name, tuple(x.shape)) for name, x in found.items()}:
         raise UserError(f"{artifact_path}: its tensors do not fit its config, first {min(odd)}")
-    update_parameters(model, {name: mx.array(array) for name, array in tensors.items()})
-    if not args.export_heads:
+    update_parameters(model, found)
+    if not (trained or args.export_heads):
         model.aux = None
     return model
 
@@ -2499,12 +2492,14 @@ class Place:
         self.chance = float(above is None)  # that the text comes by
         self.children: dict[int, Place] = {}
         self.offers: list[tuple] = []
+        self.drafters: set[str] = set()  # who offered it
 
     def offer(self, token: int, law: np.ndarray | None, kind: tuple, rate: float) -> Place:
         """`token` may follow, and does so at this rate: its place."""
         self.offers.append((token, law, kind))
         child = self.children.setdefault(token, Place(token, self))
         child.chance = max(child.chance, self.chance * rate)
+        child.drafters.add(kind[0])
         return child
 
 
@@ -2570,14 +2565,14 @@ def chosen(p: np.ndarray, offers: list[tuple], rng: np.random.Generator) -> int:
 
 
 def drafting_cost(model: GPT) -> float:
-    """Of drafts by the heads, in plain steps: by weights read, and a million for a layer's calls."""
+    """Of drafts by the heads, in plain steps: weights read, and a million for each layer called."""
     args, heads = model.args, model.aux
-    drafter, every, whole = (
+    drafter, all_heads, whole = (
         sum(math.prod(p.shape) for p in dict(part.named_parameters()).values())
         for part in (heads.drafter, heads, model))
-    calls = args.block_size * args.drafter_layers + 2
-    draft = (args.block_size - 1) * drafter + every + 1e6 * calls
-    return draft / (whole - every + 1e6 * len(model.blocks))
+    calls = args.block_size * args.drafter_layers + 2  # judge, verifier
+    draft = (args.block_size - 1) * drafter + all_heads + 1e6 * calls
+    return draft / (whole - all_heads + 1e6 * len(model.blocks))
 
 
 class Generator:
@@ -2587,9 +2582,9 @@ class Generator:
 
     At temperature 0 the text is that of decoding without drafts, above it has the same
     distribution, whatever is read: ids drawn to follow a prefix are put to the test in the order of
-    drawing when the text reaches that prefix, be it some passes later. Drafts are read where that
-    pays, by how their kinds fared of late; heads that do not pay draft ever less often. No clock
-    decides: one seed, one text."""
+    drawing when the text reaches that prefix, be it some passes later. (Forgetting what was not read
+    would favour what the graph prefers.) Drafts are read where that pays, by how their kinds fared
+    of late; heads that do not, draft ever less often. No clock decides: one seed, one text."""
 
     def __init__(self, model: GPT, ids: list[int], seed: int, speculate: bool, temperature: float,
                  top_p: float = 1.0):
@@ -2612,9 +2607,8 @@ class Generator:
         self.tests = dict.fromkeys(self.rates, 0)
         self.worth = 1.0  # plain steps that a draft by the heads wins
         self.cost = args.draft_price * drafting_cost(model) if self.heads else 0.0
-        byte_cost = 0.2 if self.past.mambas else 0.08 if model.dtype == mx.float32 else 0.03
-        self.byte_cost = args.draft_price * byte_cost  # of one more in a pass
-        self.pause, self.due = 128, 0  # of the heads; when they draft at the latest
+        self.byte_cost = args.draft_price * (0.2 if self.past.mambas else 0.02 * model.dtype.size)
+        self.pause, self.due = 64, 0  # passes that heads wait; their next
         self.read, self.taken = np.zeros((2, args.draft_budget + 1), np.int64)  # by depth of drafts
         self.gaps: dict[int, float] = {}  # at temperature 0: {place: best logit - the second}
 
@@ -2670,7 +2664,8 @@ class Generator:
         paths = kept[:1] if self.past.mambas else kept  # Mamba's states follow a chain
         read = self.rows(root, paths, most)
         if sum(place.chance for place in read[1:]) < self.byte_cost * (len(read) + 1):
-            read, root.children = [root], {}  # that there is a draft at all has a price, too
+            read, root.children = [root], {}  # any draft costs two bytes more
+        self.spent = self.byte_cost * sum(place.drafters == {"heads"} for place in read)
         for draft in kept:
             self.graph.move(draft, "verified" if draft.path[-1] in read else "pruned")
         return read
@@ -2755,15 +2750,14 @@ class Generator:
 
             for drafted, _, kind in offers:  # what a rate began with counts as two tests
                 self.tests[kind] += 1
-                part = max(1 / (self.tests[kind] + 2), 0.05)
-                self.rates[kind] += part * ((drafted == token) - self.rates[kind])
+                off = (drafted == token) - self.rates[kind]
+                self.rates[kind] += max(1 / (self.tests[kind] + 2), 0.05) * off
             self.text += chr(token)
             place = place.children.get(token)
-            drafters = {kind[0] for drafted, _, kind in offers if drafted == token}
-            won += drafters == {"heads"} and place is not None and place.row >= 0
+            won += place is not None and place.row >= 0 and place.drafters == {"heads"}
         if self.tried:
-            self.worth += 0.2 * (won - self.byte_cost * (len(logits) - 1) - self.worth)
-            self.pause = 128 if self.worth >= self.cost else min(2 * self.pause, 1024)
+            self.worth += 0.2 * (won - self.spent - self.worth)
+            self.pause = 64 if self.worth >= self.cost else min(2 * self.pause, 1024)
             self.due = self.read[0] + self.pause
         return path
 
