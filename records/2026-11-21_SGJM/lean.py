@@ -154,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--script", type=Path, default=SCRIPT, help="another train_gpt.py of this record")
     parser.add_argument("--sizes", nargs="+", default=["25m", "25m-hybrid"], metavar="SIZE")
     parser.add_argument("--count", type=int, default=60, help="bytes a text (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=9, help="texts of each kind (default: %(default)s)")
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     torch.set_num_threads(1)
-    script = load_script(SCRIPT)
+    script = load_script(options.script)
     script.tune_allocator()
     runs = [measured(script, size, dtype, options.count, options.repeats)
             for size in options.sizes for dtype in (torch.float32, torch.bfloat16)]
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     note = (f"Medians of {options.repeats} texts of {options.count} bytes after {PROMPT}, in turn, "
             f"one thread, random weights, torch {torch.__version__}.")
     told = {"header": HEADER, "rows": rows, "runs": runs, "note": note,
-            "script_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest()}
+            "script_sha256": hashlib.sha256(options.script.read_bytes()).hexdigest()}
     print(markdown_table(HEADER, rows) + "\n\n" + note)
     if options.out:
         script.write_atomic(options.out, json.dumps(told, indent=1).encode())
