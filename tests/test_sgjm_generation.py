@@ -817,6 +817,11 @@ def test_the_bench_measures_both_ways_in_turn(bench, tmp_path, monkeypatch):
     rows = {row[0]: row for row in reports.generation(folder / "bench.json")["rows"]}
     told = [f"**{result['ratio']:.2f}**", f"{result['speculation']['bytes_per_pass']:.2f}"]
     assert rows["prose, greedy"][3:5] == told
+    rows = {row[0]: row[1:] for row in reports.kinds(folder / "bench.json")["rows"]}
+    ratios = [result["ratio"] for result in found["sampled"].values()]
+    assert rows["all, T = 1"][0] == "4" and rows["prose, T = 1"][2] == ""
+    assert rows["all, T = 1"][1] == f"**{np.exp(np.mean(np.log(ratios))):.2f}**"
+    assert rows["all, T = 1"][3] == f"{min(ratios):.2f}" and " to " in rows["all, T = 1"][2]
     kinds = timing.read_prompts("")
     assert all(len(text) == 256 for text in kinds.values())
     assert kinds["prose"].isascii()

@@ -1,6 +1,7 @@
 """Tables of this record's own reports, as JSON that the kind `rows` of scripts/tables.py prints.
 
-    python records/2026-11-21_SGJM/rows.py generation runs/bench/bench.json --out rows.json  of GENERATE_BENCH
+    python records/2026-11-21_SGJM/rows.py generation runs/bench/bench.json --out rows.json  of bench.py
+    python records/2026-11-21_SGJM/rows.py kinds runs/bench/bench.json --out rows.json       the same, by kind
     python records/2026-11-21_SGJM/rows.py gate runs/gate/gate.json --out rows.json          of EVAL_GATE
     python records/2026-11-21_SGJM/rows.py history runs/NAME/metrics.jsonl --out rows.json  of a run
 
@@ -18,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from family import Misuse, command, markdown_table, read_json, write_atomic
+from stats import verdict
 
 
 def generation(path: Path) -> dict:
@@ -55,6 +57,32 @@ def generation(path: Path) -> dict:
         f"{greedy['near_ties']} "
         "at a near tie."
     )
+    return {"header": header, "rows": rows, "note": note, "script_sha256": found["script_sha256"]}
+
+
+def kinds(path: Path) -> dict:
+    """Speed-ups by kind of text, the first word of a prompt's name: the geometric mean over the prompts with
+    its interval, and the least."""
+    found, rows = read_json(path), []
+    sampled = f"T = {found['settings'].get('TEMPERATURE', 1):g}"
+    for part, title in (("greedy", "greedy"), ("sampled", sampled)):
+        groups = {"all": list(found[part].values())}
+        for name, result in found[part].items():
+            groups.setdefault(name.split()[0], []).append(result)
+        for name, results in groups.items():
+            ratios = [result["ratio"] for result in results]
+            logs, span = [math.log(ratio) for ratio in ratios], ""
+            if len(logs) > 1:
+                mean, half, _ = verdict(logs)
+                span = f"{math.exp(mean - half):.2f} to {math.exp(mean + half):.2f}"
+            looping = sum(result["ar"]["looping"] for result in results) / len(results)
+            rows.append([f"{name}, {title}", f"{len(results)}", f"**{math.exp(sum(logs) / len(logs)):.2f}**",
+                         span, f"{min(ratios):.2f}", f"{looping:.0%}"])
+    settings, greedy = found["settings"], found["summary"]["greedy"]
+    note = (f"{settings['MAX_NEW_TOKENS']} bytes a prompt, median of {settings['BENCH_REPEATS']} runs of "
+            f"each kind in turn; {found['device']}, {found['dtype'].removeprefix('torch.')}. Greedy texts that "
+            f"differ: {greedy['mismatches']}, and {greedy['near_ties']} at a near tie.")
+    header = ["prompts", "number", "ratio", "95 % interval", "least", "looping, plain"]
     return {"header": header, "rows": rows, "note": note, "script_sha256": found["script_sha256"]}
 
 
@@ -117,7 +145,7 @@ def history(path: Path) -> dict:
     return found
 
 
-KINDS = {"generation": generation, "gate": gate, "history": history}
+KINDS = {"generation": generation, "kinds": kinds, "gate": gate, "history": history}
 
 
 def main(argv: list[str] | None = None) -> int:
