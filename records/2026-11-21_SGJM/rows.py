@@ -80,8 +80,8 @@ def kinds(path: Path) -> dict:
                          span, f"{min(ratios):.2f}", f"{looping:.0%}"])
     settings, greedy = found["settings"], found["summary"]["greedy"]
     note = (f"{settings['MAX_NEW_TOKENS']} bytes a prompt, median of {settings['BENCH_REPEATS']} runs of "
-            f"each kind in turn; {found['device']}, {found['dtype'].removeprefix('torch.')}. Greedy texts that "
-            f"differ: {greedy['mismatches']}, and {greedy['near_ties']} at a near tie.")
+            f"each kind in turn; {found['device']}, {found['dtype'].removeprefix('torch.')}. Greedy texts "
+            f"that differ: {greedy['mismatches']}, and {greedy['near_ties']} at a near tie.")
     header = ["prompts", "number", "ratio", "95 % interval", "least", "looping, plain"]
     return {"header": header, "rows": rows, "note": note, "script_sha256": found["script_sha256"]}
 
