@@ -550,3 +550,31 @@ def test_what_each_mixture_is_worth(model, corpus, tmp_path):
         rows["context mixer alone after 2,000 training ids, state not counted"]
         < rows["context mixer alone, empty start"]
     )
+
+
+def test_streams_of_several_seeds_are_compared_with_one_stream(tmp_path, capsys):
+    """By hand: differences of 0.02 and 0.04, their mean, Student's t of one degree of freedom."""
+    tool = load_script(RECORD / "streams.py")
+
+    def wrote(name: str, one: float, two: float, **more) -> str:
+        path = tmp_path / name
+        found = {"1": {"bpb": one}, "2": {"bpb": two}}
+        path.write_text(json.dumps({"found": found, "targets": 9, "network": 2.0, "script_sha256": "ab",
+                                    "note": "8 bytes, the network alone 2.0000 BPB", **more}))
+        return str(path)
+
+    good = [wrote("seed314.json", 1.5, 1.54), wrote("seed42.json", 1.6, 1.62)]
+    assert tool.main(["--together", *good, "--out", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["header"][1:3] == ["seed 42", "seed 314"] and found["rows"][0][3:] == ["", "", ""]
+    half = 0.01 * math.tan(0.95 * math.pi / 2)  # the quantile of Cauchy's law times the standard error
+    assert found["rows"][1] == ["2", "1.6200", "1.5400", "+0.0300",
+                                f"{0.03 - half:+.4f} to {0.03 + half:+.4f}", "undecided"]
+    assert found["note"] == "8 bytes; the network alone 2.0000, 2.0000 BPB." and capsys.readouterr().out
+    other = wrote("seed7.json", 1.0, 1.0, targets=10)
+    for files, message in (([*good, other], "different targets"), ([good[0], good[0]], "named for its seed"),
+                           ([wrote("mine.json", 1.0, 1.0)], "named for its seed")):
+        with pytest.raises(tool.Misuse, match=message):
+            tool.main(["--together", *files])
+    with pytest.raises(tool.Misuse, match="--cache are needed"):
+        tool.main([])

@@ -80,6 +80,12 @@ def test_a_loop_of_another_hand_writes_the_same_text(overrides):
     assert len(seen) > 12
 
 
+def test_the_lean_loop_refuses_what_it_cannot_time():
+    for arguments, message in ((["--sizes", "26m"], "SIZE='26m'"), (["--count", "0"], "at least 1")):
+        with pytest.raises(lean.Misuse, match=message):
+            lean.main(arguments)
+
+
 @pytest.mark.parametrize("overrides", [{}, ROPE, HYBRID], ids=str)
 def test_greedy_text_is_that_of_plain_decoding(overrides):
     """100 prompts, many longer than the window; a good drafter and a poor one; ties are none of these."""

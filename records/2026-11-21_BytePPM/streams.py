@@ -129,30 +129,40 @@ def table(script, args, ids: np.ndarray, logprobs: np.ndarray, streams: list[int
 
 
 def together(paths: list[Path]) -> dict:
-    """{"header", "rows", "note", ...} of what `table` gave for several seeds, each in a file of its name."""
-    found = {seed_in(path): read_json(path) for path in paths}
+    """{"header", "rows", "note", ...} of what `table` gave for several seeds, each in a file of its name.
+
+    Raises:
+        Misuse: a file that `table` did not write, that is not named for a seed of its own, or of another text
+            or script.
+    """
+    found = {}
+    for path in paths:
+        each, seed = read_json(path), seed_in(path)
+        if not isinstance(each, dict) or not {"found", "targets", "network", "note"} <= each.keys():
+            raise Misuse(f"--together {path}: not a result of this tool for one seed")
+        if seed is None or seed in found:
+            raise Misuse(f"--together {path}: each file must be named for its seed, seed42.json")
+        found[seed] = each
+    found = dict(sorted(found.items()))
     first = next(iter(found.values()))
     for key in ("targets", "script_sha256"):
         if len({each[key] for each in found.values()}) > 1:
             raise Misuse(f"--together: files of different {key}")
-    if None in found or len(found) < len(paths):
-        raise Misuse("--together: each file must be named for its seed")
 
-    base, *others = first["found"]
     scores = {number: {seed: each["found"][number]["bpb"] for seed, each in found.items()}
               for number in first["found"]}
+    base = next(iter(scores.values()))
     rows = []
     for number, by_seed in scores.items():
-        row = [number, *(f"{bpb:.4f}" for bpb in by_seed.values())]
-        if number in others:
-            difference = paired(by_seed, scores[base])
-            low, high = difference.interval
-            row += [f"{difference.difference:+.4f}", f"{low:+.4f} to {high:+.4f}", difference.word]
-        rows.append(row + [""] * (3 if number == base else 0))
+        difference = paired(by_seed, base)
+        low, high = difference.interval
+        told = [f"{difference.difference:+.4f}", f"{low:+.4f} to {high:+.4f}", difference.word]
+        told = [""] * 3 if by_seed is base else told
+        rows.append([number, *(f"{bpb:.4f}" for bpb in by_seed.values()), *told])
+
     header = ["streams", *(f"seed {seed}" for seed in found), "difference", "95 % interval", "verdict"]
-    note = first["note"].split("; one artifact")[0].split(", the network alone")[0]
     network = ", ".join(f"{each['network']:.4f}" for each in found.values())
-    note += f"; the network alone {network} BPB."
+    note = first["note"].partition(", the network alone")[0] + f"; the network alone {network} BPB."
     return {"header": header, "rows": rows, "note": note, "script_sha256": first["script_sha256"]}
 
 

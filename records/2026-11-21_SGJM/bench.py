@@ -3,7 +3,7 @@
     python bench.py FILE                                 a checkpoint or an artifact, from prompts of its own
     python bench.py FILE measured/prompts                a text, a file, a folder of files, JSON
     DRAFTER=heads RUN_ID=heads python bench.py FILE      settings of the drafts are the script's variables
-    DTYPE=bf16 python bench.py FILE --temperature 0.8    else fp32, and greedily and at temperature 1
+    DTYPE=bf16 python bench.py FILE --temperature 0.8    fp32 and temperature 1 by default
     python bench.py FILE --script train_gpt_mlx.py       the same in MLX
 
 From every prompt it writes greedily and at a temperature, --repeats times with drafts and as often without.

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from family import command, load_script, markdown_table
+from family import Misuse, command, load_script, markdown_table
 
 SCRIPT = Path(__file__).with_name("train_gpt.py")
 HEADER = ["size", "dtype", "the loop, ms a byte", "the script", "ratio"]
@@ -161,11 +161,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the table here as JSON")
     options = parser.parse_args(argv)
 
+    if min(options.count, options.repeats) < 1:
+        raise Misuse("--count and --repeats: at least 1")
     torch.set_num_threads(1)
     script = load_script(options.script)
     script.tune_allocator()
-    runs = [measured(script, size, dtype, options.count, options.repeats)
-            for size in options.sizes for dtype in (torch.float32, torch.bfloat16)]
+    try:
+        runs = [measured(script, size, dtype, options.count, options.repeats)
+                for size in options.sizes for dtype in (torch.float32, torch.bfloat16)]
+    except script.UserError as error:
+        raise Misuse(str(error)) from None
     rows = [[run["size"], run["dtype"], f"{run['loop']:.2f}", f"{run['script']:.2f}", f"{run['ratio']:.2f}"]
             for run in runs]
     note = (f"Medians of {options.repeats} texts of {options.count} bytes after {PROMPT}, in turn, "
