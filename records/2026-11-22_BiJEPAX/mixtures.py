@@ -4,10 +4,11 @@
         runs/NAME/artifact.bin data/datasets/mine/files_val_000000.bin \\
         --tokenizer data/tokenizers/mine.model --targets 100000 --out mixtures.json
 
-Rows: only the network; the control (the network through the mixer, without contexts and proposals); the tilt;
-the mixture; and the claim that the published rule of #2080 would make of the same log-probabilities, marked
-INVALID, with the largest sum over ids that it implies at sampled positions. A sidecar beside the shard
-(*.bytes) holds the bytes of each id where the tokenizer normalises. MB/s is processor time.
+Rows: only the network; the control (the network through the mixer, without contexts and proposals); a tilt
+(#1145: one proposed id is made likelier); the mixture; and the claim that the published rule of #2080 would
+make of the same log-probabilities, marked INVALID, with the largest sum over ids that it implies at sampled
+positions. A sidecar beside the shard (*.bytes) holds the bytes of each id where the tokenizer normalises.
+MB/s is processor time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import math
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +97,42 @@ class Published:
         return total
 
 
+class Tilt:
+    """p'(a) = p(a) e^(beta [a = h]) / (1 + p(h) (e^beta - 1)), for the id h of the longest run that
+    proposes one (#1145). It sums to one.
+
+    A strength beta belongs to a run, its ids that agree and p(h), and learns by AdaGrad.
+    """
+
+    def __init__(self):
+        self.strength: dict[tuple, float] = defaultdict(float)
+        self.squares: dict[tuple, float] = defaultdict(lambda: 1.0)
+
+    def hint(self, hints: np.ndarray, liked: np.ndarray):
+        """(h, log p(h), what its strength belongs to) or None. hints: (2 * runs,), as `propose` has them;
+        liked: (runs,), log-probabilities of the ids proposed."""
+        for run, (token, agree) in enumerate(hints.reshape(-1, 2).astype(int)):
+            if agree:
+                return token, float(liked[run]), (run, agree, min(int(-2 * liked[run]), 15))
+        return None
+
+    def book(self, token: int, own: float, hints: np.ndarray, liked: np.ndarray, learn: bool = True) -> float:
+        """Nats of an id of log-probability `own`, in front of which the hints stood; learns it."""
+        found = self.hint(hints, liked)
+        if found is None:
+            return -own
+        proposed, logprob, cell = found
+        hit, p, odds = token == proposed, math.exp(logprob), math.exp(self.strength[cell])
+        whole = 1 + p * (odds - 1)
+        nats = -own + math.log(whole) - hit * self.strength[cell]
+
+        gradient = hit - p * odds / whole
+        if learn:
+            self.squares[cell] += 0.1 * gradient**2
+            self.strength[cell] += 0.1 * gradient / math.sqrt(self.squares[cell])
+        return nats
+
+
 def control(found):
     """The mixture without contexts: it refines the network's own numbers, and gets no proposals either."""
     found.mixer = found.mixer._replace(contexts=found.mixer.contexts[:0])
@@ -102,7 +140,8 @@ def control(found):
 
 
 def distilled(script, args, artifact: str, ids: np.ndarray, samples: int):
-    """(what the mixture keeps of the network (targets, width), {sampled target: log-probabilities}, seconds).
+    """(what the mixture keeps of the network (targets, width), log-probabilities of the ids proposed
+    (targets, runs), {sampled target: log-probabilities}, seconds).
     """
     runtime = script.Runtime(args)
     attention = script.pick_attention(args, runtime)
@@ -110,21 +149,21 @@ def distilled(script, args, artifact: str, ids: np.ndarray, samples: int):
     found, count = script.Mixture(args), len(ids) - 1
     wanted = {*np.linspace(count // 2, count - 1, samples, dtype=int).tolist()} if samples else set()
 
-    values, at, seconds = [], {}, 0.0
+    values, liked, at, seconds = [], [], {}, 0.0
     rows = max(1, 16384 // args.eval_seq_len)
     plan = script.WindowPlan(args.eval_seq_len, args.eval_stride, rows)
     for first, stop, logprobs, _ in script.scored(model, ids, plan):
         start = time.process_time()
         values.append(found.distil(ids, first, stop, logprobs).numpy())
         seconds += time.process_time() - start
+        proposed = values[-1][:, 1 : 1 + 2 * len(script.RUNS) : 2].astype(int)
+        liked.append(np.take_along_axis(logprobs.float().cpu().numpy(), proposed, 1))
         at |= {t: logprobs[t - first].float().cpu().numpy() for t in wanted if first <= t < stop}
-    return np.concatenate(values), at, seconds
+    return np.concatenate(values), np.concatenate(liked), at, seconds
 
 
 def mixed_in_parts(script, args, ids: np.ndarray, values: np.ndarray, sizes: np.ndarray, at: dict):
-    """(nats (2, targets) of tilt and mixture, MB/s of each of 20 parts, ms of each distribution over all
-    ids).
-    """
+    """(nats (targets,), MB/s of each of 20 parts, ms of each distribution over all ids)."""
     count, proposals = len(ids) - 1, slice(1, 1 + 2 * len(script.RUNS))
     script.Mixture(args).score(ids[1:50], values[:49])  # compiles
     found = script.Mixture(args)
@@ -139,7 +178,7 @@ def mixed_in_parts(script, args, ids: np.ndarray, values: np.ndarray, sizes: np.
             start = time.perf_counter()
             found.distribution(at[t], values[t, None, proposals])
             milliseconds.append(1e3 * (time.perf_counter() - start))
-    return np.concatenate(nats, 1), speeds, milliseconds
+    return np.concatenate(nats), speeds, milliseconds
 
 
 def claim(rule: Published, ids: np.ndarray, own: np.ndarray, sizes: np.ndarray, at: dict):
@@ -168,7 +207,7 @@ def table(
     )
     count = len(ids) - 1
     sizes = script.target_bytes(ids, script.byte_tables(args)) if sizes is None else sizes
-    values, at, kept = distilled(script, args, artifact, ids, samples)
+    values, liked, at, kept = distilled(script, args, artifact, ids, samples)
     own = values[:, 0]
     span, rows = math.log(2) * sizes.sum(), []
     base = -own.sum() / span
@@ -181,12 +220,12 @@ def table(
     add("network alone", -own.sum())
     silent = values.copy()
     silent[:, 1 : 1 + 2 * len(script.RUNS)] = 0
-    refined = control(script.Mixture(args)).score(ids[1:], silent)[-1].sum()
+    refined = control(script.Mixture(args)).score(ids[1:], silent).sum()
     add("control: network alone through the mixer", refined)
     nats, speeds, milliseconds = mixed_in_parts(script, args, ids, values, sizes, at)
-    tilt, mixed = nats.sum(1)
-    add("tilt", tilt)
-    add("**mixture**", mixed, f"{max(speeds):.2f} (median {np.median(speeds):.2f})")
+    tilt, proposals = Tilt(), values[:, 1 : 1 + 2 * len(script.RUNS)]
+    add("tilt", sum(map(tilt.book, ids[1:].tolist(), own, proposals, liked)))
+    add("**mixture**", nats.sum(), f"{max(speeds):.2f} (median {np.median(speeds):.2f})")
 
     # The published rule, which is not one.
     spelled = [word if word[0] < 256 else () for word in script.spelling(args)]
