@@ -64,7 +64,7 @@ njit = None  # without it, only the network scores
 with contextlib.suppress(ImportError):
     from llvmlite import ir
     from numba import extending, njit, types
-    from numba.core.cgutils import alloca_once_value, for_range
+    from numba.core.cgutils import alloca_once_value, for_range, unpack_tuple
 
 # -----------------------------------------------------------------------------
 # HYPERPARAMETERS
@@ -663,7 +663,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     for query in (q * dim**-0.5).transpose(1, 2).split(QUERY_BLOCK, 2):
         stop = min((len(out) + 1) * QUERY_BLOCK, length)
         seen = slice(stop - query.size(2) if before else 0, before + stop)
-        unseen = ~mask[:, :, None, stop - query.size(2) : stop, seen]  # (B, 1, 1, queries, keys)
+        unseen = ~mask[:, :, None, stop - query.size(2) : stop, seen]  # (B, 1, 1, q, k)
         flat = query.unflatten(1, (groups, -1)).flatten(2, 3).flatten(0, 1)  # heads share keys
         scores = torch.bmm(flat, keys[:, seen].mT)
         scores = scores.view(len(q), groups, -1, *unseen.shape[-2:])
@@ -855,7 +855,7 @@ class Dataset:
     def _read_sidecars(self, verify: bool) -> np.ndarray | None:
         """Original bytes of each validation id, uint16, of CaseOps text; else None."""
         paths = [self.path / path.name.replace("_val_", "_val_bytes_") for path in self.val_files]
-        if not all(path.exists() for path in paths):  # they are not named as published
+        if not all(path.exists() for path in paths):  # named otherwise
             paths = [path.with_suffix(".bytes") for path in self.val_files]
         if "caseops" not in self.manifest and not any(path.exists() for path in paths):
             return None
@@ -1839,8 +1839,8 @@ def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> 
     no pickle.
 
     `hessians` {name: (C, C)} of the matrices that GPTQ is to round. Parts of a matrix are entries
-    of their own: `name:fine<column>`, AWQ-lite's, with its steps, and `name:a`, `name:b`, LQER's
-    product for the matrices with the largest errors."""
+    of their own: `name:fine<column>`, AWQ-lite's; `name:a` and `name:b`, LQER's product for the
+    largest errors."""
     entries, codes, halves, errors, hessians = [], [], [], {}, hessians or {}
     groups = salient_groups(tensors, hessians, args)
 
@@ -2009,58 +2009,101 @@ def kernel(function, allocates=False):
 LANES = 16  # of a vector; numba leaves short loops scalar
 if njit:
     INT, PART = ir.IntType(32), ir.IntType(64)
-    VECTOR, WIDE = (ir.VectorType(kind(), LANES) for kind in (ir.FloatType, ir.DoubleType))
+    FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
+    VECTOR, WIDE, INTS = (ir.VectorType(kind, LANES) for kind in (FLOAT, DOUBLE, INT))
 
-    def pointer(context, builder, kind, array, place, to):
-        data = context.make_array(kind)(context, builder, array).data
-        return builder.bitcast(builder.gep(data, [place]), to.as_pointer())
+    def pointer(builder, array, place, to):
+        return builder.bitcast(builder.gep(array.data, [place]), to.as_pointer())
 
-    def fetch(*place):
-        return place[1].load(pointer(*place), align=4)
+    def fetch(builder, array, place, to=VECTOR):
+        return builder.load(pointer(builder, array, place, to), align=4)
 
-    def store(context, builder, kind, array, place, x):
-        builder.store(x, pointer(context, builder, kind, array, place, x.type), align=4)
+    def store(builder, array, place, x):
+        builder.store(x, pointer(builder, array, place, x.type), align=4)
+
+    def written(emit, *kinds):
+        """An intrinsic; `emit(builder, ...)` gets the fields of arrays."""
+        def wanted(context, builder, signature, args):
+            opened = [context.make_array(kind)(context, builder, x)
+                      if isinstance(kind, types.Array) else x for kind, x in zip(kinds, args)]
+            emit(builder, *opened)
+            return context.get_dummy_value()
+        return types.void(*kinds), wanted
 
     @extending.intrinsic
     def prefetch(typing, a, i):
         """Asks memory for a[i] before it is needed."""
-        def emit(context, builder, signature, args):
-            place = pointer(context, builder, a, *args, ir.IntType(8))
+        def emit(builder, a, i):
+            place = pointer(builder, a, i, ir.IntType(8))
             kind = ir.FunctionType(ir.VoidType(), [place.type, INT, INT, INT])
             ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
             builder.call(ask, [place, INT(1), INT(3), INT(1)])  # to write
-            return context.get_dummy_value()
-        return types.void(a, types.intp), emit
+        return written(emit, a, types.intp)
 
     @extending.intrinsic
     def nudge(typing, w, i, step, x, n):
         """w[i] += step * x[n] for all lanes."""
-        def emit(context, builder, signature, args):
-            rows, i, step, lanes, n = args
+        def emit(builder, w, i, step, x, n):
             steps = builder.insert_element(ir.Constant(WIDE, None), step, INT(0))
-            steps = builder.shuffle_vector(steps, steps, ir.Constant(ir.VectorType(INT, LANES), None))
-            change = builder.fmul(steps, fetch(context, builder, x, lanes, n, WIDE))
-            total = builder.fpext(fetch(context, builder, w, rows, i, VECTOR), WIDE)
-            store(context, builder, w, rows, i, builder.fptrunc(builder.fadd(total, change), VECTOR))
-            return context.get_dummy_value()
-        return types.void(w, types.intp, types.float64, x, types.intp), emit
+            steps = builder.shuffle_vector(steps, steps, ir.Constant(INTS, None))
+            change = builder.fmul(steps, fetch(builder, x, n, WIDE))
+            total = builder.fadd(builder.fpext(fetch(builder, w, i), WIDE), change)
+            store(builder, w, i, builder.fptrunc(total, VECTOR))
+        return written(emit, w, types.intp, types.float64, x, types.intp)
 
     @extending.intrinsic
     def run_up(typing, columns, order, sums):
         """sums (n + 1, 16) of columns (n, 16) in `order`, up to each."""
-        def emit(context, builder, signature, args):
-            count = context.make_array(order)(context, builder, args[1]).nitems
+        def emit(builder, columns, order, sums):
             total = alloca_once_value(builder, ir.Constant(WIDE, None))
-            with for_range(builder, count) as loop:
+            with for_range(builder, order.nitems) as loop:
                 place = builder.mul(loop.index, PART(LANES))
-                store(context, builder, sums, args[2], place, builder.load(total))
-                leaf = builder.load(pointer(context, builder, order, args[1], loop.index, PART))
-                place = builder.mul(leaf, PART(LANES))
-                x = builder.fpext(fetch(context, builder, columns, args[0], place, VECTOR), WIDE)
+                store(builder, sums, place, builder.load(total))
+                leaf = builder.load(pointer(builder, order, loop.index, PART))
+                x = builder.fpext(fetch(builder, columns, builder.mul(leaf, PART(LANES))), WIDE)
                 builder.store(builder.fadd(builder.load(total), x), total)
-            store(context, builder, sums, args[2], builder.mul(count, PART(LANES)), builder.load(total))
-            return context.get_dummy_value()
-        return types.void(columns, order, sums), emit
+            store(builder, sums, builder.mul(order.nitems, PART(LANES)), builder.load(total))
+        return written(emit, columns, order, sums)
+
+    def fused(builder, x, y, z):
+        kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
+        return builder.call(builder.module.declare_intrinsic("llvm.fma.v16f32", (), kind), (x, y, z))
+
+    def power(builder, x):
+        """e^x of 16 x, the same bits on all processors: 2^n times a series."""
+        numbers = [math.log(TINY), 1 / math.log(2), 1.5 * 2**23]
+        numbers += [math.log(2) ** k / math.factorial(k) for k in range(7, -1, -1)]
+        least, scale, big, y, *series = (ir.Constant(VECTOR, [c] * LANES) for c in numbers)
+        x = builder.select(builder.fcmp_ordered(">", x, least), x, least)
+        whole = fused(builder, x, scale, big)  # n, in its lowest bits
+        rest = fused(builder, x, scale, builder.fsub(big, whole))
+        for term in series:
+            y = fused(builder, y, rest, term)
+        n = builder.shl(builder.bitcast(whole, INTS), ir.Constant(INTS, [23] * LANES))
+        return builder.bitcast(builder.add(builder.bitcast(y, INTS), n), VECTOR)
+
+    @extending.intrinsic
+    def turn(typing, logprobs, first, i, columns):
+        """columns[i : i + 16] = exp(logprobs[first:, i:][:16, :16]).T"""
+        def emit(builder, logprobs, first, i, columns):
+            (rows, width), x = unpack_tuple(builder, logprobs.shape), []
+            last = builder.sub(rows, PART(1))
+            for r in range(LANES):
+                row = builder.add(first, PART(r))
+                row = builder.select(builder.icmp_signed("<", row, last), row, last)
+                place = builder.add(builder.mul(row, width), i)
+                x.append(power(builder, fetch(builder, logprobs, place)))
+
+            for half in (8, 4, 2, 1):  # two blocks of each square change places
+                picks = [k + (LANES - half) * bool(k & half) for k in range(LANES)]
+                near, far = (ir.Constant(INTS, [k + n for k in picks]) for n in (0, half))
+                for r in (r for r in range(LANES) if not r & half):
+                    two = x[r], x[r + half]
+                    x[r], x[r + half] = (builder.shuffle_vector(*two, k) for k in (near, far))
+            for r in range(LANES):
+                place = builder.mul(builder.add(i, PART(r)), PART(LANES))
+                store(builder, columns, place, x[r])
+        return written(emit, logprobs, types.intp, types.intp, columns)
 
 
 # The vocabulary as a binary tree. Leaves are the ids in order of spelling; inner nodes are
@@ -2167,16 +2210,16 @@ Mixer = namedtuple("Mixer", "table contexts hashes spelled starts now weights tr
                             "keys row mark met lanes cells sets mixed")
 # contexts (C, 3): index into hashes, 1 = this document, rows - 1; hashes (order + 3,) of the last
 # 1 ... order bytes, the word, the last id, the last two; spelled, starts (V + 1,): ids' symbols; now
-# (1 + runs,): document, leaves proposed. Scratch: keys (BLOCK + 1, C + 1) of contexts, and document;
+# (1 + runs,): document, leaves proposed. Scratch: keys (BLOCK + 1, C + 1) and document;
 # row, mark, met (groups, C): see `look_up`; the others by node, see `decide`.
 STRETCH = np.log(np.arange(0.5, 4096) / np.arange(4095.5, 0, -1)).astype(np.float32)
-DOUBT = np.digitize(0.5 - np.abs(np.arange(256) - 127.5) / 256, (0.03, 0.12, 0.25)).astype(np.uint8)
-TRIALS = np.searchsorted([*range(1, 9), 12, 16, 24, 32, 64, 128], range(256), "right").astype(np.uint8)
+DOUBT = np.digitize(0.5 - np.abs(np.arange(256) - 127.5) / 256, (0.03, 0.12, 0.25))
+TRIALS = np.searchsorted([*range(1, 9), 12, 16, 24, 32, 64, 128], range(256), "right")
 AGREED = np.digitize(np.arange(LONGEST + 1), (4, 8, 16))
 STEPS, LIMIT = 1 / (np.arange(256) + 1.6), 255  # by a counter's n; largest n
 RATE, SLOW = 0.0013, 0.02  # of weights and of `hits`
-TINY, USED = 1e-12, np.uint64(9 + len(RUNS))  # odds stay finite; inputs
-BLOCK, PIECE, AHEAD = 512, 32, 3  # ids mixed, distilled at once; asked for ahead
+TINY, USED = 1e-12, np.uint64(9 + len(RUNS))  # least probability; inputs
+BLOCK, AHEAD = 512, 3  # ids mixed at once; asked for ahead
 
 
 @kernel
@@ -2214,8 +2257,8 @@ def ask(m, tree, t, token):
 def decide(m, tree, t, nodes, count, odds, hints):
     """Logistic mixing: writes `mixed`, the probability of a 1 at each of `count` nodes.
     Inputs, `lanes` of a node, are log odds of the network, counters and proposals.
-    An input's weight is a sum of three `sets`, picked by how long the proposals agree, how sure the
-    network is and the node; a counter's has a fourth, `trust`, by its trials, doubt and `met`."""
+    An input's weight is a sum of three `sets`: how long the proposals agree, how sure the
+    network is, the node; a counter's has a fourth, `trust`: its trials, doubt and `met`."""
     lanes, cells, sets, mixed, weights = m.lanes, m.cells, m.sets, m.mixed, m.weights
     contexts, group = len(m.contexts), -1
     for r in range(len(RUNS)):
@@ -2231,7 +2274,7 @@ def decide(m, tree, t, nodes, count, odds, hints):
             counter = m.table[m.row[group, c] + tree.place[node]]
             n, met = counter & np.uint32(1023), np.int64(m.met[group, c])
             known = met > 0 and n > 0
-            cell = np.int64(TRIALS[n & np.uint32(255)]) * 8 + np.int64(DOUBT[counter >> np.uint32(24)]) * 2
+            cell = TRIALS[n & np.uint32(255)] * 8 + DOUBT[counter >> np.uint32(24)] * 2
             cells[j, c] = cell + met - 1 if known else 0
             lanes[j, 1 + c] = x = STRETCH[counter >> np.uint32(20)] if known else np.float32(0)
             z += m.trust[c, cells[j, c]] * x
@@ -2303,7 +2346,7 @@ def learn(m, tree, nodes, count, leaf):
         for c in range(contexts):
             m.trust[c, cells[j, c]] += step * lanes[j, 1 + c]
             place = m.row[group, c] + tree.place[node]
-            n, p = np.int64(table[place] & np.uint32(1023)), np.int64(table[place] >> np.uint32(10))
+            n, p = np.int64(table[place]) & 1023, np.int64(table[place]) >> 10
             p = min(max(p + np.int64(((y << 22) - p) * STEPS[n]), 64), (1 << 22) - 64)
             table[place] = (p << 10) | min(n + 1, LIMIT)
         for r in range(len(RUNS)):
@@ -2345,48 +2388,21 @@ def mixer_distribution(m, tree, hints, odds, p):
 
 
 @kernel
-def below(sums, r, leaf):
-    """A row's mass of the leaves before one, each with TINY on top."""
-    return sums[leaf, r] + np.float64(np.float32(TINY) * np.float32(leaf))
-
-
-@kernel
-def masses(probs, columns, sums, tree, nodes, out):
-    """out (2, n, K): mass on both sides of nodes (n, K), from probabilities (n, V), padded to sixteens.
-    columns (V, 16) fp32, sums (V + 1, 16) fp64: scratch."""
+def log_odds(logprobs, columns, sums, tree, nodes, out):
+    """out (n, K): log odds at nodes (n, K), rows that end at a 0, of log-probabilities
+    (n, V). columns (V, 16) fp32, sums (V + 1, 16) fp64: scratch."""
     for first in range(0, len(nodes), LANES):
-        for i in range(0, probs.shape[1], LANES):
-            for r in range(LANES):
-                for k in range(LANES):
-                    columns[i + k, r] = probs[first + r, i + k]
+        for i in range(0, len(columns), LANES):
+            turn(logprobs, first, min(i, len(columns) - LANES), columns)
         run_up(columns, tree.order, sums)
-        for r in range(min(LANES, nodes.shape[0] - first)):
+        for r in range(min(LANES, len(nodes) - first)):
             for k in range(nodes.shape[1]):
                 node = nodes[first + r, k]
-                left = below(sums, r, node) - below(sums, r, tree.low[node])
-                right = below(sums, r, tree.high[node]) - below(sums, r, node)
-                out[0, first + r, k], out[1, first + r, k] = max(left, TINY), max(right, TINY)
-
-
-# The tilt (#1145): p'(a) = p(a) e^(beta [a = h]) / (1 + p(h) (e^beta - 1)), for a proposed id h.
-@kernel
-def tilt_score(beta, ids, own, hints, liked, nats):
-    """Nats of ids from log-probabilities, `own` and those `liked` (n, runs) of hints. beta (2,
-    cells): strengths by run, its length and `liked`, and AdaGrad's sums."""
-    for t in range(len(ids)):
-        r, nats[t] = 0, -own[t]
-        while r < len(RUNS) and hints[t, 2 * r + 1] == 0:
-            r += 1
-        if r == len(RUNS):
-            continue
-        cell = ((LONGEST + 1) * r + hints[t, 2 * r + 1]) * 16 + min(int(-2 * liked[t, r]), 15)
-        hit = ids[t] == hints[t, 2 * r]
-        p, e = math.exp(liked[t, r]), math.exp(beta[0, cell])
-        whole = 1 + p * (e - 1)
-        nats[t] += math.log(whole) - hit * beta[0, cell]
-        gradient = hit - p * e / whole
-        beta[1, cell] += 0.1 * gradient * gradient
-        beta[0, cell] += 0.1 * gradient / math.sqrt(beta[1, cell])
+                if node == 0:
+                    break
+                left = sums[node, r] - sums[tree.low[node], r]
+                right = sums[tree.high[node], r] - sums[node, r]
+                out[first + r, k] = math.log(right / left)
 
 
 class Mixture:
@@ -2402,8 +2418,6 @@ class Mixture:
         self.tree = vocabulary_tree(spelled)
         groups, levels = len(self.tree.above), self.tree.paths.shape[1]
         self.hint = np.zeros((1, 2 * runs), np.int64)
-        cells = runs * (LONGEST + 1) * 16
-        self.beta = np.stack((np.zeros(cells), np.ones(cells)))
         slots, now = 1 << SLOTS, np.zeros(2 + 2 * runs, np.int64)
         self.text = Text(np.zeros(slots, np.uint16), now, np.zeros((runs, slots), np.int32))
 
@@ -2421,32 +2435,26 @@ class Mixture:
             table[first : first + n * rows * LANES], np.array([(*pair, rows - 1) for pair in contexts]),
             np.zeros(word + 3, np.uint64), np.concatenate(spelled).astype(np.int64),
             np.cumsum([0, *map(len, spelled)]), np.zeros(1 + runs, np.int64), weights.ravel(),
-            np.zeros((n, 128), np.float32), np.full(cells, 0.75),
+            np.zeros((n, 128), np.float32), np.full(runs * (LONGEST + 1) * 16, 0.75),
             np.zeros((BLOCK + 1, n + 1), np.uint64), np.zeros((groups, n), np.int64),
             np.zeros((groups, n), np.uint32), np.zeros((groups, n), np.uint8),
             np.zeros((levels, LANES)), np.zeros((levels, n + runs), np.int64),
             np.zeros((levels, 3), np.uint64), np.zeros(levels))
-        padded = -(-size // LANES) * LANES
-        self.scratch = (np.zeros((PIECE, padded), np.float32), np.zeros((padded, LANES), np.float32),
-                        np.zeros((size + 1, LANES)))
+        self.scratch = np.zeros((size, LANES), np.float32), np.zeros((size + 1, LANES))
 
     def odds(self, logprobs: Tensor, nodes: np.ndarray) -> Tensor:
-        """The network's log odds at nodes (n, K), from log-probabilities (n, V): fp64, CPU."""
-        if logprobs.device.type == "cpu":
-            probs, out = torch.from_numpy(self.scratch[0]), np.zeros((2, *nodes.shape))
-            for first in range(0, len(nodes), PIECE):
-                part = slice(first, first + PIECE)
-                torch.exp(logprobs[part], out=probs[: len(nodes[part]), : logprobs.size(1)])
-                masses(*self.scratch, self.tree, nodes[part], out[:, part])
-            return torch.from_numpy(out).log().diff(dim=0)[0]
+        """The network's log odds at nodes (n, K), of log-probabilities (n, V): fp64, CPU."""
+        if logprobs.device.type != "cuda" and logprobs.size(1) >= LANES:
+            out = np.zeros(nodes.shape)
+            log_odds(logprobs.cpu().contiguous().numpy(), *self.scratch, self.tree, nodes, out)
+            return torch.from_numpy(out)
 
         places = *self.tree[:3], nodes
         order, low, high, nodes = (torch.from_numpy(x).to(logprobs.device).long() for x in places)
-        sums = logprobs.exp().index_select(1, order).cumsum(1, dtype=torch.float64)
+        probs = logprobs.exp().clamp(min=TINY).index_select(1, order)
+        sums = F.pad(probs.cumsum(1, dtype=torch.float64), (1, 0)).expand(3, -1, -1)
         edges = torch.stack((low[nodes], nodes, high[nodes]))  # (3, n, K)
-        mass = sums.expand(3, -1, -1).gather(2, (edges - 1).clamp(min=0))
-        mass = mass * (edges > 0) + TINY * edges
-        return mass.diff(dim=0).clamp(min=TINY).log().diff(dim=0)[0].cpu()
+        return sums.gather(2, edges).diff(dim=0).clamp(min=TINY).log().diff(dim=0)[0].cpu()
 
     def read(self, ids: np.ndarray, first: int, stop: int, blocks) -> list[tuple]:
         """Blocks (begin, end, log-probabilities (n, V), ...) of targets first ... stop - 1,
@@ -2459,23 +2467,15 @@ class Mixture:
     def distil(self, ids: np.ndarray, first: int, stop: int, logprobs: Tensor,
                hints: np.ndarray) -> np.ndarray:
         """Log-probabilities (n, V) of targets first ... stop - 1, and their hints -> fp64 (n, [own;
-        hints; theirs; log odds above the id])."""
-        if logprobs.device.type == "mps":  # it has no fp64
-            logprobs = logprobs.cpu()
+        hints; log odds above the id])."""
         ids = ids[first + 1 : stop + 1].astype(np.int64)
-        named = torch.from_numpy(np.column_stack((ids, hints[:, ::2]))).to(logprobs.device)
-        own = logprobs.gather(1, named).double().cpu()
-        odds = self.odds(logprobs, self.tree.paths[ids])
-        return torch.cat((own[:, :1], torch.from_numpy(hints), own[:, 1:], odds), 1).numpy()
+        own = logprobs.gather(1, torch.from_numpy(ids[:, None]).to(logprobs.device)).cpu().double()
+        return torch.cat((own, torch.from_numpy(hints), self.odds(logprobs, self.tree.paths[ids])), 1).numpy()
 
     def score(self, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """fp64 nats (2, n) of ids (n,), tilted and mixed; learns them."""
-        runs = len(RUNS)
-        own, hints, liked, odds = np.split(values, (1, 1 + 2 * runs, 1 + 3 * runs), 1)
-        ids, hints = ids.astype(np.int64), hints.astype(np.int64)
-        nats = np.zeros((2, len(ids)))
-        tilt_score(self.beta, ids, own[:, 0], hints, liked, nats[0])
-        mixer_score(self.mixer, self.tree, ids, hints, odds, nats[1])
+        """fp64 nats (n,) of ids (n,); learns them."""
+        (_, hints, odds), nats = np.split(values, (1, 1 + 2 * len(RUNS)), 1), np.zeros(len(ids))
+        mixer_score(self.mixer, self.tree, *(x.astype(np.int64) for x in (ids, hints)), odds, nats)
         return nats
 
     def distribution(self, logprobs: np.ndarray, hints: np.ndarray | None = None) -> np.ndarray:
@@ -2689,7 +2689,7 @@ def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarr
         here, done = [t for t in wanted if first <= t < stop], first
         for t in [*here, stop]:  # learns up to t, then tells
             known = values[done - first : t - first]
-            nats[done:t] = mixture.score(ids[done + 1 : t + 1], known)[-1]
+            nats[done:t] = mixture.score(ids[done + 1 : t + 1], known)
             if t < stop:
                 hints = values[t - first, None, 1 : 1 + 2 * len(RUNS)]
                 vectors[t] = mixture.distribution(vectors[t], hints)
@@ -2759,8 +2759,8 @@ class Evaluator:
         names, mixing, gather = [name], 0.0, None
         if mix:
             mixture = Mixture(args)
-            names += [f"{name}_tilt", f"{name}_mix"]
-            gather = lambda *found: self.gather(mixture, *found)  # noqa: E731
+            names += [f"{name}_mix"]
+            gather = functools.partial(self.gather, mixture)
         sums = torch.zeros(len(names), classes + 1, dtype=torch.float64)
         targets, shown = len(self.ids) - 1, began
 
@@ -2779,7 +2779,7 @@ class Evaluator:
             found, parts = self.classes[self.ids[first + 1 : stop + 1]], [nats]
             if mix:
                 mixing -= time.perf_counter()
-                parts += [*mixture.score(self.ids[first + 1 : stop + 1], values)]
+                parts += [mixture.score(self.ids[first + 1 : stop + 1], values)]
                 mixing += time.perf_counter()
             for row, part in zip(sums, parts):
                 row[:-1] += torch.from_numpy(np.bincount(found, part, minlength=classes))
@@ -2816,7 +2816,7 @@ class Evaluator:
         self.run(name, model, length, stride or length, learn, mix)
         extra = f" stride:{stride}" if stride else ""
         extra += f" prefix:{self.prefix}" if self.prefix else ""
-        for label in (name, f"{name}_tilt", f"{name}_mix")[: 3 if mix else 1]:
+        for label in (name, f"{name}_mix")[: 1 + mix]:
             result = self.results[label]
             loss, bpb = result["val_loss"], result["val_bpb"]
             self.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f}{extra} "
