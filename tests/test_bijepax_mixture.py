@@ -247,6 +247,30 @@ def test_prefix_sums_side_by_side_are_those_of_one_row(args, text):
             np.testing.assert_allclose(odds[r, : len(row)], np.log(right / left), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("size", [15, 16, 17, 31, 33, 260])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 33])
+def test_the_kernel_at_its_edges_is_the_path_of_gpus(size, rows, monkeypatch):
+    """Widths and heights around 16, certain and impossible ids: the odds of fp64 sums of floored
+    probabilities, of what a GPU computes, and of parts of a larger tensor."""
+    rng, found = np.random.default_rng(size + rows), object.__new__(section.Mixture)
+    found.tree = section.vocabulary_tree([(int(x),) for x in rng.integers(0, 400, size)])
+    found.scratch = np.zeros((size, 16), np.float32), np.zeros((size + 1, 16))
+    lp = torch.from_numpy(rng.normal(0, 6, (rows, size))).log_softmax(-1).float()
+    lp[-1], lp[-1, size // 2] = -torch.inf, 0.0
+    nodes = np.tile(found.tree.nodes, (rows, 1))
+    odds = found.odds(lp, nodes).numpy()
+
+    p = np.maximum(lp.double().exp().numpy(), section.TINY)[:, found.tree.order]
+    sums = np.pad(p.cumsum(1), ((0, 0), (1, 0)))
+    left, right = (sums[:, b] - sums[:, a] for a, b in
+                   ((found.tree.low[nodes[0]], nodes[0]), (nodes[0], found.tree.high[nodes[0]])))
+    np.testing.assert_allclose(odds, np.log(right / left), rtol=0, atol=4e-4)  # a last bit at the floor
+    large = torch.cat((lp, lp), 1)[:, :size]
+    np.testing.assert_array_equal(found.odds(large, nodes).numpy(), odds)
+    monkeypatch.setattr(section, "LANES", 10**6)  # no kernel is so wide
+    np.testing.assert_allclose(found.odds(lp, nodes).numpy(), odds, rtol=0, atol=4e-4)
+
+
 def test_rows_are_cache_lines_and_blocks_leave_no_trace(args, text):
     """Rows begin at multiples of 64 bytes; a text longer than a block is that of many short calls."""
     found, lp = mixture(args), network(text, args.vocab_size, 7)
@@ -519,9 +543,9 @@ def test_the_published_block_runs(run, shards, args):
         VOCAB_SIZE=args.vocab_size, TOKENIZER_PATH=args.tokenizer_path, MIX_ROWS=8,
     )
     assert code == 0, output
-    told = [line for line in output.splitlines() if "warning" in line]
-    assert metrics["headline"] == "final_int6_sliding_mix"
-    assert [line for line in told if not any(name in line for name in EXTRA)] == []
+    for name in EXTRA:  # settings of the tiny trunk, here empty
+        output = output.replace(f"warning: {name} is no variable of this script: ignored", "")
+    assert metrics["headline"] == "final_int6_sliding_mix" and "warning" not in output.lower()
 
 
 @slow
