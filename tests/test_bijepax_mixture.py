@@ -271,6 +271,13 @@ def test_the_kernel_at_its_edges_is_the_path_of_gpus(size, rows, monkeypatch):
     np.testing.assert_allclose(found.odds(lp, nodes).numpy(), odds, rtol=0, atol=4e-4)
 
 
+def test_a_network_that_says_nan_gets_no_number(args, text):
+    lp = network(text, args.vocab_size, 8)
+    lp[20] = torch.nan
+    nats = booked(mixture(args), text, lp)
+    assert np.isfinite(nats[:20]).all() and np.isnan(nats[20:]).all()
+
+
 def test_rows_are_cache_lines_and_blocks_leave_no_trace(args, text):
     """Rows begin at multiples of 64 bytes; a text longer than a block is that of many short calls."""
     found, lp = mixture(args), network(text, args.vocab_size, 7)

@@ -1142,7 +1142,7 @@ def gptq(x: np.ndarray, hessian: np.ndarray, top: np.ndarray) -> np.ndarray:
 def quantise(weight: np.ndarray, top: np.ndarray, k: float, hessian: np.ndarray | None = None):
     """Rounds a matrix (R, C) to integers in [-top, top] a column, with one fp16 step a row.
 
-    step = k * std / least top (SDClip, #1394); a column with a larger top has finer ones. By `gptq`
+    step = k * std / least top (SDClip, #1394); larger tops have finer ones. By `gptq`
     with a hessian (C, C), else to the nearest. Returns (q int8, step fp16 (R, 1), q * step fp32)."""
     weight, least = np.asarray(weight, dtype=np.float32), top.min()
     step = k / least * weight.std(axis=1, keepdims=True, dtype=np.float64)
@@ -1908,7 +1908,7 @@ def unpack_tensors(entries: list, raw: bytes) -> dict[str, np.ndarray]:
             continue
         step = numbers[:, None]
         tensors[name], steps[name] = q * step, (step, top)
-        if part == "b":  # in a fixed order: any machine agrees
+        if part == "b":  # in order: any machine agrees
             a, b = tensors.pop(f"{owner}:a"), tensors.pop(name)
             for left, right in zip(a, b.reshape(len(a), -1)):
                 tensors[owner] += np.outer(left, right[: tensors[owner].shape[1]])
@@ -2021,24 +2021,24 @@ if njit:
     def store(builder, array, place, x):
         builder.store(x, pointer(builder, array, place, x.type), align=4)
 
-    def written(emit, *kinds):
-        """An intrinsic; `emit(builder, ...)` gets the fields of arrays."""
-        def wanted(context, builder, signature, args):
+    def emitted(emit, *kinds):
+        """An intrinsic; `emit(builder, ...)` gets arrays as their fields."""
+        def lower(context, builder, signature, args):
             opened = [context.make_array(kind)(context, builder, x)
                       if isinstance(kind, types.Array) else x for kind, x in zip(kinds, args)]
             emit(builder, *opened)
             return context.get_dummy_value()
-        return types.void(*kinds), wanted
+        return types.void(*kinds), lower
 
     @extending.intrinsic
     def prefetch(typing, a, i):
-        """Asks memory for a[i] before it is needed."""
+        """Asks memory for a[i] early."""
         def emit(builder, a, i):
             place = pointer(builder, a, i, ir.IntType(8))
             kind = ir.FunctionType(ir.VoidType(), [place.type, INT, INT, INT])
             ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
             builder.call(ask, [place, INT(1), INT(3), INT(1)])  # to write
-        return written(emit, a, types.intp)
+        return emitted(emit, a, types.intp)
 
     @extending.intrinsic
     def nudge(typing, w, i, step, x, n):
@@ -2049,7 +2049,7 @@ if njit:
             change = builder.fmul(steps, fetch(builder, x, n, WIDE))
             total = builder.fadd(builder.fpext(fetch(builder, w, i), WIDE), change)
             store(builder, w, i, builder.fptrunc(total, VECTOR))
-        return written(emit, w, types.intp, types.float64, x, types.intp)
+        return emitted(emit, w, types.intp, types.float64, x, types.intp)
 
     @extending.intrinsic
     def run_up(typing, columns, order, sums):
@@ -2063,7 +2063,7 @@ if njit:
                 x = builder.fpext(fetch(builder, columns, builder.mul(leaf, PART(LANES))), WIDE)
                 builder.store(builder.fadd(builder.load(total), x), total)
             store(builder, sums, builder.mul(order.nitems, PART(LANES)), builder.load(total))
-        return written(emit, columns, order, sums)
+        return emitted(emit, columns, order, sums)
 
     def fused(builder, x, y, z):
         kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
@@ -2074,7 +2074,7 @@ if njit:
         numbers = [math.log(TINY), 1 / math.log(2), 1.5 * 2**23]
         numbers += [math.log(2) ** k / math.factorial(k) for k in range(7, -1, -1)]
         least, scale, big, y, *series = (ir.Constant(VECTOR, [c] * LANES) for c in numbers)
-        x = builder.select(builder.fcmp_ordered(">", x, least), x, least)
+        x = builder.select(builder.fcmp_unordered(">", x, least), x, least)  # NaN stays
         whole = fused(builder, x, scale, big)  # n, in its lowest bits
         rest = fused(builder, x, scale, builder.fsub(big, whole))
         for term in series:
@@ -2084,26 +2084,26 @@ if njit:
 
     @extending.intrinsic
     def turn(typing, logprobs, first, i, columns):
-        """columns[i : i + 16] = exp(logprobs[first:, i:][:16, :16]).T"""
+        """columns[i : i + 16] = exp(logprobs[first:, i:][:16, :16]).T, TINY at least."""
         def emit(builder, logprobs, first, i, columns):
             (rows, width), x = unpack_tuple(builder, logprobs.shape), []
             last = builder.sub(rows, PART(1))
-            for r in range(LANES):
+            for r in range(LANES):  # the last repeats
                 row = builder.add(first, PART(r))
                 row = builder.select(builder.icmp_signed("<", row, last), row, last)
                 place = builder.add(builder.mul(row, width), i)
                 x.append(power(builder, fetch(builder, logprobs, place)))
 
-            for half in (8, 4, 2, 1):  # two blocks of each square change places
+            for half in (8, 4, 2, 1):  # blocks change places
                 picks = [k + (LANES - half) * bool(k & half) for k in range(LANES)]
                 near, far = (ir.Constant(INTS, [k + n for k in picks]) for n in (0, half))
-                for r in (r for r in range(LANES) if not r & half):
-                    two = x[r], x[r + half]
-                    x[r], x[r + half] = (builder.shuffle_vector(*two, k) for k in (near, far))
+                for a, b in ((r, r + half) for r in range(LANES) if not r & half):
+                    two = x[a], x[b]  # from 16 on: the second's
+                    x[a], x[b] = (builder.shuffle_vector(*two, k) for k in (near, far))
             for r in range(LANES):
                 place = builder.mul(builder.add(i, PART(r)), PART(LANES))
                 store(builder, columns, place, x[r])
-        return written(emit, logprobs, types.intp, types.intp, columns)
+        return emitted(emit, logprobs, types.intp, types.intp, columns)
 
 
 # The vocabulary as a binary tree. Leaves are the ids in order of spelling; inner nodes are
@@ -2203,15 +2203,15 @@ def propose(text, ids):
 
 
 # Binary mixing, after lpaq (Mahoney 2005): an id is a decision at each node above it.
-# Contexts are the last bytes, the word so far and the last ids, counted for this document or for
-# the whole stream. Each owns a row for each group of nodes, 16 uint32: [document << 24 | check, a
+# Contexts are the last bytes, the word so far and the last ids, counted for the document or the
+# whole stream. Each owns a row for each group of nodes, 16 uint32: [document << 24 | check, a
 # counter a node: probability of a 1 << 10 | n]. A row goes to the later of two.
 Mixer = namedtuple("Mixer", "table contexts hashes spelled starts now weights trust hits "
                             "keys row mark met lanes cells sets mixed")
 # contexts (C, 3): index into hashes, 1 = this document, rows - 1; hashes (order + 3,) of the last
-# 1 ... order bytes, the word, the last id, the last two; spelled, starts (V + 1,): ids' symbols; now
+# 1 ... order bytes, the word, the last id and two; spelled, starts (V + 1,): ids' symbols; now
 # (1 + runs,): document, leaves proposed. Scratch: keys (BLOCK + 1, C + 1) and document;
-# row, mark, met (groups, C): see `look_up`; the others by node, see `decide`.
+# row, mark, met (groups, C), see `look_up`; others by node, see `decide`.
 STRETCH = np.log(np.arange(0.5, 4096) / np.arange(4095.5, 0, -1)).astype(np.float32)
 DOUBT = np.digitize(0.5 - np.abs(np.arange(256) - 127.5) / 256, (0.03, 0.12, 0.25))
 TRIALS = np.searchsorted([*range(1, 9), 12, 16, 24, 32, 64, 128], range(256), "right")
@@ -2446,7 +2446,7 @@ class Mixture:
         """The network's log odds at nodes (n, K), of log-probabilities (n, V): fp64, CPU."""
         if logprobs.device.type != "cuda" and logprobs.size(1) >= LANES:
             out = np.zeros(nodes.shape)
-            log_odds(logprobs.cpu().contiguous().numpy(), *self.scratch, self.tree, nodes, out)
+            log_odds(logprobs.float().cpu().contiguous().numpy(), *self.scratch, self.tree, nodes, out)
             return torch.from_numpy(out)
 
         places = *self.tree[:3], nodes
