@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pages import board, compare, ladders, negative, record
-from pages.figures import as_script
+from pages.figures import as_json
 from pages.found import Repository
 from pages.prose import Prose
 
@@ -54,7 +54,7 @@ class Site:
 
         scripts = compare.page(repository)
         self.problems += scripts["problems"]
-        self.files["compare-data.js"] = f"window.FAMILY = {as_script(scripts['family'])};\n"
+        self.files["compare-data.js"] = f"window.FAMILY = {as_json(scripts['family'])};\n"
         self.page("compare.html", "compare.html", scripts)
 
         climbed = ladders.page(self.root, self.prose(repository, self.root / "records" / "ladder", 0))

@@ -92,9 +92,14 @@ def short(value: float) -> float:
     return float(f"{value:.7g}")
 
 
+def as_json(value) -> str:
+    """JSON for a file of its own. ValueError for a number JSON lacks."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def as_script(value) -> Markup:
     """JSON for a page: nothing in it can end the element around it. ValueError for a number JSON lacks."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = as_json(value)
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
