@@ -62,8 +62,10 @@ FILES = ("README.md", "submission.json", "requirements.txt", "train_gpt.py")
 SECTIONS = {"What changed": "what (changed|it does differently)", "Command": "command",
             "Legality": "legality", "Credits": "credits"}
 SMOKE_SECONDS = 300
-# Settings that say how a score is made, whatever the model's size.
+# Settings that say how a score is made, whatever the size of model and text ...
 OF_THE_SCORE = ("TTT", "MIX", "PPM")
+# ... but not these: like windows and batches, they are as short as the bench's text, 283 times shorter.
+OF_THE_BENCH = ("TTT_CHUNK_TOKENS", "TTT_BATCH_ROWS")
 # Variables that a command may have beside the script's.
 OF_THE_MACHINE = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 # The competition's limits, and what of submission.json is only of this repository.
@@ -508,14 +510,16 @@ def smoke_settings(record: Record) -> dict[str, str]:
 
 
 def planned(record: Record) -> dict:
-    """`bench.py --plan` of the contest's run on 8xH100: the script's defaults, scored as the headline was."""
+    """`bench.py --plan` of the contest's run on 8xH100: the script's defaults, scored as the headline was,
+    in the script's own windows, batches and chunks.
+    """
     import plan
     from run_seeds import variables
     script = record.folder / "train_gpt.py"
     seeds = seed_folders(record)
     settings = run_settings(seeds[0]) if seeds else {}
     how = {name: settings[name] for name in variables(script)
-           if name in settings and name.startswith(OF_THE_SCORE)}
+           if name in settings and name.startswith(OF_THE_SCORE) and name not in OF_THE_BENCH}
     return plan.make_plan(script, how)
 
 

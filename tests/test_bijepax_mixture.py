@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 RECORD, = (ROOT / "records").glob("*_BiJEPAX")
 section = load_script(RECORD)
 mixtures = load_script(RECORD / "mixtures.py")
+streams = load_script(RECORD / "streams.py")
 WORDS = [
     "the", "cat", "sat", "on", "a", "mat", "and", "The", "Dog", "ran", "to", "the", "barn", "while",
     "Mary", "who", "had", "the", "cat", "sang", "of", "rivers", "NASA", "iPhone", "café", "été",
@@ -610,3 +611,28 @@ def test_what_each_mixture_is_worth(model, shards, args, tmp_path):
     mixed, control = rows["**mixture**"], rows["control: network alone through the mixer"]
     assert mixed < control and mixed < rows["tilt"] < rows["network alone"]
     assert sum("INVALID" in name for name in rows) == 2 and "sum to" in str(rows)
+
+
+def test_a_cut_into_streams_is_texts_of_their_own(args):
+    """Runs begin at documents; each is mixed as a text alone, so nothing is learned across a cut."""
+    ids = np.random.default_rng(3).integers(260, args.vocab_size, 900)
+    ids[[0, 100, 380, 500, 820]] = section.BOS_ID
+    lp, starts = network(ids, args.vocab_size, 7), streams.run_starts(ids, 3, section.BOS_ID)
+    assert starts.tolist() == [0, 380, 820]  # places // 300: 0, 0, 1, 1, 2
+    values = mixture(args).distil(ids, 0, len(lp), lp).numpy()
+
+    alone = [booked(mixture(args), ids[first : stop + 1], lp[first:stop]).sum()
+             for first, stop in zip(starts, [380, 820, len(lp)])]
+    whole, seconds = streams.mixed(section, args, ids, values, 3)
+    assert whole == pytest.approx(sum(alone), abs=1e-9) and len(seconds) == 3
+    assert streams.mixed(section, args, ids, values, 1)[0] == pytest.approx(
+        booked(mixture(args), ids, lp).sum(), abs=1e-9)
+    assert len(streams.run_starts(ids, 50, section.BOS_ID)) == 5  # no more than documents
+
+
+def test_what_streams_cost_is_told_by_seed():
+    found = {seed: {"network": 2.0, "bytes": 10, 1: {"bpb": bpb, "seconds": 4.0},
+                    2: {"bpb": bpb + 0.01, "seconds": 2.0}} for seed, bpb in ((42, 1.7), (7, 1.72))}
+    result = streams.table(found, [1, 2], 3)
+    assert result["header"][1:3] == ["seed 7", "seed 42"]
+    assert result["rows"][1][1:] == ["1.7300", "1.7100", "+0.0100", "+0.0100 to +0.0100", "worse", "2.00"]

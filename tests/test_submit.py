@@ -154,6 +154,17 @@ def test_a_finished_record_passes_with_lineage_and_smoke(made):
     assert [each.text for each in found if each.rule == "submit/audit"] == ["left out by --skip"]
 
 
+def test_the_plan_has_the_headlines_passes_and_the_contests_sizes(monkeypatch):
+    """How a score is made is the headline's; windows, batches and chunks of its short text are not."""
+    import plan
+    monkeypatch.setattr(plan, "make_plan", lambda script, settings: settings)
+    folder, = (ROOT / "records").glob("*_BytePPM")
+    taken, ran = submit.planned(submit.Record(folder)), submit.run_settings(folder / "seed42")
+    assert taken["TTT"] == "sgd" and taken["MIX_ROWS"] == ran["MIX_ROWS"]
+    sizes = {"EVAL_STRIDE", "EVAL_SEQ_LEN", "TTT_CHUNK_TOKENS", "TTT_BATCH_ROWS", "NUM_LAYERS"}
+    assert sizes <= ran.keys() and not sizes & taken.keys()
+
+
 def test_fill_twice_changes_nothing_and_keeps_what_was_written_by_hand(copy):
     before = (copy / "submission.json").read_bytes()
     assert submit.fill(submit.Record(copy)) == [] and (copy / "submission.json").read_bytes() == before
