@@ -11,8 +11,8 @@ otherwise. Seconds are those of the wall; predicted are one stream's on one thre
 
 `--together` takes what it wrote for several seeds (seed42.json, ...) and compares each number of streams with
 the first one, seed by seed. `--rehearse N` instead tries the arithmetic of `bench.py --plan` on N targets:
-rates come from a tenth of them, and no text is faster than all its work shared by the cores; a cache that is too short is read from its beginning again, so that no BPB is
-told.
+rates come from a tenth of them, and no text is mixed faster than all cores can read and mix it. A cache that
+is too short is read from its beginning again, so that no BPB is told.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def rehearsal(script, args, ids: np.ndarray, logprobs: np.ndarray, streams: list
     for number in streams:
         args.mix_streams = number
         _, predicted = mixed_seconds(reading, mixing, args, 1)
-        predicted = max(predicted, (reading + mixing) / os.cpu_count())  # two cores: readers take turns, too
+        predicted = max(predicted, (reading + mixing) / os.cpu_count())  # reading takes a core, too
         _, runs, seconds, _ = mixed(script, args, ids, logprobs)
         ratio = predicted / seconds
         rows.append([f"{number}", f"{runs}", f"{predicted:.1f}", f"{seconds:.1f}", f"{ratio:.2f}"])
