@@ -578,3 +578,16 @@ def test_streams_of_several_seeds_are_compared_with_one_stream(tmp_path, capsys)
             tool.main(["--together", *files])
     with pytest.raises(tool.Misuse, match="--cache are needed"):
         tool.main([])
+
+
+def test_both_kernels_are_timed_on_the_same_text(corpus, tmp_path, monkeypatch):
+    """A script against itself, compiled already: the same BPB, and rates of which the ratio is told."""
+    tool, out = load_script(RECORD / "kernels.py"), tmp_path / "rates.json"
+    monkeypatch.setattr(tool, "load_script", lambda path: section)
+    words = [str(RECORD / "train_gpt.py"), str(corpus), "--targets", "20000", "--out", str(out)]
+    assert tool.main(words) == 0
+    told = json.loads(out.read_text())
+    assert told["old_sha256"] == told["script_sha256"] and len(told["rows"]) == len(tool.KINDS)
+    for _, before, now, ratio, _, old, new in told["rows"]:
+        assert old == new and 1 < float(new) < 8
+        assert float(ratio) == pytest.approx(float(now) / float(before), abs=0.02)
