@@ -113,6 +113,21 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def first_shard(script, folder: Path, part: str, vocab_size: int):
+    """The first shard of a part, "train" or "val", of a folder, as the script opens it.
+
+    Raises:
+        Misuse: there is none, or it is not of this vocabulary.
+    """
+    found = sorted(Path(folder).glob(f"*_{part}_*.bin"))
+    if not found:
+        raise Misuse(f"{folder}: has no *_{part}_*.bin")
+    try:
+        return script.open_shard(found[0], vocab_size)
+    except script.UserError as error:
+        raise Misuse(str(error)) from None
+
+
 def load_script(path: Path | str = TRUNK):
     """A script as a module, named as in `find_script`: importing one starts no work."""
     path = find_script(path)

@@ -938,16 +938,17 @@ def bytes_per_id(vocab_size: int) -> float:
 def mixture_seconds(script: Path, args, targets: int, rate: float, prices=None, ranks=1) -> float:
     """Seconds of a script's mixture over the validation text on one thread; 0 without one.
 
-    rate: MB/s; 0: what the record has measured. `measured/kernels.json` beside the script, or beside its
-    parent's, has microseconds a target, to mix and to distil what the network says of it;
-    `measured/mixtures.json` has MB/s. A card distils in its own memory, each rank its share: exponentials, a
+    rate: MB/s; 0: what the record has measured, or its parent. `measured/kernels.json` beside the script has
+    microseconds a target, to mix and to distil what the network says of it; `measured/mixtures.json` has
+    MB/s. A card distils in its own memory, each rank its share: exponentials, a
     permutation and running sums, 40 bytes an id of the vocabulary.
     """
     if not getattr(args, "ppm_weight", 0):
         return 0.0
     folder, about = script.parent / "measured", script.parent / "submission.json"
     parent = read_json(about).get("parent") if about.is_file() else None
-    for path in (folder / "kernels.json", ROOT / (parent or ".") / "measured" / "kernels.json"):
+    folders = folder, ROOT / (parent or ".") / "measured"
+    for path in (each / "kernels.json" for each in folders):
         if rate or not path.is_file():
             continue
         measured = read_json(path)
@@ -956,7 +957,9 @@ def mixture_seconds(script: Path, args, targets: int, rate: float, prices=None, 
             distilled = 40 * args.vocab_size / prices.bytes / ranks
         return targets * (1e-6 * measured["score_us_new"]["median"] + distilled)
 
-    if (path := folder / "mixtures.json").is_file() and not rate:
+    for path in (each / "mixtures.json" for each in folders):
+        if rate or not path.is_file():
+            continue
         mark = f"(`MIX={args.mix}`)" if hasattr(args, "mix") else "**"  # bold: the record's own
         for label, *_, cell in read_json(path).get("rows", []):
             if mark in label and (number := re.match(r"[\d.]+", cell)):

@@ -64,8 +64,8 @@ SECTIONS = {"What changed": "what (changed|it does differently)", "Command": "co
 SMOKE_SECONDS = 300
 # Settings that say how a score is made, whatever the size of model and text ...
 OF_THE_SCORE = ("TTT", "MIX", "PPM")
-# ... but not these: like windows and batches, they are as short as the bench's text, 283 times shorter.
-OF_THE_BENCH = ("TTT_CHUNK_TOKENS", "TTT_BATCH_ROWS")
+# ... but not these: like windows and batches, they are as short as the bench's rows and text.
+OF_THE_BENCH = ("TTT_CHUNK_TOKENS", "TTT_BATCH_ROWS", "TTT_DOC_CHUNK")
 # Variables that a command may have beside the script's.
 OF_THE_MACHINE = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 # The competition's limits, and what of submission.json is only of this repository.

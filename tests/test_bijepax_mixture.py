@@ -636,3 +636,11 @@ def test_what_streams_cost_is_told_by_seed():
     result = streams.table(found, [1, 2], 3)
     assert result["header"][1:3] == ["seed 7", "seed 42"]
     assert result["rows"][1][1:] == ["1.7300", "1.7100", "+0.0100", "+0.0100 to +0.0100", "worse", "2.00"]
+
+
+@pytest.mark.parametrize("paths, message", [
+    (["a/artifact.bin"], "named for its seed"), (["seed7/a.bin", "y-seed7/a.bin"], "of seed 7"),
+    (["x-seed7/artifact.bin", "--streams", "0"], "1 or more")])
+def test_streams_refuses_artifacts_that_it_cannot_tell_apart(paths, message):
+    with pytest.raises(streams.Misuse, match=message):
+        streams.main([*paths, "--shard", "s.bin", "--tokenizer", "t.model"])

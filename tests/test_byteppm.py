@@ -572,12 +572,53 @@ def test_streams_of_several_seeds_are_compared_with_one_stream(tmp_path, capsys)
                                 f"{0.03 - half:+.4f} to {0.03 + half:+.4f}", "undecided"]
     assert found["note"] == "8 bytes; the network alone 2.0000, 2.0000 BPB." and capsys.readouterr().out
     other = wrote("seed7.json", 1.0, 1.0, targets=10)
+    fewer = wrote("seed8.json", 1.0, 1.0, found={"1": {"bpb": 1.0}})
+    ppm = wrote("seed9.json", 1.0, 1.0, note="8 bytes by `MIX=ppm`, the network alone 2.0000 BPB")
     for files, message in (([*good, other], "different targets"), ([good[0], good[0]], "named for its seed"),
+                           ([*good, fewer], "different numbers of streams"), ([*good, ppm], "or mixtures"),
                            ([wrote("mine.json", 1.0, 1.0)], "named for its seed")):
         with pytest.raises(tool.Misuse, match=message):
             tool.main(["--together", *files])
     with pytest.raises(tool.Misuse, match="--cache are needed"):
         tool.main([])
+
+
+def test_a_cache_of_log_probabilities_knows_what_it_is_of(model, tmp_path):
+    """Another artifact, text or stride is refused: its numbers would be the first one's."""
+    tool, args = load_script(RECORD / "streams.py"), copy.copy(model.args)
+    tensors = {name: p.detach().numpy() for name, p in model.exported().items()}
+    first, second = tmp_path / "a.bin", tmp_path / "b.bin"
+    first.write_bytes(section.pack(tensors, args))
+    second.write_bytes(first.read_bytes() + b"x")
+    ids, path = text(3, 80), tmp_path / "cache.npy"
+    known = tool.cached_logprobs(section, args, str(first), ids, path)
+    assert known.shape == (79, args.vocab_size) and np.exp(known).sum(1) == pytest.approx(1, abs=1e-4)
+    assert (tool.cached_logprobs(section, args, str(first), ids, path) == known).all()
+    with pytest.raises(tool.Misuse, match="of other artifact"):
+        tool.cached_logprobs(section, args, str(second), ids, path)
+    args.eval_stride += 1
+    with pytest.raises(tool.Misuse, match="of other ids, eval_stride"):
+        tool.cached_logprobs(section, args, str(first), ids[:-1], path)
+
+
+@pytest.mark.parametrize("words, message", [
+    ("a b --cache c --streams 0", "at least 1"), ("a b --cache c --threads 0", "at least 1"),
+    ("a b --cache c --rehearse 5", "at least 10,000"), ("a b --cache c --targets -1", "0, for all"),
+    ("a b --cache missing.npy --rehearse 20000", "no such file")])
+def test_streams_refuses_what_it_cannot_count(words, message):
+    tool = load_script(RECORD / "streams.py")
+    with pytest.raises(tool.Misuse, match=message):
+        tool.main(words.split())
+
+
+def test_kernels_refuses_a_folder_without_shards_and_a_script_without_a_mixture(tmp_path, monkeypatch):
+    tool = load_script(RECORD / "kernels.py")
+    monkeypatch.setattr(tool, "load_script", lambda path: section)
+    with pytest.raises(tool.Misuse, match=r"has no \*_train_\*.bin"):
+        tool.main(["old.py", str(tmp_path)])
+    monkeypatch.setattr(tool, "load_script", lambda path: SimpleNamespace())
+    with pytest.raises(tool.Misuse, match="without a mixture"):
+        tool.main(["old.py", str(tmp_path)])
 
 
 def test_both_kernels_are_timed_on_the_same_text(corpus, tmp_path, monkeypatch):

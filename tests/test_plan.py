@@ -230,6 +230,15 @@ def test_the_mixtures_rate_is_the_callers_or_the_records():
     assert plan.mixture_seconds(TRUNK, SimpleNamespace(), 10, 2.0) == 0
 
 
+def test_the_mixtures_rate_is_the_parents_where_a_record_has_none(tmp_path):
+    parent, child = find_script("BytePPM"), tmp_path / "train_gpt.py"
+    child.write_bytes(parent.read_bytes())
+    about = {"parent": str(parent.parent.relative_to(ROOT))}
+    (tmp_path / "submission.json").write_text(json.dumps(about))
+    args = SimpleNamespace(mix="binary", ppm_weight=1.0)
+    assert plan.mixture_seconds(child, args, 10, 0.0) == plan.mixture_seconds(parent, args, 10, 0.0)
+
+
 @pytest.mark.parametrize("streams, threads, network, mixture, wanted", [
     (1, 0, 100, 80, (80, 100)),  # hidden under the network
     (1, 0, 100, 160, (160, 160)),  # one stream is one thread's, whatever there is

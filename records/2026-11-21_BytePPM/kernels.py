@@ -25,11 +25,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from family import command, load_script
+from family import Misuse, command, first_shard, load_script
 
 SCRIPT = Path(__file__).with_name("train_gpt.py")
 VOCAB, PIECE, ROWS = 260, 8192, 20
-KINDS = {"binary": "`MIX=binary`", "ppm": "`MIX=ppm`, the learned gate"}
+KINDS = {"`MIX=binary`": ("binary", 6), "`MIX=ppm`, the learned gate": ("ppm", 6),
+         "`MIX=ppm PPM_ORDER=5`": ("ppm", 5)}
 HEADER = ["mixture", "before, MB/s", "now, MB/s", "ratio", "ratio, whole", "BPB before", "BPB now"]
 
 
@@ -40,10 +41,9 @@ def bigrams(ids: np.ndarray) -> np.ndarray:
     return np.log(pairs / pairs.sum(1, keepdims=True)).astype(np.float32)
 
 
-def in_turn(scripts: dict, kind: str, ids: np.ndarray, network: np.ndarray) -> dict[str, tuple]:
+def in_turn(scripts: dict, kind: str, order: int, ids: np.ndarray, network: np.ndarray) -> dict[str, tuple]:
     """{name: (nats of ids[1:], seconds a byte of each piece)} of scripts that read the same pieces."""
-    args = SimpleNamespace(mix=kind, ppm_weight=1, ppm_order=6 if kind == "binary" else 5, mix_rows=ROWS,
-                           mix_streams=1)
+    args = SimpleNamespace(mix=kind, ppm_weight=1, ppm_order=order, mix_rows=ROWS, mix_streams=1)
     for script in scripts.values():  # compiles
         script.Mixture(args).score(ids[1:50], network[ids[:49]])
 
@@ -70,16 +70,17 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     scripts = {"old": load_script(options.old), "new": load_script(SCRIPT)}
-    train, val = (scripts["new"].open_shard(next(options.data.glob(f"*_{name}_*.bin")), VOCAB)
-                  for name in ("train", "val"))
+    if not hasattr(scripts["old"], "Mixture"):
+        raise Misuse(f"{options.old}: a script without a mixture")
+    train, val = (first_shard(scripts["new"], options.data, part, VOCAB) for part in ("train", "val"))
     ids = np.array(val[: options.targets + 1 if options.targets else None], np.int64)
     network = bigrams(train[:6_000_000])
     scripts["new"].tune_allocator()
     span = math.log(2) * int((ids[1:] >= 4).sum())
 
     rows = []
-    for kind, title in KINDS.items():
-        (old, slow), (new, fast) = in_turn(scripts, kind, ids, network).values()
+    for title, kind in KINDS.items():
+        (old, slow), (new, fast) = in_turn(scripts, *kind, ids, network).values()
         rates = [1e-6 / np.median(each) for each in (slow, fast)]
         rows.append([title, *(f"{rate:.2f}" for rate in rates), f"{rates[1] / rates[0]:.2f}",
                      f"{slow.sum() / fast.sum():.2f}", f"{old / span:.4f}", f"{new / span:.4f}"])

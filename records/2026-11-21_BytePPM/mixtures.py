@@ -199,13 +199,10 @@ def table(script, artifact: str, ids: np.ndarray, train: np.ndarray | None, log)
     return {"header": HEADER, "rows": rows, "targets": count, "note": note}
 
 
-def made_by(artifact: str) -> str:
-    """sha256 of the script that trained an artifact, from its run's metrics.json; without one, this folder's.
-    """
+def made_by(artifact: str) -> str | None:
+    """sha256 of the script that trained an artifact, from its run's metrics.json; None without one."""
     metrics = Path(artifact).with_name("metrics.json")
-    if metrics.is_file():
-        return json.loads(metrics.read_text())["script_sha256"]
-    return hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+    return json.loads(metrics.read_text())["script_sha256"] if metrics.is_file() else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -240,7 +237,8 @@ def main(argv: list[str] | None = None) -> int:
 
     print(markdown_table(found["header"], found["rows"]) + "\n\n" + found["note"])
     if options.out:
-        found["script_sha256"] = made_by(options.artifact)
+        found["script_sha256"] = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+        found["artifact_script_sha256"] = made_by(options.artifact)
         script.write_atomic(options.out, json.dumps(found, indent=1).encode())
     return 0
 

@@ -5,9 +5,10 @@
     python records/2026-11-21_BytePPM/streams.py --together streams/seed*.json --out streams.json
 
 The network's log-probabilities are found once, by the windows of `score`, and kept in --cache, 1,040 bytes a
-target. Then they go through the record's own `Ledger` in place of a network, with as many threads as
---threads says. A run of 1 stream is the record's score; BPB is that of the binary mixture unless --set says
-otherwise. Seconds are those of the wall; predicted are one stream's on one thread, shared by the threads.
+target; CACHE.json beside it says what they are of. Then they go through the record's own `Ledger` in place of
+a network, with as many threads as --threads says. A run of 1 stream is the record's score; BPB is that of the
+binary mixture unless --set says otherwise. Seconds are those of the wall; predicted are one stream's on one
+thread, shared by the threads.
 
 `--together` takes what it wrote for several seeds (seed42.json, ...) and compares each number of streams with
 the first one, seed by seed. `--rehearse N` instead tries the arithmetic of `bench.py --plan` on N targets:
@@ -22,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -35,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from family import Misuse, command, load_script, markdown_table, read_json
 from mixtures import SCRIPT, made_by
-from plan import mixed_seconds
+from plan import mixed_seconds, parse_settings
 from stats import paired, seed_in
 
 REHEARSED = ["streams", "runs", "predicted s", "measured s", "ratio"]
@@ -44,9 +46,20 @@ BATCH = 16384  # targets that are handed over at once
 
 
 def cached_logprobs(script, args, artifact: str, ids: np.ndarray, path: Path) -> np.ndarray:
-    """fp32 (targets, V), from a file that is written where it is missing."""
-    shape = len(ids) - 1, args.vocab_size
-    if not path.is_file():
+    """fp32 (targets, V), from a file that is written where it is missing.
+
+    Raises:
+        Misuse: the file is of another artifact, text or window.
+    """
+    shape, about = (len(ids) - 1, args.vocab_size), path.with_name(path.name + ".json")
+    made_of = {"artifact": hashlib.sha256(Path(artifact).read_bytes()).hexdigest(),
+               "ids": hashlib.sha256(ids.tobytes()).hexdigest(),
+               "eval_seq_len": args.eval_seq_len, "eval_stride": args.eval_stride}
+    if path.is_file():
+        known = read_json(about) if about.is_file() else {}
+        if differs := [key for key, value in made_of.items() if known.get(key) != value]:
+            raise Misuse(f"--cache {path}: of other {', '.join(differs)}; name a new file")
+    else:
         runtime = script.Runtime(args)
         attention = script.pick_attention(args, runtime)
         model = script.load(artifact, runtime.device, args, runtime.dtype, attention)
@@ -56,6 +69,7 @@ def cached_logprobs(script, args, artifact: str, ids: np.ndarray, path: Path) ->
         for first, stop, logprobs, _ in script.scored(model, ids, plan):
             found[first:stop] = logprobs.float().cpu().numpy()
         found.flush()
+        script.write_atomic(about, json.dumps(made_of, indent=1).encode())
         partial.rename(path)
     return np.load(path, mmap_mode="r")
 
@@ -147,9 +161,14 @@ def together(paths: list[Path]) -> dict:
         found[seed] = each
     found = dict(sorted(found.items()))
     first = next(iter(found.values()))
-    for key in ("targets", "script_sha256"):
-        if len({each[key] for each in found.values()}) > 1:
-            raise Misuse(f"--together: files of different {key}")
+    alike = {
+        "targets": lambda each: each["targets"], "script_sha256": lambda each: each["script_sha256"],
+        "numbers of streams": lambda each: tuple(each["found"]),
+        "texts or mixtures": lambda each: each["note"].partition(", the network alone")[0],
+    }
+    for what, of in alike.items():
+        if len({of(each) for each in found.values()}) > 1:
+            raise Misuse(f"--together: files of different {what}")
 
     scores = {number: {seed: each["found"][number]["bpb"] for seed, each in found.items()}
               for number in first["found"]}
@@ -164,28 +183,30 @@ def together(paths: list[Path]) -> dict:
 
     header = ["streams", *(f"seed {seed}" for seed in found), "difference", "95 % interval", "verdict"]
     network = ", ".join(f"{each['network']:.4f}" for each in found.values())
-    note = first["note"].partition(", the network alone")[0] + f"; the network alone {network} BPB."
+    stride = re.search(r" at a stride of \d+|$", first["note"])[0]
+    note = first["note"].partition(", the network alone")[0] + f"; the network alone {network} BPB{stride}."
     return {"header": header, "rows": rows, "note": note, "script_sha256": first["script_sha256"]}
 
 
 def measured(script, options: argparse.Namespace, log) -> dict:
     header, _ = script.unpack(script.read_file(options.artifact, "ARTIFACT"), options.artifact)
-    changes = dict(item.split("=", 1) for item in options.set)
-    args = script.shipped_settings(header, options.artifact, changes)
-    args.mix_threads = options.threads
-    text = script.open_shard(Path(options.shard), 260)
-    ids = np.array(text[: options.targets + 1] if options.targets else text)
-    logprobs = cached_logprobs(script, args, options.artifact, ids, options.cache)
-    long = np.array(text[: options.rehearse + 1])
-    if logprobs.shape[1] != args.vocab_size or not options.rehearse and len(logprobs) != len(ids) - 1:
-        raise Misuse(f"--cache {options.cache}: has {len(logprobs):,} targets, the text {len(ids) - 1:,}")
-    if options.rehearse >= len(text):
-        raise Misuse(f"--rehearse {options.rehearse}: {options.shard} has only {len(text) - 1:,} targets")
+    args = script.shipped_settings(header, options.artifact, parse_settings(options.set))
+    args.mix_threads, args.mix_streams = options.threads, 1
+    text = script.open_shard(Path(options.shard), args.vocab_size)
+    if max(options.rehearse, options.targets) >= len(text):
+        raise Misuse(f"--rehearse, --targets: {options.shard} has only {len(text) - 1:,} targets")
 
-    args.mix_streams = 1
+    if options.rehearse:  # any log-probabilities serve, from the beginning again where they are too few
+        ids = np.array(text[: options.rehearse + 1])
+        logprobs = np.load(options.cache, mmap_mode="r")
+        if logprobs.ndim != 2 or logprobs.shape[1] != args.vocab_size:
+            raise Misuse(f"--cache {options.cache}: no log-probabilities of {args.vocab_size} ids")
+    else:
+        ids = np.array(text[: options.targets + 1] if options.targets else text)
+        logprobs = cached_logprobs(script, args, options.artifact, ids, options.cache)
     mixed(script, args, ids[:2000], logprobs)  # kernels compile before any clock runs
     if options.rehearse:
-        return rehearsal(script, args, long, logprobs, options.streams, log)
+        return rehearsal(script, args, ids, logprobs, options.streams, log)
     return table(script, args, ids, logprobs, options.streams, log)
 
 
@@ -207,6 +228,12 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     script = load_script(SCRIPT)
+    if min(*options.streams, options.threads) < 1:
+        raise Misuse("--streams and --threads: at least 1")
+    if options.targets < 0 or options.rehearse and options.rehearse < 10_000:
+        raise Misuse("--targets: 0, for all, or more; --rehearse: at least 10,000 targets")
+    if options.rehearse and options.cache and not options.cache.is_file():
+        raise Misuse(f"--cache {options.cache}: no such file; a run without --rehearse makes it")
     if options.together:
         found = together(options.together)
     elif not (options.artifact and options.shard and options.cache):

@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from family import command, find_script, load_script
+from family import Misuse, command, find_script, first_shard, load_script
 
 SCRIPT = Path(__file__).with_name("train_gpt.py")
 VOCAB, BLOCK, WINDOW = 8192, 4096, 512
@@ -83,15 +83,20 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     path = find_script(options.script)
     scripts = {"old": load_script(options.old), "new": load_script(path)}
-    shards = {name: np.array(scripts["new"].open_shard(next(options.data.glob(f"*_{name}_*.bin")), VOCAB))
-              for name in ("train", "val")}
-    ids = shards["val"][: options.targets + 1 if options.targets else None]
-    network = Bigrams(shards["train"][:6_000_000])
+    if not hasattr(scripts["old"], "Mixture"):
+        raise Misuse(f"{options.old}: a script without a mixture")
+    train, val = (np.array(first_shard(scripts["new"], options.data, part, VOCAB))
+                  for part in ("train", "val"))
+    ids = val[: options.targets + 1 if options.targets else None]
+    network = Bigrams(train[:6_000_000])
     scripts["new"].tune_allocator()
     args = SimpleNamespace(mix="binary", ppm_weight=1, ppm_order=5, mix_rows=20, vocab_size=VOCAB,
                            tokenizer_path=options.tokenizer)
     for script in scripts.values():  # compiles
-        found = script.Mixture(args)
+        try:
+            found = script.Mixture(args)
+        except script.UserError as error:
+            raise Misuse(str(error)) from None
         found.score(ids[1:50], distilled(found, ids, 0, 49, network(ids[:49])))
 
     mixtures = {name: script.Mixture(args) for name, script in scripts.items()}

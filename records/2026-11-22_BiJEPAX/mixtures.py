@@ -23,6 +23,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -146,6 +147,7 @@ def distilled(script, args, artifact: str, ids: np.ndarray, samples: int):
     runtime = script.Runtime(args)
     attention = script.pick_attention(args, runtime)
     model = script.load(artifact, runtime.device, args, runtime.dtype, attention)
+    script.Mixture(args).distil(ids, 0, 1, torch.zeros(1, args.vocab_size).log_softmax(-1))  # compiles
     found, count = script.Mixture(args), len(ids) - 1
     wanted = {*np.linspace(count // 2, count - 1, samples, dtype=int).tolist()} if samples else set()
 
@@ -205,6 +207,7 @@ def table(
     args = script.shipped_settings(
         header, artifact, {"TOKENIZER_PATH": tokenizer, "PPM_WEIGHT": "1"}
     )
+    script.check_ids(ids, args.vocab_size, artifact)
     count = len(ids) - 1
     sizes = script.target_bytes(ids, script.byte_tables(args)) if sizes is None else sizes
     values, liked, at, kept = distilled(script, args, artifact, ids, samples)

@@ -57,6 +57,7 @@ def measured(script, artifact: str, tokenizer: str, ids: np.ndarray, sizes: np.n
     """{"network": BPB, streams: {"bpb", "runs", "seconds"}} of one artifact."""
     header, _ = script.unpack(script.read_file(artifact, "ARTIFACT"), artifact)
     args = script.shipped_settings(header, artifact, {"TOKENIZER_PATH": tokenizer, "PPM_WEIGHT": "1"})
+    script.check_ids(ids, args.vocab_size, artifact)
     sizes = script.target_bytes(ids, script.byte_tables(args)) if sizes is None else sizes
     values, *_ = mixtures.distilled(script, args, artifact, ids, 0)
     span = math.log(2) * sizes.sum()
@@ -104,11 +105,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--targets", type=int, default=0, help="how many of the text's; 0 = all")
     parser.add_argument("--out", type=Path, help="write the table here as JSON")
     options = parser.parse_args(argv)
-    if min(options.streams) < 1:
-        raise Misuse(f"--streams {min(options.streams)}: 1 or more")
-    by_seed = {seed_in(Path(path)): path for path in options.artifacts}
-    if None in by_seed or len(by_seed) < len(options.artifacts):
-        raise Misuse("artifacts: each must lie in a folder named for its seed, such as NAME-seed42")
+    if min(options.streams) < 1 or options.targets < 0:
+        raise Misuse("--streams: 1 or more; --targets: 0, for all, or more")
+    by_seed = {}
+    for path in options.artifacts:
+        if (seed := seed_in(Path(path))) is None:
+            raise Misuse(f"{path}: must lie in a folder that is named for its seed, such as NAME-seed42")
+        if seed in by_seed:
+            raise Misuse(f"two artifacts of seed {seed}: {by_seed[seed]}, {path}")
+        by_seed[seed] = path
 
     script = load_script(SCRIPT)
     try:

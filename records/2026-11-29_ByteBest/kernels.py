@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from family import command, load_script
+from family import command, first_shard, load_script
 
 SCRIPT = Path(__file__).with_name("train_gpt.py")
 PARENT = SCRIPT.parents[1] / "2026-11-21_BytePPM" / "train_gpt.py"
@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     scripts = {"old": load_script(PARENT), "new": load_script(SCRIPT)}
-    train, val = (scripts["new"].open_shard(next(options.data.glob(f"*_{name}_*.bin")), VOCAB)
-                  for name in ("train", "val"))
+    train, val = (first_shard(scripts["new"], options.data, part, VOCAB) for part in ("train", "val"))
     ids = np.array(val[: options.targets + 1 if options.targets else None], np.int64)
     network = bigrams(train[:6_000_000])
     scripts["new"].tune_allocator()
