@@ -70,10 +70,16 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     scripts = {"old": load_script(options.old), "new": load_script(SCRIPT)}
+    if options.targets < 0:
+        raise Misuse("--targets: 0, for all, or more")
+    if not scripts["new"].njit:
+        raise Misuse("the mixture needs numba, see requirements.txt beside this file")
     if not hasattr(scripts["old"], "Mixture"):
         raise Misuse(f"{options.old}: a script without a mixture")
     train, val = (first_shard(scripts["new"], options.data, part, VOCAB) for part in ("train", "val"))
     ids = np.array(val[: options.targets + 1 if options.targets else None], np.int64)
+    if len(ids) < 2:
+        raise Misuse(f"{options.data}: no target to score")
     network = bigrams(train[:6_000_000])
     scripts["new"].tune_allocator()
     span = math.log(2) * int((ids[1:] >= 4).sum())
@@ -91,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             "script_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest()}
     print(json.dumps(told, indent=1))
     if options.out:
-        options.out.write_text(json.dumps(told, indent=1))
+        scripts["new"].write_atomic(options.out, json.dumps(told, indent=1).encode())
     return 0
 
 

@@ -83,11 +83,17 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     path = find_script(options.script)
     scripts = {"old": load_script(options.old), "new": load_script(path)}
+    if options.targets < 0:
+        raise Misuse("--targets: 0, for all, or more")
+    if not scripts["new"].njit:
+        raise Misuse("the mixture needs numba, see requirements.txt beside this file")
     if not hasattr(scripts["old"], "Mixture"):
         raise Misuse(f"{options.old}: a script without a mixture")
     train, val = (np.array(first_shard(scripts["new"], options.data, part, VOCAB))
                   for part in ("train", "val"))
     ids = val[: options.targets + 1 if options.targets else None]
+    if len(ids) < 2:
+        raise Misuse(f"{options.data}: no target to score")
     network = Bigrams(train[:6_000_000])
     scripts["new"].tune_allocator()
     args = SimpleNamespace(mix="binary", ppm_weight=1, ppm_order=5, mix_rows=20, vocab_size=VOCAB,
@@ -137,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
 
     print(json.dumps(told, indent=1))
     if options.out:
-        options.out.write_text(json.dumps(told, indent=1))
+        scripts["new"].write_atomic(options.out, json.dumps(told, indent=1).encode())
     return 0
 
 

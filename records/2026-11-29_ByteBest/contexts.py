@@ -58,9 +58,12 @@ def mixture(script, contexts: list | None = None):
 
 
 def count_text(script, found, text: np.ndarray):
-    """Lets a mixture count `text` without a network; all that it learned of weights is forgotten again."""
+    """Lets a mixture count `text` without a network, up to a document's end; all that it learned of weights
+    is forgotten again.
+    """
     fresh = mixture(script).state
-    for piece in np.array_split(text.astype(np.int64), len(text) // PIECE + 1):
+    text = np.append(text, script.BOS_ID).astype(np.int64)
+    for piece in np.array_split(text, len(text) // PIECE + 1):
         found.score(piece, np.full((len(piece), 260), -math.log(260), np.float32))
     for name in ("weights", "trust", "hits", "refined"):
         getattr(found.state, name)[:] = getattr(fresh, name)
@@ -86,16 +89,16 @@ def table(script, artifact: str, ids: np.ndarray, train: np.ndarray | None, log)
     mixture(script).score(ids[:50], logprobs[:50])  # compiles
     parents = [(0, 1), (1, 1), (2, 1), (3, 1), (6, 1), (3, 0), (5, 0), (6, 0)]
     add("BytePPM's eight contexts", mixture(script, parents))
-    add("and order 6 of the document", mixture(script, [*parents, (5, 1)]))
-    add("and order 2 of the stream", mixture(script, [*parents, (1, 0)]))
+    add("the eight and order 6 of the document", mixture(script, [*parents, (5, 1)]))
+    add("the eight and order 2 of the stream", mixture(script, [*parents, (1, 0)]))
     add("**all ten: the record's**", mixture(script))
     if train is not None:
-        text = train[train >= script.BYTE_OFFSET] - script.BYTE_OFFSET
-        size = len(lzma.compress(text.astype(np.uint8).tobytes()))
         for part in (len(train) // 5, len(train)):
+            begun = train[-part:]
+            text = (begun[begun >= script.BYTE_OFFSET] - script.BYTE_OFFSET).astype(np.uint8)
             name = f"all ten, after counting {part:,} training ids"
-            name += f" ({size * part // len(train):,} bytes as LZMA)"
-            add(name, count_text(script, mixture(script), train[-part:]))
+            name += f" ({len(lzma.compress(text.tobytes())):,} bytes as LZMA)"
+            add(name, count_text(script, mixture(script), begun))
     note = (
         f"First {len(ids):,} targets, network's log-probabilities from one artifact (one seed), stride 256; "
         "MB/s on one thread."
@@ -119,9 +122,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the table here as JSON")
     options = parser.parse_args(argv)
 
+    if options.targets < 1 or options.train_ids < 5:
+        raise Misuse("--targets: at least 1; --train-ids: at least 5")
     script = load_script(SCRIPT)
+    if not script.njit:
+        raise Misuse("the mixture needs numba, see requirements.txt beside this file")
     try:
         ids = np.array(script.open_shard(Path(options.shard), 260)[: options.targets + 1])
+        if len(ids) < 2:
+            raise Misuse(f"{options.shard}: no target to score")
         train = None
         if options.train:
             train = np.array(script.open_shard(Path(options.train), 260)[: options.train_ids])
@@ -133,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
 
     print(markdown_table(found["header"], found["rows"]) + "\n\n" + found["note"])
     if options.out:
+        found["artifact_sha256"] = hashlib.sha256(Path(options.artifact).read_bytes()).hexdigest()
         found["script_sha256"] = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
         script.write_atomic(options.out, json.dumps(found, indent=1).encode())
     return 0

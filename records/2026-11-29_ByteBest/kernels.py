@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from family import command, first_shard, load_script
+from family import Misuse, command, first_shard, load_script
 
 SCRIPT = Path(__file__).with_name("train_gpt.py")
 PARENT = SCRIPT.parents[1] / "2026-11-21_BytePPM" / "train_gpt.py"
@@ -50,9 +50,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     options = parser.parse_args(argv)
 
+    if options.targets < 0:
+        raise Misuse("--targets: 0, for all, or more")
     scripts = {"old": load_script(PARENT), "new": load_script(SCRIPT)}
+    if not scripts["new"].njit:
+        raise Misuse("the mixture needs numba, see requirements.txt beside this file")
     train, val = (first_shard(scripts["new"], options.data, part, VOCAB) for part in ("train", "val"))
     ids = np.array(val[: options.targets + 1 if options.targets else None], np.int64)
+    if len(ids) < 2:
+        raise Misuse(f"{options.data}: no target to score")
     network = bigrams(train[:6_000_000])
     scripts["new"].tune_allocator()
     for script in scripts.values():  # compiles
@@ -83,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
     print(json.dumps(told, indent=1))
     if options.out:
-        options.out.write_text(json.dumps(told, indent=1))
+        scripts["new"].write_atomic(options.out, json.dumps(told, indent=1).encode())
     return 0
 
 
