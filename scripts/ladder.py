@@ -257,8 +257,8 @@ def program(script: Path, runs: Path, text: Path | None = None) -> Program:
 
 
 def in_proofs(ladder: Ladder, arm: str) -> str:
-    """What carried.json calls an arm; the base is the same everywhere."""
-    return "base" if arm == "base" else f"{ladder.name}/{arm}"
+    """What carried.json calls an arm. Bases differ, too: a ladder's own `set` is theirs as well."""
+    return f"{ladder.name}/{arm}"
 
 
 def equal_scripts(ladder: Ladder, arm: str) -> dict[str, str]:
@@ -362,6 +362,8 @@ def settings_at(ladder: Ladder, arm: Arm, rung: str, programs: dict[Path, Progra
         raise Misuse(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
     except mine.module.UserError as error:
         raise Misuse(f"{where}: {error}") from None
+    except (ValueError, ZeroDivisionError) as error:
+        raise Misuse(f"{where}: a setting is no usable number ({error})") from None
     return found
 
 
@@ -500,7 +502,7 @@ def prior_seconds(settings: dict[str, str]) -> tuple[float, float]:
         return float(settings.get(name, default))
 
     layers, width, length = number("NUM_LAYERS", 13), number("MODEL_DIM", 512), number("TRAIN_SEQ_LEN", 4096)
-    weights = layers * width**2 * (3 + 2 * number("MLP_MULT", 2))
+    weights = layers * width**2 * (3 + 2 * number("MLP_MULT", 3.5))
     micros = 6 * weights / 75e3 + 0.01 * layers * number("NUM_HEADS", 4) * length / 2 + 0.09 * layers * width
     passes = 3 + length / number("EVAL_STRIDE", length)
     targets = number("ITERATIONS", 1) * number("TRAIN_BATCH_TOKENS", 1)

@@ -25,8 +25,9 @@ Runs = dict[tuple[str, str, int], dict]
 
 
 def compute(rung: str) -> float:
-    """ln of the FLOPs of training at a rung: 6 x block weights x bytes of text. Attention, whose share is
-    the same at every rung, is left out; so are an arm's own weights, which its time tells.
+    """ln of the FLOPs of training at a rung: 6 x block weights, with MLPs of two widths, x bytes of text.
+    Attention, whose share is the same at every rung, is left out; so are a base's or an arm's own weights,
+    which change it by a factor that is the same at every rung, too.
     """
     return math.log(6 * rungs.weights(float(rung)) * rungs.text(float(rung)))
 
@@ -88,6 +89,14 @@ def finite(interval) -> list[float] | None:
     return [*map(float, interval)] if interval and all(map(math.isfinite, interval)) else None
 
 
+def block_weights(rung: str, base: list[dict]) -> int:
+    """Of the base's runs at a rung; without any, with MLPs of two widths, as rungs are counted."""
+    if not base:
+        return rungs.weights(float(rung))
+    layers, width = rungs.shape(float(rung))
+    return round(layers * width**2 * (3 + 2 * float(base[0]["settings"]["MLP_MULT"])))
+
+
 def rung_rows(ladder, runs: Runs) -> list[dict]:
     """The rungs themselves, by their base."""
     rows = []
@@ -96,7 +105,7 @@ def rung_rows(ladder, runs: Runs) -> list[dict]:
         base = [run for (name, arm, _), run in runs.items() if (name, arm) == (rung, "base")]
         scores = [run["val_bpb"] for run in base]
         rows.append({
-            "rung": rung, "weights": rungs.weights(float(rung)), "layers": int(settings["NUM_LAYERS"]),
+            "rung": rung, "weights": block_weights(rung, base), "layers": int(settings["NUM_LAYERS"]),
             "width": int(settings["MODEL_DIM"]), "heads": int(settings["NUM_HEADS"]),
             "sequence": int(settings["TRAIN_SEQ_LEN"]),
             "batch": round(ladder.per_id * int(settings["TRAIN_BATCH_TOKENS"])),
@@ -262,7 +271,7 @@ def trend_table(rows: list[dict]) -> str:
         ])
     return markdown_table(
         ["arm", "rungs", "a tenfold of compute", "95 % interval", "line at the contest's compute",
-         "prediction interval", "verdict", "at the highest rung", "highest rung from those below",
+         "prediction interval", "verdict", "line at the highest rung", "highest rung from those below",
          "at equal time (estimate)"], body)
 
 
@@ -279,12 +288,14 @@ def curve_table(rows: list[dict]) -> str:
 
 
 ABOUT = """\
-Differences are arm minus base in BPB, seeds paired; below zero the arm is better. Compute is 6 x block
-weights x bytes of text of the rung. The line goes through all pairs against the logarithm of compute; its
-prediction interval is for one new pair at the contest's compute. The verdicts are defined in
-`scripts/trends.py`: *grows* (away from zero), *stays*, *fades* (towards zero), *reverses* (turned where
-measured), *undecided*. "!" marks bytes that differ from the base's by more than 2 %. *At equal time* charges
-an arm's time with the base's own slope: an estimate. All of it is measured on books, nothing on FineWeb."""
+Differences are arm minus base in BPB, seeds paired; below zero the arm is better. Block weights are the
+base's own; FLOPs are 6 x block weights, with MLPs of two widths, x bytes of text of the rung. The line goes
+through all pairs against the logarithm of compute; its prediction interval is for one new pair at the
+contest's compute. The verdicts are defined in `scripts/trends.py`: *grows* (away from zero), *stays*, *fades*
+(towards zero), *reverses* (turned where measured), *undecided*. *Line at the highest rung* is the word on the
+line there, not on that rung's own pairs; of two rungs it is the word that both have. "!" marks bytes that
+differ from the base's by more than 2 %. *At equal time* charges an arm's time with the base's own slope: an
+estimate. All of it is measured on books, nothing on FineWeb."""
 
 
 def block(ladder, numbers: dict) -> str:

@@ -254,6 +254,9 @@ def matched(script, settings: dict[str, str], names: list[str], size: int, own: 
     """The settings with each of `names` moved in turn until the planned artifact is as near to `size` bytes
     as it gets: first the coarse one, then the fine one.
 
+    Small tensors are not rounded, so an artifact gets smaller where one of them grows past that size: of
+    several values that make the bytes the largest is taken.
+
     Raises:
         Misuse: the smallest value is too large already, or the largest too small.
     """
@@ -265,11 +268,13 @@ def matched(script, settings: dict[str, str], names: list[str], size: int, own: 
             new = settings | {name: str(value) if isinstance(step, int) else f"{value:.6f}"}
             return rotated_again(new, own) if name == "MODEL_DIM" else new
 
-        low, high = 1 if name != "NGRAM_BUCKETS" else 2, 2
-        while planned_bytes(script, at(high)) < size:
-            low, high = high, high * 2
-            if high > most:
-                raise Misuse(f"match {name}: no value makes {size:,} bytes")
+        low, high = 0, 2
+        while high <= most and (found := planned_bytes(script, at(high))) < 4 * size:
+            low = high if found < size else low
+            high *= 2
+        low, high = (low, 2 * low) if low else (1 if name != "NGRAM_BUCKETS" else 2, 2)
+        if high > most or planned_bytes(script, at(high)) < size:
+            raise Misuse(f"match {name}: no value makes {size:,} bytes")
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if planned_bytes(script, at(middle)) >= size else (middle, high)

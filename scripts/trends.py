@@ -118,8 +118,8 @@ def verdict(line: Line | None, x: list[float], contest: float) -> str:
                 or L, H and C are within +-0.003 BPB: no effect, here or there
     undecided   flat otherwise
     grows       S and H are on one side, and L is not on the other: away from zero
-    reverses    L is on one side, S and C on the other, and H no longer on the first: it turned where measured
-    fades       L is on one side and S on the other, and it has not reversed: towards zero. A line that would
+    reverses    L is on one side; S, H and C are on the other: it turned where measured
+    fades       L is on one side and S on the other, and it has not reversed: towards zero. A line that may
                 cross zero only beyond the highest rung fades too
     undecided   anything else
 
@@ -138,7 +138,7 @@ def verdict(line: Line | None, x: list[float], contest: float) -> str:
     if end == trend and start != -trend:
         return "grows"
     if start == -trend:
-        return "reverses" if there == trend and end != start else "fades"
+        return "reverses" if there == end == trend else "fades"
     return "undecided"
 
 

@@ -96,6 +96,18 @@ def test_what_a_run_never_reads_does_not_tell_it_apart(trunk):
         assert ladder.differing({"settings": found}, {"TTT": ttt, "TTT_BATCH_ROWS": "4"}, trunk) == apart
 
 
+def test_matching_passes_the_size_at_which_tensors_are_rounded(monkeypatch):
+    """Below 512 rows a table is kept in fp16: 112 rows make as many bytes as 869 that are rounded."""
+    def planned(script, settings: dict) -> int:
+        rows = int(settings["NGRAM_BUCKETS"])
+        return 15_000 + (13 * rows if rows < 512 else 600 + int(0.97 * rows))
+    monkeypatch.setattr(rungs, "planned_bytes", planned)
+    found = rungs.matched(None, {}, ["NGRAM_BUCKETS"], 16_446, {}, {"NGRAM_BUCKETS": "1"})
+    assert int(found["NGRAM_BUCKETS"]) > 512 and planned(None, found) == pytest.approx(16_446, abs=1)
+    with pytest.raises(Misuse, match="no value makes"):
+        rungs.matched(None, {}, ["NGRAM_BUCKETS"], 10**9, {}, {"NGRAM_BUCKETS": "1"})
+
+
 @pytest.mark.parametrize("rung", ["0.03", "0.9"])
 @pytest.mark.parametrize("names", [["MLP_MULT"], ["MODEL_DIM", "MLP_MULT"]])
 def test_matched_bytes_are_the_bases(trunk, rung, names):
@@ -318,6 +330,16 @@ def test_a_report_is_text_and_plot_and_stays_as_it_is(reported, capsys):
     assert plot.stat().st_mtime_ns == before  # equal numbers, equal plot
 
 
+@pytest.mark.parametrize("arm", [{"NUM_HEADS": 0}, {"NUM_HEADS": "*0.25"}, {"ITERATIONS": "x"}])
+def test_a_setting_that_is_no_number_is_refused(tmp_path, arm):
+    about = TINY | {"arms": {"odd": {"why": "no number", "set": arm}}}
+    place = tmp_path / "tiny"
+    place.mkdir()
+    (place / "ladder.json").write_text(json.dumps(about))
+    with pytest.raises(Misuse, match="odd at 0.001"):
+        ladder.main([str(place), "--plan", "--runs", str(tmp_path / "runs")])
+
+
 def test_leaving_out_the_top_rung_says_so_when_it_surprises(tmp_path):
     def kink(x):
         return -0.05 + (0.08 if x == X[-1] else 0.0)
@@ -513,7 +535,7 @@ def test_runs_of_an_older_script_are_carried(tiny, corpus, tmp_path, monkeypatch
     assert call("other", "--carry") == 1
     assert call("now", "--carry") == 0 and asked[-4:] == ["2,3,4,5,6"] * 2 + ["0"] * 2
     entries = json.loads((place.parent / "carried.json").read_text())
-    assert [entry["for"] for entry in entries] == [["base", "tiny/none"]]
+    assert [entry["for"] for entry in entries] == [["tiny/base", "tiny/none"]]
 
     capsys.readouterr()
     assert call("now", "--plan") == 0
