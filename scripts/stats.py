@@ -11,8 +11,9 @@ A group is `NAME=SOURCE,SOURCE...` or only sources. A source is a metrics.json, 
 folder of either (a run, seed*/ or seed*.json, logs), a record's name, or a number, with or without its seed.
 Scores are bits per byte (BPB), lower is better, *difference* is arm minus base.
 
-House: where two seeds or more are shared, the paired t over those, otherwise Welch's. *better* or *worse*:
-the 95 % interval excludes zero; *no effect*: it lies inside +-0.003 BPB; anything else is *undecided*.
+House: where two seeds or more are shared, or the only one of a group, the paired t over those, else Welch's.
+*better* or *worse*: the 95 % interval excludes zero; *no effect*: it lies inside +-0.003 BPB; anything else
+is *undecided*.
 Competition: at least 0.005 nats better at one-sided p < 0.01, by Welch's t, read per token and per byte.
 *yes*: p < 0.01 that the gain exceeds 0.005; *mean only*: the mean gain does, and p < 0.01 only for some gain;
 *frontier*: the practice for rows in order of date, one-sided p < 0.25 for some gain.
@@ -236,8 +237,12 @@ def welch(a: Iterable[float], b: Iterable[float]) -> Comparison:
 
 
 def compare(a: dict[int, float], b: dict[int, float]) -> Comparison:
-    """What the house goes by: paired where two seeds or more are shared, otherwise Welch's t of all."""
-    return paired(a, b) if len(a.keys() & b.keys()) > 1 else welch(a.values(), b.values())
+    """What the house goes by: paired over the seeds that both have (one alone: a difference, no interval),
+    Welch's t of all where none is shared.
+    """
+    shared = len(a.keys() & b.keys())
+    alone = shared == 1 and min(len(a), len(b)) == 1
+    return paired(a, b) if shared > 1 or alone else welch(a.values(), b.values())
 
 
 def verdict(differences: list[float]) -> tuple[float, float, str]:
