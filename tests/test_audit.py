@@ -509,7 +509,8 @@ def test_mutant_of_the_trunk_is_caught(trained_trunk, tmp_path, name):
     probe, rule, changes = PLANTED[name]
     script = planted(tmp_path, ROOT / "train_gpt.py", *changes)
     findings = audit.check(script, [probe], {"TTT": "sgd", "TTT_LR": "0.05"}, artifact=trained_trunk[1])
-    assert rule in failed(findings), "\n".join(map(str, findings))
+    told = "\n".join(map(str, findings))
+    assert rule in failed(findings) and "broke off" not in told, told
 
 
 def test_adapter_judges_a_script_that_is_not_ours(tmp_path):

@@ -154,10 +154,22 @@ def test_size_plan_of_normal_weights(trunk, tiny):
     assert len(trunk.pack(tensors, args)) == pytest.approx(planned, rel=0.02)
 
 
-def test_gptq_in_a_real_run(run, trunk):
-    """Calibration stands on its own clock and inside the training seconds."""
-    code, output, metrics = run(QUANT_ROUND="gptq", GPTQ_BATCHES=2, COMPRESSOR="rans", BITS="mlp:5")
-    assert code == 0, output
+def test_gptq_in_a_real_run(run, trunk, tmp_path):
+    """Calibration stands on its own clock and inside the training seconds, and it rounds every matrix
+    whose inputs it has seen otherwise than to the nearest.
+    """
+    found = {}
+    for how in ("nearest", "gptq"):
+        settings = {"GPTQ_BATCHES": 2, "COMPRESSOR": "rans", "BITS": "mlp:5"}
+        code, output, metrics = run(RUN_ID=how, QUANT_ROUND=how, **settings)
+        assert code == 0, output
+        path = tmp_path / "runs" / how / "artifact.bin"
+        found[how] = trunk.unpack(path.read_bytes(), how)[1]
+    moved = {name for name, x in found["gptq"].items() if not np.array_equal(x, found["nearest"][name])}
+    assert {"tok_emb.weight", "ngram.proj.weight", "aux.injection.weight"} <= moved
+    assert "ngram.table" not in moved
+    parts = "attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj"
+    assert {f"blocks.{i}.{part}.weight" for i in range(3) for part in parts} <= moved
     assert metrics["clocks"]["calibration"] > 0
     assert metrics["train_seconds"] >= metrics["clocks"]["training"]
     assert "final_int5_sliding" in output

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -288,9 +289,10 @@ def test_jepa_losses_reach_only_their_own_module(trunk, tiny, alive):
         grads = torch.autograd.grad(value, params, allow_unused=True)
         return {name: grad is not None and bool(grad.abs().max() > 0) for name, grad in zip(names, grads)}
 
-    plain = reached("jepa_pred")
-    assert plain["aux.predictor.fc1.weight"] and plain["aux.projector.fc1.weight"]
-    assert not any(hit for name, hit in plain.items() if not name.startswith("aux."))  # as published (A2)
+    own = {"jepa_pred": {"aux.projector", "aux.predictor", "aux.start"}, "sigreg": {"aux.projector"}}
+    for term, modules in own.items():  # as published (A2)
+        hit = {".".join(name.split(".")[:2]) for name, yes in reached(term).items() if yes}
+        assert hit == modules, term
     through = reached("ce")
     assert through["aux.projector.fc1.weight"] and through["aux.injection.weight"]
 
@@ -331,18 +333,24 @@ def test_rate_ends_at_its_floor_in_both_clocks(trunk, tiny, cap):
     assert all(a >= b for a, b in zip(rates, rates[1:]))
 
 
-def test_ema_leaves_the_initial_weights(trunk, tiny):
+def test_ema_is_the_average_of_moving_weights(trunk, tiny):
+    """By hand; it forgets the initial weights early, and `apply` puts it in place of the last ones."""
     model = trunk.GPT(tiny())
     model.init_weights(0)
-    ema = trunk.EMA(model, 0.999)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(1.0)
-    for step in range(30):
+    ema, wanted = trunk.EMA(model, 0.5), [p.detach().clone() for p in model.parameters()]
+    torch.manual_seed(0)
+    for step in range(12):
+        decay = min(0.5, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for p, average in zip(model.parameters(), wanted):
+                p.add_(torch.randn_like(p))
+                average.mul_(decay).add_(p, alpha=1 - decay)
         ema.update(step)
-    assert all((1 - average).abs().max() < 0.05 for average in ema.average)
+    last = [p.detach().clone() for p in model.parameters()]
     ema.apply()
-    assert all(torch.equal(p, average) for p, average in zip(model.parameters(), ema.average))
+    for p, average, raw in zip(model.parameters(), wanted, last):
+        torch.testing.assert_close(p.detach(), average, atol=1e-5, rtol=1e-5)
+        assert not torch.equal(p, raw)
 
 
 def test_row_adagrad_leaves_untouched_rows_alone(trunk, tiny):
@@ -357,7 +365,7 @@ def test_row_adagrad_leaves_untouched_rows_alone(trunk, tiny):
 
 
 def test_warm_up_leaves_no_trace(trunk, tiny, corpus):
-    """Weights, optimizers and RNG after warm-up are bit for bit those of a run without it."""
+    """Weights, averages, optimizers and RNG after warm-up are bit for bit those of a run without it."""
     args = tiny(DATA_PATH=corpus, WARMUP_STEPS=2)
     runtime = trunk.Runtime(args)
     data = trunk.Dataset(args, False)
@@ -367,10 +375,12 @@ def test_warm_up_leaves_no_trace(trunk, tiny, corpus):
         trainer = trunk.Trainer(args, data, runtime, trunk.Log(None))
         if warm:
             trainer.warm_up()
+        assert (trainer.step, trainer.seconds, trainer.slowest, trainer.loader_state) == (0, 0.0, 0.0, None)
         ids, weights, _ = trunk.Loader(data, args, trainer.plan, 0).next()
         trainer.train_step(ids, weights, 0.0)
-        states.append([p.detach().clone() for p in trainer.model.parameters()] + [torch.get_rng_state()])
-    assert all(torch.equal(a, b) for a, b in zip(*states))
+        states.append([p.detach().clone() for p in trainer.model.parameters()] + [torch.get_rng_state()]
+                      + [*trainer.ema.average, *trainer.optimizers.state().values()])
+    assert len(states[0]) == len(states[1]) and all(torch.equal(a, b) for a, b in zip(*states))
 
 
 def test_time_kept_for_calibration_is_measured_and_that_of_rank_0(trunk, tiny, corpus, monkeypatch):
@@ -397,7 +407,44 @@ def test_what_is_queued_on_a_device_ends_within_the_limit(trunk, tiny, corpus):
     assert trainer.progress() == 1.0
 
 
-def test_no_checkpoint_is_saved_so_late_that_it_breaks_the_limit(trunk, tiny, corpus, monkeypatch):
+@pytest.fixture
+def clocked(trunk, tiny, corpus, monkeypatch):
+    """clocked(reserve, VAR=value, ...) -> (trainer, progress of each step of one second, steps saved): a run
+    with a limit of 100 s.
+    """
+    def clocked(reserve: float, **more):
+        args = tiny(DATA_PATH=corpus, ITERATIONS=10**6, WARMDOWN_ITERS=3 * 10**5, MIN_LR=0.05,
+                    MAX_WALLCLOCK_SECONDS=100, **more)
+        trainer = trunk.Trainer(args, trunk.Dataset(args, False), trunk.Runtime(args), trunk.Log(None))
+        trainer.reserve, now, seen, saved = reserve, [0.0], [], []
+
+        def step(ids, weights, progress, inputs):
+            now[0] += 1.0
+            seen.append(progress)
+            return {"ce": torch.zeros(())}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trunk, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+            for name, put in (("train_step", step), ("save", lambda name: saved.append(trainer.step)),
+                              ("log_step", lambda *_: None), ("write_steps", lambda: None)):
+                patch.setattr(trainer, name, put)
+            trainer.run(None)
+        return trainer, seen, saved
+    return clocked
+
+
+def test_the_rate_is_at_its_floor_when_the_clock_ends_a_run(trunk, clocked):
+    """With 20 s kept for calibration, and three steps for what is queued: 77 steps, the last at the floor."""
+    trainer, seen, _ = clocked(20.0)
+    assert trainer.step == 77 and trunk.rate_at(seen[-1], trainer.args) < 0.1
+
+
+def test_no_checkpoint_is_saved_so_late_that_it_breaks_the_clock(clocked):
+    trainer, _, saved = clocked(0.0, CHECKPOINT_EVERY=1)
+    assert saved and max(saved) <= 98 and trainer.step > max(saved) and trainer.seconds <= 100
+
+
+def test_no_checkpoint_is_saved_at_the_last_step(trunk, tiny, corpus, monkeypatch):
     args = tiny(DATA_PATH=corpus, ITERATIONS=50, CHECKPOINT_EVERY=1)
     trainer = trunk.Trainer(args, trunk.Dataset(args, False), trunk.Runtime(args), trunk.Log(None))
     saved, terms = [], {"ce": torch.zeros(())}

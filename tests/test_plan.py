@@ -225,7 +225,15 @@ def test_bits_of_a_rounded_normal():
 def test_the_mixtures_rate_is_the_callers_or_the_records():
     script, args = find_script("BytePPM"), SimpleNamespace(mix="binary", ppm_weight=1.0)
     assert plan.mixture_seconds(script, args, 10, 2.0) == pytest.approx(75.54, abs=0.01)
-    assert plan.mixture_seconds(script, args, 10, 0.0) > plan.mixture_seconds(script, args, 10, 2.0)
+    rows = json.loads((script.parent / "measured/mixtures.json").read_text())["rows"]
+    for mix in ("binary", "ppm"):
+        rate, = (float(row[-1]) for row in rows if f"(`MIX={mix}`)" in row[0])
+        found = plan.mixture_seconds(script, SimpleNamespace(mix=mix, ppm_weight=1.0), 10, 0.0)
+        assert found == pytest.approx(plan.VAL_BYTES / 1e6 / rate)
+    best = find_script("ByteBest")
+    told = json.loads((best.parent / "measured/kernels.json").read_text())
+    micros = told["score_us_new"]["median"] + told["distil_us_new"]["median"]
+    assert plan.mixture_seconds(best, SimpleNamespace(ppm_weight=1.0), 10**6, 0.0) == pytest.approx(micros)
     assert plan.mixture_seconds(script, SimpleNamespace(mix="binary", ppm_weight=0.0), 10, 2.0) == 0
     assert plan.mixture_seconds(TRUNK, SimpleNamespace(), 10, 2.0) == 0
 

@@ -333,7 +333,22 @@ def test_honest_figures_are_those_of_slow_loops(size, monkeypatch):
             else:
                 right += mine < min([*near, *ties])
     monkeypatch.setattr(model.aux.drafter, "draft", draft)
+    merged, real = [], tool.merge_figures
+    monkeypatch.setattr(tool, "merge_figures", lambda *given: merged.append(given) or real(*given))
     found = honest(model, ids, args)
+    # what merges are judged by: ends of true blocks, and what the backbone says after them
+    signs, told, window, _ = merged[0]
+    planes = torch.randn(32, 64, generator=torch.Generator().manual_seed(42))
+    for w, start in enumerate(range(0, 6 * length, length)):
+        row = torch.from_numpy(ids[None, start : start + length + 1])
+        states = model.hidden(row[:, :-1], model.rotary_train)[0]
+        laws = model.head(states[size:]).softmax(-1)
+        at = torch.cdist(told[window == w], laws).argmin(1)
+        assert sorted(at.tolist()) == [*range(length - size)]
+        torch.testing.assert_close(told[window == w], laws[at], atol=1e-6, rtol=1e-4)
+        block = torch.stack([row[0, t + 1 : t + 1 + size] for t in at])
+        ends = model.aux.drafter.latent(model.aux.drafter.slots(states[at], block)[:, -1])
+        assert ((signs[window == w] > 0) != (ends @ planes >= 0)).sum() <= 2
     assert found["n_tokens"] == 6 * 32 and found["n_positions"] == places == 6 * (32 - size)
     assert found["bytes_per_pass"] == 6 * 31 / passes and (passes == 6 * 31) == (size == 1)
     assert found["jepa_top1_hard"] == pytest.approx(right / places, abs=0.06)

@@ -140,15 +140,21 @@ def test_a_full_window_is_read_again_from_its_middle(overrides):
     {"MERGE_RADIUS": 0},
     {"MERGE_RADIUS": 64},
 ], ids=str)
-def test_no_setting_of_the_drafts_changes_the_text(overrides):
+def test_no_setting_of_the_drafts_changes_the_text(overrides, monkeypatch):
+    """And each setting has the drafters that it asks for."""
+    add, sources = section.SpeculationGraph.add, set()
+
+    def seen(self, parent, start, ids, laws, logs, kinds, *rest):
+        sources.update(kind[0] for kind in kinds)
+        return add(self, parent, start, ids, laws, logs, kinds, *rest)
+
     ids = prompts(1, seed=5)[0]
     wanted, _ = write(alive(**BLOCKS), ids, 50, speculate=False)
+    monkeypatch.setattr(section.SpeculationGraph, "add", seen)
     found, writer = write(alive(**{**BLOCKS, **overrides}), ids, 50)
-    assert found == wanted
-    sources = {kind[0] for draft in writer.graph.alive for kind in draft.kinds}
-    assert sources <= {"heads": {"heads"}, "suffix": {"suffix"}}.get(
-        overrides.get("DRAFTER"), {"heads", "suffix"}
-    )
+    assert found == wanted and writer.graph.counts["created"]
+    both = {"suffix"} if overrides == {"BLOCK_SIZE": 1} else {"heads", "suffix"}
+    assert sources == {"heads": {"heads"}, "suffix": {"suffix"}}.get(overrides.get("DRAFTER"), both)
     assert (writer.graph.counts["merged"] > 0) or overrides.get("MERGE_RADIUS") != 64
 
 

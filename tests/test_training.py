@@ -33,7 +33,7 @@ def losses(output: str) -> list[float]:
     return [float(x) for x in re.findall(r"^step:\d+/\d+ train_loss:([\d.]+)", output, re.M)]
 
 
-def test_a_run_leaves_what_the_house_promises(run, tmp_path):
+def test_a_run_leaves_what_the_house_promises(run, trunk, tmp_path):
     code, output, metrics = run(VAL_LOSS_EVERY=3, JEPA_PHASE1_FRAC=0)
     assert code == 0, output
     folder = tmp_path / "runs" / "test"
@@ -52,6 +52,11 @@ def test_a_run_leaves_what_the_house_promises(run, tmp_path):
         )
         assert sum(entry["bits_by_class"].values()) == pytest.approx(entry["val_bpb"] * entry["bytes"])
     assert metrics["bytes_model"] == (folder / "artifact.bin").stat().st_size
+    # averages are shipped: of a tensor that is kept in fp16
+    state = load_file(folder / "final.safetensors")
+    shipped = trunk.unpack((folder / "artifact.bin").read_bytes(), "artifact.bin")[1]["smear.gate"]
+    live, average = (state[f"{kind}.smear.gate"].astype(np.float16) for kind in ("model", "ema"))
+    assert np.array_equal(shipped, average) and not np.array_equal(shipped, live)
     assert metrics["bytes_total"] == metrics["bytes_model"] + (ROOT / "train_gpt.py").stat().st_size
     log = (folder / "log.txt").read_text()
     assert log.startswith((ROOT / "train_gpt.py").read_text()) and set(output.splitlines()) <= set(
@@ -215,11 +220,20 @@ def test_three_ranks_with_a_batch_that_does_not_divide(run):
     assert run(RUN_ID="test", RESUME="auto", ITERATIONS=3)[0] == 0  # one rank goes on where three stopped
 
 
-def test_accumulation_changes_no_loss(run):
-    whole = run(RUN_ID="a")
-    parts = run(RUN_ID="b", DEVICE_BATCH_TOKENS=128)
+def test_accumulation_changes_no_loss(run, tmp_path):
+    """Neither cross-entropy nor a term of the JEPA, whose weights are felt here."""
+    settings = {"JEPA_PHASE1_FRAC": 0, "JEPA_LAMBDA_MAX": 0.1}
+    whole = run(RUN_ID="a", **settings)
+    parts = run(RUN_ID="b", DEVICE_BATCH_TOKENS=128, **settings)
     assert "micro_steps:4" in parts[1]
     assert np.abs(np.array(losses(whole[1])) - np.array(losses(parts[1]))).max() <= 1.0001e-4
+    texts = [(tmp_path / f"runs/{name}/metrics.jsonl").read_text() for name in "ab"]
+    one, other = ([json.loads(line) for line in text.splitlines()] for text in texts)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"train_seconds"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6), (a["step"], key)
+    assert {"jepa_pred", "sigreg"} <= one[0].keys()
 
 
 def test_the_clock_ends_a_run_at_its_floor(run, tmp_path):
@@ -239,8 +253,8 @@ def test_the_clock_ends_a_run_at_its_floor(run, tmp_path):
 
 
 def test_validation_text_does_not_touch_training(run, corpus, tmp_path):
-    """Probe P9: with noise for validation text, the trained weights are bit for bit the same."""
-    noise = tmp_path / "noise"
+    """Probe P9: with noise for validation text, trained weights and artifact are bit for bit the same."""
+    scores, noise = [], tmp_path / "noise"
     noise.mkdir()
     for path in corpus.glob("*.bin"):
         data = bytearray(path.read_bytes())
@@ -250,8 +264,11 @@ def test_validation_text_does_not_touch_training(run, corpus, tmp_path):
             data[1024:] = ids.tobytes()
         (noise / path.name).write_bytes(bytes(data))
     for name, folder in (("a", corpus), ("b", noise)):
-        code, output, _ = run(RUN_ID=name, DATA_PATH=folder, VAL_LOSS_EVERY=2)
+        code, output, metrics = run(RUN_ID=name, DATA_PATH=folder, VAL_LOSS_EVERY=2)
         assert code == 0, output
+        scores.append(metrics["val_bpb"])
+    x, y = ((tmp_path / f"runs/{name}/artifact.bin").read_bytes() for name in "ab")
+    assert x == y and abs(scores[0] - scores[1]) > 0.1  # the noise was read
     a, b = (weights(tmp_path / f"runs/{name}/final.safetensors") for name in "ab")
     assert same(a, b)
 
