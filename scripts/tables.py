@@ -311,8 +311,8 @@ def ablation_note(arms: list[Arm]) -> str:
     return (
         f"`{first['headline']}` BPB, {first['steps']} steps, seeds "
         f"{', '.join(map(str, sorted(arms[0].runs)))}, {first['device']}, "
-        f"{first['evals'][first['headline']]['bytes']:,} bytes of the last training documents; "
-        f"spread {pooled:.4f}."
+        f"{first['evals'][first['headline']]['bytes']:,} validation bytes of "
+        f"`{first['dataset']['name']}`; spread {pooled:.4f}."
     )
 
 

@@ -649,6 +649,9 @@ def test_misuse_is_one_line_and_exit_code_2(judge, pair, tmp_path):
     other = checkpoint(tmp_path, "other", 0, **BASELINE, TRAIN_SEQ_LEN=16)
     (tmp_path / "bench.json").write_text('{"summary": {"greedy": {"ratio": 1.7}}}')
     (tmp_path / "other.json").write_text('{"greedy": {}, "sampled": {}, "artifact_sha256": "ab"}')
+    (tmp_path / "cool.json").write_text('{"greedy": {}, "sampled": {}, "settings": {"TEMPERATURE": 0.8}}')
+    (tmp_path / "wrong.json").write_text(
+        '{"greedy": {}, "sampled": {}, "summary": {"greedy": {"mismatches": 2}}}')
     for overrides, words in (
         ({"SGJM": ""}, "SGJM=FILE is not set"),
         ({"BASELINE": ""}, "BASELINE=FILE is not set"),
@@ -660,6 +663,8 @@ def test_misuse_is_one_line_and_exit_code_2(judge, pair, tmp_path):
         ({"GATE_BENCH": tmp_path / "bench.json"}, "no ratios by prompt, greedy and sampled"),
         ({"GATE_BENCH": tmp_path / "none.json"}, "GATE_BENCH="),
         ({"GATE_BENCH": tmp_path / "other.json"}, "measured with another file than"),
+        ({"GATE_BENCH": tmp_path / "cool.json"}, "measured at temperature 0.8"),
+        ({"GATE_BENCH": tmp_path / "wrong.json"}, "drafts changed greedy texts"),
         ({"GATE_RADIUS": 65}, "GATE_RADIUS='65' is not accepted"),
         ({"MODEL_DIM": 64}, "MODEL_DIM=64: the artifact was made with 32"),
         ({"WORLD_SIZE": 2}, "EVAL_GATE=True, WORLD_SIZE=2: one process judges"),

@@ -15,6 +15,7 @@ from conftest import TINY, environment
 from family import load_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from scipy.stats import chi2
 from test_sgjm import HYBRID, RECORD, ROPE, SCRIPT, SMALL, alive, batch, reports, section
 from torch import nn
@@ -840,18 +841,44 @@ def test_the_bench_measures_both_ways_in_turn(bench, tmp_path, monkeypatch):
     assert b"assert " in kinds["code"]
 
 
+@pytest.mark.parametrize("place, message", [
+    ("odd.json", "Expecting|delimiter"), ("list.json", "one object"), ("empty.txt", "or an empty one"),
+    ("promts/none.txt", "no such file"), ("folder", "0 prompts")])
+def test_prompts_that_are_not_there_or_empty_are_refused(tmp_path, place, message):
+    (tmp_path / "odd.json").write_text("[1, 2")
+    (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=message):
+        timing.read_prompts(str(tmp_path / place))
+
+
+def test_prompts_of_one_name_are_both_read(tmp_path):
+    for name in ("a.txt", "a.md", "b.txt"):
+        (tmp_path / name).write_text(name)
+    assert timing.read_prompts(str(tmp_path)) == {"a.txt": b"a.txt", "a.md": b"a.md", "b": b"b.txt"}
+    assert timing.read_prompts("e.g. this") == {"prompt": b"e.g. this"}
+
+
+def test_the_bench_refuses_a_script_and_a_checkpoint_of_others(bench, tmp_path):
+    path = tmp_path / "last.safetensors"
+    save_file({"model.x": np.zeros(2, np.float32)}, path, {"golf": '{"config": {"VOCAB_SIZE": 8192}}'})
+    code, printed, _ = bench(path, "x")
+    assert code == 2 and "a checkpoint of another script" in printed
+    with pytest.raises(SystemExit):
+        timing.main([str(path), "--script", "nope.py"])
+
+
 def test_the_bench_takes_folders_and_json_and_tells_a_wrong_text(bench, tmp_path, monkeypatch):
     path, folder = saved(tmp_path, "artifact", VOCAB_SIZE=256), tmp_path / "prompts"
     (folder / "inner").mkdir(parents=True)
     for name in ("one", "two"):
         (folder / f"{name}.txt").write_text(name)
     (tmp_path / "prompts.json").write_text('{"three": "3 3 3 3"}')
-    (tmp_path / "odd.json").write_text("[1, 2")
     short = "--max-new-tokens", 6, "--repeats", 1
     for where, names in (
         (folder, {"one", "two"}),
         (tmp_path / "prompts.json", {"three"}),
-        (tmp_path / "odd.json", {"odd"}),
         ("x", {"prompt"}),
     ):
         code, _, report = bench(path, where, *short)

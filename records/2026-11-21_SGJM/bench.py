@@ -127,16 +127,31 @@ def own_prompts() -> dict[str, bytes]:
 
 
 def read_prompts(place: str) -> dict[str, bytes]:
-    """{name: prompt} of a text, a file, a folder or JSON; else `own_prompts`."""
+    """{name: prompt} of a text, a file, a folder or JSON; else `own_prompts`.
+
+    Raises:
+        ValueError: a path that is not there, no prompt or an empty one, JSON that is no object of texts.
+    """
     if not place:
         return own_prompts()
-    path, found = Path(place), {"prompt": os.fsencode(place)}
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # no such path, no such JSON
-        files = [path] if path.is_file() else filter(Path.is_file, sorted(path.iterdir()))
-        found = {file.stem: file.read_bytes() for file in files}
-        if path.suffix == ".json":
-            texts = json.loads(found[path.stem])
-            found = {name: text.encode() for name, text in texts.items()}
+    path, there = Path(place), False
+    with contextlib.suppress(OSError, ValueError):  # too long for a path, or not one
+        there = path.exists()
+    if not there:
+        if len(place.split()) == 1 and (path.suffix or os.sep in place):
+            raise ValueError(f"{place}: no such file or folder")
+        return {"prompt": os.fsencode(place)}
+
+    files = [path] if path.is_file() else [*filter(Path.is_file, sorted(path.iterdir()))]
+    stems = [file.stem for file in files]
+    found = {file.name if stems.count(file.stem) > 1 else file.stem: file.read_bytes() for file in files}
+    if path.suffix == ".json" and path.is_file():
+        texts = json.loads(found[path.stem])  # a ValueError, too
+        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+            raise ValueError(f"{place}: JSON prompts are one object, {{name: text}}")
+        found = {name: text.encode() for name, text in texts.items()}
+    if not found or not all(found.values()):
+        raise ValueError(f"{place}: {len(found)} prompts, or an empty one")
     return found
 
 
@@ -197,15 +212,19 @@ def run(script, options: argparse.Namespace) -> int:
     """Reads the model and the prompts, and measures."""
     if min(options.max_new_tokens, options.repeats) < 1 or not options.temperature > 0:
         raise script.UserError("--max-new-tokens and --repeats: at least 1; --temperature: above 0")
-    args = script.settings_of(options.model, os.environ)
+    try:
+        args = script.settings_of(options.model, os.environ)
+    except KeyError:
+        raise script.UserError(f"{options.model}: a checkpoint of another script") from None
     runtime = script.Runtime(args)
     args.run_id = args.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-seed{args.seed}"
     special = args.vocab_size - 256
     start = [script.BOS_ID] if special else []
-    texts = read_prompts(options.prompts)
+    try:
+        texts = read_prompts(options.prompts)
+    except ValueError as error:
+        raise script.UserError(f"prompts: {error}") from None
     prompts = {name: [*start, *(byte + special for byte in text)] for name, text in texts.items()}
-    if not prompts or not all(prompts.values()):
-        raise script.UserError(f"{options.prompts}: {len(prompts)} prompts, or an empty one")
     more = {} if args.dtype == "auto" else {"dtype": runtime.dtype}
     model = script.load(options.model, runtime.device, args, **more)
     check_heads_of(script, model, options.model)
@@ -224,7 +243,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--script", default="train_gpt.py", help="in this folder (%(default)s)")
     options = parser.parse_args(argv)
 
-    script = beside(options.script)
+    if not Path(__file__).with_name(Path(options.script).name).is_file():
+        parser.error(f"--script {options.script}: no such file in this folder")
+    script = beside(Path(options.script).name)
     try:
         return run(script, options)
     except script.UserError as error:

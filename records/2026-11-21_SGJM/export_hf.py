@@ -173,6 +173,8 @@ def main(argv: list[str] | None = None) -> int:
         model = script.load(str(options.model))
     except script.UserError as error:
         raise Misuse(str(error)) from None
+    except KeyError:
+        raise Misuse(f"{options.model}: a checkpoint of another script") from None
 
     # Under another name until it is whole.
     working = options.folder.parent / f".{options.folder.name}.{os.getpid()}.partial"

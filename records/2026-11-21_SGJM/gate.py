@@ -340,9 +340,17 @@ def compared(path: str, model: script.GPT) -> dict:
             "params": sum(p.numel() for p in model.parameters()), "best": file.stem == "best"}
 
 
+def own_settings(path: str, environ, variable: str) -> script.Hyperparameters:
+    """`settings_of` a file, which must be of this script."""
+    try:
+        return script.settings_of(path, environ, variable)
+    except KeyError:
+        raise script.UserError(f"{variable}={path}: a checkpoint of another script") from None
+
+
 def gate_models(args: script.Hyperparameters, device: torch.device) -> tuple[script.GPT, script.GPT]:
     """(SGJM, baseline), which fit each other."""
-    theirs = script.settings_of(args.baseline, variable="BASELINE")
+    theirs = own_settings(args.baseline, None, "BASELINE")
     wanted = {"arch": "baseline", "vocab_size": args.vocab_size,
               "train_seq_len": args.train_seq_len}
     for name, value in wanted.items():
@@ -385,6 +393,12 @@ def speed_ups(args: script.Hyperparameters, sha256: str) -> dict[str, dict | Non
                                f"as in bench.json ({error!r})") from None
     if bench.get("artifact_sha256", sha256) != sha256:
         raise script.UserError(f"GATE_BENCH={args.gate_bench}: measured with another file than {args.sgjm}")
+    settings, greedy = bench.get("settings", {}), bench.get("summary", {}).get("greedy", {})
+    if settings.get("TEMPERATURE", 1.0) != 1.0:
+        raise script.UserError(f"GATE_BENCH={args.gate_bench}: measured at temperature "
+                               f"{settings['TEMPERATURE']:g}; the gate asks for 1")
+    if greedy.get("mismatches"):
+        raise script.UserError(f"GATE_BENCH={args.gate_bench}: drafts changed greedy texts")
     return found
 
 
@@ -460,7 +474,7 @@ def gate(args: script.Hyperparameters, log: script.Log, evaluator: script.Evalua
 
 def main() -> int:
     try:
-        args = script.settings_of(os.environ.get("SGJM", ""), os.environ, "SGJM")
+        args = own_settings(os.environ.get("SGJM", ""), os.environ, "SGJM")
         runtime = script.Runtime(args)
         runtime.attention = script.pick_attention(args, runtime)
         args.run_id = args.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-seed{args.seed}"

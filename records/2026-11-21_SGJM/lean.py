@@ -26,7 +26,7 @@ from family import Misuse, command, load_script, markdown_table
 
 SCRIPT = Path(__file__).with_name("train_gpt.py")
 HEADER = ["size", "dtype", "the loop, ms a byte", "the script", "ratio"]
-PROMPT = 200
+PROMPT, WINDOW = 200, 512
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -135,7 +135,7 @@ def by_script(script, model, prompt: list[int], count: int) -> tuple[list[int], 
 
 
 def measured(script, size: str, dtype: torch.dtype, count: int, repeats: int) -> dict:
-    args = script.Hyperparameters({"SIZE": size, "TRAIN_SEQ_LEN": "512", "MAX_SEQ_LEN": "512"})
+    args = script.Hyperparameters({"SIZE": size, "TRAIN_SEQ_LEN": str(WINDOW), "MAX_SEQ_LEN": str(WINDOW)})
     model = script.GPT(args, dtype=dtype)
     model.init_weights(0)
     model.eval()
@@ -163,6 +163,8 @@ def main(argv: list[str] | None = None) -> int:
 
     if min(options.count, options.repeats) < 1:
         raise Misuse("--count and --repeats: at least 1")
+    if options.count > WINDOW - 1 - PROMPT:
+        raise Misuse(f"--count {options.count}: at most {WINDOW - 1 - PROMPT}, for a window of {WINDOW}")
     torch.set_num_threads(1)
     script = load_script(options.script)
     script.tune_allocator()
@@ -180,7 +182,10 @@ def main(argv: list[str] | None = None) -> int:
     print(markdown_table(HEADER, rows) + "\n\n" + note)
     if options.out:
         script.write_atomic(options.out, json.dumps(told, indent=1).encode())
-    return 0
+    wrong = [run for run in runs if run["dtype"] == "float32" and not run["same_text"]]
+    for run in wrong:
+        print(f"{run['size']}: the loop and the script write different texts in fp32", file=sys.stderr)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from family import Misuse, command, markdown_table, read_json, write_atomic
 from stats import verdict
 
+LOOPING = 0.25  # of a text, beyond which the gate does not count it
+
+
+def calm(result: dict) -> bool:
+    """Neither text of a prompt loops, by the gate's rule."""
+    return max(result[way]["looping"] for way in ("ar", "speculation")) <= LOOPING
+
+
+def parted(found: dict) -> str:
+    """A sentence about greedy texts, of which each prompt has several runs alike."""
+    wrong, near = (sum(result[key] > 0 for result in found["greedy"].values())
+                   for key in ("mismatches", "near_ties"))
+    return f"Prompts whose greedy text differs with drafts: {wrong}, and {near} at a near tie."
+
 
 def generation(path: Path) -> dict:
     """Plain and speculative decoding, prompt by prompt."""
@@ -46,30 +60,29 @@ def generation(path: Path) -> dict:
         "drafting", "looping, plain", "with drafts",
     ]
 
-    settings, greedy = found["settings"], found["summary"]["greedy"]
-    heads = f"drafter {settings['DRAFTER']}" if found["heads"] else "suffix drafts alone"
+    settings = found["settings"]
+    heads = f"drafter {settings['DRAFTER']}" if found["heads"] else "only suffix drafts"
+    made_by = f"mlx {found['mlx']}" if "mlx" in found else "{threads} threads, torch {torch}".format(**found)
+    dtype = found["dtype"].removeprefix("torch.")
     note = (
         f"{settings['MAX_NEW_TOKENS']} bytes a prompt, median of {settings['BENCH_REPEATS']} runs of each "
         "kind in "
-        f"turn; {heads}; {found['device']}, {found['threads']} threads, "
-        f"{found['dtype'].removeprefix('torch.')}, "
-        f"torch {found['torch']}. Greedy texts that differ: {greedy['mismatches']}, and "
-        f"{greedy['near_ties']} "
-        "at a near tie."
+        f"turn; {heads}; {found['device']}, {dtype}, {made_by}. {parted(found)}"
     )
     return {"header": header, "rows": rows, "note": note, "script_sha256": found["script_sha256"]}
 
 
 def kinds(path: Path) -> dict:
-    """Speed-ups by kind of text, the first word of a prompt's name: the geometric mean over the prompts with
-    its interval, and the least."""
+    """Speed-ups by kind of text, the first word of a prompt's name, and of the prompts whose texts do not
+    loop: the geometric mean with its interval, and the least."""
     found, rows = read_json(path), []
     sampled = f"T = {found['settings'].get('TEMPERATURE', 1):g}"
     for part, title in (("greedy", "greedy"), ("sampled", sampled)):
-        groups = {"all": list(found[part].values())}
+        results = list(found[part].values())
+        groups = {"all": results, "texts that do not loop": [each for each in results if calm(each)]}
         for name, result in found[part].items():
             groups.setdefault(name.split()[0], []).append(result)
-        for name, results in groups.items():
+        for name, results in ((name, results) for name, results in groups.items() if results):
             ratios = [result["ratio"] for result in results]
             logs, span = [math.log(ratio) for ratio in ratios], ""
             if len(logs) > 1:
@@ -78,10 +91,10 @@ def kinds(path: Path) -> dict:
             looping = sum(result["ar"]["looping"] for result in results) / len(results)
             rows.append([f"{name}, {title}", f"{len(results)}", f"**{math.exp(sum(logs) / len(logs)):.2f}**",
                          span, f"{min(ratios):.2f}", f"{looping:.0%}"])
-    settings, greedy = found["settings"], found["summary"]["greedy"]
+    settings = found["settings"]
     note = (f"{settings['MAX_NEW_TOKENS']} bytes a prompt, median of {settings['BENCH_REPEATS']} runs of "
-            f"each kind in turn; {found['device']}, {found['dtype'].removeprefix('torch.')}. Greedy texts "
-            f"that differ: {greedy['mismatches']}, and {greedy['near_ties']} at a near tie.")
+            f"each kind in turn; {found['device']}, {found['dtype'].removeprefix('torch.')}. A text loops if "
+            f"more than {LOOPING:.0%} of it, plain or with drafts, does. {parted(found)}")
     header = ["prompts", "number", "ratio", "95 % interval", "least", "looping, plain"]
     return {"header": header, "rows": rows, "note": note, "script_sha256": found["script_sha256"]}
 
