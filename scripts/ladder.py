@@ -257,8 +257,13 @@ def program(script: Path, runs: Path, text: Path | None = None) -> Program:
 
 
 def in_proofs(ladder: Ladder, arm: str) -> str:
-    """What carried.json calls an arm. Bases differ, too: a ladder's own `set` is theirs as well."""
-    return f"{ladder.name}/{arm}"
+    """What carried.json calls an arm: a base by what makes it, for ladders share bases, but not all of them.
+    """
+    if arm != "base":
+        return f"{ladder.name}/{arm}"
+    script = "trunk" if ladder.base == TRUNK else ladder.base.parent.name.partition("_")[2]
+    own = ", ".join(f"{name}={value}" for name, value in sorted(ladder.shared.items()))
+    return f"base: {script}, {own or 'no settings'}"
 
 
 def equal_scripts(ladder: Ladder, arm: str) -> dict[str, str]:

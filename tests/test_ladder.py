@@ -383,6 +383,13 @@ def test_runs_of_other_scripts_and_settings_do_not_count(tmp_path):
     assert [row["seeds"] for row in report()["arms"]][0] == [314]
 
 
+def test_proofs_of_a_base_hold_for_ladders_with_the_same_one():
+    """`tables` and `laws` set tables for their base, `jepa` takes the default, `tokens` another script."""
+    names = {name: ladder.in_proofs(ladder.read_ladder(name), "base") for name in LADDERS}
+    assert names["tables"] == names["best"] == names["laws"] != names["jepa"] == names["xsa"]
+    assert len({names[name] for name in ("tables", "jepa", "tokens")}) == 3
+
+
 # --- A tiny real ladder ---
 
 
@@ -535,7 +542,9 @@ def test_runs_of_an_older_script_are_carried(tiny, corpus, tmp_path, monkeypatch
     assert call("other", "--carry") == 1
     assert call("now", "--carry") == 0 and asked[-4:] == ["2,3,4,5,6"] * 2 + ["0"] * 2
     entries = json.loads((place.parent / "carried.json").read_text())
-    assert [entry["for"] for entry in entries] == [["tiny/base", "tiny/none"]]
+    (base, arm), = (entry["for"] for entry in entries)  # a base by what makes it: ladders share some
+    assert base.startswith("base: ") and "NGRAM_BUCKETS=300, NGRAM_ORDERS=2,3,4,5,6" in base
+    assert arm == "tiny/none"
 
     capsys.readouterr()
     assert call("now", "--plan") == 0
