@@ -174,6 +174,8 @@ def main(argv: list[str] | None = None) -> int:
         found = KINDS[options.kind](options.report)
     except KeyError as error:
         raise Misuse(f"{options.report}: has no {error}; a report for `{options.kind}` is needed") from None
+    except (TypeError, AttributeError):
+        raise Misuse(f"{options.report}: no report for `{options.kind}`") from None
     if options.out:
         write_atomic(options.out, json.dumps(found, indent=1).encode())
     else:
