@@ -528,18 +528,18 @@ def test_a_run_trains_packs_and_scores_the_same_again(run, tmp_path, overrides):
         assert found["val_loss"] == pytest.approx(metrics["evals"][name]["val_loss"], abs=1e-6)
 
 
-def test_qat_and_gptq_in_a_real_run(run):
-    """Late QAT switches on and moves what follows; calibration has its own clock and is inside the
-    training seconds."""
+def test_qat_and_gptq_in_a_real_run(run, tmp_path):
+    """Late QAT switches on and moves what follows; calibration has its own clock, is inside the training
+    seconds, and rounds matrices of every kind otherwise than to the nearest."""
     wanted = {
         **SMALL, "MODEL_DIM": 64, "TRAIN_SEQ_LEN": 64, "TRAIN_BATCH_TOKENS": 512, "VAL_BYTES": 1000,
-        "ITERATIONS": 4, "WARMDOWN_ITERS": 4, "QUANT_ROUND": "gptq", "GPTQ_BATCHES": 2,
+        "ITERATIONS": 4, "WARMDOWN_ITERS": 4, "GPTQ_BATCHES": 2,
         "COMPRESSOR": "rans", "BITS": "embed:3,attn:3,mlp:3,other:3",
     }
     found = {}
     for threshold in (0, 0.6):  # rates of the four steps: 1, 3/4, 1/2, 1/4
-        code, output, metrics = run(
-            script=SCRIPT, **wanted, LATE_QAT_THRESHOLD=threshold, RUN_ID=f"qat{threshold}")
+        mine = {"QUANT_ROUND": "gptq", "LATE_QAT_THRESHOLD": threshold, "RUN_ID": f"qat{threshold}"}
+        code, output, metrics = run(script=SCRIPT, **wanted, **mine)
         assert code == 0 and "final_int3_sliding" in output, output
         assert metrics["clocks"]["calibration"] > 0
         assert metrics["train_seconds"] >= metrics["clocks"]["training"]
@@ -547,6 +547,14 @@ def test_qat_and_gptq_in_a_real_run(run):
         found[threshold] = losses(output)
     assert len(found[0]) == 4 and found[0][:2] == found[0.6][:2]  # not on yet
     assert found[0][2] != found[0.6][2]
+
+    plainly = {"QUANT_ROUND": "nearest", "LATE_QAT_THRESHOLD": 0, "RUN_ID": "nearest"}
+    code, output, _ = run(script=SCRIPT, **wanted, **plainly)
+    assert code == 0, output
+    ours, plain = (section.unpack((tmp_path / f"runs/{name}/artifact.bin").read_bytes(), name)[1]
+                   for name in ("qat0", "nearest"))
+    moved = {re.sub(r"\.\d+\.", ".", name) for name, x in ours.items() if not np.array_equal(x, plain[name])}
+    assert len(moved) > 4 and any("attn" in name for name in moved) and any("mlp" in name for name in moved)
 
 
 def test_ranks_do_not_change_the_losses(run, tmp_path):

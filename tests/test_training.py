@@ -139,7 +139,7 @@ def test_resume_from_a_file_and_refusals(run, tmp_path):
     assert code == 2 and "not a checkpoint" in output and "Traceback" not in output
 
 
-def test_two_ranks_give_the_losses_of_one(run):
+def test_two_ranks_give_the_losses_of_one(run, tmp_path):
     """The batch, SIGReg's groups, Muon's shares and the scores do not depend on the number of ranks."""
     settings = {
         "JEPA_CHUNK_SIZE": 8, "JEPA_PHASE1_FRAC": 0, "JEPA_LAMBDA_MAX": 0.1,
@@ -153,6 +153,11 @@ def test_two_ranks_give_the_losses_of_one(run):
         outcomes.append((losses(output), metrics))
     (one, first), (two, second) = outcomes
     assert len(one) == 8 and np.abs(np.array(one) - np.array(two)).max() <= 1.0001e-4
+    texts = [(tmp_path / f"runs/r{ranks}/metrics.jsonl").read_text() for ranks in (1, 2)]
+    for a, b in zip(*([json.loads(line) for line in text.splitlines()] for text in texts), strict=True):
+        for key in {"jepa_pred", "sigreg"} & a.keys():
+            assert b[key] == pytest.approx(a[key], rel=1e-3), (a["step"], key)
+    assert "jepa_pred" in texts[0] and "sigreg" in texts[0]
     for name, entry in first["evals"].items():
         assert entry["val_loss"] == pytest.approx(second["evals"][name]["val_loss"], abs=3e-4), name
         assert entry["targets"] == second["evals"][name]["targets"]
