@@ -8,6 +8,8 @@
 # make audit      is every number legal? probes of every script at a tiny size, one to three minutes each
 # make gpu-check  one command for a day with a GPU, without a network; TEXT=FILE (.txt, .jsonl, .jsonl.zst) trains on
 #                 that instead of the standard library
+# make clean      removes .venv, the pages and the small corpus; runs/ and your own data stay
+# TRAIN="NAME=VALUE ..." changes settings of train and train-mlx
 PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
@@ -58,7 +60,7 @@ train-mlx: data $(VENV)/.installed-mlx
 	env DATA_PATH=$(CORPUS) RUN_ID=$(RUN)-mlx $(SMALL) $(SHORT) $(TRAIN) $(PY) train_gpt_mlx.py
 	@echo "--- the same artifact, scored by a fresh process"
 	env DATA_PATH=$(CORPUS) RUN_ID=$(RUN)-mlx-again EVAL_ONLY=1 ARTIFACT=runs/$(RUN)-mlx/artifact.bin \
-	  EVAL_BUDGET_SECONDS=0 $(filter $(SOME),$(SHORT)) $(PY) train_gpt_mlx.py
+	  EVAL_BUDGET_SECONDS=0 $(filter $(SOME),$(SHORT)) $(filter VAL_BYTES=% EVAL_%,$(TRAIN)) $(PY) train_gpt_mlx.py
 
 PROMPT ?= def
 ARTIFACT ?= $(firstword $(shell ls -t runs/*/artifact.bin 2>/dev/null))
@@ -92,7 +94,7 @@ bench: $(VENV)/.installed
 
 # Nothing is installed for it: such machines often have no network, and a torch of their own.
 gpu-check:
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) scripts/bench.py --check $(if $(TEXT),--text $(TEXT))
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) scripts/bench.py --check $(if $(TEXT),--text "$(TEXT)")
 
 clean:
-	rm -rf $(VENV) runs data/datasets site
+	rm -rf $(VENV) site $(CORPUS)

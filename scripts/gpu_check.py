@@ -51,7 +51,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from bench import Torch, matmul_rate
-from family import FINDINGS, FINE, ROOT, TRUNK, Misuse, command, load_script, markdown_table, write_atomic
+from family import (
+    FINDINGS,
+    FINE,
+    ROOT,
+    TRUNK,
+    Misuse,
+    command,
+    load_script,
+    markdown_table,
+    read_json,
+    write_atomic,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
@@ -620,7 +631,8 @@ def prepare(texts: list[str], folder: Path) -> str:
 
 
 def check(texts: list[str], folder: Path, rehearse: bool, script: Path = TRUNK, only: tuple = ()) -> int:
-    """Runs every process, or those in `only` -> exit code 1 where anything failed.
+    """Runs every process, or those in `only` -> exit code 1 where anything failed. What other processes found
+    before in this folder, with the same script, stays.
 
     texts: files to train on, the standard library where there are none. rehearse: a toy model on a CPU.
 
@@ -631,11 +643,17 @@ def check(texts: list[str], folder: Path, rehearse: bool, script: Path = TRUNK, 
         raise Misuse("torch sees no CUDA or ROCm device; --rehearse tries the command without one")
     if odd := {*only} - {*PROCESSES}:
         raise Misuse(f"--only {min(odd)}: {', '.join(PROCESSES)}")
+    if {*only} == {"ranks"} and not rehearse:
+        raise Misuse("--only ranks: only with --rehearse")
     folder.mkdir(parents=True, exist_ok=True)
     start, path = time.perf_counter(), folder / RESULTS
     head = {"script": str(script), "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S"), "rehearsal": rehearse}
-    write_atomic(path, json.dumps({**head, "sections": {}}).encode())
+    before = read_json(path) if only and path.exists() else {}
+    same = all(before.get(key) == head[key] for key in ("script_sha256", "rehearsal"))
+    kept = {name: section for name, section in before.get("sections", {}).items()
+            if same and not {*only} & {*section["processes"]}}
+    write_atomic(path, json.dumps({**head, "sections": kept}).encode())
     if failed := prepare(texts, folder):
         record(folder, "data", "prepare", {}, 0.0, failed)
 

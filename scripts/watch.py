@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -213,7 +214,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments().parse_args(argv)
-    if options.every < 0.2:
+    if not 0.2 <= options.every < math.inf:
         raise Misuse(f"--every {options.every:g}: 0.2 seconds at least")
     if options.export and not options.out:
         raise Misuse(f"--export {options.export}: --out is needed, a file or a folder")

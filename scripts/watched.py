@@ -69,6 +69,9 @@ class Follower:
             step = entry["step"]
             if not isinstance(step, int) or not {"train_loss", "val_loss"} & entry.keys():
                 raise ValueError
+            told = [entry[key] for key in ("train_loss", "val_loss", "progress") if key in entry]
+            if not all(isinstance(value, (int, float)) for value in told):
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             self.unreadable += 1
             return None

@@ -26,6 +26,24 @@ def rehearse(folder, *words, **env) -> tuple[int, str, dict]:
     return done.returncode, done.stdout + done.stderr, json.loads((folder / "gpu_check.json").read_text())
 
 
+def test_only_some_processes_leave_what_others_found(tmp_path, monkeypatch):
+    """After a day with a card, another look at one process must not cost the rest; another script does."""
+    path = tmp_path / "gpu_check.json"
+    digest = gpu_check.hashlib.sha256(gpu_check.TRUNK.read_bytes()).hexdigest()
+    sections = {"versions": {"seconds": 1.0, "failed": [], "processes": ["card"]},
+                "collectives": {"seconds": 2.0, "failed": [], "processes": ["group"]}}
+    monkeypatch.setattr(gpu_check, "prepare", lambda *_: "")
+    monkeypatch.setattr(gpu_check, "run_apart", lambda *_: "")
+    for sha256, kept in ((digest, {"versions", "collectives"}), ("another", {"collectives"})):
+        path.write_text(json.dumps({"script_sha256": sha256, "rehearsal": True, "sections": sections}))
+        assert gpu_check.check([], tmp_path, True, only=("group",)) == 1  # it left no result
+        found = json.loads(path.read_text())["sections"]
+        assert found.keys() == kept and found["collectives"]["failed"]
+    with pytest.raises(gpu_check.Misuse, match="only with --rehearse"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        gpu_check.check([], tmp_path, False, only=("ranks",))
+
+
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory) -> tuple[int, str, dict]:
     """All of it, on a .txt that is cut into a training and a validation part."""

@@ -86,10 +86,11 @@ def test_odd_lines_are_counted_and_the_rest_is_read(make):
     folder = make("a", [step(1, 5.0)])
     with open(folder / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 2, "train\n[1]\n\xff\xfe\n{"step": "x", "train_loss": 1}\n\n')
+        file.write(b'{"step": 4, "train_loss": "low"}\n{"step": 5, "train_loss": 1, "progress": "half"}\n')
     write(folder, [step(3, math.nan), step(4, 3.0), step(4, 2.0)])
     row = looked(folder)
     assert row.step == 4 and row.bpb == pytest.approx(2.0 / math.log(2) / 4)  # the last line of a step counts
-    assert row.marks == ("4 lines cannot be read", "1 losses are no numbers")
+    assert row.marks == ("6 lines cannot be read", "1 losses are no numbers")
 
 
 def test_a_file_that_begins_anew_is_read_anew(make):
