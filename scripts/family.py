@@ -113,19 +113,39 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def first_shard(script, folder: Path, part: str, vocab_size: int):
-    """The first shard of a part, "train" or "val", of a folder, as the script opens it.
+def texts_to_mix(script, folder: Path, targets: int, vocab_size: int) -> tuple:
+    """(Ids of the first training shard, ids of the first validation shard up to `targets`, 0 = all) for a
+    tool that times a mixture.
 
     Raises:
-        Misuse: there is none, or it is not of this vocabulary.
+        Misuse: there are none, they are of another vocabulary, or the script cannot mix.
     """
-    found = sorted(Path(folder).glob(f"*_{part}_*.bin"))
-    if not found:
-        raise Misuse(f"{folder}: has no *_{part}_*.bin")
-    try:
-        return script.open_shard(found[0], vocab_size)
-    except script.UserError as error:
-        raise Misuse(str(error)) from None
+    if targets < 0:
+        raise Misuse("--targets: 0, for all, or more")
+    if not script.njit:
+        raise Misuse("the mixture needs numba, see the record's requirements.txt")
+    found = []
+    for part in ("train", "val"):
+        paths = sorted(Path(folder).glob(f"*_{part}_*.bin"))
+        if not paths:
+            raise Misuse(f"{folder}: has no *_{part}_*.bin")
+        try:
+            found.append(script.open_shard(paths[0], vocab_size))
+        except script.UserError as error:
+            raise Misuse(str(error)) from None
+    train, ids = found
+    ids = ids[: targets + 1] if targets else ids
+    if len(ids) < 2:
+        raise Misuse(f"{folder}: no target to score")
+    return train, ids
+
+
+def tell(told: dict, out: Path | None) -> None:
+    """Prints a report as JSON, and writes it where `out` says."""
+    text = json.dumps(told, indent=1)
+    print(text)
+    if out:
+        write_atomic(out, text.encode())
 
 
 def load_script(path: Path | str = TRUNK):

@@ -619,6 +619,9 @@ def test_a_cut_into_streams_is_texts_of_their_own(args):
     ids[[0, 100, 380, 500, 820]] = section.BOS_ID
     lp, starts = network(ids, args.vocab_size, 7), streams.run_starts(ids, 3, section.BOS_ID)
     assert starts.tolist() == [0, 380, 820]  # places // 300: 0, 0, 1, 1, 2
+    theirs = load_script("BytePPM")
+    for count in range(1, 9):  # the cut is BytePPM's
+        assert (streams.run_starts(ids, count, section.BOS_ID) == theirs.run_starts(ids, count)).all()
     values = mixture(args).distil(ids, 0, len(lp), lp).numpy()
 
     alone = [booked(mixture(args), ids[first : stop + 1], lp[first:stop]).sum()

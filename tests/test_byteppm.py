@@ -617,7 +617,7 @@ def test_kernels_refuses_a_folder_without_shards_and_a_script_without_a_mixture(
     monkeypatch.setattr(tool, "load_script", lambda path: section)
     with pytest.raises(tool.Misuse, match=r"has no \*_train_\*.bin"):
         tool.main(["old.py", str(tmp_path)])
-    monkeypatch.setattr(tool, "load_script", lambda path: SimpleNamespace(njit=True))
+    monkeypatch.setattr(tool, "load_script", lambda path: SimpleNamespace())
     with pytest.raises(tool.Misuse, match="without a mixture"):
         tool.main(["old.py", str(tmp_path)])
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import sys
 import time
@@ -25,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from family import Misuse, command, first_shard, load_script
+from family import Misuse, command, load_script, tell, texts_to_mix
 
 SCRIPT = Path(__file__).with_name("train_gpt.py")
 VOCAB, PIECE, ROWS = 260, 8192, 20
@@ -70,16 +69,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     scripts = {"old": load_script(options.old), "new": load_script(SCRIPT)}
-    if options.targets < 0:
-        raise Misuse("--targets: 0, for all, or more")
-    if not scripts["new"].njit:
-        raise Misuse("the mixture needs numba, see requirements.txt beside this file")
     if not hasattr(scripts["old"], "Mixture"):
         raise Misuse(f"{options.old}: a script without a mixture")
-    train, val = (first_shard(scripts["new"], options.data, part, VOCAB) for part in ("train", "val"))
-    ids = np.array(val[: options.targets + 1 if options.targets else None], np.int64)
-    if len(ids) < 2:
-        raise Misuse(f"{options.data}: no target to score")
+    train, ids = texts_to_mix(scripts["new"], options.data, options.targets, VOCAB)
+    ids = np.array(ids, np.int64)
     network = bigrams(train[:6_000_000])
     scripts["new"].tune_allocator()
     span = math.log(2) * int((ids[1:] >= 4).sum())
@@ -95,9 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     told = {"header": HEADER, "rows": rows, "note": note,
             "old_sha256": hashlib.sha256(options.old.read_bytes()).hexdigest(),
             "script_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest()}
-    print(json.dumps(told, indent=1))
-    if options.out:
-        scripts["new"].write_atomic(options.out, json.dumps(told, indent=1).encode())
+    tell(told, options.out)
     return 0
 
 

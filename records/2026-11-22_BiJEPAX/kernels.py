@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from family import Misuse, command, find_script, first_shard, load_script
+from family import Misuse, command, find_script, load_script, tell, texts_to_mix
 
 SCRIPT = Path(__file__).with_name("train_gpt.py")
 VOCAB, BLOCK, WINDOW = 8192, 4096, 512
@@ -83,17 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     path = find_script(options.script)
     scripts = {"old": load_script(options.old), "new": load_script(path)}
-    if options.targets < 0:
-        raise Misuse("--targets: 0, for all, or more")
-    if not scripts["new"].njit:
-        raise Misuse("the mixture needs numba, see requirements.txt beside this file")
     if not hasattr(scripts["old"], "Mixture"):
         raise Misuse(f"{options.old}: a script without a mixture")
-    train, val = (np.array(first_shard(scripts["new"], options.data, part, VOCAB))
-                  for part in ("train", "val"))
-    ids = val[: options.targets + 1 if options.targets else None]
-    if len(ids) < 2:
-        raise Misuse(f"{options.data}: no target to score")
+    train, ids = map(np.array, texts_to_mix(scripts["new"], options.data, options.targets, VOCAB))
     network = Bigrams(train[:6_000_000])
     scripts["new"].tune_allocator()
     args = SimpleNamespace(mix="binary", ppm_weight=1, ppm_order=5, mix_rows=20, vocab_size=VOCAB,
@@ -141,9 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         told["note"] += f"; the largest difference of any target's nats is {apart.max():.0e}"
     told["note"] += "."
 
-    print(json.dumps(told, indent=1))
-    if options.out:
-        scripts["new"].write_atomic(options.out, json.dumps(told, indent=1).encode())
+    tell(told, options.out)
     return 0
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from pathlib import Path
@@ -22,18 +21,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from family import Misuse, command, first_shard, load_script
+from family import command, load_script, tell, texts_to_mix
 
 SCRIPT = Path(__file__).with_name("train_gpt.py")
 PARENT = SCRIPT.parents[1] / "2026-11-21_BytePPM" / "train_gpt.py"
 VOCAB, PIECE = 260, 8192
-
-
-def bigrams(ids: np.ndarray) -> np.ndarray:
-    """fp32 (V, V): log-probabilities of the next id after each id, by counts of pairs."""
-    pairs = np.bincount(ids[:-1].astype(np.int64) * VOCAB + ids[1:], minlength=VOCAB * VOCAB)
-    pairs = pairs.reshape(VOCAB, VOCAB) + 0.1
-    return np.log(pairs / pairs.sum(1, keepdims=True)).astype(np.float32)
 
 
 def mixture(script):
@@ -50,16 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     options = parser.parse_args(argv)
 
-    if options.targets < 0:
-        raise Misuse("--targets: 0, for all, or more")
     scripts = {"old": load_script(PARENT), "new": load_script(SCRIPT)}
-    if not scripts["new"].njit:
-        raise Misuse("the mixture needs numba, see requirements.txt beside this file")
-    train, val = (first_shard(scripts["new"], options.data, part, VOCAB) for part in ("train", "val"))
-    ids = np.array(val[: options.targets + 1 if options.targets else None], np.int64)
-    if len(ids) < 2:
-        raise Misuse(f"{options.data}: no target to score")
-    network = bigrams(train[:6_000_000])
+    train, ids = texts_to_mix(scripts["new"], options.data, options.targets, VOCAB)
+    ids = np.array(ids, np.int64)
+    network = load_script(PARENT.with_name("kernels.py")).bigrams(train[:6_000_000])
     scripts["new"].tune_allocator()
     for script in scripts.values():  # compiles
         mixture(script).score(ids[1:50], network[ids[:49]])
@@ -87,9 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     told["note"] = (f"{told['targets']:,} bytes after a bigram model, one thread, both in turn by pieces of "
                     f"{PIECE:,}; MB/s of the median.")
 
-    print(json.dumps(told, indent=1))
-    if options.out:
-        scripts["new"].write_atomic(options.out, json.dumps(told, indent=1).encode())
+    tell(told, options.out)
     return 0
 
 
