@@ -76,7 +76,7 @@ class Var:
     def accepted(self) -> str:
         if self.choices:
             return " | ".join(self.choices)
-        kinds = {bool: "0 | 1", int: "an integer", float: "a number", str: "a text"}
+        kinds = {bool: "0 | 1", int: "an integer", float: "a number", str: "text"}
         low = "" if self.low is None else f" from {self.low}"
         high = "" if self.high is None else f" to {self.high}"
         return kinds[type(self.default)] + low + high
@@ -110,7 +110,7 @@ CHECKS: list = []  # each section adds those of its features: a record keeps bot
 
 
 def check(function):
-    """Registers a function of the settings that forbids what cannot work."""
+    """Registers a function that forbids settings which cannot work."""
     CHECKS.append(function)
     return function
 
@@ -150,11 +150,11 @@ class Hyperparameters:
     ln_scale = Var(True, "block inputs times 1/sqrt(layer + 1) (#315)", ship="model")
     doc_mask = Var(False, "attention stays in a document", ship="model")
     attn_window = Var(1024, "ids a windowed layer sees", 1, ship="model")
-    attn_window_layers = Var("", "which layers are, as 0,1,3; empty = none", ship="model")
+    attn_window_layers = Var("", "layers with a window: 0,1,3; empty = none", ship="model")
     xsa_last_n = Var(4, "last layers that drop their own value (XSA, #265)", 0, ship="model")
     unet_skips = Var(True, "later blocks add earlier outputs", ship="model")
     resid_mix = Var(True, "blocks mix in the embedding", ship="model")
-    smear_gate = Var(True, "blend embeddings with the one before", ship="model")
+    smear_gate = Var(True, "blend each embedding with the one before", ship="model")
     ngram_orders = Var("0", "lengths of hashed contexts; 0 = none", ship="model")
     ngram_words = Var(2, "1 = the word so far, 2 = and the one before", 0, 2, ship="model")
     ngram_buckets = Var(65536, "rows of each table", 2, ship="model")
@@ -203,7 +203,7 @@ class Hyperparameters:
     bits = Var("embed:8,ngram:6,attn:6,mlp:6,other:6", "bit width by tensor class")
     quant_k = Var("embed:4,ngram:24,attn:12,mlp:12,other:6", "step = k * std / top: the size knob")
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
-    gptq_batches = Var(4, "training batches for these", 1)
+    gptq_batches = Var(4, "training batches that GPTQ sees", 1)
     quant_rate = Var("embed:0,ngram:0.116,attn:0,mlp:0,other:0", "price of a bit in squared steps")
     compressor = Var("auto", "auto: rans if it is installed", choices=("auto", "rans", "lzma"))
     artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit", 0)
@@ -242,12 +242,12 @@ class Hyperparameters:
     _launcher = "Ranks: mlx.launch tells MLX, not this script"
     world_size = Var(1, "of `mlx.launch`", 1, 1)
 
-    # Variables of ideas that are gone: {name: (values that mean off, reason)}.
+    # Variables of ideas that are gone: {name: (values still allowed, reason)}.
     RETIRED = {
         "SWA_ENABLED": ("0", "EMA took its place"),
         "EMA_ENABLED": ("1", "EMA_DECAY=0 scores the last weights"),
         "TIE_EMBEDDINGS": ("1", "an untied head costs bytes"),
-        "MTP_NUM_HEADS": ("0", "it costs +0.028 BPB"),
+        "MTP_NUM_HEADS": ("0", "it costs 0.028 BPB"),
         "BIGRAM_VOCAB_SIZE": ("0", "see NGRAM_ORDERS"),
         "QUANT_CLIP": ("std", "a search lost at equal size"),
         "QAT_START": ("1 1.0", "see BytePatchJEPA"),
@@ -257,8 +257,7 @@ class Hyperparameters:
         "TTT_DECAY_CHUNKS": ("0", "the rate is constant"),
         "GENERATE": ("", "scripts/generate.py writes texts"),
         "JEPA_BACKBONE_GRAD": ("0", "see ByteJEPA"),
-        **dict.fromkeys(("JEPA_ADAPTER", "JEPA_ADAPTER_GRAD", "JEPA_LOSS"),
-                        ("1", "see ByteJEPA")),
+        **dict.fromkeys(("JEPA_ADAPTER", "JEPA_ADAPTER_GRAD", "JEPA_LOSS"), ("1", "see ByteJEPA")),
     }
     # How variables of other scripts begin.
     FIELD = re.compile("(ATTN|AWQ|BATCH|BIGRAM|BIJEPAX|CASEOPS|DRAFTER|EMBED|EVAL|GATED?|"
@@ -268,13 +267,13 @@ class Hyperparameters:
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
         environ = environ or {}
-        self.warnings: list[str] = []
+        self.warnings = []
         self._refuse_retired_and_misspelt(environ)
         # environment, else artifact, else default
         for name, var in self.vars().items():
             value = (shipped or {}).get(var.name, var.default)
-            if environ.get(var.name, "") != "":
-                value = var.parse(environ[var.name])
+            if text := environ.get(var.name):
+                value = var.parse(text)
                 if shipped and var.ship == "model" and value != shipped[var.name]:
                     raise UserError(f"{var.name}={value}: the artifact was made with "
                                     f"{shipped[var.name]}; leave it unset")
@@ -289,11 +288,12 @@ class Hyperparameters:
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
         self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
+        self.head_dim = self.model_dim // self.num_heads
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         most = min(self.device_batch_tokens, 32768)  # eight ranks share a chunk of TTT evenly
         self.eval_batch_tokens = self.eval_batch_tokens or most
 
-        if shipped or not self.eval_only:  # which needs an artifact's
+        if shipped or not self.eval_only:  # else the artifact's come first
             for function in CHECKS:
                 function(self)
 
@@ -306,8 +306,7 @@ class Hyperparameters:
         lines = [__doc__.strip()]
         for name, item in vars(cls).items():
             if isinstance(item, Var):
-                default = item.default
-                default = int(default) if isinstance(default, bool) else default
+                default = int(item.default) if isinstance(item.default, bool) else item.default
                 told = f"{item.why} [{item.accepted()}]"
                 lines.append(f"  {item.name:<28} {default!s:<14} {told}")
             elif isinstance(item, str) and re.match("_[a-z]", name):
@@ -323,24 +322,25 @@ class Hyperparameters:
         return {var.name: settings[var.name] for var in self.vars().values() if var.ship}
 
     def learning(self) -> dict:
-        """What decides the weights, but for the text and the limits."""
+        """What decides the weights, all before BITS, but for the text and the limits."""
         free = "DATA_PATH", "VERIFY_DATA", "ITERATIONS", "MAX_WALLCLOCK_SECONDS"
-        names = itertools.takewhile(lambda name: name != "BITS", settings := self.settings())
+        settings = self.settings()
+        names = itertools.takewhile(lambda name: name != "BITS", settings)
         return {name: settings[name] for name in names if name not in free}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
         known = {*self.RETIRED, *map(str.upper, self.vars())}
         for name, value in environ.items():
             if name in self.RETIRED:
-                off, why = self.RETIRED[name]
-                if value not in ("", *off.split()):
+                allowed, why = self.RETIRED[name]
+                if value not in ("", *allowed.split()):
                     raise UserError(f"{name}={value!r} is retired: {why}; unset it")
             if name in known:
                 continue
             if near := difflib.get_close_matches(name, known, 1, cutoff=0.87):
                 message = f"{name} is not a variable of this script; did you mean {near[0]}?"
-                if environ.get("STRICT_ENV", "1") != "0":
-                    raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
+                if self.strict_env.parse(environ.get("STRICT_ENV") or "1"):
+                    raise UserError(f"{message} (STRICT_ENV=0: only a warning)")
                 self.warnings.append(message)
             elif self.FIELD.match(name):
                 self.warnings.append(f"{name} is no variable of this script: ignored")
@@ -418,8 +418,8 @@ class Runtime:
         self.rank = self.group.rank()
         self.world_size = self.group.size()
         self.main = self.rank == 0
-        self.clocks: dict[str, float] = {}  # seconds by phase
-        self.notes: list[str] = []
+        self.clocks = {}  # seconds by phase
+        self.notes = []
         self.peak = 0  # bytes, of the phases whose own peaks were asked for
         self.device = pick_device(args.device)
         mx.set_default_device(self.device)
@@ -429,7 +429,7 @@ class Runtime:
         # what is missing, and what is limited
         if args.memory_limit_mb:
             self._limit_memory(args.memory_limit_mb * 2**20)
-        if not constriction and args.compressor in ("auto", "rans"):
+        if not constriction and args.compressor != "lzma":
             self.notes.append("compressor: constriction is missing, LZMA instead of rANS")
 
     def _pick_dtype(self, args: Hyperparameters) -> mx.Dtype:
@@ -489,7 +489,7 @@ class Runtime:
         return self.all_reduce(values, lambda every, axis: every[0]).tolist()
 
     def agree(self, what: str, values) -> None:
-        """Raises, on all ranks, where one has other values than rank 0."""
+        """Raises UserError on all ranks if one has other values than rank 0."""
         mine = zlib.crc32(json.dumps(values, sort_keys=True).encode())
         first, = self.from_main([mine])
         apart = [self.rank if mine != first else 0]
@@ -695,7 +695,7 @@ def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.nd
         raise UserError(f"{path}: header {header[:2]}, not {SHARD_MAGIC} {SHARD_VERSION}: no shard")
     room = (size - HEADER_BYTES) / 2
     if header[2] != room:
-        raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room:g}")
+        raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room}")
 
     ids = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
     check_ids(ids[:checked], vocab_size, path)
@@ -718,12 +718,11 @@ class Dataset:
             below = next(self.path.glob(f"**/{files}"), None)
             hint = f"did you mean {below.parent}?" if below else "see data/prepare.py"
             raise UserError(f"DATA_PATH={self.path} has no {files}: {hint}")
-        # training shards stay on disk, the validation text is read whole
-        self.vocab_size = args.vocab_size
+        self.vocab_size = size = args.vocab_size
         self.manifest = self._read_manifest()
         if "caseops" in self.manifest:
             raise UserError(f"DATA_PATH={self.path}: CaseOps ids, this script reads no sidecars")
-        size = self.vocab_size
+        # training shards stay on disk, the validation text is read whole
         self.train_shards = [open_shard(path, size, 1 << 20) for path in self.train_files]
         self.val = np.concatenate([open_shard(path, size) for path in self.val_files])
         if verify:
@@ -758,10 +757,10 @@ class Dataset:
     def _verify(self, mode: str) -> None:
         files = self.train_files + self.val_files
         size = sum(path.stat().st_size for path in files)
-        if not self.manifest or mode == "0" or (mode == "auto" and size > 2_000_000_000):
+        if mode == "0" or (mode == "auto" and (not self.manifest or size > 2_000_000_000)):
             return
         for path in files:
-            wanted = self.manifest["sha256"].get(path.name, "nothing")
+            wanted = self.manifest.get("sha256", {}).get(path.name, "nothing")
             found = sha256_file(path)
             if wanted != found:
                 raise UserError(f"{path}: sha256 {found[:16]}, the manifest has {wanted[:16]}")
@@ -797,11 +796,11 @@ def open_tokenizer(args: Hyperparameters):
 
 
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary).
+    """Three (V,): an id's bytes without a leading space, whether it has one, is a boundary.
 
-    byte260: a byte for ids from 4 up. SentencePiece: 1 for byte pieces, 0 for control, unknown and
-    unused ones, else the UTF-8 length with U+2581 as a space; a leading one counts only after ids
-    that are no boundary: there stands the dummy prefix, which models of data/prepare.py lack."""
+    byte260: 1 for ids from 4 up. SentencePiece: 1 for byte pieces, 0 for control, unknown and
+    unused ones, else the UTF-8 length with U+2581 as a space. A leading space counts unless the id
+    before is a boundary: then it is the dummy prefix, which models of data/prepare.py lack."""
     base = np.zeros(args.vocab_size, dtype=np.int64)
     space = np.zeros(args.vocab_size, dtype=bool)
     edge = np.zeros(args.vocab_size, dtype=bool)
@@ -872,7 +871,7 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
 
 
 class Loader:
-    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in an order that ranks do not change.
+    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in the same order for any number of ranks.
     `state`, of the checkpoint, is the position of the next row: {"epoch", "shard", "row"}."""
 
     def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int,
@@ -940,7 +939,7 @@ class Loader:
 # QUANTISER
 # -----------------------------------------------------------------------------
 
-SMALL_TENSOR = 4096  # elements; below it gains stay fp16
+SMALL_TENSOR = 4096  # elements; smaller matrices stay fp16, as do gains
 SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
 
 
@@ -955,8 +954,9 @@ def tensor_class(name: str) -> str:
 
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
-    """(bits, axis of a step's slice: a table's buckets, else the last); (0, 0): fp16."""
-    if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR and min(shape) < 16:
+    """(bits, the axis that shares a step: a table's buckets, else the last); (0, 0): fp16."""
+    small = math.prod(shape) < SMALL_TENSOR and min(shape, default=0) < 16
+    if small or len(shape) < 2 or not name.endswith((".weight", ".table")):
         return 0, 0
     kind = tensor_class(name)
     return args.bits_by_class[kind], len(shape) - (2 if kind == "ngram" else 1)
@@ -1008,13 +1008,13 @@ def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
 
 def quantise(weight: np.ndarray, bits: int, k: float, axis: int, rate: float = 0.0,
              hessian: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds to integers q of `bits` bits, an fp16 step a slice along `axis`: q * step ~ weight.
+    """Rounds to integers q of `bits` bits, one fp16 step per slice along `axis`: q * step ~ weight.
 
     step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394). A Gaussian then costs about
     log2(top / k) + 2.05 bits a weight, so k sets the size. Steps have an epsilon floor, not 1 / top
     (defect G2 of #832). `rate` is the price of a bit in squared steps; 0.116, ln(2) / 6, is what
-    a coarser step would save. Returns q, int8 of weight's shape, and step, fp16 with size 1 on
-    `axis`. NumPy: backends pack alike."""
+    a coarser step would save; GPTQ, with a `hessian`, ignores it. Returns q, int8 of weight's
+    shape, and step, fp16 with size 1 on `axis`. NumPy: backends pack alike."""
     top = 2 ** (bits - 1) - 1
     weight = np.asarray(weight, dtype=np.float32)
     step = k / top * weight.std(axis=axis, keepdims=True, dtype=np.float64)
@@ -1098,7 +1098,7 @@ def check_jepa(args: Hyperparameters) -> None:
 class ChunkJEPA(Module):
     """Predicts each chunk's latent from the chunk before it, and feeds the guess to the stream.
 
-    The interface that a record replaces, and nothing else of the script:
+    The interface that a record replaces:
       inputs(step)            what losses need from outside the graph, equal on all ranks
       forward(hidden, inputs) (hidden with the injection, {name: (groups,) loss}), {} without inputs
       weights(progress)       {name: weight of that term beside CE}
@@ -1160,9 +1160,8 @@ class ChunkJEPA(Module):
         """0 in phase 1, a linear ramp to JEPA_LAMBDA_MAX in phase 2, 0 afterwards."""
         args = self.args
         into = (progress - args.jepa_phase1_frac) / max(args.jepa_phase2_frac, 1e-9)
-        peak = args.jepa_lambda_max * into if 0 <= into < 1 else 0.0
-        sigreg_weight = peak * args.jepa_sigreg_weight
-        return {"jepa_pred": peak, "sigreg": sigreg_weight, "latent_var": 0.0}
+        weight = args.jepa_lambda_max * into if 0 <= into < 1 else 0.0
+        return {"jepa_pred": weight, "sigreg": weight * args.jepa_sigreg_weight, "latent_var": 0.0}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         """The predictor's error also as R^2."""
@@ -1195,7 +1194,7 @@ class DraftHeads(Module):
         return rms_norm(state + self.link(mx.concatenate((state, rms_norm(token)), -1)))
 
     def loss(self, model: GPT, x: Tensor, ids: Tensor) -> Tensor:
-        """x (B, T, D) of ids (B, T + 1) -> nats of a guess on true ids, a mean a row (B,)."""
+        """x (B, T, D) of ids (B, T + 1) -> mean nats of each row's guesses (B,), fed true ids."""
         x, tokens, nats = mx.stop_gradient(x), mx.stop_gradient(model.embed(ids)), 0.0
         for i in range(1, self.links + 1):
             x = self(x[:, :-1], tokens[:, i:-1])
@@ -1217,7 +1216,7 @@ def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
     thousands.
     Windows longer than TRAIN_SEQ_LEN grow the base by
     (length / train_seq_len)^(r / (r - 2)) (NTK scaling)."""
-    dims = args.rope_dims or args.model_dim // args.num_heads
+    dims = args.rope_dims or args.head_dim
     base = args.rope_base
     if length > args.train_seq_len and dims > 2:
         base *= (length / args.train_seq_len) ** (dims / (dims - 2))
@@ -1260,7 +1259,7 @@ class KVCache:
 
 @check
 def check_heads(args: Hyperparameters) -> None:
-    head_dim, spare = divmod(args.model_dim, args.num_heads)
+    head_dim, spare = args.head_dim, args.model_dim % args.num_heads
     forbid(spare, args, "model_dim num_heads", "must be a multiple of the heads")
     spare = args.num_heads % args.num_kv_heads
     forbid(spare, args, "num_heads num_kv_heads", "must be a multiple of the kv heads")
@@ -1276,7 +1275,7 @@ class CausalSelfAttention(Module):
         super().__init__()
         self.layer = layer
         self.num_kv_heads = args.num_kv_heads
-        self.head_dim = args.model_dim // args.num_heads
+        self.head_dim = args.head_dim
         kv_dim = self.num_kv_heads * self.head_dim
         self.c_q = CastedLinear(args.model_dim, args.model_dim)
         self.c_k = CastedLinear(args.model_dim, kv_dim)
@@ -1345,7 +1344,7 @@ class Block(Module):
 
 
 class SmearGate(Module):
-    """x_t <- (1 - g) x_t + g x_{t-1}, a learned gate a channel; none into a BOS."""
+    """x_t <- (1 - g) x_t + g x_{t-1}, one learned gate per channel; none into a BOS."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -1357,7 +1356,7 @@ class SmearGate(Module):
 
 
 def in_word(ids: Tensor) -> Tensor:
-    """byte260 ids that letters, digits and the bytes of non-ASCII characters have."""
+    """Whether byte260 ids are letters, digits or bytes of non-ASCII characters."""
     byte = ids - BYTE_OFFSET
     letter = byte | 32
     is_letter = (letter >= 97) & (letter <= 122)
@@ -1449,7 +1448,7 @@ class GPT(Module):
             words = args.ngram_words if args.vocab_size == 260 else 0
             size = args.ngram_buckets, args.ngram_dim, args.ngram_hashes, dim
             self.ngram = HashEmbedding(args.ngram_order_list, words, *size)
-        self.reach = max((*args.ngram_order_list, HashEmbedding.WORD_REACH))  # back
+        self.reach = max((*args.ngram_order_list, HashEmbedding.WORD_REACH))  # in ids
         self.smear = SmearGate(dim) if args.smear_gate else None
         self.blocks = [Block(args, i, attention) for i in range(layers)]
         # what later blocks add, and what feeds or follows the stream
@@ -1520,7 +1519,7 @@ class GPT(Module):
     def states(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
         """ids (B, T) -> the stream (B, T, D) after the last block.
 
-        With `past`, ids (1, T) are a window's so far, the states those that it lacks."""
+        With `past`, ids (1, T) are a window's so far; it gives only the states that are new."""
         known = 0 if past is None else past.length
         x = self.embed_contexts(ids, known)
         mask = self.attention_mask(ids, past)
@@ -1545,7 +1544,7 @@ class GPT(Module):
         return rms_norm(x)
 
     def exported(self) -> dict[str, Tensor]:
-        """Parameters that scoring needs: an artifact holds no others."""
+        """The parameters that an artifact holds: here, all."""
         return self.named_parameters()
 
     def head(self, x: Tensor, frozen: bool = False) -> Tensor:
@@ -1557,7 +1556,7 @@ class GPT(Module):
         return cap * mx.tanh(logits / cap) if cap else logits
 
     def losses(self, ids: Tensor, weights: Tensor, aux_inputs=None) -> dict[str, Tensor]:
-        """ids (B, T + 1), weights (B,) -> weighted sums: "ce" in nats, other terms."""
+        """ids (B, T + 1), weights (B,) -> sums, rows weighted: "ce" in nats, other terms."""
         x, terms = self.states(ids[:, :-1], self.rotary_train), {}
         if self.aux is not None:
             x, terms = self.aux(x, aux_inputs)
@@ -1567,7 +1566,8 @@ class GPT(Module):
         sums = {"ce": (nats.sum(1) * weights).sum()}
         if self.draft is not None:
             total = (self.draft.loss(self, x, ids) * weights).sum()
-            sums["draft"] = total * len(next(iter(terms.values()), ids)) / len(ids)
+            groups = len(next(iter(terms.values()), ids))  # a term's length
+            sums["draft"] = total * groups / len(ids)
         for name, value in terms.items():  # one value a group, whose weights are equal
             sums[name] = (value * weights.reshape(len(value), -1).mean(1)).sum()
         return sums
@@ -1830,7 +1830,7 @@ Plane = namedtuple("Plane", "model top slices places period")
 
 
 def planes(entries: list) -> list[Plane]:
-    """Layout of the payload: quantised tensors, then bytes of fp16 numbers."""
+    """Layout for entries [name, shape, bits, axis]: quantised tensors, then fp16 bytes."""
     found, halves = [], 0
     for name, shape, bits, axis in entries:
         slices = math.prod(shape) // (shape[axis] if bits else 1)
@@ -1854,7 +1854,7 @@ def fresh_counts(top: int) -> np.ndarray:
 
 
 def code_slices(block: np.ndarray, contexts: np.ndarray, counts: np.ndarray, top, code) -> None:
-    """Codes (slices, places) of a plane, a context of each CHUNK as one run."""
+    """Codes block (slices, places): of each CHUNK, the symbols of one context at once."""
     for left in range(0, block.shape[1], CHUNK):
         here = contexts[left : left + CHUNK]
         for context in np.unique(here):
@@ -1887,8 +1887,8 @@ def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
 
     A symbol's context is the mean |q| of its place (column or bucket) in the slices before, and how
     many these are. Each (model, context) counts what it has seen, so no table is sent; with every
-    tensor old counts shrink. Integers and correctly rounded operations: any machine agrees."""
-    models: dict[str, np.ndarray] = {}
+    period old counts shrink. Integers and correctly rounded operations: any machine agrees."""
+    models = {}
     ends = np.cumsum([plane.slices * plane.places for plane in layout])
     for plane, block in zip(layout, np.split(raw, ends)):
         if plane.model not in models:
@@ -1930,18 +1930,18 @@ COMPRESSORS = {  # (compress, decompress), of bytes and the layout of the payloa
 
 
 def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> bytes:
-    """Quantises by `quant_plan`, compresses in the order of `planes`: a file that tells its layout.
+    """{name: float array} -> a file: quantised by `quant_plan`, compressed in `planes`' order.
     `hessians` {name: (C, C)} of the matrices that GPTQ is to round."""
     entries, codes, halves = [], [], []
-    for name, weight in tensors.items():
+    for name, half in tensors.items():
         kind = tensor_class(name)
-        bits, axis = quant_plan(name, weight.shape, args)
-        entries.append([name, list(weight.shape), bits, axis])
-        if bits:
+        bits, axis = quant_plan(name, half.shape, args)
+        entries.append([name, list(half.shape), bits, axis])
+        if bits:  # only its steps stay fp16
             rate, hessian = args.rate_by_class[kind], (hessians or {}).get(name)
-            q, weight = quantise(weight, bits, args.k_by_class[kind], axis, rate, hessian)
+            q, half = quantise(half, bits, args.k_by_class[kind], axis, rate, hessian)
             codes.append(np.moveaxis(q, axis, -1).tobytes())
-        halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
+        halves.append(np.asarray(half, dtype="<f2").reshape(-1))
     raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
 
     name = "rans" if constriction and args.compressor != "lzma" else "lzma"
@@ -2002,7 +2002,7 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hyperparameters:
-    """The settings of an artifact's header; `environ` may change EVAL_* and the run's."""
+    """The settings of an artifact's header; `environ` may change all but the model's."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
         raise UserError(f"{path}: made by {header['script']}: its config lacks {missing[0]}")
@@ -2076,8 +2076,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan, logits=scoring_logits,
            learner: TestTimeTraining | None = None):
     """Yields (first, stop, fp32 log-probabilities (n, V), nats (n,)) of each block of n targets.
 
-    This is the only path from weights to a score. A learner is shown every chunk but the last,
-    once it is scored."""
+    The only path from weights to a score. A learner is shown each scored chunk but the last."""
     rows = windows(len(ids) - 1, plan.length, plan.stride)
     chunk = max(1, len(rows))  # windows before a learner learns
     if learner is not None:
@@ -2110,8 +2109,8 @@ def check_ttt(args: Hyperparameters) -> None:
 class TestTimeTraining:
     """Score-first test-time training (#461, #549): SGD of the blocks on each chunk once scored.
 
-    After a chunk, rows of TRAIN_SEQ_LEN that end with it are trained on, TTT_BATCH_ROWS an update,
-    as many updates on every rank. Nothing depends on the text to come: a decoder does the same."""
+    After a chunk it trains on rows of TRAIN_SEQ_LEN that end with it, TTT_BATCH_ROWS per update,
+    all ranks in step. Nothing depends on the text to come: a decoder does the same."""
 
     def __init__(self, model: GPT, gradients=training_gradients, runtime=None):
         self.model, self.args, self.gradients = model, model.args, gradients
@@ -2197,13 +2196,12 @@ class Evaluator:
     """Scores models on the validation text; a pass ends as a line of the log."""
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
-        self.args, self.runtime = args, runtime
-        self.log = log
+        self.args, self.runtime, self.log = args, runtime, log
         self.logits = scoring_logits
         self.gradients = training_gradients
         self.tables = byte_tables(args)
         self.classes = class_table(args.vocab_size)
-        self.results: dict[str, dict] = {}
+        self.results = {}
         # VAL_BYTES cuts the text after the target that reaches it
         ids = data.val
         sizes = target_bytes(ids, self.tables)
@@ -2214,7 +2212,7 @@ class Evaluator:
         self.ids = ids
         self.bytes = int(sizes.sum())
         if not self.bytes:
-            raise UserError(f"{data.val_files[0]}: its targets stand for no byte at all")
+            raise UserError(f"{data.val_files[0]}: its targets stand for no byte")
 
     def describe(self, manifest: dict) -> str:
         original = manifest.get("val_bytes") or self.bytes
@@ -2286,7 +2284,7 @@ class Stream:
         self.block, self.start = -1, 0  # the window at hand: its number, where it begins
         self.past = None
         self.known = None  # log-probabilities of the next id
-        self.read = []  # by the last pass: the ids of its window, drafts among them
+        self.read = []  # the ids of the last pass's window, drafts included
         self.states = {}  # of the last pass, by position
 
     def logprobs(self) -> np.ndarray:
@@ -2296,9 +2294,9 @@ class Stream:
         return self.known
 
     def ahead(self, drafts: list[int]) -> np.ndarray:
-        """The same if `drafts` were to follow, in one pass: (n + 1, V) of the next id and of those
-        after each of the first n drafts, as many as the window takes. Pushed as drafted, an id is
-        not read again."""
+        """fp32 log-probabilities (n + 1, V) of the next id and of that after each of the first n
+        `drafts`, as many as the window takes, in one pass. An id pushed as drafted is not read
+        again."""
         if not self.ids:
             raise ValueError("push the first id (BOS) before asking for the second")
         args, position = self.model.args, len(self.ids) - 1
@@ -2308,7 +2306,7 @@ class Stream:
                 self.learner.catch_up(np.array(self.ids), np.ones(position, dtype=bool))
             self.block, self.past = block, KVCache(self.model)
             self.start = max((block + 1) * args.eval_stride - args.eval_seq_len, 0)
-        # read all that the cache does not hold in one pass
+        # one pass reads all that the cache lacks
         self.read = [*self.ids[self.start :], *drafts[: args.eval_stride - 1 - place]]
         self.past.cut(position - self.start)
         ids = mx.array(np.array([self.read], np.int32))
@@ -2325,7 +2323,7 @@ class Stream:
         self.known = None
 
 
-stream = Stream  # the name that every script of the family gives it
+stream = Stream  # the family's name for it
 
 
 # -----------------------------------------------------------------------------
@@ -2455,7 +2453,7 @@ class Trainer:
             plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
             list(scored(self.model, np.full(2, BOS_ID), plan, self.logits))
         if args.quant_round == "gptq":
-            for _ in range(2):  # the second time is the one to go by
+            for _ in range(2):  # the second time counts
                 start = time.perf_counter()
                 self.input_moments(ids, {})
                 seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
@@ -2498,13 +2496,13 @@ class Trainer:
         return found
 
     def progress(self) -> float:
-        """Share of the run that is done, of its steps or seconds. Three of the slowest late steps
-        and the time for calibration stay unused: nothing may end after the limit."""
-        by_steps, by_time = self.step / self.args.iterations, 0.0
+        """Share of the run that is done, of its steps or seconds. Time for calibration and three
+        steps as slow as the slowest late one stays unused: nothing may end after the limit."""
+        done = self.step / self.args.iterations
         if self.args.max_wallclock_seconds:
             usable = self.args.max_wallclock_seconds - 3 * self.slowest - self.reserve
-            by_time = self.seconds / max(usable, 1e-9)
-        return min(1.0, max(by_steps, by_time))
+            done = max(done, self.seconds / max(usable, 1e-9))
+        return min(1.0, done)
 
     def agree_on_time(self, now: float) -> None:
         """Takes rank 0's clock and signal; raises Stopped on every rank at the same step."""
@@ -2682,7 +2680,7 @@ def git_commit() -> str:
 
 
 def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
-    """Source, versions, settings and data: all that it takes to know what ran."""
+    """Source, versions, settings and data: what ran."""
     log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
     for warning in args.warnings:
         log(f"warning: {warning}")
@@ -2698,7 +2696,7 @@ def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
     """Trains from the start or a checkpoint; a signal leaves one and raises Stopped."""
     args = trainer.args
     last, final = (run_folder(args) / f"{name}.safetensors" for name in ("last", "final"))
-    newest = final if final.exists() else last  # a run that was stopped while it packed
+    newest = max(last, final, key=lambda path: path.exists() and path.stat().st_mtime)
     if args.resume and (args.resume != "auto" or newest.exists()):
         trainer.restore(newest if args.resume == "auto" else Path(args.resume))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -2716,7 +2714,7 @@ def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
 
 
 def write_artifact(trainer: Trainer) -> tuple[Path, int]:
-    """(artifact.bin of the model's weights, how many numbers are in it)."""
+    """(artifact.bin, how many numbers are in it)."""
     args, runtime = trainer.args, trainer.runtime
     with runtime.clock("calibration"):
         hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
@@ -2760,7 +2758,7 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
 
 def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
                    evaluator: Evaluator) -> None:
-    """Reloads the artifact into a new model and prints the final lines."""
+    """Reloads the artifact and prints the final lines."""
     model = load(path, runtime.device, args, runtime.dtype, runtime.attention)
     label = f"final_int{args.bits_by_class['mlp']}"
     evaluator.report(f"{label}_roundtrip", model)
@@ -2776,15 +2774,15 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
     headline = list(evaluator.results)[-1]
     code = len(Path(__file__).read_bytes())
     total = code + os.path.getsize(summary["artifact"])
-    seconds = {"train_seconds": 0.0, "eval_seconds": runtime.clocks["evaluation"]} | summary
-    spent = {"artifact_budget_bytes": total, "max_wallclock_seconds": seconds["train_seconds"],
-             "eval_budget_seconds": seconds["eval_seconds"]}
+    summary = {"train_seconds": 0.0, "eval_seconds": runtime.clocks["evaluation"]} | summary
+    spent = {"artifact_budget_bytes": total, "max_wallclock_seconds": summary["train_seconds"],
+             "eval_budget_seconds": summary["eval_seconds"]}
     broken = [f"{name.upper()}={getattr(args, name)} is broken: {value:.3f}"
               for name, value in spent.items() if 0 < getattr(args, name) < value]
     # what the tables of READMEs are made of
     metrics = {
         "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline,
-        "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **seconds,
+        "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **summary,
         "peak_mem_mb": runtime.peak_memory_mb(), "seed": args.seed,
         "script_sha256": sha256_file(Path(__file__)), "git_commit": git_commit(),
         "device": runtime.device_name(), "world_size": runtime.world_size,
@@ -2822,8 +2820,9 @@ def main() -> int:
         data = Dataset(args, verify=runtime.main)
         log = Log(run_folder(args) if runtime.main else None)
         fingerprint = data.fingerprint()
-        same = [args.shipped(), args.learning(), args.iterations, fingerprint["sha256"]]
-        runtime.agree("settings or text", same)
+        same = {name: value for name, value in args.settings().items()
+                if not re.search("PATH|RANK|MASTER|RUN_ID|ARTIFACT$", name)}
+        runtime.agree("settings or text", [same, fingerprint["sha256"]])
         log_header(log, args, runtime, fingerprint)
         evaluator = Evaluator(args, data, runtime, log)
         log(evaluator.describe(data.manifest))

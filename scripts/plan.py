@@ -871,7 +871,7 @@ class Paper:
         """Operations of a chunk of `rows` documents, which their adapters learn once it is scored, at the end
         of `window` ids."""
         learner = self.module.TestTimeTraining(self.model)
-        size = min(self.args.ttt_doc_chunk, window)
+        size = min(doc_chunk(self.args), window)
         spans = np.tile([0, window + 1], (rows, 1))  # which go on
         with self.counting("to learn documents") as ops, self.counter.during(FORWARD):
             adapters = self.module.Adapters(self.model, rows)
@@ -925,6 +925,11 @@ def added(parts: list[tuple[dict, float]]) -> dict:
     """The weighted sum of numbers by group."""
     return {name: {key: sum(weight * groups[name][key] for groups, weight in parts) for key in row}
             for name, row in parts[0][0].items()}
+
+
+def doc_chunk(args) -> int:
+    """Targets of a document between two updates of its adapters; 0 means ByteBest's share of a window."""
+    return getattr(args, "doc_chunk", args.ttt_doc_chunk)
 
 
 def bytes_per_id(vocab_size: int) -> float:
@@ -1024,7 +1029,7 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
     name = f"{label}_ttt" if args.ttt_adapt else f"{label}_ttt_off"
     if hasattr(args, "ttt_doc_chunk"):  # documents of the mean length, at their mean window
         longest = getattr(args, "ttt_doc_tokens", math.inf)
-        chunk, long = args.ttt_doc_chunk, min(targets / VAL_DOCUMENTS, longest)
+        chunk, long = doc_chunk(args), min(targets / VAL_DOCUMENTS, longest)
         chunks, pieces = math.ceil(long / chunk), targets / long
         window = np.minimum(chunk * np.arange(1, chunks + 1), length).mean()
         forwards = math.ceil(pieces / (batch * ranks)) * chunks

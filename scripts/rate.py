@@ -321,7 +321,8 @@ def moments(trainer, dataset, runtime, batches: int) -> dict[str, np.ndarray]:
         ids = np.stack([
             train[at + j * args.train_seq_len :][: args.train_seq_len + 1] for j in range(rows)
         ])
-        trainer.input_moments(torch.from_numpy(ids.astype(np.int64))[None].to(runtime.device), sums)
+        batch = torch.from_numpy(ids.astype(np.int64))[None].to(runtime.device)
+        trainer.input_moments(batch, torch.ones(batch.shape[:2], dtype=torch.bool, device=batch.device), sums)
     return {name: total.cpu().numpy() for name, total in sums.items()}
 
 

@@ -36,7 +36,7 @@ def documents(*lengths: int) -> np.ndarray:
 
 @pytest.mark.parametrize("settings", [
     {}, {"ttt": "0"}, {"ttt_adapt": False}, {"ppm_weight": False}, {"mix_streams": 3},
-    {"ttt_doc_tokens": 40}, {"ttt_doc_tokens": 40, "mix_streams": 2, "ttt_doc_chunk": 7},
+    {"ttt_doc_tokens": 40}, {"ttt_doc_tokens": 40, "mix_streams": 2, "doc_chunk": 7},
 ], ids=str)
 def test_score_and_stream_agree(model, monkeypatch, settings):
     for name, value in settings.items():
@@ -73,7 +73,7 @@ def test_adapters_learn_their_document_and_no_other(model, monkeypatch):
     learned, _ = section.score(model, ids)
     monkeypatch.setattr(model.args, "ttt_adapt", False)
     control, _ = section.score(model, ids)
-    size = model.args.ttt_doc_chunk
+    size = model.args.doc_chunk
     for start, stop in ((0, 150), (150, 290), (290, 449)):
         first = slice(start, start + size)
         np.testing.assert_allclose(learned[first], control[first], rtol=0, atol=1e-5)  # nothing is known yet

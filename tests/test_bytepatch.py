@@ -464,7 +464,8 @@ def test_training_rounds_everything_as_the_exporter_does():
 def test_gptq_has_the_inputs_of_every_matrix(ids, overrides):
     args = settings(DEVICE="cpu", DTYPE="fp32", MODEL_DIM=64, **overrides)
     trainer = section.Trainer(args, None, section.Runtime(args), None)
-    sums = trainer.input_moments(torch.from_numpy(np.stack([ids[:62], ids[62:124]]))[None], {})
+    rows = torch.from_numpy(np.stack([ids[:62], ids[62:124]]))[None]
+    sums = trainer.input_moments(rows, torch.ones(1, 2, dtype=torch.bool), {})
     matrices = {name: p for name, p in trainer.model.exported().items()
                 if section.quant_plan(name, p.shape, args)[0] and "tok_emb" not in name}
     for name, p in matrices.items():

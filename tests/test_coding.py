@@ -181,7 +181,7 @@ def test_hessians_are_the_second_moments_of_the_inputs(trunk, tiny, alive, corpu
     data, runtime = trunk.Dataset(args, False), trunk.Runtime(args)
     trainer = trunk.Trainer(args, data, runtime, trunk.Log(None))
     ids, _, _ = trunk.Loader(data, args, trainer.plan, 0).next()
-    sums = trainer.input_moments(ids, {})
+    sums = trainer.input_moments(ids, torch.ones(ids.shape[:2], dtype=torch.bool), {})
     wanted = {
         name
         for name, p in trainer.model.named_parameters()

@@ -51,7 +51,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # later it would keep the group, and threads abort
+import torch.distributed.nn  # a later import keeps the group: threads abort
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -90,7 +90,7 @@ class Var:
     def accepted(self) -> str:
         if self.choices:
             return " | ".join(self.choices)
-        kinds = {bool: "0 | 1", int: "an integer", float: "a number", str: "a text"}
+        kinds = {bool: "0 | 1", int: "an integer", float: "a number", str: "text"}
         low = "" if self.low is None else f" from {self.low}"
         high = "" if self.high is None else f" to {self.high}"
         return kinds[type(self.default)] + low + high
@@ -143,7 +143,7 @@ CHECKS: list = []  # each section adds those of its features: a record keeps bot
 
 
 def check(function):
-    """Registers a function of the settings that forbids what cannot work."""
+    """Registers a function that forbids settings which cannot work."""
     CHECKS.append(function)
     return function
 
@@ -235,7 +235,7 @@ class Hyperparameters:
     quant_k = Var("embed:8,attn:10,mlp:10,ssm:10,heads:10,other:10",
                   "step = k * std / top: the size knob")
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
-    gptq_batches = Var(4, "training batches for these", 1)
+    gptq_batches = Var(4, "training batches that GPTQ sees", 1)
     compressor = Var("auto", "auto: rans if it is installed", choices=("auto", "rans", "lzma"))
     artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit, as from 100m on", 0)
 
@@ -275,7 +275,7 @@ class Hyperparameters:
     device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
     dtype = Var("auto", "of activations; weights are fp32", choices=("auto", "fp32", "bf16"))
     compile = Var("auto", "auto: on GPUs that have triton", choices=("auto", "0", "1"))
-    attention = Var("auto", "auto: the fastest rung; else the first of the ladder",
+    attention = Var("auto", "auto: the fastest; else this rung or the next that works",
                     choices=("auto", "fa3", "fa2", "cpu", "sdpa", "math"))
     strict_env = Var(True, "refuse misspelt variables; 0 = only warn")
 
@@ -286,7 +286,7 @@ class Hyperparameters:
     master_addr = Var("", "rendezvous host")
     master_port = Var(0, "rendezvous port", 0, 65535)
 
-    # Variables of ideas that are gone: {name: (values that mean off, reason)}.
+    # Variables of ideas that are gone: {name: (values still allowed, reason)}.
     RETIRED = {
         "SWA_ENABLED": ("0", "EMA took its place"),
         "EMA_ENABLED": ("1", "EMA_DECAY=0 scores the last weights"),
@@ -313,13 +313,13 @@ class Hyperparameters:
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
         environ = {name: text for name, text in (environ or {}).items()
                    if name.lower() not in SIZED or text.strip() != "0"}  # 0 is SIZE's
-        self.warnings: list[str] = []
+        self.warnings = []
         self._refuse_retired_and_misspelt(environ)
         # environment, else artifact, else default
         for name, var in self.vars().items():
             value = (shipped or {}).get(var.name, var.default)
-            if environ.get(var.name, "") != "":
-                value = var.parse(environ[var.name])
+            if text := environ.get(var.name):
+                value = var.parse(text)
                 if shipped and var.ship == "model" and value != shipped[var.name]:
                     raise UserError(f"{var.name}={value}: the artifact was made with "
                                     f"{shipped[var.name]}; leave it unset")
@@ -338,12 +338,12 @@ class Hyperparameters:
             self.train_batch_tokens = rows * self.train_seq_len
         # what several settings together mean
         self.trains = not shipped
+        self.head_dim = self.model_dim // self.num_heads
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         self.eval_stride = self.eval_stride or max(1, self.eval_seq_len // 4)
-        most = min(self.device_batch_tokens, 32768)  # as the trunk
-        self.eval_batch_tokens = self.eval_batch_tokens or most
+        self.eval_batch_tokens = self.eval_batch_tokens or min(self.device_batch_tokens, 32768)
 
         if shipped or not (self.eval_only or self.eval_gate):  # which need an artifact's
             for function in CHECKS:
@@ -358,8 +358,7 @@ class Hyperparameters:
         lines = [__doc__.strip()]
         for name, item in vars(cls).items():
             if isinstance(item, Var):
-                default = item.default
-                default = int(default) if isinstance(default, bool) else default
+                default = int(item.default) if isinstance(item.default, bool) else item.default
                 told = f"{item.why} [{item.accepted()}]"
                 lines.append(f"  {item.name:<28} {default!s:<14} {told}")
             elif isinstance(item, str) and re.match("_[a-z]", name):
@@ -375,24 +374,25 @@ class Hyperparameters:
         return {var.name: settings[var.name] for var in self.vars().values() if var.ship}
 
     def learning(self) -> dict:
-        """What decides the weights, but for the text and the limits."""
+        """What decides the weights, all before BITS, but for the text and the limits."""
         free = "DATA_PATH", "VERIFY_DATA", "ITERATIONS", "MAX_WALLCLOCK_SECONDS"
-        names = itertools.takewhile(lambda name: name != "BITS", settings := self.settings())
+        settings = self.settings()
+        names = itertools.takewhile(lambda name: name != "BITS", settings)
         return {name: settings[name] for name in names if name not in free}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
         known = {*self.RETIRED, *map(str.upper, self.vars())}
         for name, value in environ.items():
             if name in self.RETIRED:
-                off, why = self.RETIRED[name]
-                if value not in ("", *off.split()):
+                allowed, why = self.RETIRED[name]
+                if value not in ("", *allowed.split()):
                     raise UserError(f"{name}={value!r} is retired: {why}; unset it")
             if name in known:
                 continue
             if near := difflib.get_close_matches(name, known, 1, cutoff=0.87):
                 message = f"{name} is not a variable of this script; did you mean {near[0]}?"
-                if environ.get("STRICT_ENV", "1") != "0":
-                    raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
+                if self.strict_env.parse(environ.get("STRICT_ENV") or "1"):
+                    raise UserError(f"{message} (STRICT_ENV=0: only a warning)")
                 self.warnings.append(message)
             elif self.FIELD.match(name):
                 self.warnings.append(f"{name} is no variable of this script: ignored")
@@ -433,10 +433,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def tune_allocator() -> None:
-    """Keeps freed pages: fresh ones can dominate eager CPU runs (up to 7x).
+    """Keeps freed pages: page faults can dominate eager CPU runs (up to 7x).
     On glibc: no mmap for large blocks, no trimming, one arena. Elsewhere: nothing."""
-    mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # of malloc.h
-    values = {mmap_max: 0, trim_threshold: -1, top_pad: 1 << 28, arena_max: 1}
+    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
+    values = {-4: 0, -1: -1, -2: 1 << 28, -8: 1}
     with contextlib.suppress(OSError, AttributeError):
         if platform.libc_ver()[0] == "glibc":
             for parameter, value in values.items():
@@ -475,11 +475,11 @@ class Runtime:
         self.rank = args.rank
         self.world_size = args.world_size
         self.main = args.rank == 0
-        self.clocks: dict[str, float] = {}  # seconds by phase
-        self.notes: list[str] = []
+        self.clocks = {}  # seconds by phase
+        self.notes = []
         self.device = self._pick_device(args)
         self.attention = "sdpa"  # runs everywhere; `main` asks for the best rung
-        if not constriction and args.compressor in ("auto", "rans"):
+        if not constriction and args.compressor != "lzma":
             self.notes.append("compressor: constriction is missing, LZMA instead of rANS")
 
         if self.device.type == "cpu":
@@ -543,8 +543,8 @@ class Runtime:
         for dtype in (torch.float32, torch.bfloat16):
             x, weight = (torch.ones(size, dim, dtype=dtype) for size in (2048, 2 * dim))
             flop = 2 * x.numel() * len(weight)
-            seconds = Timer("x @ weight.T", globals=locals()).timeit(5).mean
-            rates.append(1e-9 * flop / seconds)
+            timer = Timer("x @ weight.T", globals=locals())
+            rates.append(max(1e-9 * flop / timer.timeit(2).mean for _ in range(5)))
         fp32, bf16 = self.from_main(rates)
         self.notes.append(f"dtype: fp32 at {fp32:.0f} GFLOP/s, bf16 at {bf16:.0f}")
         return bf16 > 1.3 * fp32
@@ -557,7 +557,7 @@ class Runtime:
                 import triton  # noqa: F401
                 return True
             self.notes.append("compile: no triton, running eager")
-        return False  # CPUs: half a minute or more against a quarter of a step's time
+        return False  # on CPUs it takes half a minute, to save a quarter of each step
 
     @contextlib.contextmanager
     def clock(self, phase: str):
@@ -589,7 +589,7 @@ class Runtime:
         return tensor.tolist()
 
     def agree(self, what: str, values) -> None:
-        """Raises, on all ranks, where one has other values than rank 0."""
+        """Raises UserError on all ranks if one has other values than rank 0."""
         mine = zlib.crc32(json.dumps(values, sort_keys=True).encode())
         first, = self.from_main([mine])
         apart = torch.tensor(self.rank if mine != first else 0)
@@ -601,7 +601,7 @@ class Runtime:
         piece.compiled, failure = True, ""
         try:
             attempt()
-        except UserError:
+        except (UserError, torch.OutOfMemoryError):  # eager takes more memory
             raise
         except Exception as error:  # a compiler may raise anything
             failure = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -688,13 +688,13 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
     return y.transpose(1, 2)
 
 
-QUERY_BLOCK = 128  # queries of `block_attention`
+QUERY_BLOCK = 128  # for `block_attention`
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Causal attention for CPUs: blocks of queries meet the keys up to their own end.
 
-    The backward finds all weights kept, where torch's kernel computes them again."""
+    The backward pass finds its weights stored; torch's kernel computes them again."""
     if mask is not None:
         return sdpa_attention(q, k, v, mask)
     length, groups, dim = q.size(1), k.size(2), q.size(3)
@@ -713,7 +713,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 def flash_attention(package: str):
     """FlashAttention 2 or 3."""
-    flash = importlib.import_module(package)  # here, since a graph would break at an import
+    flash = importlib.import_module(package)  # here: an import would break a graph
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
         out = flash.flash_attn_func(q, k, v, causal=True)
@@ -734,8 +734,8 @@ def attention_of(rung: str):
 
 def check_rung(rung: str, args: Hyperparameters, runtime: Runtime) -> None:
     """Raises unless a rung runs both ways here and agrees with `math`."""
-    generator, dim = torch.Generator().manual_seed(0), args.model_dim // args.num_heads
-    q, k = (torch.randn(1, 128, heads, dim, generator=generator) for heads in (2, 1))
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 128, heads, args.head_dim, generator=generator) for heads in (2, 1))
     q, k = (x.to(runtime.device, runtime.dtype).requires_grad_() for x in (q, k))
     out = attention_of(rung)(q, k, k)
     wanted = math_attention(q, k, k)
@@ -744,12 +744,11 @@ def check_rung(rung: str, args: Hyperparameters, runtime: Runtime) -> None:
 
 
 def attention_seconds(rung: str, args: Hyperparameters, runtime: Runtime) -> float:
-    """Seconds of attention, both ways, on a GPU: a layer."""
+    """Seconds that a layer takes on a GPU, forward and backward."""
     rows = max(1, min(args.device_batch_tokens, args.train_batch_tokens) // args.train_seq_len)
-    dim = args.model_dim // args.num_heads
     like = {"device": runtime.device, "dtype": runtime.dtype}
-    q, k, v = (torch.randn(rows, args.train_seq_len, args.num_heads, dim, **like).requires_grad_()
-               for _ in range(3))
+    shape = rows, args.train_seq_len, args.num_heads, args.head_dim
+    q, k, v = (torch.randn(shape, **like).requires_grad_() for _ in range(3))
     attend = attention_of(rung)
     if runtime.compile:  # it must fit in a graph
         attend = torch.compile(attend, dynamic=False, fullgraph=True)
@@ -762,22 +761,24 @@ def attention_seconds(rung: str, args: Hyperparameters, runtime: Runtime) -> flo
 
 
 def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
-    """From ATTENTION down the first rung that agrees with `math`; with `auto` on GPUs the fastest.
+    """The first rung from ATTENTION down that agrees with `math`; with `auto` on GPUs the fastest.
     On CPUs no clock decides, since bits depend on the rung. All ranks look, rank 0 chooses."""
     rungs = [*FLASH, *ATTENTION]
     first = 0 if args.attention == "auto" else rungs.index(args.attention)
     gpu, bf16 = runtime.device.type == "cuda", runtime.dtype == torch.bfloat16
     unfit = {"cpu"} if gpu else {*FLASH}
     timed = gpu and args.attention == "auto"
-    seconds: dict[str, float] = {}
+    seconds = {}
     for rung in rungs[first:]:
         if rung in unfit or not bf16 and rung in (*FLASH, "cpu"):
             continue
         if seconds and (not timed or rung == "math"):
             break
-        with contextlib.suppress(Exception):  # no package, no memory
+        try:
             check_rung(rung, args, runtime)
-            seconds[rung] = attention_seconds(rung, args, runtime) if timed else 0.0
+            seconds[rung] = attention_seconds(rung, args, runtime) if gpu else 0.0
+        except Exception as error:  # no package, no memory
+            runtime.notes.append(f"attention: no {rung}, {error!r:.90}")
 
     if not seconds:
         raise UserError(f"ATTENTION={args.attention}: no rung from there on runs here; use auto")
@@ -815,7 +816,7 @@ def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.nd
         raise UserError(f"{path}: header {header[:2]}, not {SHARD_MAGIC} {SHARD_VERSION}: no shard")
     room = (size - HEADER_BYTES) / 2
     if header[2] != room:
-        raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room:g}")
+        raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room}")
 
     ids = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
     check_ids(ids[:checked], vocab_size, path)
@@ -885,10 +886,10 @@ class Dataset:
     def _verify(self, mode: str) -> None:
         files = self.train_files + self.val_files
         size = sum(path.stat().st_size for path in files)
-        if not self.manifest or mode == "0" or (mode == "auto" and size > 2_000_000_000):
+        if mode == "0" or (mode == "auto" and (not self.manifest or size > 2_000_000_000)):
             return
         for path in files:
-            wanted = self.manifest["sha256"].get(path.name, "nothing")
+            wanted = self.manifest.get("sha256", {}).get(path.name, "nothing")
             found = sha256_file(path)
             if wanted != found:
                 raise UserError(f"{path}: sha256 {found[:16]}, the manifest has {wanted[:16]}")
@@ -966,7 +967,7 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
 
 
 class Loader:
-    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in an order that ranks do not change.
+    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in the same order for any number of ranks.
     `state`, of the checkpoint, is the position of the next row: {"epoch", "shard", "row"}."""
 
     def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int,
@@ -1046,7 +1047,7 @@ class Loader:
 # QUANTISER
 # -----------------------------------------------------------------------------
 
-SMALL_TENSOR = 4096  # elements; below it gains stay fp16
+SMALL_TENSOR = 4096  # elements; smaller matrices stay fp16, as do gains
 SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
 
 
@@ -1063,8 +1064,9 @@ def tensor_class(name: str) -> str:
 
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
-    """(bits, axis of a step's slice: the last); (0, 0): fp16."""
-    if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR and min(shape) < 16:
+    """(bits, the axis that shares a step, the last); (0, 0): fp16."""
+    small = math.prod(shape) < SMALL_TENSOR and min(shape, default=0) < 16
+    if small or len(shape) < 2 or not name.endswith(".weight"):
         return 0, 0
     return args.bits_by_class[tensor_class(name)], len(shape) - 1
 
@@ -1101,7 +1103,7 @@ def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
 
 def quantise(weight: np.ndarray, bits: int, k: float, axis: int,
              hessian: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds to integers q of `bits` bits, an fp16 step a slice along `axis`: q * step ~ weight.
+    """Rounds to integers q of `bits` bits, one fp16 step per slice along `axis`: q * step ~ weight.
 
     step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394). A Gaussian then costs about
     log2(top / k) + 2.05 bits a weight, so k sets the size. Steps have an epsilon floor, not 1 / top
@@ -1243,13 +1245,13 @@ class Drafter(nn.Module):
             tokens = torch.cat((tokens, chosen), 1)
             x = self.slots(parents, chosen, past)
             logits = torch.cat((logits, self.head(x)), 1)
-        laws = (logits[:, :-1] / heat).log_softmax(-1)
-        found = tokens, laws, self.latent(x[:, -1])
+        logprobs = (logits[:, :-1] / heat).log_softmax(-1)
+        found = tokens, logprobs, self.latent(x[:, -1])
         return tuple(part.unflatten(0, (-1, branches)) for part in found)
 
 
 def accepted(tokens: Tensor, text: Tensor, best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What greedy verification says of drafts, as far as one forward over the text can tell.
+    """Greedy verification of drafts, as far as one forward over the text can tell.
 
     tokens (..., k, b) drafted, text (..., b) the true bytes, best (..., b) the backbone's choice at
     each of them -> three of (..., k): 1 where all b are accepted; 1 where that is known; how many
@@ -1273,11 +1275,11 @@ class SpeculativeHeads(nn.Module):
       drafter   CE of d, each slot given the bytes before it
       jepa      (|judge(p) - f|^2 + |endpoint latent(p, d) - f|^2) / 2, means over channels
       verifier  BCE of verifier(p, latent). The drafter's two best branches at t are labelled by
-                whether the backbone accepts them (a negative is a draft that it rejects), and left
+                whether the backbone accepts them (a negative: a draft that it rejects), and left
                 out where that is unknown (`accepted`). With equal weight, negatives by kind: the
                 state of another time, and that of another row, never p itself, never f
     HEADS_GRAD=0 stops all of them at h; 1, as published, lets them shape the backbone (and collapse
-    its states: `latent_var` shows it)."""
+    its states: see `latent_var`)."""
 
     def __init__(self, args: Hyperparameters):
         super().__init__()
@@ -1331,18 +1333,18 @@ class SpeculativeHeads(nn.Module):
         nats = nats.view(text.shape)
         guesses = self.judge(parent), self.drafter.latent(slots[:, :, -1])
         judge, endpoint = (mean((x.float() - future.float()).square()) for x in guesses)
-        spread = future.float().reshape(len(judge), -1, future.size(-1))
-        spread = spread.var(1, correction=0).mean(-1)
+        rows = future.float().reshape(len(judge), -1, future.size(-1))
+        spread = rows.var(1, correction=0).mean(-1)
         # verifier
         drafts = self.drafter.draft(parent.detach().flatten(0, 1), 2)
         tokens, _, latents = (part.unflatten(0, text.shape[:2]) for part in drafts)
         whole, known, taken = accepted(tokens, text, best[:, ahead])  # (B, K, 2)
         real = self.verdict(parent[:, :, None], latents)
-        strange = [states[:, others]]
-        if group > 1:  # the same times of the next row
-            strange.append(future.unflatten(0, (-1, group)).roll(1, 1).flatten(0, 1))
-        strange = torch.stack([self.verdict(parent, x) for x in strange], 1)
-        true, fake = self.verdict(parent.detach(), future), F.softplus(strange)
+        negatives = [states[:, others]]
+        if group > 1:  # the same times of the row before
+            negatives.append(future.unflatten(0, (-1, group)).roll(1, 1).flatten(0, 1))
+        negatives = torch.stack([self.verdict(parent, x) for x in negatives], 1)
+        true, fake = self.verdict(parent.detach(), future), F.softplus(negatives)
         wrong = known * F.binary_cross_entropy_with_logits(real, whole, reduction="none")
         wrong = mean(wrong) / mean(known).clamp(min=1e-6)
 
@@ -1355,22 +1357,21 @@ class SpeculativeHeads(nn.Module):
             "right": mean(known * ((real > 0) == whole.bool())),
             "greedy_known": mean(known[..., 0]), "greedy_whole": mean(whole[..., 0]),
             "greedy_bytes": mean(taken[..., 0]),
-            "told": (mean(true > 0) + mean(strange <= 0)) / 2,
+            "told": (mean(true > 0) + mean(negatives <= 0)) / 2,
         }
         return terms | {name: value.detach() for name, value in shown.items()}
 
     def weights(self, progress: float) -> dict[str, float]:
-        args = self.args
-        return {"drafter": args.drafter_weight, "jepa": args.jepa_weight,
-                "verifier": args.verifier_weight}
+        return {"drafter": self.args.drafter_weight, "jepa": self.args.jepa_weight,
+                "verifier": self.args.verifier_weight}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         """drafter_*: nats a byte, of all slots, the first, the last. *_r2 of judge and endpoint
         latent, and latent_var, the variance of what they foresee. verifier_acc on labelled drafts
         and verifier_base, that of the better constant answer. Of greedy drafts draft_accepted, the
         accepted share of those whose end is known, draft_unknown, the share of the others, and
-        draft_bytes, accepted bytes, as far as known. accept_acc, the published number, is the mean
-        share of true states that the verifier takes and of strange ones that it does not."""
+        draft_bytes, accepted bytes, as far as known. accept_acc, as published, is the mean
+        share of true states that the verifier takes and of negatives that it does not."""
         if not means:
             return {}
         known, variance = max(means["known"], 1e-9), max(means["spread"], 1e-12)
@@ -1418,7 +1419,7 @@ def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
 
     fp32, never cast: bf16 positions are wrong beyond 256 (defect G1 of #832). Windows longer than
     TRAIN_SEQ_LEN grow the base by (length / train_seq_len)^(r / (r - 2)) (NTK scaling)."""
-    dims = args.rope_dims or args.model_dim // args.num_heads
+    dims = args.rope_dims or args.head_dim
     base = args.rope_base
     if length > args.train_seq_len and dims > 2:
         base *= (length / args.train_seq_len) ** (dims / (dims - 2))
@@ -1450,8 +1451,8 @@ class KVCache:
     def __init__(self, model: GPT):
         args, device = model.args, model.tok_emb.weight.device
         self.mambas = [block for block in model.blocks if isinstance(block, MambaBlock)]
-        attentions = len(model.blocks) - len(self.mambas)
-        shape = attentions, 2, 1, args.num_heads, args.eval_seq_len, args.model_dim // args.num_heads
+        layers = len(model.blocks) - len(self.mambas)
+        shape = layers, 2, 1, args.num_heads, args.eval_seq_len, args.head_dim
         self.layers = torch.zeros(shape, dtype=model.dtype, device=device)
         self.joined: dict = {}  # weights by layers, see `at_once`
         self.rewind(0)
@@ -1497,7 +1498,7 @@ class KVCache:
 
 @check
 def check_heads(args: Hyperparameters) -> None:
-    head_dim, spare = divmod(args.model_dim, args.num_heads)
+    head_dim, spare = args.head_dim, args.model_dim % args.num_heads
     forbid(spare, args, "model_dim num_heads", "must be a multiple of the heads")
     odd = args.positions == "rope" and head_dim % 2
     forbid(odd, args, "model_dim num_heads", f"a head's width, {head_dim}, must be even")
@@ -1565,8 +1566,7 @@ def ssd_steps(x: Tensor, dt: Tensor, rate: Tensor, write: Tensor, read: Tensor,
     """The recurrence itself: S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t.
 
     x (B, T, H, P), dt (B, T, H), A = rate (H,) < 0, B and C = write and read (B, T, N), state
-    (B, H, P, N), all fp32 -> y (B, T, H, P), and the states before the first position and after
-    each."""
+    (B, H, P, N), all fp32 -> y (B, T, H, P), states before the first position and after each."""
     fall = (dt * rate).exp()[..., None, None]
     new, states, y = (dt[..., None] * x)[..., None], [state], []
     for t in range(x.size(1)):
@@ -1587,8 +1587,7 @@ def ssd(x: Tensor, dt: Tensor, rate: Tensor, write: Tensor, read: Tensor, state:
     """`ssd_steps` in chunks of `size`, all at once (Dao & Gu 2024, section 6) -> y, last state.
 
     With c_t the sum of log decays from a chunk's start to t, y_t = exp(c_t) S C_t + sum_{s<=t}
-    exp(c_t - c_s) (C_t . B_s) dt_s x_s, where S, the state before the chunk, sums over the chunks
-    before."""
+    exp(c_t - c_s) (C_t . B_s) dt_s x_s, where S, the state before it, sums over earlier chunks."""
     length = x.size(1)
 
     def chunks(part: Tensor) -> Tensor:
@@ -1615,7 +1614,7 @@ class MambaBlock(nn.Module):
     """A whole block of Mamba-2: (z, x, B, C, dt) = W_in RMSNorm(u); x, B and C through a causal
     convolution and silu; the recurrence of `ssd_steps` and a skip D x; u + W_out RMSNorm(y silu(z)).
 
-    dt = softplus(. + bias) starts log-uniform in [1e-3, 0.1], A in -[1, 16], as Mamba-2 has it."""
+    dt = softplus(. + bias) starts log-uniform in [1e-3, 0.1], A in -[1, 16]."""
 
     def __init__(self, args: Hyperparameters, layer: int):
         super().__init__()
@@ -1787,7 +1786,7 @@ class GPT(nn.Module):
         return nats.view(targets.shape), logits.detach().argmax(-1)
 
     def losses(self, ids: Tensor, weights: Tensor, aux_inputs=None) -> dict[str, Tensor]:
-        """ids (B, T + 1), weights (B,) -> weighted sums: "ce" in nats, other terms."""
+        """ids (B, T + 1), weights (B,) -> sums, rows weighted: "ce" in nats, other terms."""
         x, terms = self.hidden(ids[:, :-1], self.rotary_train), {}
         nats, best = self.nats(x, ids[:, 1:])
         sums = {"ce": (nats.sum(1) * weights).sum()}
@@ -1814,7 +1813,7 @@ class GPT(nn.Module):
 
 def rate_at(progress: float, args: Hyperparameters) -> float:
     """Share of the peak rate at `progress` in [0, 1]: it rises over LR_WARMUP_STEPS; then it is flat
-    and falls in a line, or falls as a cosine does, to MIN_LR at 1.
+    and falls in a line, or as a cosine does, to MIN_LR at 1.
 
     Progress is max(step share, time share), so the rate ends at its floor whichever limit
     ends the run (#832 stopped at 17 % of its peak, defect A4)."""
@@ -1849,13 +1848,12 @@ class Muon:
     """Momentum, then orthogonalisation: the update's singular values are near 1.
 
     Matrices of equal shape form one stack; each rank owns a share, receives its summed gradient
-    (reduce-scatter), orthogonalises it and sends it round (all-gather) beside the next one.
-    update = NS(g + mu m), m <- mu m + g;
+    (reduce-scatter), orthogonalises it and sends it round (all-gather) while it does the next.
+    m <- mu m + g; update = NS(g + mu m);
     p <- (1 - rate wd) p - rate sqrt(max(1, r / c)) update."""
 
     def __init__(self, params: list[nn.Parameter], args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime = args, runtime
-        self.dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
         shapes = dict.fromkeys(p.shape for p in params)
         stacks = [[p for p in params if p.shape == shape] for shape in shapes]
         self.stacks = sorted(stacks, key=lambda members: -len(members) * members[0].numel())
@@ -1890,7 +1888,7 @@ class Muon:
             share.mul_(clip)
             buffer.mul_(momentum).add_(share)
             share.add_(buffer, alpha=momentum)
-            mine = newton_schulz(share, self.args.muon_backend_steps, self.dtype)
+            mine = newton_schulz(share, self.args.muon_backend_steps, self.runtime.dtype)
             flying.append((members, self._gather(mine)))
         for members, update in flying:
             factor = max(1.0, members[0].size(0) / members[0].size(1)) ** 0.5
@@ -1967,7 +1965,7 @@ class Optimizers:
         if self.runtime.world_size > 1:
             flat = torch._utils._flatten_dense_tensors(grads)
             dist.all_reduce(flat)
-            torch._foreach_copy_(grads, list(torch._utils._unflatten_dense_tensors(flat, grads)))
+            torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
         # the squared norm of a part: of its own tensors, and of its stacks
         squares = []
         for part, muon in zip(self.replicated, self.muons):
@@ -2046,7 +2044,7 @@ Plane = namedtuple("Plane", "model top slices places period")
 
 
 def planes(entries: list) -> list[Plane]:
-    """Layout of the payload: quantised tensors, then bytes of fp16 numbers."""
+    """Layout for entries [name, shape, bits, axis]: quantised tensors, then fp16 bytes."""
     found, halves = [], 0
     for name, shape, bits, axis in entries:
         slices = math.prod(shape) // (shape[axis] if bits else 1)
@@ -2070,7 +2068,7 @@ def fresh_counts(top: int) -> np.ndarray:
 
 
 def code_slices(block: np.ndarray, contexts: np.ndarray, counts: np.ndarray, top, code) -> None:
-    """Codes (slices, places) of a plane, a context of each CHUNK as one run."""
+    """Codes block (slices, places): of each CHUNK, the symbols of one context at once."""
     for left in range(0, block.shape[1], CHUNK):
         here = contexts[left : left + CHUNK]
         for context in np.unique(here):
@@ -2103,8 +2101,8 @@ def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
 
     A symbol's context is the mean |q| of its place (column or bucket) in the slices before, and how
     many these are. Each (model, context) counts what it has seen, so no table is sent; with every
-    tensor old counts shrink. Integers and correctly rounded operations: any machine agrees."""
-    models: dict[str, np.ndarray] = {}
+    period old counts shrink. Integers and correctly rounded operations: any machine agrees."""
+    models = {}
     ends = np.cumsum([plane.slices * plane.places for plane in layout])
     for plane, block in zip(layout, np.split(raw, ends)):
         if plane.model not in models:
@@ -2146,18 +2144,18 @@ COMPRESSORS = {  # (compress, decompress), of bytes and the layout of the payloa
 
 
 def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> bytes:
-    """Quantises by `quant_plan`, compresses in the order of `planes`: a file that tells its layout.
+    """{name: float array} -> a file: quantised by `quant_plan`, compressed in `planes`' order.
     `hessians` {name: (C, C)} of the matrices that GPTQ is to round."""
     entries, codes, halves = [], [], []
-    for name, weight in tensors.items():
+    for name, half in tensors.items():
         kind = tensor_class(name)
-        bits, axis = quant_plan(name, weight.shape, args)
-        entries.append([name, list(weight.shape), bits, axis])
-        if bits:
+        bits, axis = quant_plan(name, half.shape, args)
+        entries.append([name, list(half.shape), bits, axis])
+        if bits:  # only its steps stay fp16
             hessian = (hessians or {}).get(name)
-            q, weight = quantise(weight, bits, args.k_by_class[kind], axis, hessian)
+            q, half = quantise(half, bits, args.k_by_class[kind], axis, hessian)
             codes.append(np.moveaxis(q, axis, -1).tobytes())
-        halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
+        halves.append(np.asarray(half, dtype="<f2").reshape(-1))
     raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
 
     name = "rans" if constriction and args.compressor != "lzma" else "lzma"
@@ -2218,7 +2216,7 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hyperparameters:
-    """The settings of an artifact's header; `environ` may change EVAL_* and the run's."""
+    """The settings of an artifact's header; `environ` may change all but the model's."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
         raise UserError(f"{path}: made by {header['script']}: its config lacks {missing[0]}")
@@ -2317,7 +2315,7 @@ class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defa
         shape, whatever the text."""
         inputs = np.full((self.batch, self.length), PAD_ID, np.int64)
         position = np.zeros(self.batch, np.int64)
-        targets = np.zeros((self.batch, min(self.stride, self.length)), np.int64)
+        targets = np.zeros((self.batch, self.stride), np.int64)
         for i, (start, first, stop) in enumerate(rows):
             text = ids[start : min(start + self.length, len(ids) - 1)]
             inputs[i, : len(text)] = text
@@ -2344,7 +2342,7 @@ def scored(model: GPT, ids: np.ndarray, plan: WindowPlan):
 
 
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """(nats of ids[1:], {t: log-probabilities (V,) at each t of `positions`})."""
+    """(nats of ids[1:], {t: log-probabilities (V,) of target t, for t in `positions`})."""
     args, ids, wanted = model.args, np.asarray(ids), set(positions)
     blocks = -(-len(ids) // args.eval_stride)  # a short text needs no full batch
     batch = max(1, min(args.eval_batch_tokens // args.eval_seq_len, blocks))
@@ -2374,7 +2372,7 @@ class Evaluator:
         self.args, self.runtime = args, runtime
         self.log = log
         self.classes = class_table(args.vocab_size)
-        self.results: dict[str, dict] = {}
+        self.results = {}
         # VAL_BYTES cuts the text after the target that reaches it
         ids = data.val
         sizes = target_bytes(ids, byte_tables(args))
@@ -2385,7 +2383,7 @@ class Evaluator:
         self.ids = ids
         self.bytes = int(sizes.sum())
         if not self.bytes:
-            raise UserError(f"{data.val_files[0]}: its targets stand for no byte at all")
+            raise UserError(f"{data.val_files[0]}: its targets stand for no byte")
 
     def describe(self, manifest: dict) -> str:
         original = manifest.get("val_bytes") or self.bytes
@@ -2490,7 +2488,7 @@ class Stream:
         self.known = None
 
 
-stream = Stream  # the name that every script of the family gives it
+stream = Stream  # the family's name for it
 
 
 class Draft:
@@ -2687,8 +2685,8 @@ def drafting_cost(model: GPT) -> float:
 
 
 class Generator:
-    """Goes on from a text. A pass of the backbone reads its last id and drafts after it; those that
-    it would have written itself join the text, and then the id that it predicts: the heads draft
+    """Goes on from a text. A pass of the backbone reads its last id and drafts after it; those it
+    would have written itself join the text, and then the id that it predicts: the heads draft
     what follows that one. When the window is full, its last half is read again.
 
     At temperature 0 the text is that of decoding without drafts, above it has the same
@@ -2904,7 +2902,7 @@ class Trainer:
         self.step, self.seconds, self.best = 0, 0.0, math.inf  # resumed runs included
         self.slowest = 0.0  # seconds of the slowest step, slowly forgotten
         self.reserve = 0.0  # seconds that calibration will take of the training clock
-        self.unwritten: list[tuple] = []  # steps whose losses are still on the device
+        self.unwritten = []  # steps whose losses are still on the device
         self.fresh_optimizers()
 
     def fresh_optimizers(self) -> None:
@@ -2949,7 +2947,7 @@ class Trainer:
             self.model.zero_grad()
             self.train_step(*batch, 0.0)
         if args.quant_round == "gptq" and args.max_wallclock_seconds:
-            for _ in range(2):  # the second time is the one to go by
+            for _ in range(2):  # the second time counts
                 start = time.perf_counter()
                 self.moments(1)
                 seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
@@ -2967,10 +2965,10 @@ class Trainer:
         try_scoring(self.model)
 
     @torch.no_grad()
-    def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
-        def add(names: list[str], x: Tensor) -> None:
-            x = x.flatten(0, -2).float()
+    def input_moments(self, batch: Tensor, real: Tensor, sums: dict) -> dict[str, Tensor]:
+        """Adds X^T X of every matrix's inputs to `sums` {name: (C, C)}, of `real` rows."""
+        def add(names: list[str], _, inputs: tuple) -> None:
+            x = (inputs[0] * rows[:, None, None]).flatten(0, -2).float()
             product = x.T @ x
             for name in names:
                 sums[name] = sums.get(name, 0) + product
@@ -2979,11 +2977,11 @@ class Trainer:
         hooks = []
         for path, module in self.model.named_modules():
             if names := [f"{path}.{part}weight" for part in readers.get(type(module), ())]:
-                hook = lambda _, inputs, names=names: add(names, inputs[0])  # noqa: E731
-                hooks.append(module.register_forward_pre_hook(hook))
+                hooks.append(module.register_forward_pre_hook(functools.partial(add, names)))
         compiled, piece.compiled = piece.compiled, False  # a graph would not call the hooks
-        for ids in batch:
-            add(["tok_emb.weight"], self.model.hidden(ids[:, :-1], self.model.rotary_train))
+        for ids, rows in zip(batch, real):
+            x = self.model.hidden(ids[:, :-1], self.model.rotary_train)
+            add(["tok_emb.weight"], None, (x,))
         piece.compiled = compiled
         for hook in hooks:
             hook.remove()
@@ -2992,10 +2990,10 @@ class Trainer:
     def moments(self, batches: int) -> dict[str, np.ndarray]:
         """`input_moments` of the next `batches` training batches, of all ranks."""
         loader = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
-        sums: dict[str, Tensor] = {}
+        sums, device = {}, self.runtime.device
         for _ in range(batches):
-            ids, _, _ = loader.next()
-            self.input_moments(ids.to(self.runtime.device), sums)
+            ids, weights, _ = loader.next()  # a row of no weight repeats another
+            self.input_moments(ids.to(device), weights.to(device) > 0, sums)
         return {name: self.runtime.all_reduce(total).cpu().numpy() for name, total in sums.items()}
 
     def calibrate(self) -> dict[str, np.ndarray]:
@@ -3010,13 +3008,13 @@ class Trainer:
         return found
 
     def progress(self) -> float:
-        """Share of the run that is done, of its steps or seconds. Three of the slowest late steps
-        and the time for calibration stay unused: nothing may end after the limit."""
-        by_steps, by_time = self.step / self.args.iterations, 0.0
+        """Share of the run that is done, of its steps or seconds. Time for calibration and three
+        steps as slow as the slowest late one stays unused: nothing may end after the limit."""
+        done = self.step / self.args.iterations
         if self.args.max_wallclock_seconds:
             usable = self.args.max_wallclock_seconds - 3 * self.slowest - self.reserve
-            by_time = self.seconds / max(usable, 1e-9)
-        return min(1.0, max(by_steps, by_time))
+            done = max(done, self.seconds / max(usable, 1e-9))
+        return min(1.0, done)
 
     def agree_on_time(self, now: float) -> None:
         """Takes the latest clock and any rank's signal; all stop at the same step."""
@@ -3032,7 +3030,7 @@ class Trainer:
         args, runtime = self.args, self.runtime
         loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
         first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of a non-finite loss
-        fences: deque = deque()
+        fences = deque()
         started = time.perf_counter() - self.seconds
 
         def due(every: int) -> bool:
@@ -3193,7 +3191,7 @@ def git_commit() -> str:
 
 
 def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
-    """Source, versions, settings and data: all that it takes to know what ran."""
+    """Source, versions, settings and data: what ran."""
     log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
     for warning in args.warnings:
         log(f"warning: {warning}")
@@ -3212,9 +3210,12 @@ def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
     """Trains from the start or a checkpoint; a signal leaves one and raises Stopped."""
     args = trainer.args
     last, final = (run_folder(args) / f"{name}.safetensors" for name in ("last", "final"))
-    newest = final if final.exists() else last  # a run that was stopped while it packed
+    newest = max(last, final, key=lambda path: path.exists() and path.stat().st_mtime)
     if args.resume and (args.resume != "auto" or newest.exists()):
         trainer.restore(newest if args.resume == "auto" else Path(args.resume))
+    weights = [p.sum().item() for p in trainer.model.parameters()]
+    trainer.runtime.agree("weights or another step", [trainer.step, *weights])
+
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: setattr(trainer, "signal", received))
     try:
@@ -3230,7 +3231,7 @@ def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
 
 
 def write_artifact(trainer: Trainer) -> tuple[Path, int]:
-    """(artifact.bin of the model's weights, how many numbers are in it)."""
+    """(artifact.bin, how many numbers are in it)."""
     args, runtime = trainer.args, trainer.runtime
     with runtime.clock("calibration"):
         hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
@@ -3239,7 +3240,7 @@ def write_artifact(trainer: Trainer) -> tuple[Path, int]:
         artifact = run_folder(args) / "artifact.bin"
         if runtime.main:
             write_atomic(artifact, pack(tensors, args, hessians))
-        runtime.all_reduce(torch.zeros(1))  # the others wait for the file
+        runtime.all_reduce(torch.zeros(1))  # the others wait
     shipped = sum(map(np.size, tensors.values()))
     trainer.log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
     return artifact, shipped
@@ -3271,11 +3272,11 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
 
 def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
                    evaluator: Evaluator) -> None:
-    """Reloads the artifact into a new model and prints the final lines."""
+    """Reloads the artifact and prints the final lines."""
     with runtime.clock("evaluation"):
         model = load(path, runtime.device, args, runtime.dtype, runtime.attention)
     if runtime.compile:
-        with runtime.clock("warm-up"):  # little after training, whose graphs are there
+        with runtime.clock("warm-up"):  # short after training, which left its graphs
             runtime.compile_by(lambda: try_scoring(model), evaluator.log)
     label = f"final_int{args.bits_by_class['mlp']}"
     with runtime.clock("evaluation"):
@@ -3289,15 +3290,15 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
     headline = list(evaluator.results)[-1]
     code = len(Path(__file__).read_bytes())
     total = code + os.path.getsize(summary["artifact"])
-    seconds = {"train_seconds": 0.0, "eval_seconds": runtime.clocks["evaluation"]} | summary
-    spent = {"artifact_budget_bytes": total, "max_wallclock_seconds": seconds["train_seconds"],
-             "eval_budget_seconds": seconds["eval_seconds"]}
+    summary = {"train_seconds": 0.0, "eval_seconds": runtime.clocks["evaluation"]} | summary
+    spent = {"artifact_budget_bytes": total, "max_wallclock_seconds": summary["train_seconds"],
+             "eval_budget_seconds": summary["eval_seconds"]}
     broken = [f"{name.upper()}={getattr(args, name)} is broken: {value:.3f}"
               for name, value in spent.items() if 0 < getattr(args, name) < value]
     # what the tables of READMEs are made of
     metrics = {
         "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline,
-        "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **seconds,
+        "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **summary,
         "peak_mem_mb": runtime.peak_memory_mb(), "seed": args.seed,
         "script_sha256": sha256_file(Path(__file__)), "git_commit": git_commit(),
         "device": runtime.device_name(), "world_size": runtime.world_size,
@@ -3315,10 +3316,8 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
 
 
 def check_plan(args: Hyperparameters, log: Log) -> None:
-    """Refuses to train what cannot fit.
-
-    Of code and artifact it knows about how many bytes they will take by the entropy of rounded
-    Gaussians (`quantise`); trained weights take a little less."""
+    """Refuses to train what cannot fit. Planned bytes are code and the entropy of rounded Gaussians
+    (`quantise`); trained weights take a little less."""
     bits, code = 0.0, len(Path(__file__).read_bytes())
     with torch.device("meta"):
         exported = GPT(args).exported()
@@ -3359,8 +3358,9 @@ def main() -> int:
         data = Dataset(args, verify=runtime.main)
         log = Log(run_folder(args) if runtime.main else None)
         fingerprint = data.fingerprint()
-        same = [args.shipped(), args.learning(), args.iterations, fingerprint["sha256"]]
-        runtime.agree("settings or text", same)
+        same = {name: value for name, value in args.settings().items()
+                if not re.search("PATH|RANK|MASTER|RUN_ID|ARTIFACT$", name)}
+        runtime.agree("settings or text", [same, fingerprint["sha256"]])
         ThreadPoolExecutor(1).submit(runtime.watch_ranks, args)
         log_header(log, args, runtime, fingerprint)
         evaluator = Evaluator(args, data, runtime, log)

@@ -77,7 +77,7 @@ class Var:
     def accepted(self) -> str:
         if self.choices:
             return " | ".join(self.choices)
-        kinds = {bool: "0 | 1", int: "an integer", float: "a number", str: "a text"}
+        kinds = {bool: "0 | 1", int: "an integer", float: "a number", str: "text"}
         low = "" if self.low is None else f" from {self.low}"
         high = "" if self.high is None else f" to {self.high}"
         return kinds[type(self.default)] + low + high
@@ -130,7 +130,7 @@ CHECKS: list = []  # each section adds those of its features: a record keeps bot
 
 
 def check(function):
-    """Registers a function of the settings that forbids what cannot work."""
+    """Registers a function that forbids settings which cannot work."""
     CHECKS.append(function)
     return function
 
@@ -222,7 +222,7 @@ class Hyperparameters:
     quant_k = Var("embed:8,attn:10,mlp:10,ssm:10,heads:10,other:10",
                   "step = k * std / top: the size knob")
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
-    gptq_batches = Var(4, "training batches for these", 1)
+    gptq_batches = Var(4, "training batches that GPTQ sees", 1)
     compressor = Var("auto", "auto: rans if it is installed", choices=("auto", "rans", "lzma"))
     artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit, as from 100m on", 0)
 
@@ -262,7 +262,7 @@ class Hyperparameters:
     _launcher = "Ranks: mlx.launch tells MLX, not this script"
     world_size = Var(1, "of `mlx.launch`", 1, 1)
 
-    # Variables of ideas that are gone: {name: (values that mean off, reason)}.
+    # Variables of ideas that are gone: {name: (values still allowed, reason)}.
     RETIRED = {
         "SWA_ENABLED": ("0", "EMA took its place"),
         "EMA_ENABLED": ("1", "EMA_DECAY=0 scores the last weights"),
@@ -290,13 +290,13 @@ class Hyperparameters:
         """Reads `environ`; `shipped`, settings in an artifact, replaces the defaults it names."""
         environ = {name: text for name, text in (environ or {}).items()
                    if name.lower() not in SIZED or text.strip() != "0"}  # 0 is SIZE's
-        self.warnings: list[str] = []
+        self.warnings = []
         self._refuse_retired_and_misspelt(environ)
         # environment, else artifact, else default
         for name, var in self.vars().items():
             value = (shipped or {}).get(var.name, var.default)
-            if environ.get(var.name, "") != "":
-                value = var.parse(environ[var.name])
+            if text := environ.get(var.name):
+                value = var.parse(text)
                 if shipped and var.ship == "model" and value != shipped[var.name]:
                     raise UserError(f"{var.name}={value}: the artifact was made with "
                                     f"{shipped[var.name]}; leave it unset")
@@ -318,11 +318,12 @@ class Hyperparameters:
         self.trains = not shipped
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
+        self.head_dim = self.model_dim // self.num_heads
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         self.eval_stride = self.eval_stride or max(1, self.eval_seq_len // 4)
         self.eval_batch_tokens = self.eval_batch_tokens or self.device_batch_tokens
 
-        if shipped or not self.eval_only:  # which needs an artifact's
+        if shipped or not self.eval_only:  # else the artifact's come first
             for function in CHECKS:
                 function(self)
 
@@ -335,8 +336,7 @@ class Hyperparameters:
         lines = [__doc__.strip()]
         for name, item in vars(cls).items():
             if isinstance(item, Var):
-                default = item.default
-                default = int(default) if isinstance(default, bool) else default
+                default = int(item.default) if isinstance(item.default, bool) else item.default
                 told = f"{item.why} [{item.accepted()}]"
                 lines.append(f"  {item.name:<28} {default!s:<14} {told}")
             elif isinstance(item, str) and re.match("_[a-z]", name):
@@ -355,24 +355,25 @@ class Hyperparameters:
         return {var.name: settings[var.name] for var in self.vars().values() if var.ship}
 
     def learning(self) -> dict:
-        """What decides the weights, but for the text and the limits."""
+        """What decides the weights, all before BITS, but for the text and the limits."""
         free = "DATA_PATH", "VERIFY_DATA", "ITERATIONS", "MAX_WALLCLOCK_SECONDS"
-        names = itertools.takewhile(lambda name: name != "BITS", settings := self.settings())
+        settings = self.settings()
+        names = itertools.takewhile(lambda name: name != "BITS", settings)
         return {name: settings[name] for name in names if name not in free}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
         known = {*self.RETIRED, *map(str.upper, self.vars())}
         for name, value in environ.items():
             if name in self.RETIRED:
-                off, why = self.RETIRED[name]
-                if value not in ("", *off.split()):
+                allowed, why = self.RETIRED[name]
+                if value not in ("", *allowed.split()):
                     raise UserError(f"{name}={value!r} is retired: {why}; unset it")
             if name in known:
                 continue
             if near := difflib.get_close_matches(name, known, 1, cutoff=0.87):
                 message = f"{name} is not a variable of this script; did you mean {near[0]}?"
-                if environ.get("STRICT_ENV", "1") != "0":
-                    raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
+                if self.strict_env.parse(environ.get("STRICT_ENV") or "1"):
+                    raise UserError(f"{message} (STRICT_ENV=0: only a warning)")
                 self.warnings.append(message)
             elif self.FIELD.match(name):
                 self.warnings.append(f"{name} is no variable of this script: ignored")
@@ -440,8 +441,8 @@ class Runtime:
         self.rank = self.group.rank()
         self.world_size = self.group.size()
         self.main = self.rank == 0
-        self.clocks: dict[str, float] = {}  # seconds by phase
-        self.notes: list[str] = []
+        self.clocks = {}  # seconds by phase
+        self.notes = []
         self.peak = 0  # bytes, of the phases whose own peaks were asked for
         self.device = pick_device(args.device)
         mx.set_default_device(self.device)
@@ -451,7 +452,7 @@ class Runtime:
         # what is missing, and what is limited
         if args.memory_limit_mb:
             self._limit_memory(args.memory_limit_mb * 2**20)
-        if not constriction and args.compressor in ("auto", "rans"):
+        if not constriction and args.compressor != "lzma":
             self.notes.append("compressor: constriction is missing, LZMA instead of rANS")
 
     def _pick_dtype(self, args: Hyperparameters) -> mx.Dtype:
@@ -510,7 +511,7 @@ class Runtime:
         return self.all_reduce(values, lambda every, axis: every[0]).tolist()
 
     def agree(self, what: str, values) -> None:
-        """Raises, on all ranks, where one has other values than rank 0."""
+        """Raises UserError on all ranks if one has other values than rank 0."""
         mine = zlib.crc32(json.dumps(values, sort_keys=True).encode())
         first, = self.from_main([mine])
         apart = [self.rank if mine != first else 0]
@@ -713,7 +714,7 @@ def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.nd
         raise UserError(f"{path}: header {header[:2]}, not {SHARD_MAGIC} {SHARD_VERSION}: no shard")
     room = (size - HEADER_BYTES) / 2
     if header[2] != room:
-        raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room:g}")
+        raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room}")
 
     ids = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
     check_ids(ids[:checked], vocab_size, path)
@@ -783,10 +784,10 @@ class Dataset:
     def _verify(self, mode: str) -> None:
         files = self.train_files + self.val_files
         size = sum(path.stat().st_size for path in files)
-        if not self.manifest or mode == "0" or (mode == "auto" and size > 2_000_000_000):
+        if mode == "0" or (mode == "auto" and (not self.manifest or size > 2_000_000_000)):
             return
         for path in files:
-            wanted = self.manifest["sha256"].get(path.name, "nothing")
+            wanted = self.manifest.get("sha256", {}).get(path.name, "nothing")
             found = sha256_file(path)
             if wanted != found:
                 raise UserError(f"{path}: sha256 {found[:16]}, the manifest has {wanted[:16]}")
@@ -865,7 +866,7 @@ class BatchPlan(namedtuple("BatchPlan", "rows group groups micro_steps world_siz
 
 
 class Loader:
-    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in an order that ranks do not change.
+    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in the same order for any number of ranks.
     `state`, of the checkpoint, is the position of the next row: {"epoch", "shard", "row"}."""
 
     def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int,
@@ -933,7 +934,7 @@ class Loader:
 # QUANTISER
 # -----------------------------------------------------------------------------
 
-SMALL_TENSOR = 4096  # elements; below it gains stay fp16
+SMALL_TENSOR = 4096  # elements; smaller matrices stay fp16, as do gains
 SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
 
 
@@ -988,7 +989,7 @@ def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
 
 def quantise(weight: np.ndarray, bits: int, k: float, axis: int,
              hessian: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds to integers q of `bits` bits, an fp16 step a slice along `axis`: q * step ~ weight.
+    """Rounds to integers q of `bits` bits, one fp16 step per slice along `axis`: q * step ~ weight.
 
     step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394). A Gaussian then costs about
     log2(top / k) + 2.05 bits a weight, so k sets the size. Steps have an epsilon floor, not 1 / top
@@ -1157,7 +1158,7 @@ def accepted(tokens: Tensor, text: Tensor, best: Tensor) -> tuple[Tensor, Tensor
 class SpeculativeHeads(Module):
     """Drafter, judge and verifier, trained on states of the backbone beside it.
 
-    The interface that a record replaces, and nothing else of the script:
+    The interface that a record replaces:
       inputs(step, device)    what losses need from outside the graph, equal on all ranks
       forward(..., inputs)    {name: (groups,) loss}
       weights(progress)       {name: weight of that term beside CE}
@@ -1314,7 +1315,7 @@ def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
     From float64: nn.RoPE's are exponentials in fp32, whose last digits long rows multiply by
     thousands. Windows longer than TRAIN_SEQ_LEN grow the base by
     (length / train_seq_len)^(r / (r - 2)) (NTK scaling)."""
-    dims = args.rope_dims or args.model_dim // args.num_heads
+    dims = args.rope_dims or args.head_dim
     base = args.rope_base
     if length > args.train_seq_len and dims > 2:
         base *= (length / args.train_seq_len) ** (dims / (dims - 2))
@@ -1397,7 +1398,7 @@ class KVCache:
 
 @check
 def check_heads(args: Hyperparameters) -> None:
-    head_dim, spare = divmod(args.model_dim, args.num_heads)
+    head_dim, spare = args.head_dim, args.model_dim % args.num_heads
     forbid(spare, args, "model_dim num_heads", "must be a multiple of the heads")
     odd = args.positions == "rope" and head_dim % 2
     forbid(odd, args, "model_dim num_heads", f"a head's width, {head_dim}, must be even")
@@ -1966,7 +1967,7 @@ def fresh_counts(top: int) -> np.ndarray:
 
 
 def code_slices(block: np.ndarray, contexts: np.ndarray, counts: np.ndarray, top, code) -> None:
-    """Codes (slices, places) of a plane, a context of each CHUNK as one run."""
+    """Codes block (slices, places): of each CHUNK, the symbols of one context at once."""
     for left in range(0, block.shape[1], CHUNK):
         here = contexts[left : left + CHUNK]
         for context in np.unique(here):
@@ -1999,8 +2000,8 @@ def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
 
     A symbol's context is the mean |q| of its place (column or bucket) in the slices before, and how
     many these are. Each (model, context) counts what it has seen, so no table is sent; with every
-    tensor old counts shrink. Integers and correctly rounded operations: any machine agrees."""
-    models: dict[str, np.ndarray] = {}
+    period old counts shrink. Integers and correctly rounded operations: any machine agrees."""
+    models = {}
     ends = np.cumsum([plane.slices * plane.places for plane in layout])
     for plane, block in zip(layout, np.split(raw, ends)):
         if plane.model not in models:
@@ -2060,18 +2061,18 @@ def size_plan(model: GPT, args: Hyperparameters) -> dict[str, int]:
 
 
 def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> bytes:
-    """Quantises by `quant_plan`, compresses in the order of `planes`: a file that tells its layout.
+    """{name: float array} -> a file: quantised by `quant_plan`, compressed in `planes`' order.
     `hessians` {name: (C, C)} of the matrices that GPTQ is to round."""
     entries, codes, halves = [], [], []
-    for name, weight in tensors.items():
+    for name, half in tensors.items():
         kind = tensor_class(name)
-        bits, axis = quant_plan(name, weight.shape, args)
-        entries.append([name, list(weight.shape), bits, axis])
-        if bits:
+        bits, axis = quant_plan(name, half.shape, args)
+        entries.append([name, list(half.shape), bits, axis])
+        if bits:  # only its steps stay fp16
             hessian = (hessians or {}).get(name)
-            q, weight = quantise(weight, bits, args.k_by_class[kind], axis, hessian)
+            q, half = quantise(half, bits, args.k_by_class[kind], axis, hessian)
             codes.append(np.moveaxis(q, axis, -1).tobytes())
-        halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
+        halves.append(np.asarray(half, dtype="<f2").reshape(-1))
     raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
 
     name = "rans" if constriction and args.compressor != "lzma" else "lzma"
@@ -2132,7 +2133,7 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hyperparameters:
-    """The settings of an artifact's header; `environ` may change EVAL_* and the run's."""
+    """The settings of an artifact's header; `environ` may change all but the model's."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
         raise UserError(f"{path}: made by {header['script']}: its config lacks {missing[0]}")
@@ -2275,11 +2276,10 @@ class Evaluator:
     """
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
-        self.args, self.runtime = args, runtime
-        self.log = log
+        self.args, self.runtime, self.log = args, runtime, log
         self.logits = scoring_logits
         self.classes = class_table(args.vocab_size)
-        self.results: dict[str, dict] = {}
+        self.results = {}
         # VAL_BYTES cuts the text after the target that reaches it
         ids = data.val
         sizes = target_bytes(ids, byte_tables(args))
@@ -2290,7 +2290,7 @@ class Evaluator:
         self.ids = ids
         self.bytes = int(sizes.sum())
         if not self.bytes:
-            raise UserError(f"{data.val_files[0]}: its targets stand for no byte at all")
+            raise UserError(f"{data.val_files[0]}: its targets stand for no byte")
 
     def describe(self, manifest: dict) -> str:
         original = manifest.get("val_bytes") or self.bytes
@@ -2378,7 +2378,7 @@ class Stream:
         self.known = None
 
 
-stream = Stream  # the name that every script of the family gives it
+stream = Stream  # the family's name for it
 
 
 class Draft:
@@ -2885,7 +2885,7 @@ class Trainer:
             plan = WindowPlan(length, stride, max(1, args.eval_batch_tokens // length))
             list(scored(self.model, np.full(2, BOS_ID), plan, self.logits))
         if args.quant_round == "gptq":
-            for _ in range(2):  # the second time is the one to go by
+            for _ in range(2):  # the second time counts
                 start = time.perf_counter()
                 self.input_moments(ids, {})
                 seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
@@ -2923,13 +2923,13 @@ class Trainer:
         return {name: np.array(total) for name, total in sums.items()}
 
     def progress(self) -> float:
-        """Share of the run that is done, of its steps or seconds. Three of the slowest late steps
-        and the time for calibration stay unused: nothing may end after the limit."""
-        by_steps, by_time = self.step / self.args.iterations, 0.0
+        """Share of the run that is done, of its steps or seconds. Time for calibration and three
+        steps as slow as the slowest late one stays unused: nothing may end after the limit."""
+        done = self.step / self.args.iterations
         if self.args.max_wallclock_seconds:
             usable = self.args.max_wallclock_seconds - 3 * self.slowest - self.reserve
-            by_time = self.seconds / max(usable, 1e-9)
-        return min(1.0, max(by_steps, by_time))
+            done = max(done, self.seconds / max(usable, 1e-9))
+        return min(1.0, done)
 
     def agree_on_time(self, now: float) -> None:
         """Takes rank 0's clock and signal; raises Stopped on every rank at the same step."""
@@ -3102,7 +3102,7 @@ def git_commit() -> str:
 
 
 def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
-    """Source, versions, settings and data: all that it takes to know what ran."""
+    """Source, versions, settings and data: what ran."""
     log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
     for warning in args.warnings:
         log(f"warning: {warning}")
@@ -3118,7 +3118,7 @@ def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
     """Trains from the start or a checkpoint; a signal leaves one and raises Stopped."""
     args = trainer.args
     last, final = (run_folder(args) / f"{name}.safetensors" for name in ("last", "final"))
-    newest = final if final.exists() else last  # a run that was stopped while it packed
+    newest = max(last, final, key=lambda path: path.exists() and path.stat().st_mtime)
     if args.resume and (args.resume != "auto" or newest.exists()):
         trainer.restore(newest if args.resume == "auto" else Path(args.resume))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -3136,7 +3136,7 @@ def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
 
 
 def write_artifact(trainer: Trainer) -> tuple[Path, int]:
-    """(artifact.bin of the model's weights, how many numbers are in it)."""
+    """(artifact.bin, how many numbers are in it)."""
     args, runtime = trainer.args, trainer.runtime
     with runtime.clock("calibration"):
         hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
@@ -3186,7 +3186,7 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
 
 def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
                    evaluator: Evaluator) -> None:
-    """Reloads the artifact into a new model and prints the final lines."""
+    """Reloads the artifact and prints the final lines."""
     model = load(path, runtime.device, args, runtime.dtype, runtime.attention)
     label = f"final_int{args.bits_by_class['mlp']}"
     evaluator.report(f"{label}_roundtrip", model)
@@ -3199,15 +3199,15 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
     headline = list(evaluator.results)[-1]
     code = len(Path(__file__).read_bytes())
     total = code + os.path.getsize(summary["artifact"])
-    seconds = {"train_seconds": 0.0, "eval_seconds": runtime.clocks["evaluation"]} | summary
-    spent = {"artifact_budget_bytes": total, "max_wallclock_seconds": seconds["train_seconds"],
-             "eval_budget_seconds": seconds["eval_seconds"]}
+    summary = {"train_seconds": 0.0, "eval_seconds": runtime.clocks["evaluation"]} | summary
+    spent = {"artifact_budget_bytes": total, "max_wallclock_seconds": summary["train_seconds"],
+             "eval_budget_seconds": summary["eval_seconds"]}
     broken = [f"{name.upper()}={getattr(args, name)} is broken: {value:.3f}"
               for name, value in spent.items() if 0 < getattr(args, name) < value]
     # what the tables of READMEs are made of
     metrics = {
         "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline,
-        "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **seconds,
+        "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **summary,
         "peak_mem_mb": runtime.peak_memory_mb(), "seed": args.seed,
         "script_sha256": sha256_file(Path(__file__)), "git_commit": git_commit(),
         "device": runtime.device_name(), "world_size": runtime.world_size,
@@ -3245,8 +3245,9 @@ def main() -> int:
         data = Dataset(args, verify=runtime.main)
         log = Log(run_folder(args) if runtime.main else None)
         fingerprint = data.fingerprint()
-        same = [args.shipped(), args.learning(), args.iterations, fingerprint["sha256"]]
-        runtime.agree("settings or text", same)
+        same = {name: value for name, value in args.settings().items()
+                if not re.search("PATH|RANK|MASTER|RUN_ID|ARTIFACT$", name)}
+        runtime.agree("settings or text", [same, fingerprint["sha256"]])
         log_header(log, args, runtime, fingerprint)
         evaluator = Evaluator(args, data, runtime, log)
         log(evaluator.describe(data.manifest))

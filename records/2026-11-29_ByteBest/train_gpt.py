@@ -43,7 +43,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # later it would keep the group, and threads abort
+import torch.distributed.nn  # a later import keeps the group: threads abort
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -86,7 +86,7 @@ class Var:
     def accepted(self) -> str:
         if self.choices:
             return " | ".join(self.choices)
-        kinds = {bool: "0 | 1", int: "an integer", float: "a number", str: "a text"}
+        kinds = {bool: "0 | 1", int: "an integer", float: "a number", str: "text"}
         low = "" if self.low is None else f" from {self.low}"
         high = "" if self.high is None else f" to {self.high}"
         return kinds[type(self.default)] + low + high
@@ -120,7 +120,7 @@ CHECKS: list = []  # each section adds those of its features: a record keeps bot
 
 
 def check(function):
-    """Registers a function of the settings that forbids what cannot work."""
+    """Registers a function that forbids settings which cannot work."""
     CHECKS.append(function)
     return function
 
@@ -161,7 +161,7 @@ class Hyperparameters:
     xsa_last_n = Var(4, "last layers that drop their own value (XSA, #265)", 0, ship="model")
     unet_skips = Var(True, "later blocks add earlier outputs", ship="model")
     resid_mix = Var(True, "blocks mix in the embedding", ship="model")
-    smear_gate = Var(True, "blend embeddings with the one before", ship="model")
+    smear_gate = Var(True, "blend each embedding with the one before", ship="model")
     ngram_orders = Var("0", "lengths of hashed contexts; 0 = none", ship="model")
     ngram_words = Var(2, "1 = the word so far, 2 = and the one before", 0, 2, ship="model")
     ngram_buckets = Var(65536, "rows of each table", 2, ship="model")
@@ -196,7 +196,7 @@ class Hyperparameters:
     bits = Var("embed:8,ngram:6,attn:6,mlp:6,other:6", "bit width by tensor class")
     quant_k = Var("embed:4,ngram:24,attn:12,mlp:12,other:6", "step = k * std / top: the size knob")
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
-    gptq_batches = Var(4, "training batches for these", 1)
+    gptq_batches = Var(4, "training batches that GPTQ sees", 1)
     quant_rate = Var("embed:0,ngram:0.116,attn:0,mlp:0,other:0", "price of a bit in squared steps")
     compressor = Var("auto", "auto: rans if it is installed", choices=("auto", "rans", "lzma"))
     artifact_budget_bytes = Var(16_000_000, "code + model; 0 = no limit", 0)
@@ -234,7 +234,7 @@ class Hyperparameters:
     device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
     dtype = Var("auto", "of activations; weights are fp32", choices=("auto", "fp32", "bf16"))
     compile = Var("auto", "auto: on GPUs that have triton", choices=("auto", "0", "1"))
-    attention = Var("auto", "auto: the fastest rung; else the first of the ladder",
+    attention = Var("auto", "auto: the fastest; else this rung or the next that works",
                     choices=("auto", "fa3", "fa2", "cpu", "sdpa", "math"))
     strict_env = Var(True, "refuse misspelt variables; 0 = only warn")
 
@@ -245,9 +245,9 @@ class Hyperparameters:
     master_addr = Var("", "rendezvous host")
     master_port = Var(0, "rendezvous port", 0, 65535)
 
-    # Variables of ideas that are gone: {name: (values that mean off, reason)}.
+    # Variables of ideas that are gone: {name: (values still allowed, reason)}.
     RETIRED = {
-        "MTP_NUM_HEADS": ("0", "it costs +0.028 BPB"),
+        "MTP_NUM_HEADS": ("0", "it costs 0.028 BPB"),
         "QUANT_CLIP": ("std", "a search lost at equal size"),
         "QAT_START": ("1 1.0", "see BytePatchJEPA"),
         "TTT_MODULES": ("blocks", "see BytePatchJEPA"),
@@ -268,13 +268,13 @@ class Hyperparameters:
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
         environ = environ or {}
-        self.warnings: list[str] = []
+        self.warnings = []
         self._refuse_retired_and_misspelt(environ)
         # environment, else artifact, else default
         for name, var in self.vars().items():
             value = (shipped or {}).get(var.name, var.default)
-            if environ.get(var.name, "") != "":
-                value = var.parse(environ[var.name])
+            if text := environ.get(var.name):
+                value = var.parse(text)
                 if shipped and var.ship == "model" and value != shipped[var.name]:
                     raise UserError(f"{var.name}={value}: the artifact was made with "
                                     f"{shipped[var.name]}; leave it unset")
@@ -288,13 +288,14 @@ class Hyperparameters:
         self.growth = self._parse_growth()
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
         self.rate_by_class = self._parse_classes("quant_rate", float, 0, 10)
+        self.head_dim = self.model_dim // self.num_heads
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         least = min(32, self.eval_seq_len)
-        self.ttt_doc_chunk = self.ttt_doc_chunk or max(self.eval_seq_len // 16, least)
-        most = min(self.device_batch_tokens, 32768)  # eight ranks share a chunk of TTT evenly
+        self.doc_chunk = self.ttt_doc_chunk or max(self.eval_seq_len // 16, least)
+        most = min(self.device_batch_tokens, 32768)
         self.eval_batch_tokens = self.eval_batch_tokens or most
 
-        if shipped or not self.eval_only:  # which needs an artifact's
+        if shipped or not self.eval_only:  # else the artifact's come first
             for function in CHECKS:
                 function(self)
 
@@ -307,8 +308,7 @@ class Hyperparameters:
         lines = [__doc__.strip()]
         for name, item in vars(cls).items():
             if isinstance(item, Var):
-                default = item.default
-                default = int(default) if isinstance(default, bool) else default
+                default = int(item.default) if isinstance(item.default, bool) else item.default
                 told = f"{item.why} [{item.accepted()}]"
                 lines.append(f"  {item.name:<28} {default!s:<14} {told}")
             elif isinstance(item, str) and re.match("_[a-z]", name):
@@ -324,24 +324,25 @@ class Hyperparameters:
         return {var.name: settings[var.name] for var in self.vars().values() if var.ship}
 
     def learning(self) -> dict:
-        """What decides the weights, but for the text and the limits."""
+        """What decides the weights, all before BITS, but for the text and the limits."""
         free = "DATA_PATH", "VERIFY_DATA", "ITERATIONS", "MAX_WALLCLOCK_SECONDS"
-        names = itertools.takewhile(lambda name: name != "BITS", settings := self.settings())
+        settings = self.settings()
+        names = itertools.takewhile(lambda name: name != "BITS", settings)
         return {name: settings[name] for name in names if name not in free}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
         known = {*self.RETIRED, *map(str.upper, self.vars())}
         for name, value in environ.items():
             if name in self.RETIRED:
-                off, why = self.RETIRED[name]
-                if value not in ("", *off.split()):
+                allowed, why = self.RETIRED[name]
+                if value not in ("", *allowed.split()):
                     raise UserError(f"{name}={value!r} is retired: {why}; unset it")
             if name in known:
                 continue
             if near := difflib.get_close_matches(name, known, 1, cutoff=0.87):
                 message = f"{name} is not a variable of this script; did you mean {near[0]}?"
-                if environ.get("STRICT_ENV", "1") != "0":
-                    raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
+                if self.strict_env.parse(environ.get("STRICT_ENV") or "1"):
+                    raise UserError(f"{message} (STRICT_ENV=0: only a warning)")
                 self.warnings.append(message)
             elif self.FIELD.match(name):
                 self.warnings.append(f"{name} is no variable of this script: ignored")
@@ -405,10 +406,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def tune_allocator() -> None:
-    """Keeps freed pages: fresh ones can dominate eager CPU runs (up to 7x).
+    """Keeps freed pages: page faults can dominate eager CPU runs (up to 7x).
     On glibc: no mmap for large blocks, no trimming, one arena. Elsewhere: nothing."""
-    mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # of malloc.h
-    values = {mmap_max: 0, trim_threshold: -1, top_pad: 1 << 28, arena_max: 1}
+    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
+    values = {-4: 0, -1: -1, -2: 1 << 28, -8: 1}
     with contextlib.suppress(OSError, AttributeError):
         if platform.libc_ver()[0] == "glibc":
             for parameter, value in values.items():
@@ -447,11 +448,11 @@ class Runtime:
         self.rank = args.rank
         self.world_size = args.world_size
         self.main = args.rank == 0
-        self.clocks: dict[str, float] = {}  # seconds by phase
-        self.notes: list[str] = []
+        self.clocks = {}  # seconds by phase
+        self.notes = []
         self.device = self._pick_device(args)
         self.attention = "sdpa"  # runs everywhere; `main` asks for the best rung
-        if not constriction and args.compressor in ("auto", "rans"):
+        if not constriction and args.compressor != "lzma":
             self.notes.append("compressor: constriction is missing, LZMA instead of rANS")
 
         if self.device.type == "cpu":
@@ -515,8 +516,8 @@ class Runtime:
         for dtype in (torch.float32, torch.bfloat16):
             x, weight = (torch.ones(size, dim, dtype=dtype) for size in (2048, 2 * dim))
             flop = 2 * x.numel() * len(weight)
-            seconds = Timer("x @ weight.T", globals=locals()).timeit(5).mean
-            rates.append(1e-9 * flop / seconds)
+            timer = Timer("x @ weight.T", globals=locals())
+            rates.append(max(1e-9 * flop / timer.timeit(2).mean for _ in range(5)))
         fp32, bf16 = self.from_main(rates)
         self.notes.append(f"dtype: fp32 at {fp32:.0f} GFLOP/s, bf16 at {bf16:.0f}")
         return bf16 > 1.3 * fp32
@@ -529,7 +530,7 @@ class Runtime:
                 import triton  # noqa: F401
                 return True
             self.notes.append("compile: no triton, running eager")
-        return False  # CPUs: half a minute or more against a quarter of a step's time
+        return False  # on CPUs it takes half a minute, to save a quarter of each step
 
     @contextlib.contextmanager
     def clock(self, phase: str):
@@ -561,7 +562,7 @@ class Runtime:
         return tensor.tolist()
 
     def agree(self, what: str, values) -> None:
-        """Raises, on all ranks, where one has other values than rank 0."""
+        """Raises UserError on all ranks if one has other values than rank 0."""
         mine = zlib.crc32(json.dumps(values, sort_keys=True).encode())
         first, = self.from_main([mine])
         apart = torch.tensor(self.rank if mine != first else 0)
@@ -573,7 +574,7 @@ class Runtime:
         piece.compiled, failure = True, ""
         try:
             attempt()
-        except UserError:
+        except (UserError, torch.OutOfMemoryError):  # eager takes more memory
             raise
         except Exception as error:  # a compiler may raise anything
             failure = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -658,12 +659,12 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     return y.transpose(1, 2)
 
 
-QUERY_BLOCK = 128  # queries of `block_attention`
+QUERY_BLOCK = 128  # for `block_attention`
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     """Causal attention by blocks of queries, each with the keys that it may see.
-    The backward finds all weights kept, where torch's kernel computes them again."""
+    The backward pass finds its weights stored; torch's kernel computes them again."""
     if mask is not None:
         return sdpa_attention(q, k, v, mask)
     groups, dim = k.size(2), q.size(3)
@@ -683,7 +684,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
 
 def flash_attention(package: str):
     """FlashAttention 2 or 3; documents go through its varlen kernel."""
-    flash = importlib.import_module(package)  # here, since a graph would break at an import
+    flash = importlib.import_module(package)  # here: an import would break a graph
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens=None) -> Tensor:
         if cu_seqlens is None:
@@ -709,8 +710,8 @@ def attention_of(rung: str):
 
 def document_mask(rung: str, docs: Tensor):
     """What a rung needs to keep documents apart; docs (B, T), the document of each position.
-    For flash where each document begins (cu_seqlens), padded so that shapes repeat, and warm-up
-    meets them; else a mask (B, 1, T, T)."""
+    Flash: where documents begin (cu_seqlens), padded to few shapes, which warm-up meets; other
+    rungs: a mask (B, 1, T, T)."""
     if rung in FLASH:
         begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)
         first = begins.flatten().nonzero().flatten().int()
@@ -721,8 +722,8 @@ def document_mask(rung: str, docs: Tensor):
 
 def check_rung(rung: str, args: Hyperparameters, runtime: Runtime) -> None:
     """Raises unless a rung runs both ways here and agrees with `math`."""
-    generator, dim = torch.Generator().manual_seed(0), args.model_dim // args.num_heads
-    q, k = (torch.randn(1, 128, heads, dim, generator=generator) for heads in (2, 1))
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 128, heads, args.head_dim, generator=generator) for heads in (2, 1))
     q, k = (x.to(runtime.device, runtime.dtype).requires_grad_() for x in (q, k))
     docs = (torch.arange(128, device=runtime.device)[None] - 1) // 50  # begin at 1, 51 and 101
     masks = (document_mask(name, docs) if args.doc_mask else None for name in (rung, "math"))
@@ -735,9 +736,8 @@ def check_rung(rung: str, args: Hyperparameters, runtime: Runtime) -> None:
 def attention_seconds(rung: str, args: Hyperparameters, runtime: Runtime) -> float:
     """Seconds of one layer's attention, both ways, in training on a GPU."""
     rows = max(1, min(args.device_batch_tokens, args.train_batch_tokens) // args.train_seq_len)
-    dim = args.model_dim // args.num_heads
     like = {"device": runtime.device, "dtype": runtime.dtype}
-    q, k, v = (torch.randn(rows, args.train_seq_len, heads, dim, **like).requires_grad_()
+    q, k, v = (torch.randn(rows, args.train_seq_len, heads, args.head_dim, **like).requires_grad_()
                for heads in (args.num_heads, args.num_kv_heads, args.num_kv_heads))
     attend = attention_of(rung)
     if runtime.compile:  # it must fit in a graph
@@ -751,23 +751,25 @@ def attention_seconds(rung: str, args: Hyperparameters, runtime: Runtime) -> flo
 
 
 def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
-    """From ATTENTION down the first rung that agrees with `math`; with `auto` on GPUs the fastest.
-    On CPUs no clock decides, since bits depend on the rung; with documents flash goes first. All
-    ranks look, rank 0 chooses."""
+    """The first rung from ATTENTION down that agrees with `math`; with `auto` on GPUs the fastest.
+    On CPUs no clock decides, since bits depend on the rung; nor with DOC_MASK, where flash is
+    first. All ranks look, rank 0 chooses."""
     rungs = [*FLASH, *ATTENTION]
     first = 0 if args.attention == "auto" else rungs.index(args.attention)
     gpu, bf16 = runtime.device.type == "cuda", runtime.dtype == torch.bfloat16
     unfit = {"cpu"} if gpu else {*FLASH}
     timed = gpu and args.attention == "auto" and not args.doc_mask
-    seconds: dict[str, float] = {}
+    seconds = {}
     for rung in rungs[first:]:
         if rung in unfit or not bf16 and rung in (*FLASH, "cpu"):
             continue
         if seconds and (not timed or rung == "math"):
             break
-        with contextlib.suppress(Exception):  # no package, no memory
+        try:
             check_rung(rung, args, runtime)
-            seconds[rung] = attention_seconds(rung, args, runtime) if timed else 0.0
+            seconds[rung] = attention_seconds(rung, args, runtime) if gpu else 0.0
+        except Exception as error:  # no package, no memory
+            runtime.notes.append(f"attention: no {rung}, {error!r:.90}")
 
     if not seconds:
         raise UserError(f"ATTENTION={args.attention}: no rung from there on runs here; use auto")
@@ -804,7 +806,7 @@ def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.nd
         raise UserError(f"{path}: header {header[:2]}, not {SHARD_MAGIC} {SHARD_VERSION}: no shard")
     room = (size - HEADER_BYTES) / 2
     if header[2] != room:
-        raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room:g}")
+        raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room}")
 
     ids = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
     check_ids(ids[:checked], vocab_size, path)
@@ -827,12 +829,11 @@ class Dataset:
             below = next(self.path.glob(f"**/{files}"), None)
             hint = f"did you mean {below.parent}?" if below else "see data/prepare.py"
             raise UserError(f"DATA_PATH={self.path} has no {files}: {hint}")
-        # training shards stay on disk, the validation text is read whole
-        self.vocab_size = args.vocab_size
+        self.vocab_size = size = args.vocab_size
         self.manifest = self._read_manifest()
         if "caseops" in self.manifest:
             raise UserError(f"DATA_PATH={self.path}: CaseOps ids, this script reads no sidecars")
-        size = self.vocab_size
+        # training shards stay on disk, the validation text is read whole
         self.train_shards = [open_shard(path, size, 1 << 20) for path in self.train_files]
         self.val = np.concatenate([open_shard(path, size) for path in self.val_files])
         if verify:
@@ -867,10 +868,10 @@ class Dataset:
     def _verify(self, mode: str) -> None:
         files = self.train_files + self.val_files
         size = sum(path.stat().st_size for path in files)
-        if not self.manifest or mode == "0" or (mode == "auto" and size > 2_000_000_000):
+        if mode == "0" or (mode == "auto" and (not self.manifest or size > 2_000_000_000)):
             return
         for path in files:
-            wanted = self.manifest["sha256"].get(path.name, "nothing")
+            wanted = self.manifest.get("sha256", {}).get(path.name, "nothing")
             found = sha256_file(path)
             if wanted != found:
                 raise UserError(f"{path}: sha256 {found[:16]}, the manifest has {wanted[:16]}")
@@ -951,7 +952,7 @@ def updates_at(progress: float, args: Hyperparameters) -> int:
 
 
 class Loader:
-    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in an order that ranks do not change.
+    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in the same order for any number of ranks.
     `state`, of the checkpoint, is the position of the next row: {"epoch", "shard", "row"}."""
 
     def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int,
@@ -1031,7 +1032,7 @@ class Loader:
 # QUANTISER
 # -----------------------------------------------------------------------------
 
-SMALL_TENSOR = 4096  # elements; below it gains stay fp16
+SMALL_TENSOR = 4096  # elements; smaller matrices stay fp16, as do gains
 SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
 
 
@@ -1046,8 +1047,9 @@ def tensor_class(name: str) -> str:
 
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
-    """(bits, axis of a step's slice: a table's buckets, else the last); (0, 0): fp16."""
-    if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR and min(shape) < 16:
+    """(bits, the axis that shares a step: a table's buckets, else the last); (0, 0): fp16."""
+    small = math.prod(shape) < SMALL_TENSOR and min(shape, default=0) < 16
+    if small or len(shape) < 2 or not name.endswith((".weight", ".table")):
         return 0, 0
     kind = tensor_class(name)
     return args.bits_by_class[kind], len(shape) - (2 if kind == "ngram" else 1)
@@ -1099,13 +1101,13 @@ def gptq(x: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
 
 def quantise(weight: np.ndarray, bits: int, k: float, axis: int, rate: float = 0.0,
              hessian: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds to integers q of `bits` bits, an fp16 step a slice along `axis`: q * step ~ weight.
+    """Rounds to integers q of `bits` bits, one fp16 step per slice along `axis`: q * step ~ weight.
 
     step = k * std / top, top = 2^(bits-1) - 1 (SDClip, #1394). A Gaussian then costs about
     log2(top / k) + 2.05 bits a weight, so k sets the size. Steps have an epsilon floor, not 1 / top
     (defect G2 of #832). `rate` is the price of a bit in squared steps; 0.116, ln(2) / 6, is what
-    a coarser step would save. Returns q, int8 of weight's shape, and step, fp16 with size 1 on
-    `axis`. NumPy: backends pack alike."""
+    a coarser step would save; GPTQ, with a `hessian`, ignores it. Returns q, int8 of weight's
+    shape, and step, fp16 with size 1 on `axis`. NumPy: backends pack alike."""
     top = 2 ** (bits - 1) - 1
     weight = np.asarray(weight, dtype=np.float32)
     step = k / top * weight.std(axis=axis, keepdims=True, dtype=np.float64)
@@ -1159,7 +1161,7 @@ def rotary_tables(length: int, args: Hyperparameters) -> Tensor:
 
     fp32, never cast: bf16 positions are wrong beyond 256 (defect G1 of #832). Windows longer than
     TRAIN_SEQ_LEN grow the base by (length / train_seq_len)^(r / (r - 2)) (NTK scaling)."""
-    dims = args.rope_dims or args.model_dim // args.num_heads
+    dims = args.rope_dims or args.head_dim
     base = args.rope_base
     if length > args.train_seq_len and dims > 2:
         base *= (length / args.train_seq_len) ** (dims / (dims - 2))
@@ -1185,8 +1187,7 @@ class KVCache:
     def __init__(self, model: GPT):
         args = model.args
         like = {"dtype": model.dtype, "device": model.tok_emb.weight.device}
-        head_dim = args.model_dim // args.num_heads
-        shape = (args.num_layers, 2, 1, args.eval_seq_len, args.num_kv_heads, head_dim)
+        shape = args.num_layers, 2, 1, args.eval_seq_len, args.num_kv_heads, args.head_dim
         self.layers = torch.zeros(shape, **like)
         self.length = 0
 
@@ -1199,7 +1200,7 @@ class KVCache:
 
 @check
 def check_heads(args: Hyperparameters) -> None:
-    head_dim, spare = divmod(args.model_dim, args.num_heads)
+    head_dim, spare = args.head_dim, args.model_dim % args.num_heads
     forbid(spare, args, "model_dim num_heads", "must be a multiple of the heads")
     spare = args.num_heads % args.num_kv_heads
     forbid(spare, args, "num_heads num_kv_heads", "must be a multiple of the kv heads")
@@ -1213,7 +1214,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.num_kv_heads = args.num_kv_heads
-        self.head_dim = args.model_dim // args.num_heads
+        self.head_dim = args.head_dim
         kv_dim = self.num_kv_heads * self.head_dim
         self.c_q = CastedLinear(args.model_dim, args.model_dim)
         self.c_k = CastedLinear(args.model_dim, kv_dim)
@@ -1276,7 +1277,7 @@ class Block(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """x_t <- (1 - g) x_t + g x_{t-1}, a learned gate a channel; none into a BOS."""
+    """x_t <- (1 - g) x_t + g x_{t-1}, one learned gate per channel; none into a BOS."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -1288,7 +1289,7 @@ class SmearGate(nn.Module):
 
 
 def in_word(ids: Tensor) -> Tensor:
-    """byte260 ids that letters, digits and the bytes of non-ASCII characters have."""
+    """Whether byte260 ids are letters, digits or bytes of non-ASCII characters."""
     byte = ids - BYTE_OFFSET
     letter = byte | 32
     is_letter = (letter >= 97) & (letter <= 122)
@@ -1302,10 +1303,10 @@ def hash_mix(state: Tensor, symbol: Tensor) -> Tensor:
 
 
 @piece
-def look_back(earlier: Tensor, distance: Tensor, inside: Tensor, part: Tensor, gram: Tensor,
+def look_back(earlier: Tensor, length: Tensor, inside: Tensor, part: Tensor, gram: Tensor,
               word: Tensor, pair: Tensor) -> tuple[Tensor, ...]:
-    """Takes the id `distance` before each one, `earlier` (B, T), into its contexts' hashes."""
-    gram = hash_mix(gram, torch.where(inside, earlier, PAD_ID) + distance)
+    """Adds `earlier` (B, T), the id `length` - 1 before each one, to its contexts' hashes."""
+    gram = hash_mix(gram, torch.where(inside, earlier, PAD_ID) + length)
     inside = inside & (earlier > BOS_ID)
     part = torch.where(inside, part + (in_word(earlier) ^ (part % 2 == 0)), 3)
     word = torch.where(part == 0, hash_mix(word, earlier), word)
@@ -1348,11 +1349,11 @@ class HashEmbedding(nn.Module):
         grams = {1: gram}
         reach = max(*self.orders, self.WORD_REACH if self.words else 0)
         before = F.pad(ids, (reach - 1, 0), value=PAD_ID)
-        distances = torch.arange(reach + 1, device=ids.device)
+        lengths = torch.arange(reach + 1, device=ids.device)
         for n in range(2, reach + 1):
             earlier = before[:, reach - n :][:, : ids.size(1)].contiguous()
             inside, part, gram, word, pair = look_back(
-                earlier, distances[n], inside, part, gram, word, pair)
+                earlier, lengths[n], inside, part, gram, word, pair)
             grams[n] = gram
         return [grams[n] for n in self.orders] + [word, (pair + 1) & mask][: self.words]
 
@@ -1384,7 +1385,7 @@ class GPT(nn.Module):
         if args.ngram_order_list:
             size = args.ngram_buckets, args.ngram_dim, args.ngram_hashes, dim
             self.ngram = HashEmbedding(args.ngram_order_list, args.ngram_words, *size)
-        self.reach = max((*args.ngram_order_list, HashEmbedding.WORD_REACH))  # back
+        self.reach = max((*args.ngram_order_list, HashEmbedding.WORD_REACH))  # in ids
         self.smear = SmearGate(dim) if args.smear_gate else None
         self.blocks = nn.ModuleList(Block(args, i, attention) for i in range(layers))
         skips = nn.Parameter(torch.ones(layers // 2, dim))
@@ -1456,7 +1457,7 @@ class GPT(nn.Module):
     def states(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
         """ids (B, T) -> the stream (B, T, D) after the last block.
 
-        With `past`, ids (1, T) are a window's so far, the states those that it lacks."""
+        With `past`, ids (1, T) are a window's so far; it gives only the states that are new."""
         known = 0 if past is None else past.length
         x = self.embed_contexts(ids, known)
         mask = self.attention_mask(ids, past)
@@ -1470,7 +1471,7 @@ class GPT(nn.Module):
         return rms_norm(self.states(ids, rotary, past))
 
     def exported(self) -> dict[str, nn.Parameter]:
-        """Parameters that scoring needs: an artifact holds no others."""
+        """The parameters that an artifact holds: here, all."""
         return dict(self.named_parameters())
 
     def head(self, x: Tensor) -> Tensor:
@@ -1537,13 +1538,12 @@ class Muon:
     """Momentum, then orthogonalisation: the update's singular values are near 1.
 
     Matrices of equal shape form one stack; each rank owns a share, receives its summed gradient
-    (reduce-scatter), orthogonalises it and sends it round (all-gather) beside the next one.
-    update = NS(g + mu m), m <- mu m + g;
+    (reduce-scatter), orthogonalises it and sends it round (all-gather) while it does the next.
+    m <- mu m + g; update = NS(g + mu m);
     p <- (1 - rate wd) p - rate sqrt(max(1, r / c)) update."""
 
     def __init__(self, params: list[nn.Parameter], args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime = args, runtime
-        self.dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
         shapes = dict.fromkeys(p.shape for p in params)
         stacks = [[p for p in params if p.shape == shape] for shape in shapes]
         self.stacks = sorted(stacks, key=lambda members: -len(members) * members[0].numel())
@@ -1578,7 +1578,7 @@ class Muon:
             share.mul_(clip)
             buffer.mul_(momentum).add_(share)
             share.add_(buffer, alpha=momentum)
-            mine = newton_schulz(share, self.args.muon_backend_steps, self.dtype)
+            mine = newton_schulz(share, self.args.muon_backend_steps, self.runtime.dtype)
             flying.append((members, self._gather(mine)))
         for members, update in flying:
             factor = max(1.0, members[0].size(0) / members[0].size(1)) ** 0.5
@@ -1668,7 +1668,7 @@ class Optimizers:
         if self.runtime.world_size > 1:
             flat = torch._utils._flatten_dense_tensors(grads)
             dist.all_reduce(flat)
-            torch._foreach_copy_(grads, list(torch._utils._unflatten_dense_tensors(flat, grads)))
+            torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
         return (self.muon.square_norm() + torch.stack(torch._foreach_norm(grads)).square().sum()).sqrt()
 
     @torch.no_grad()
@@ -1742,7 +1742,7 @@ Plane = namedtuple("Plane", "model top slices places period")
 
 
 def planes(entries: list) -> list[Plane]:
-    """Layout of the payload: quantised tensors, then bytes of fp16 numbers."""
+    """Layout for entries [name, shape, bits, axis]: quantised tensors, then fp16 bytes."""
     found, halves = [], 0
     for name, shape, bits, axis in entries:
         slices = math.prod(shape) // (shape[axis] if bits else 1)
@@ -1766,7 +1766,7 @@ def fresh_counts(top: int) -> np.ndarray:
 
 
 def code_slices(block: np.ndarray, contexts: np.ndarray, counts: np.ndarray, top, code) -> None:
-    """Codes (slices, places) of a plane, a context of each CHUNK as one run."""
+    """Codes block (slices, places): of each CHUNK, the symbols of one context at once."""
     for left in range(0, block.shape[1], CHUNK):
         here = contexts[left : left + CHUNK]
         for context in np.unique(here):
@@ -1799,8 +1799,8 @@ def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
 
     A symbol's context is the mean |q| of its place (column or bucket) in the slices before, and how
     many these are. Each (model, context) counts what it has seen, so no table is sent; with every
-    tensor old counts shrink. Integers and correctly rounded operations: any machine agrees."""
-    models: dict[str, np.ndarray] = {}
+    period old counts shrink. Integers and correctly rounded operations: any machine agrees."""
+    models = {}
     ends = np.cumsum([plane.slices * plane.places for plane in layout])
     for plane, block in zip(layout, np.split(raw, ends)):
         if plane.model not in models:
@@ -1842,18 +1842,18 @@ COMPRESSORS = {  # (compress, decompress), of bytes and the layout of the payloa
 
 
 def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> bytes:
-    """Quantises by `quant_plan`, compresses in the order of `planes`: a file that tells its layout.
+    """{name: float array} -> a file: quantised by `quant_plan`, compressed in `planes`' order.
     `hessians` {name: (C, C)} of the matrices that GPTQ is to round."""
     entries, codes, halves = [], [], []
-    for name, weight in tensors.items():
+    for name, half in tensors.items():
         kind = tensor_class(name)
-        bits, axis = quant_plan(name, weight.shape, args)
-        entries.append([name, list(weight.shape), bits, axis])
-        if bits:
+        bits, axis = quant_plan(name, half.shape, args)
+        entries.append([name, list(half.shape), bits, axis])
+        if bits:  # only its steps stay fp16
             rate, hessian = args.rate_by_class[kind], (hessians or {}).get(name)
-            q, weight = quantise(weight, bits, args.k_by_class[kind], axis, rate, hessian)
+            q, half = quantise(half, bits, args.k_by_class[kind], axis, rate, hessian)
             codes.append(np.moveaxis(q, axis, -1).tobytes())
-        halves.append(np.asarray(weight, dtype="<f2").reshape(-1))
+        halves.append(np.asarray(half, dtype="<f2").reshape(-1))
     raw = b"".join(codes) + np.concatenate(halves).view(np.uint8).reshape(-1, 2).T.tobytes()
 
     name = "rans" if constriction and args.compressor != "lzma" else "lzma"
@@ -1914,7 +1914,7 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hyperparameters:
-    """The settings of an artifact's header; `environ` may change EVAL_* and the run's."""
+    """The settings of an artifact's header; `environ` may change all but the model's."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
         raise UserError(f"{path}: made by {header['script']}: its config lacks {missing[0]}")
@@ -1978,7 +1978,7 @@ class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defa
         shape, whatever the text."""
         inputs = np.full((self.batch, self.length), PAD_ID, np.int64)
         position = np.zeros(self.batch, np.int64)
-        targets = np.zeros((self.batch, min(self.stride, self.length)), np.int64)
+        targets = np.zeros((self.batch, self.stride), np.int64)
         for i, (start, first, stop) in enumerate(rows):
             text = ids[start : min(start + self.length, len(ids) - 1)]
             inputs[i, : len(text)] = text
@@ -2030,7 +2030,7 @@ class Adapters:
         self.squares, self.steps = [torch.zeros_like(p) for p in self.params], 0
 
     def attach(self, documents: int) -> list[Tensor]:
-        """The first documents' rows are read through adapters -> all that learns."""
+        """Reads the first `documents` rows through adapters -> the parameters."""
         params = [p[:documents].detach().requires_grad_() for p in self.params]
         scale = self.args.ttt_lora_alpha / self.args.ttt_lora_rank
         for owner, a, b in zip(self.owners, params[::2], params[1::2]):
@@ -2056,7 +2056,7 @@ class Adapters:
 
 @check
 def check_documents(args: Hyperparameters) -> None:
-    wide = args.ttt != "0" and args.ttt_doc_chunk > args.eval_seq_len
+    wide = args.ttt != "0" and args.doc_chunk > args.eval_seq_len
     forbid(wide, args, "ttt_doc_chunk eval_seq_len", "a window must hold the chunk")
 
 
@@ -2105,13 +2105,13 @@ class TestTimeTraining:
         mine = batch[rank::ranks]
         rows = -(-len(batch) // ranks)
         adapters, parts = Adapters(self.model, rows), []
-        for done in range(0, batch[0, 1] - batch[0, 0], args.ttt_doc_chunk):
+        for done in range(0, batch[0, 1] - batch[0, 0], args.doc_chunk):
             alive = mine[mine[:, 1] - mine[:, 0] > done]
-            part = self.model.tok_emb.weight.new_zeros(rows, args.ttt_doc_chunk, args.vocab_size)
+            part = self.model.tok_emb.weight.new_zeros(rows, args.doc_chunk, args.vocab_size)
             if len(alive):
                 part[: len(alive)] = self.adapt_chunk(adapters, ids, alive, done, length)
             parts.append(self.gathered(part, ranks))
-            self.read += int((batch[:, 1] - batch[:, 0] - done).clip(0, args.ttt_doc_chunk).sum())
+            self.read += int((batch[:, 1] - batch[:, 0] - done).clip(0, args.doc_chunk).sum())
             self.tell(self.read)
         whole = torch.cat(parts, 1)
         self.seconds += time.perf_counter() - began
@@ -2127,9 +2127,9 @@ class TestTimeTraining:
 
     def adapt_chunk(self, adapters: Adapters, ids: np.ndarray, alive: np.ndarray, done: int,
                     length: int) -> Tensor:
-        """Log-probabilities (n, chunk, V) of n documents' targets from `done` on. Those that have
-        more learn from it."""
-        size, device = self.args.ttt_doc_chunk, self.model.tok_emb.weight.device
+        """Log-probabilities (n, chunk, V) of n documents' targets from `done` on. Documents that
+        go on learn from these."""
+        size, device = self.args.doc_chunk, self.model.tok_emb.weight.device
         begin = max(done + size - length, 0)  # of the window, in the document
         rows = np.full((len(alive), done + size - begin), PAD_ID, np.int64)
         goals = np.zeros((len(alive), size), np.int64)
@@ -2279,8 +2279,8 @@ def bit_odds(ids, probs, odds, tree):
 @kernel
 def follow(m, ids):
     """Moves contexts and match on over ids, and notes what each of them and the next will need: of contexts
-    `rows` and the `marks` that these must bear, and `spots`. All depends on ids alone, so memory can be
-    asked for counters in time."""
+    `rows` and the `marks` that these must bear, and `spots`. All this depends only on ids, so counters
+    can be fetched from memory in time."""
     now, hashes, text, spots, order = m.now, m.hashes, m.text, m.spots, len(m.hashes) - 1
     n = now[BYTES]
     for t in range(len(ids) + 1):
@@ -2562,7 +2562,7 @@ def run_starts(ids: np.ndarray, streams: int) -> np.ndarray:
 
 
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """(nats of ids[1:], {t: log-probabilities (V,) at each t of `positions`})."""
+    """(nats of ids[1:], {t: log-probabilities (V,) of target t, for t in `positions`})."""
     args, ids, wanted = model.args, np.asarray(ids), set(positions)
     blocks = -(-len(ids) // args.eval_stride)  # a short text needs no full batch
     batch = max(1, min(args.eval_batch_tokens // args.eval_seq_len, blocks))
@@ -2610,9 +2610,9 @@ def leaving(*tensors: Tensor):
 class Ledger:
     """Adds up a pass: nats by class of bytes, the network's and, where `mix`, the mixture's.
 
-    The text is cut into runs of documents, each with counts of its own, and ranks take turns at them, and a
-    rank's threads at its own, while the network reads on. Each is added up in its order: sums are the same
-    to the last digit whoever adds."""
+    The text is cut into runs of documents, each with counts of its own. Ranks take turns at runs, and a
+    rank's threads at its share, while the network reads on. A run is added up in its own order, so sums
+    agree to the last digit whoever adds."""
 
     def __init__(self, args: Hyperparameters, runtime: Runtime, ids: np.ndarray, mix: bool):
         self.args, self.runtime, self.ids, self.mix = args, runtime, ids, mix
@@ -2678,10 +2678,9 @@ class Evaluator:
     """Scores models on the validation text; a pass ends as a line of the log."""
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
-        self.args, self.runtime = args, runtime
-        self.log = log
+        self.args, self.runtime, self.log = args, runtime, log
         self.tables = byte_tables(args)
-        self.results: dict[str, dict] = {}
+        self.results = {}
         # VAL_BYTES cuts the text after the target that reaches it
         ids = data.val
         sizes = target_bytes(ids, self.tables)
@@ -2689,10 +2688,9 @@ class Evaluator:
         if self.prefix:
             targets = int(np.searchsorted(np.cumsum(sizes), args.val_bytes)) + 1
             ids, sizes = ids[: targets + 1], sizes[:targets]
-        self.ids = ids
-        self.bytes = int(sizes.sum())
+        self.ids, self.bytes = ids, int(sizes.sum())
         if not self.bytes:
-            raise UserError(f"{data.val_files[0]}: its targets stand for no byte at all")
+            raise UserError(f"{data.val_files[0]}: its targets stand for no byte")
 
     def describe(self, manifest: dict) -> str:
         original = manifest.get("val_bytes") or self.bytes
@@ -2799,13 +2797,13 @@ class Stream:
         if self.known is not None:
             return self.known
         args, position = self.model.args, len(self.ids) - 1 - self.origin
-        stride = args.ttt_doc_chunk if self.learner else args.eval_stride
+        stride = args.doc_chunk if self.learner else args.eval_stride
         if (block := position // stride) != self.block:
             if self.learner:
                 self.learn(block * stride)
             self.block, self.past = block, KVCache(self.model)
             self.start = self.origin + max((block + 1) * stride - args.eval_seq_len, 0)
-        # read all that the cache does not hold in one pass
+        # one pass reads all that the cache lacks
         if self.adapters:
             self.adapters.attach(1)
         ids = torch.tensor([self.ids[self.start :]], device=self.model.tok_emb.weight.device)
@@ -2819,7 +2817,7 @@ class Stream:
         """Learns, as the scorer has, from the first `known` targets of the document, asked for
         or not."""
         args, ids = self.model.args, np.array(self.ids)
-        span, size = np.array([[self.origin, len(ids)]]), args.ttt_doc_chunk
+        span, size = np.array([[self.origin, len(ids)]]), args.doc_chunk
         self.adapters = self.adapters or Adapters(self.model, 1)
         for done in range(size * self.adapters.steps, known if args.ttt_adapt else 0, size):
             self.learner.adapt_chunk(self.adapters, ids, span, done, args.eval_seq_len)
@@ -2889,7 +2887,7 @@ class Trainer:
         self.step, self.seconds, self.best = 0, 0.0, math.inf  # resumed runs included
         self.slowest = 0.0  # seconds of the slowest step, slowly forgotten
         self.reserve = 0.0  # seconds that calibration will take of the training clock
-        self.unwritten: list[tuple] = []  # steps whose losses are still on the device
+        self.unwritten = []  # steps whose losses are still on the device
         self.fresh_optimizers()
 
     def fresh_optimizers(self) -> None:
@@ -2929,7 +2927,7 @@ class Trainer:
             self.model.zero_grad()
             self.train_step(*batch, 0.0)
         if args.quant_round == "gptq" and args.max_wallclock_seconds:
-            for _ in range(2):  # the second time is the one to go by
+            for _ in range(2):  # the second time counts
                 start = time.perf_counter()
                 self.moments(1)
                 seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
@@ -2945,10 +2943,10 @@ class Trainer:
         try_scoring(self.model, self.runtime)
 
     @torch.no_grad()
-    def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
-        def add(names: list[str], x: Tensor) -> None:
-            x = x.flatten(0, -2).float()
+    def input_moments(self, batch: Tensor, real: Tensor, sums: dict) -> dict[str, Tensor]:
+        """Adds X^T X of every matrix's inputs to `sums` {name: (C, C)}, of `real` rows."""
+        def add(names: list[str], _, inputs: tuple) -> None:
+            x = (inputs[0] * rows[:, None, None]).flatten(0, -2).float()
             product = x.T @ x
             for name in names:
                 sums[name] = sums.get(name, 0) + product
@@ -2957,11 +2955,11 @@ class Trainer:
         hooks = []
         for path, module in self.model.named_modules():
             if names := [f"{path}.{part}weight" for part in readers.get(type(module), ())]:
-                hook = lambda _, inputs, names=names: add(names, inputs[0])  # noqa: E731
-                hooks.append(module.register_forward_pre_hook(hook))
+                hooks.append(module.register_forward_pre_hook(functools.partial(add, names)))
         compiled, piece.compiled = piece.compiled, False  # a graph would not call the hooks
-        for ids in batch:
-            add(["tok_emb.weight"], self.model.hidden(ids[:, :-1], self.model.rotary_train))
+        for ids, rows in zip(batch, real):
+            x = self.model.hidden(ids[:, :-1], self.model.rotary_train)
+            add(["tok_emb.weight"], None, (x,))
         piece.compiled = compiled
         for hook in hooks:
             hook.remove()
@@ -2970,10 +2968,10 @@ class Trainer:
     def moments(self, batches: int) -> dict[str, np.ndarray]:
         """`input_moments` of the next `batches` training batches, of all ranks."""
         loader = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
-        sums: dict[str, Tensor] = {}
+        sums, device = {}, self.runtime.device
         for _ in range(batches):
-            ids, _, _ = loader.next()
-            self.input_moments(ids.to(self.runtime.device), sums)
+            ids, weights, _ = loader.next()  # a row of no weight repeats another
+            self.input_moments(ids.to(device), weights.to(device) > 0, sums)
         return {name: self.runtime.all_reduce(total).cpu().numpy() for name, total in sums.items()}
 
     def calibrate(self) -> dict[str, np.ndarray]:
@@ -2988,13 +2986,13 @@ class Trainer:
         return found
 
     def progress(self) -> float:
-        """Share of the run that is done, of its steps or seconds. Three of the slowest late steps
-        and the time for calibration stay unused: nothing may end after the limit."""
-        by_steps, by_time = self.step / self.args.iterations, 0.0
+        """Share of the run that is done, of its steps or seconds. Time for calibration and three
+        steps as slow as the slowest late one stays unused: nothing may end after the limit."""
+        done = self.step / self.args.iterations
         if self.args.max_wallclock_seconds:
             usable = self.args.max_wallclock_seconds - 3 * self.slowest - self.reserve
-            by_time = self.seconds / max(usable, 1e-9)
-        return min(1.0, max(by_steps, by_time))
+            done = max(done, self.seconds / max(usable, 1e-9))
+        return min(1.0, done)
 
     def agree_on_time(self, now: float) -> None:
         """Takes the latest clock and any rank's signal; all stop at the same step."""
@@ -3010,7 +3008,7 @@ class Trainer:
         args, runtime = self.args, self.runtime
         loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
         first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of a non-finite loss
-        fences: deque = deque()
+        fences = deque()
         started = time.perf_counter() - self.seconds
 
         def due(every: int) -> bool:
@@ -3171,7 +3169,7 @@ def git_commit() -> str:
 
 
 def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
-    """Source, versions, settings and data: all that it takes to know what ran."""
+    """Source, versions, settings and data: what ran."""
     log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
     for warning in args.warnings:
         log(f"warning: {warning}")
@@ -3190,9 +3188,12 @@ def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
     """Trains from the start or a checkpoint; a signal leaves one and raises Stopped."""
     args = trainer.args
     last, final = (run_folder(args) / f"{name}.safetensors" for name in ("last", "final"))
-    newest = final if final.exists() else last  # a run that was stopped while it packed
+    newest = max(last, final, key=lambda path: path.exists() and path.stat().st_mtime)
     if args.resume and (args.resume != "auto" or newest.exists()):
         trainer.restore(newest if args.resume == "auto" else Path(args.resume))
+    weights = [p.sum().item() for p in trainer.model.parameters()]
+    trainer.runtime.agree("weights or another step", [trainer.step, *weights])
+
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: setattr(trainer, "signal", received))
     try:
@@ -3208,7 +3209,7 @@ def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
 
 
 def write_artifact(trainer: Trainer) -> tuple[Path, int]:
-    """(artifact.bin of the model's weights, how many numbers are in it)."""
+    """(artifact.bin, how many numbers are in it)."""
     args, runtime = trainer.args, trainer.runtime
     with runtime.clock("calibration"):
         hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
@@ -3217,7 +3218,7 @@ def write_artifact(trainer: Trainer) -> tuple[Path, int]:
         artifact = run_folder(args) / "artifact.bin"
         if runtime.main:
             write_atomic(artifact, pack(tensors, args, hessians))
-        runtime.all_reduce(torch.zeros(1))  # the others wait for the file
+        runtime.all_reduce(torch.zeros(1))  # the others wait
     shipped = sum(map(np.size, tensors.values()))
     trainer.log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
     return artifact, shipped
@@ -3249,11 +3250,11 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
 
 def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
                    evaluator: Evaluator) -> None:
-    """Reloads the artifact into a new model and prints the final lines."""
+    """Reloads the artifact and prints the final lines."""
     with runtime.clock("evaluation"):
         model = load(path, runtime.device, args, runtime.dtype, runtime.attention)
     if runtime.compile:
-        with runtime.clock("warm-up"):  # little after training, whose graphs are there
+        with runtime.clock("warm-up"):  # short after training, which left its graphs
             runtime.compile_by(lambda: try_scoring(model, runtime), evaluator.log)
     label = f"final_int{args.bits_by_class['mlp']}"
     with runtime.clock("evaluation"):
@@ -3270,15 +3271,15 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
     headline = list(evaluator.results)[-1]
     code = len(Path(__file__).read_bytes())
     total = code + os.path.getsize(summary["artifact"])
-    seconds = {"train_seconds": 0.0, "eval_seconds": runtime.clocks["evaluation"]} | summary
-    spent = {"artifact_budget_bytes": total, "max_wallclock_seconds": seconds["train_seconds"],
-             "eval_budget_seconds": seconds["eval_seconds"]}
+    summary = {"train_seconds": 0.0, "eval_seconds": runtime.clocks["evaluation"]} | summary
+    spent = {"artifact_budget_bytes": total, "max_wallclock_seconds": summary["train_seconds"],
+             "eval_budget_seconds": summary["eval_seconds"]}
     broken = [f"{name.upper()}={getattr(args, name)} is broken: {value:.3f}"
               for name, value in spent.items() if 0 < getattr(args, name) < value]
     # what the tables of READMEs are made of
     metrics = {
         "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline,
-        "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **seconds,
+        "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **summary,
         "peak_mem_mb": runtime.peak_memory_mb(), "seed": args.seed,
         "script_sha256": sha256_file(Path(__file__)), "git_commit": git_commit(),
         "device": runtime.device_name(), "world_size": runtime.world_size,
@@ -3317,8 +3318,9 @@ def main() -> int:
         data = Dataset(args, verify=runtime.main)
         log = Log(run_folder(args) if runtime.main else None)
         fingerprint = data.fingerprint()
-        same = [args.shipped(), args.learning(), args.iterations, fingerprint["sha256"]]
-        runtime.agree("settings or text", same)
+        same = {name: value for name, value in args.settings().items()
+                if not re.search("PATH|RANK|MASTER|RUN_ID|ARTIFACT$", name)}
+        runtime.agree("settings or text", [same, fingerprint["sha256"]])
         ThreadPoolExecutor(1).submit(runtime.watch_ranks, args)
         log_header(log, args, runtime, fingerprint)
         evaluator = Evaluator(args, data, runtime, log)

@@ -46,7 +46,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # later it would keep the group, and threads abort
+import torch.distributed.nn  # a later import keeps the group: threads abort
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -90,7 +90,7 @@ class Var:
     def accepted(self) -> str:
         if self.choices:
             return " | ".join(self.choices)
-        kinds = {bool: "0 | 1", int: "an integer", float: "a number", str: "a text"}
+        kinds = {bool: "0 | 1", int: "an integer", float: "a number", str: "text"}
         low = "" if self.low is None else f" from {self.low}"
         high = "" if self.high is None else f" to {self.high}"
         return kinds[type(self.default)] + low + high
@@ -124,7 +124,7 @@ CHECKS: list = []  # each section adds those of its features: a record keeps bot
 
 
 def check(function):
-    """Registers a function of the settings that forbids what cannot work."""
+    """Registers a function that forbids settings which cannot work."""
     CHECKS.append(function)
     return function
 
@@ -199,7 +199,7 @@ class Hyperparameters:
     quant_k = Var("embed:14,attn:13,mlp:12.5,other:12.85", "step = k * std / top: the size knob")
     quant_round = Var("gptq", "gptq: by the inputs' second moments", choices=("nearest", "gptq"))
     gptq_batches = Var(2, "training batches for these", 1)
-    awq_groups = Var(1, "groups of 64 salient columns with 8 bits (#1908)", 0)
+    awq_groups = Var(1, "gptq: groups of 64 salient columns with 8 bits", 0)
     lqer_top_k = Var(1, "worst matrices, corrected by a product (#1797)", 0)
     lqer_rank = Var(4, "inner width of these products", 1)
     compressor = Var("auto", "auto: rans if it is installed", choices=("auto", "rans", "lzma"))
@@ -235,7 +235,7 @@ class Hyperparameters:
     device = Var("auto", "ROCm counts as cuda", choices=("auto", "cpu", "cuda", "mps"))
     dtype = Var("auto", "of activations; weights are fp32", choices=("auto", "fp32", "bf16"))
     compile = Var("auto", "auto: on GPUs that have triton", choices=("auto", "0", "1"))
-    attention = Var("auto", "auto: the fastest rung; else the first of the ladder",
+    attention = Var("auto", "auto: the fastest; else this rung or the next that works",
                     choices=("auto", "fa3", "fa2", "cpu", "sdpa", "math"))
     strict_env = Var(True, "refuse misspelt variables; 0 = only warn")
 
@@ -246,7 +246,7 @@ class Hyperparameters:
     master_addr = Var("", "rendezvous host")
     master_port = Var(0, "rendezvous port", 0, 65535)
 
-    # Variables of ideas that are gone: {name: (values that mean off, reason)}.
+    # Variables of ideas that are gone: {name: (values still allowed, reason)}.
     RETIRED = {name: (off, why) for why, names in (
         ("EMA_DECAY=0 scores the last weights", "SWA_ENABLED=0 EMA_ENABLED=1"),
         ("#2080 has it so", "BIJEPAX_CYCLE=0 MTP_NUM_HEADS=0 CASEOPS_ENABLED=1"),
@@ -273,13 +273,13 @@ class Hyperparameters:
     def __init__(self, environ: dict[str, str] | None = None, shipped: dict | None = None):
         """Reads `environ`; `shipped`, of an artifact, replaces defaults."""
         environ = environ or {}
-        self.warnings: list[str] = []
+        self.warnings = []
         self._refuse_retired_and_misspelt(environ)
 
         for name, var in self.vars().items():
             value = (shipped or {}).get(var.name, var.default)
-            if environ.get(var.name, "") != "":
-                value = var.parse(environ[var.name])
+            if text := environ.get(var.name):
+                value = var.parse(text)
                 if shipped and var.ship == "model" and value != shipped[var.name]:
                     raise UserError(f"{var.name}={value}: the artifact was made with "
                                     f"{shipped[var.name]}; leave it unset")
@@ -290,11 +290,12 @@ class Hyperparameters:
         self.bits_by_class = self._parse_classes("bits", int, 2, 8)
         self.growth = self._parse_growth()
         self.k_by_class = self._parse_classes("quant_k", float, 0.1, 1000)
+        self.head_dim = self.model_dim // self.num_heads
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
-        most = min(self.device_batch_tokens, 32768)  # eight ranks share a chunk of TTT evenly
+        most = min(self.device_batch_tokens, 32768)
         self.eval_batch_tokens = self.eval_batch_tokens or most
 
-        if shipped or not self.eval_only:  # which needs an artifact's
+        if shipped or not self.eval_only:  # else the artifact's come first
             for function in CHECKS:
                 function(self)
 
@@ -307,8 +308,7 @@ class Hyperparameters:
         lines = [__doc__.strip()]
         for name, item in vars(cls).items():
             if isinstance(item, Var):
-                default = item.default
-                default = int(default) if isinstance(default, bool) else default
+                default = int(item.default) if isinstance(item.default, bool) else item.default
                 told = f"{item.why} [{item.accepted()}]"
                 lines.append(f"  {item.name:<28} {default!s:<14} {told}")
             elif isinstance(item, str) and re.match("_[a-z]", name):
@@ -324,24 +324,25 @@ class Hyperparameters:
         return {var.name: settings[var.name] for var in self.vars().values() if var.ship}
 
     def learning(self) -> dict:
-        """What decides the weights, but for the text and the limits."""
+        """What decides the weights, all before BITS, but for the text and the limits."""
         free = "DATA_PATH", "VERIFY_DATA", "ITERATIONS", "MAX_WALLCLOCK_SECONDS"
-        names = itertools.takewhile(lambda name: name != "BITS", settings := self.settings())
+        settings = self.settings()
+        names = itertools.takewhile(lambda name: name != "BITS", settings)
         return {name: settings[name] for name in names if name not in free}
 
     def _refuse_retired_and_misspelt(self, environ: dict[str, str]) -> None:
         known = {*self.RETIRED, *map(str.upper, self.vars())}
         for name, value in environ.items():
             if name in self.RETIRED:
-                off, why = self.RETIRED[name]
-                if value not in ("", *off.split()):
+                allowed, why = self.RETIRED[name]
+                if value not in ("", *allowed.split()):
                     raise UserError(f"{name}={value!r} is retired: {why}; unset it")
             if name in known:
                 continue
             if near := difflib.get_close_matches(name, known, 1, cutoff=0.87):
                 message = f"{name} is not a variable of this script; did you mean {near[0]}?"
-                if environ.get("STRICT_ENV", "1") != "0":
-                    raise UserError(f"{message} (STRICT_ENV=0 turns this into a warning)")
+                if self.strict_env.parse(environ.get("STRICT_ENV") or "1"):
+                    raise UserError(f"{message} (STRICT_ENV=0: only a warning)")
                 self.warnings.append(message)
             elif self.FIELD.match(name):
                 self.warnings.append(f"{name} is no variable of this script: ignored")
@@ -394,10 +395,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def tune_allocator() -> None:
-    """Keeps freed pages: fresh ones can dominate eager CPU runs (up to 7x).
+    """Keeps freed pages: page faults can dominate eager CPU runs (up to 7x).
     On glibc: no mmap for large blocks, no trimming, one arena. Elsewhere: nothing."""
-    mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # of malloc.h
-    values = {mmap_max: 0, trim_threshold: -1, top_pad: 1 << 28, arena_max: 1}
+    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
+    values = {-4: 0, -1: -1, -2: 1 << 28, -8: 1}
     with contextlib.suppress(OSError, AttributeError):
         if platform.libc_ver()[0] == "glibc":
             for parameter, value in values.items():
@@ -436,11 +437,11 @@ class Runtime:
         self.rank = args.rank
         self.world_size = args.world_size
         self.main = args.rank == 0
-        self.clocks: dict[str, float] = {}  # seconds by phase
-        self.notes: list[str] = []
+        self.clocks = {}  # seconds by phase
+        self.notes = []
         self.device = self._pick_device(args)
         self.attention = "sdpa"  # runs everywhere; `main` asks for the best rung
-        if not constriction and args.compressor in ("auto", "rans"):
+        if not constriction and args.compressor != "lzma":
             self.notes.append("compressor: constriction is missing, LZMA instead of rANS")
 
         if self.device.type == "cpu":
@@ -504,8 +505,8 @@ class Runtime:
         for dtype in (torch.float32, torch.bfloat16):
             x, weight = (torch.ones(size, dim, dtype=dtype) for size in (2048, 2 * dim))
             flop = 2 * x.numel() * len(weight)
-            seconds = Timer("x @ weight.T", globals=locals()).timeit(5).mean
-            rates.append(1e-9 * flop / seconds)
+            timer = Timer("x @ weight.T", globals=locals())
+            rates.append(max(1e-9 * flop / timer.timeit(2).mean for _ in range(5)))
         fp32, bf16 = self.from_main(rates)
         self.notes.append(f"dtype: fp32 at {fp32:.0f} GFLOP/s, bf16 at {bf16:.0f}")
         return bf16 > 1.3 * fp32
@@ -518,7 +519,7 @@ class Runtime:
                 import triton  # noqa: F401
                 return True
             self.notes.append("compile: no triton, running eager")
-        return False  # CPUs: half a minute or more against a quarter of a step's time
+        return False  # on CPUs it takes half a minute, to save a quarter of each step
 
     @contextlib.contextmanager
     def clock(self, phase: str):
@@ -550,7 +551,7 @@ class Runtime:
         return tensor.tolist()
 
     def agree(self, what: str, values) -> None:
-        """Raises, on all ranks, where one has other values than rank 0."""
+        """Raises UserError on all ranks if one has other values than rank 0."""
         mine = zlib.crc32(json.dumps(values, sort_keys=True).encode())
         first, = self.from_main([mine])
         apart = torch.tensor(self.rank if mine != first else 0)
@@ -562,7 +563,7 @@ class Runtime:
         piece.compiled, failure = True, ""
         try:
             attempt()
-        except UserError:
+        except (UserError, torch.OutOfMemoryError):  # eager takes more memory
             raise
         except Exception as error:  # a compiler may raise anything
             failure = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -647,12 +648,12 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     return y.transpose(1, 2)
 
 
-QUERY_BLOCK = 128  # queries of `block_attention`
+QUERY_BLOCK = 128  # for `block_attention`
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     """Causal attention by blocks of queries, each with the keys that it may see.
-    The backward finds all weights kept, where torch's kernel computes them again."""
+    The backward pass finds its weights stored; torch's kernel computes them again."""
     length, groups, dim = q.size(1), k.size(2), q.size(3)
     before = k.size(1) - length  # keys of the row before, see `with_row_before`
     if mask is None:
@@ -674,7 +675,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
 
 def flash_attention(package: str):
     """FlashAttention 2 or 3; documents go through its varlen kernel."""
-    flash = importlib.import_module(package)  # here, since a graph would break at an import
+    flash = importlib.import_module(package)  # here: an import would break a graph
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens=None) -> Tensor:
         if cu_seqlens is None:
@@ -700,8 +701,8 @@ def attention_of(rung: str):
 
 def document_mask(rung: str, docs: Tensor):
     """What a rung needs to keep documents apart; docs (B, T), the document of each position.
-    For flash where each document begins (cu_seqlens), padded so that shapes repeat, and warm-up
-    meets them; else a mask (B, 1, T, T)."""
+    Flash: where documents begin (cu_seqlens), padded to few shapes, which warm-up meets; other
+    rungs: a mask (B, 1, T, T)."""
     if rung in FLASH:
         begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)
         first = begins.flatten().nonzero().flatten().int()
@@ -738,8 +739,8 @@ def with_row_before(x: Tensor, mask) -> Tensor:
 
 def check_rung(rung: str, args: Hyperparameters, runtime: Runtime) -> None:
     """Raises unless a rung runs both ways here and agrees with `math`."""
-    generator, dim = torch.Generator().manual_seed(0), args.model_dim // args.num_heads
-    q, k = (torch.randn(1, 128, heads, dim, generator=generator) for heads in (2, 1))
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 128, heads, args.head_dim, generator=generator) for heads in (2, 1))
     q, k = (x.to(runtime.device, runtime.dtype).requires_grad_() for x in (q, k))
     docs = (torch.arange(128, device=runtime.device)[None] - 1) // 50  # begin at 1, 51 and 101
     masks = (document_mask(name, docs) if args.doc_mask else None for name in (rung, "math"))
@@ -750,8 +751,8 @@ def check_rung(rung: str, args: Hyperparameters, runtime: Runtime) -> None:
 
 
 def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
-    """From ATTENTION down the first rung that runs here and agrees with `math`, by rank 0.
-    No clock decides: documents, which are kept apart by default, leave flash or a mask."""
+    """The first rung from ATTENTION down that agrees with `math`, by rank 0. No clock decides:
+    documents, kept apart by default, leave flash or a mask."""
     rungs = [*FLASH, *ATTENTION]
     first = 0 if args.attention == "auto" else rungs.index(args.attention)
     gpu, bf16 = runtime.device.type == "cuda", runtime.dtype == torch.bfloat16
@@ -759,10 +760,12 @@ def pick_attention(args: Hyperparameters, runtime: Runtime) -> str:
     for rung in rungs[first:]:
         if rung in unfit or not bf16 and rung in (*FLASH, "cpu"):
             continue
-        with contextlib.suppress(Exception):  # no package, no memory
+        try:
             check_rung(rung, args, runtime)
             choice, = runtime.from_main([rungs.index(rung)])
             return rungs[int(choice)]
+        except Exception as error:  # no package, no memory
+            runtime.notes.append(f"attention: no {rung}, {error!r:.90}")
     raise UserError(f"ATTENTION={args.attention}: no rung from there on runs here; use auto")
 
 
@@ -792,7 +795,7 @@ def open_shard(path: Path, vocab_size: int, checked: int | None = None) -> np.nd
         raise UserError(f"{path}: header {header[:2]}, not {SHARD_MAGIC} {SHARD_VERSION}: no shard")
     room = (size - HEADER_BYTES) / 2
     if header[2] != room:
-        raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room:g}")
+        raise UserError(f"{path}: the header says {header[2]} ids, the file has room for {room}")
 
     ids = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
     check_ids(ids[:checked], vocab_size, path)
@@ -816,12 +819,12 @@ class Dataset:
             hint = f"did you mean {below.parent}?" if below else "see data/prepare.py"
             raise UserError(f"DATA_PATH={self.path} has no {files}: {hint}")
 
-        self.vocab_size = args.vocab_size
+        self.vocab_size = size = args.vocab_size
         self.manifest = self._read_manifest()
-        size = self.vocab_size
+        # training shards stay on disk, the validation text is read whole
         self.train_shards = [open_shard(path, size, 1 << 20) for path in self.train_files]
         self.val = np.concatenate([open_shard(path, size) for path in self.val_files])
-        self.val_sizes = self._read_sidecars(verify)
+        self.val_sizes = self._read_sidecars(verify and args.verify_data != "0")
         if verify:
             self._verify(args.verify_data)
         if len(self.val) < 2:
@@ -830,7 +833,7 @@ class Dataset:
     def _shards(self, split: str, args: Hyperparameters) -> list[Path]:
         """The files of a split, SOURCE_split_NUMBER.bin, by number."""
         found = self.path.glob(f"*_{split}_*.bin")
-        files = sorted(path for path in found if "_bytes_" not in path.name)  # published sidecars
+        files = sorted(path for path in found if "_bytes_" not in path.name)
         names = [re.fullmatch(rf"(.+)_{split}_(\d+)\.bin", path.name) for path in files]
         for path, name in zip(files, names):
             if not name or name[1] != names[0][1]:
@@ -873,10 +876,10 @@ class Dataset:
     def _verify(self, mode: str) -> None:
         files = self.train_files + self.val_files
         size = sum(path.stat().st_size for path in files)
-        if not self.manifest or mode == "0" or (mode == "auto" and size > 2_000_000_000):
+        if mode == "0" or (mode == "auto" and (not self.manifest or size > 2_000_000_000)):
             return
         for path in files:
-            wanted = self.manifest["sha256"].get(path.name, "nothing")
+            wanted = self.manifest.get("sha256", {}).get(path.name, "nothing")
             found = sha256_file(path)
             if wanted != found:
                 raise UserError(f"{path}: sha256 {found[:16]}, the manifest has {wanted[:16]}")
@@ -912,11 +915,11 @@ def open_tokenizer(args: Hyperparameters):
 
 
 def byte_tables(args: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bytes that an id stands for: (bytes without a leading space, has one, is a boundary).
+    """Three (V,): an id's bytes without a leading space, whether it has one, is a boundary.
 
-    byte260: a byte for ids from 4 up. SentencePiece: 1 for byte pieces, 0 for control, unknown and
-    unused ones, else the UTF-8 length with U+2581 as a space; a leading one counts only after ids
-    that are no boundary: there stands the dummy prefix, which models of data/prepare.py lack."""
+    byte260: 1 for ids from 4 up. SentencePiece: 1 for byte pieces, 0 for control, unknown and
+    unused ones, else the UTF-8 length with U+2581 as a space. A leading space counts unless the id
+    before is a boundary: then it is the dummy prefix, which models of data/prepare.py lack."""
     base = np.zeros(args.vocab_size, dtype=np.int64)
     space = np.zeros(args.vocab_size, dtype=bool)
     edge = np.zeros(args.vocab_size, dtype=bool)
@@ -947,7 +950,7 @@ def target_bytes(ids: np.ndarray, tables: tuple) -> np.ndarray:
 
 
 def spelling(args: Hyperparameters) -> list[tuple[int, ...]]:
-    """The symbols of each id: its bytes, or 256 + id where it has none (special, CaseOps)."""
+    """The symbols of each id: its bytes, or 256 + id where it has none."""
     _, _, special = byte_tables(args)
     if not args.tokenizer_path:
         return [(256 + i,) if special[i] else (i - BYTE_OFFSET,) for i in range(260)]
@@ -1009,7 +1012,7 @@ def updates_at(progress: float, args: Hyperparameters) -> int:
 
 
 class Loader:
-    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in an order that ranks do not change.
+    """Rows of TRAIN_SEQ_LEN + 1 ids for this rank, in the same order for any number of ranks.
     `state`, of the checkpoint, is the position of the next row: {"epoch", "shard", "row"}."""
 
     def __init__(self, data: Dataset, args: Hyperparameters, plan: BatchPlan, rank: int,
@@ -1066,7 +1069,7 @@ class Loader:
         return torch.from_numpy(batch), torch.from_numpy(weights), dict(self.state)
 
     def prefetch(self, device: torch.device):
-        """Iterates over `next()` from a thread, two batches ahead, in pinned memory on GPUs."""
+        """Iterates over `next()` from a thread, two batches ahead, pinned on GPUs."""
         def work() -> tuple[Tensor, Tensor, dict]:
             ids, weights, state = self.next()
             if device.type == "cuda":
@@ -1086,7 +1089,7 @@ class Loader:
 # QUANTISER
 # -----------------------------------------------------------------------------
 
-SMALL_TENSOR = 4096  # elements; below it gains stay fp16
+SMALL_TENSOR = 4096  # elements; smaller matrices stay fp16, as do gains
 SCALE_FLOOR = 2.0**-20  # rows of zeros need a step; no other is this small
 AWQ_WIDTH = 64  # columns of an AWQ-lite group
 
@@ -1143,7 +1146,7 @@ def quantise(weight: np.ndarray, top: np.ndarray, k: float, hessian: np.ndarray 
     """Rounds a matrix (R, C) to integers in [-top, top] a column, with one fp16 step a row.
 
     step = k * std / least top (SDClip, #1394); larger tops have finer ones. By `gptq`
-    with a hessian (C, C), else to the nearest. Returns (q int8, step fp16 (R, 1), q * step fp32)."""
+    with a hessian (C, C), else to the nearest. -> (q int8, step fp16 (R, 1), q * step fp32)."""
     weight, least = np.asarray(weight, dtype=np.float32), top.min()
     step = k / least * weight.std(axis=1, keepdims=True, dtype=np.float64)
     step = np.maximum(step, SCALE_FLOOR).astype(np.float16).astype(np.float32)
@@ -1221,7 +1224,7 @@ def rotary_tables(length: int, args: Hyperparameters, reach: int) -> Tensor:
 
     fp32, never cast: bf16 positions are wrong beyond 256 (defect G1 of #832). A reach of more than
     TRAIN_SEQ_LEN grows the base by (reach / train_seq_len)^(r / (r - 2)) (NTK scaling)."""
-    dims = args.rope_dims or args.model_dim // args.num_heads
+    dims = args.rope_dims or args.head_dim
     base = args.rope_base
     if reach > args.train_seq_len and dims > 2:
         base *= (reach / args.train_seq_len) ** (dims / (dims - 2))
@@ -1247,8 +1250,7 @@ class KVCache:
     def __init__(self, model: GPT):
         args = model.args
         like = {"dtype": model.dtype, "device": model.tok_emb.weight.device}
-        head_dim = args.model_dim // args.num_heads
-        shape = (args.num_layers, 2, 1, args.eval_seq_len, args.num_kv_heads, head_dim)
+        shape = args.num_layers, 2, 1, args.eval_seq_len, args.num_kv_heads, args.head_dim
         self.layers = torch.zeros(shape, **like)
         self.length, self.turn = 0, 0  # `turn`: the next layer
 
@@ -1263,7 +1265,7 @@ class KVCache:
 
 @check
 def check_heads(args: Hyperparameters) -> None:
-    head_dim, spare = divmod(args.model_dim, args.num_heads)
+    head_dim, spare = args.head_dim, args.model_dim % args.num_heads
     forbid(spare, args, "model_dim num_heads", "must be a multiple of the heads")
     spare = args.num_heads % args.num_kv_heads
     forbid(spare, args, "num_heads num_kv_heads", "must be a multiple of the kv heads")
@@ -1276,7 +1278,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, args: Hyperparameters, layer: int, attention: str):
         super().__init__()
         self.num_kv_heads = args.num_kv_heads
-        self.head_dim = args.model_dim // args.num_heads
+        self.head_dim = args.head_dim
         kv_dim = self.num_kv_heads * self.head_dim
         self.c_q = CastedLinear(args.model_dim, args.model_dim)
         self.c_k = CastedLinear(args.model_dim, kv_dim)
@@ -1455,7 +1457,7 @@ class GPT(nn.Module):
     def states(self, ids: Tensor, rotary: Tensor, past: KVCache | None = None) -> Tensor:
         """ids (B, T) -> the stream (B, T, D) after the last block.
 
-        With `past`, ids (1, T) are a window's so far, the states those that it lacks."""
+        With `past`, ids (1, T) are a window's so far; it gives only the states that are new."""
         known = 0 if past is None else past.length
         x = self.embed_contexts(ids, known)
         mask = self.attention_mask(ids, past)
@@ -1479,7 +1481,7 @@ class GPT(nn.Module):
         return rms_norm(self.run_blocks(self.embed_contexts(ids, 0), rotary, mask, None))
 
     def exported(self) -> dict[str, nn.Parameter]:
-        """Parameters that scoring needs, by name: all."""
+        """The parameters that an artifact holds: all."""
         return dict(self.named_parameters())
 
     def head(self, x: Tensor) -> Tensor:
@@ -1495,7 +1497,7 @@ class GPT(nn.Module):
         return nats.view(targets.shape)
 
     def losses(self, ids: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """ids (B, T + 1), weights (B,) -> weighted sums: "ce" in nats."""
+        """ids (B, T + 1), weights (B,) -> sums, rows weighted: "ce" in nats."""
         x = self.read(ids[:, :-1])
         return {"ce": (self.nats(x, ids[:, 1:]).sum(1) * weights).sum()}
 
@@ -1555,13 +1557,12 @@ class Muon:
     """Momentum, then orthogonalisation: the update's singular values are near 1.
 
     Matrices of equal shape form one stack; each rank owns a share, receives its summed gradient
-    (reduce-scatter), orthogonalises it and sends it round (all-gather) beside the next one.
-    update = NS(g + mu m), m <- mu m + g;
+    (reduce-scatter), orthogonalises it and sends it round (all-gather) while it does the next.
+    m <- mu m + g; update = NS(g + mu m);
     p <- (1 - rate wd) p - rate sqrt(max(1, r / c)) update."""
 
     def __init__(self, params: list[nn.Parameter], args: Hyperparameters, runtime: Runtime):
         self.args, self.runtime = args, runtime
-        self.dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
         shapes = dict.fromkeys(p.shape for p in params)
         stacks = [[p for p in params if p.shape == shape] for shape in shapes]
         self.stacks = sorted(stacks, key=lambda members: -len(members) * members[0].numel())
@@ -1596,7 +1597,7 @@ class Muon:
             share.mul_(clip)
             buffer.mul_(momentum).add_(share)
             share.add_(buffer, alpha=momentum)
-            mine = newton_schulz(share, self.args.muon_backend_steps, self.dtype)
+            mine = newton_schulz(share, self.args.muon_backend_steps, self.runtime.dtype)
             flying.append((members, self._gather(mine)))
         for members, update in flying:
             factor = max(1.0, members[0].size(0) / members[0].size(1)) ** 0.5
@@ -1666,7 +1667,7 @@ class Optimizers:
         if self.runtime.world_size > 1:
             flat = torch._utils._flatten_dense_tensors(grads)
             dist.all_reduce(flat)
-            torch._foreach_copy_(grads, list(torch._utils._unflatten_dense_tensors(flat, grads)))
+            torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
         return (self.muon.square_norm() + torch.stack(torch._foreach_norm(grads)).square().sum()).sqrt()
 
     @torch.no_grad()
@@ -1736,7 +1737,7 @@ Plane = namedtuple("Plane", "model top slices places period")
 
 
 def planes(entries: list) -> list[Plane]:
-    """Layout of the payload: quantised tensors, then bytes of fp16 numbers."""
+    """Layout for entries [name, shape, bits, axis]: quantised tensors, then fp16 bytes."""
     found, halves = [], 0
     for name, shape, bits, axis in entries:
         slices = math.prod(shape) // (shape[axis] if bits else 1)
@@ -1759,7 +1760,7 @@ def fresh_counts(top: int) -> np.ndarray:
 
 
 def code_slices(block: np.ndarray, contexts: np.ndarray, counts: np.ndarray, top, code) -> None:
-    """Codes (slices, places) of a plane, a context of each CHUNK as one run."""
+    """Codes block (slices, places): of each CHUNK, the symbols of one context at once."""
     for left in range(0, block.shape[1], CHUNK):
         here = contexts[left : left + CHUNK]
         for context in np.unique(here):
@@ -1792,8 +1793,8 @@ def code_planes(raw: np.ndarray, layout: list[Plane], code) -> None:
 
     A symbol's context is the mean |q| of its place (column or bucket) in the slices before, and how
     many these are. Each (model, context) counts what it has seen, so no table is sent; with every
-    tensor old counts shrink. Integers and correctly rounded operations: any machine agrees."""
-    models: dict[str, np.ndarray] = {}
+    period old counts shrink. Integers and correctly rounded operations: any machine agrees."""
+    models = {}
     ends = np.cumsum([plane.slices * plane.places for plane in layout])
     for plane, block in zip(layout, np.split(raw, ends)):
         if plane.model not in models:
@@ -1835,8 +1836,7 @@ COMPRESSORS = {  # (compress, decompress), of bytes and the layout of the payloa
 
 
 def pack(tensors: dict, args: Hyperparameters, hessians: dict | None = None) -> bytes:
-    """Quantises by `quant_plan` and compresses in the order of `planes`: one self-describing file,
-    no pickle.
+    """{name: float array} -> a file: quantised by `quant_plan`, compressed in `planes`' order.
 
     `hessians` {name: (C, C)} of the matrices that GPTQ is to round. Parts of a matrix are entries
     of their own: `name:fine<column>`, AWQ-lite's; `name:a` and `name:b`, LQER's product for the
@@ -1944,7 +1944,7 @@ def unpack(blob: bytes, path: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def shipped_settings(header: dict, path: str, environ: dict | None = None) -> Hyperparameters:
-    """The settings of an artifact's header; `environ` may change EVAL_* and the run's."""
+    """The settings of an artifact's header; `environ` may change all but the model's."""
     wanted = [var.name for var in Hyperparameters.vars().values() if var.ship]
     if missing := [name for name in wanted if name not in header["config"]]:
         raise UserError(f"{path}: made by {header['script']}: its config lacks {missing[0]}")
@@ -2083,7 +2083,7 @@ if njit:
         return builder.bitcast(builder.add(builder.bitcast(y, INTS), n), VECTOR)
 
     @extending.intrinsic
-    def turn(typing, logprobs, first, i, columns):
+    def transpose(typing, logprobs, first, i, columns):
         """columns[i : i + 16] = exp(logprobs[first:, i:][:16, :16]).T, TINY at least."""
         def emit(builder, logprobs, first, i, columns):
             (rows, width), x = unpack_tuple(builder, logprobs.shape), []
@@ -2393,7 +2393,7 @@ def log_odds(logprobs, columns, sums, tree, nodes, out):
     (n, V). columns (V, 16) fp32, sums (V + 1, 16) fp64: scratch."""
     for first in range(0, len(nodes), LANES):
         for i in range(0, len(columns), LANES):
-            turn(logprobs, first, min(i, len(columns) - LANES), columns)
+            transpose(logprobs, first, min(i, len(columns) - LANES), columns)
         run_up(columns, tree.order, sums)
         for r in range(min(LANES, len(nodes) - first)):
             for k in range(nodes.shape[1]):
@@ -2474,8 +2474,9 @@ class Mixture:
 
     def score(self, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
         """fp64 nats (n,) of ids (n,); learns them."""
-        (_, hints, odds), nats = np.split(values, (1, 1 + 2 * len(RUNS)), 1), np.zeros(len(ids))
-        mixer_score(self.mixer, self.tree, *(x.astype(np.int64) for x in (ids, hints)), odds, nats)
+        _, hints, odds = np.split(values, (1, 1 + 2 * len(RUNS)), 1)
+        ids, hints, nats = ids.astype(np.int64), hints.astype(np.int64), np.zeros(len(ids))
+        mixer_score(self.mixer, self.tree, ids, hints, odds, nats)
         return nats
 
     def distribution(self, logprobs: np.ndarray, hints: np.ndarray | None = None) -> np.ndarray:
@@ -2505,7 +2506,7 @@ class WindowPlan(namedtuple("WindowPlan", "length stride batch rank ranks", defa
         shape, whatever the text."""
         inputs = np.full((self.batch, self.length), PAD_ID, np.int64)
         position = np.zeros(self.batch, np.int64)
-        targets = np.zeros((self.batch, min(self.stride, self.length)), np.int64)
+        targets = np.zeros((self.batch, self.stride), np.int64)
         for i, (start, first, stop) in enumerate(rows):
             text = ids[start : min(start + self.length, len(ids) - 1)]
             inputs[i, : len(text)] = text
@@ -2560,7 +2561,7 @@ class Adapters:
         self.squares, self.steps = [torch.zeros_like(p) for p in self.params], 0
 
     def attach(self, documents: int) -> list[Tensor]:
-        """The first documents' rows are read through adapters -> all that learns."""
+        """Reads the first `documents` rows through adapters -> the parameters."""
         params = [p[:documents].detach().requires_grad_() for p in self.params]
         scale = self.args.ttt_lora_alpha / self.args.ttt_lora_rank
         for owner, a, b in zip(self.owners, params[::2], params[1::2]):
@@ -2592,10 +2593,10 @@ def check_documents(args: Hyperparameters) -> None:
 class TestTimeTraining:
     """Adapters of a document: they learn once TTT_DOC_CHUNK targets are scored (#1530).
 
-    A document is scored from its own ids alone, so their order is free; but a mixture
-    reads the text in its order. So documents that follow one another make a group,
-    without a mixture all of them. Ranks take turns at it, the longest first, and those
-    of about one length share a batch. It is handed on once it is scored."""
+    A document is scored only from its own ids, so documents may come in any order; but a
+    mixture reads the text in its own. So neighbouring documents make a group; without a
+    mixture, all of them do. Ranks take turns at its documents, the longest first; those
+    of about one length share a batch. A group is handed on once it is scored."""
 
     GROUP = 4  # batches
 
@@ -2634,8 +2635,8 @@ class TestTimeTraining:
 
     def adapt_chunk(self, adapters: Adapters, ids: np.ndarray, alive: np.ndarray, done: int,
                     length: int) -> Tensor:
-        """Log-probabilities (n, size, V) of targets from `done` on of n documents; they learn
-        from it, if they go on."""
+        """Log-probabilities (n, size, V) of n documents' targets from `done` on. Documents that
+        go on learn from these."""
         size, device = self.args.ttt_doc_chunk, self.model.tok_emb.weight.device
         begin = max(done + size - length, 0)
         rows = np.full((len(alive), done + size - begin), PAD_ID, np.int64)
@@ -2663,7 +2664,7 @@ class TestTimeTraining:
 
 
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """(nats of ids[1:], {t: log-probabilities (V,) at each t of `positions`})."""
+    """(nats of ids[1:], {t: log-probabilities (V,) of target t, for t in `positions`})."""
     args, ids, wanted = model.args, np.asarray(ids), sorted(map(int, set(positions)))
     blocks = -(-len(ids) // args.eval_stride)  # a short text needs no full batch
     batch = max(1, min(args.eval_batch_tokens // args.eval_seq_len, blocks))
@@ -2712,10 +2713,9 @@ class Evaluator:
     """Scores models on the validation text; a pass ends as a line of the log."""
 
     def __init__(self, args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log):
-        self.args, self.runtime = args, runtime
-        self.log = log
+        self.args, self.runtime, self.log = args, runtime, log
         self.classes = class_table(args.vocab_size)
-        self.results: dict[str, dict] = {}
+        self.results = {}
 
         ids = data.val
         if data.val_sizes is None and args.tokenizer_path:
@@ -2728,10 +2728,9 @@ class Evaluator:
         if self.prefix:
             targets = int(np.searchsorted(np.cumsum(sizes), args.val_bytes)) + 1
             ids, sizes = ids[: targets + 1], sizes[:targets]
-        self.ids, self.sizes = ids, sizes
-        self.bytes = int(sizes.sum())
+        self.ids, self.sizes, self.bytes = ids, sizes, int(sizes.sum())
         if not self.bytes:
-            raise UserError(f"{data.val_files[0]}: its targets stand for no byte at all")
+            raise UserError(f"{data.val_files[0]}: its targets stand for no byte")
         if args.ppm_weight:
             Mixture(args)  # refuses in time
 
@@ -2892,7 +2891,7 @@ class Stream:
         self.known = None
 
 
-stream = Stream  # the name that every script of the family gives it
+stream = Stream  # the family's name for it
 
 
 # -----------------------------------------------------------------------------
@@ -2926,7 +2925,7 @@ class Trainer:
         self.step, self.seconds, self.best = 0, 0.0, math.inf  # resumed runs included
         self.slowest = 0.0  # seconds of the slowest step, slowly forgotten
         self.reserve = 0.0  # seconds that calibration will take of the training clock
-        self.unwritten: list[tuple] = []  # steps whose losses are still on the device
+        self.unwritten = []  # steps whose losses are still on the device
         self.fresh_optimizers()
 
     def fresh_optimizers(self) -> None:
@@ -2966,7 +2965,7 @@ class Trainer:
             self.model.zero_grad()
             self.train_step(*batch, 0.0)
         if args.quant_round == "gptq" and args.max_wallclock_seconds:
-            for _ in range(2):  # the second time is the one to go by
+            for _ in range(2):  # the second time counts
                 start = time.perf_counter()
                 self.moments(1)
                 seconds = 1.25 * args.gptq_batches * (time.perf_counter() - start)
@@ -2982,10 +2981,11 @@ class Trainer:
         try_scoring(self.model, self.runtime)
 
     @torch.no_grad()
-    def input_moments(self, batch: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds X^T X of every matrix's inputs to `sums` {name: (C, C)}."""
-        def add(names: list[str], x: Tensor) -> None:
-            x = x.flatten(0, -2).float()
+    def input_moments(self, batch: Tensor, real: Tensor, sums: dict) -> dict[str, Tensor]:
+        """Adds X^T X of every matrix's inputs to `sums` {name: (C, C)}, of `real` rows."""
+        def add(names: list[str], _, inputs: tuple) -> None:
+            x = inputs[0].flatten(0, -2)  # a pack is one row of it
+            x = (x * rows.repeat_interleave(len(x) // len(rows))[:, None]).float()
             product = x.T @ x
             for name in names:
                 sums[name] = sums.get(name, 0) + product
@@ -2994,11 +2994,10 @@ class Trainer:
         hooks = []
         for path, module in self.model.named_modules():
             if names := [f"{path}.{part}weight" for part in readers.get(type(module), ())]:
-                hook = lambda _, inputs, names=names: add(names, inputs[0])  # noqa: E731
-                hooks.append(module.register_forward_pre_hook(hook))
+                hooks.append(module.register_forward_pre_hook(functools.partial(add, names)))
         compiled, piece.compiled = piece.compiled, False  # a graph would not call the hooks
-        for ids in batch:
-            add(["tok_emb.weight"], self.model.read(ids[:, :-1]))
+        for ids, rows in zip(batch, real):
+            add(["tok_emb.weight"], None, (self.model.read(ids[:, :-1]),))
         piece.compiled = compiled
         for hook in hooks:
             hook.remove()
@@ -3007,10 +3006,10 @@ class Trainer:
     def moments(self, batches: int) -> dict[str, np.ndarray]:
         """`input_moments` of the next `batches` training batches, of all ranks."""
         loader = Loader(self.data, self.args, self.plan, self.runtime.rank, self.loader_state)
-        sums: dict[str, Tensor] = {}
+        sums, device = {}, self.runtime.device
         for _ in range(batches):
-            ids, _, _ = loader.next()
-            self.input_moments(ids.to(self.runtime.device), sums)
+            ids, weights, _ = loader.next()
+            self.input_moments(ids.to(device), weights.to(device) > 0, sums)
         for total in sums.values():  # means over all inputs
             total /= batches * self.args.train_batch_tokens
         return {name: self.runtime.all_reduce(total).cpu().numpy() for name, total in sums.items()}
@@ -3027,13 +3026,13 @@ class Trainer:
         return found
 
     def progress(self) -> float:
-        """Share of the run that is done, of its steps or seconds. Three of the slowest late steps
-        and the time for calibration stay unused: nothing may end after the limit."""
-        by_steps, by_time = self.step / self.args.iterations, 0.0
+        """Share of the run that is done, of its steps or seconds. Time for calibration and three
+        steps as slow as the slowest late one stays unused: nothing may end after the limit."""
+        done = self.step / self.args.iterations
         if self.args.max_wallclock_seconds:
             usable = self.args.max_wallclock_seconds - 3 * self.slowest - self.reserve
-            by_time = self.seconds / max(usable, 1e-9)
-        return min(1.0, max(by_steps, by_time))
+            done = max(done, self.seconds / max(usable, 1e-9))
+        return min(1.0, done)
 
     def agree_on_time(self, now: float) -> None:
         """Takes the latest clock and any rank's signal; all stop at the same step."""
@@ -3049,7 +3048,7 @@ class Trainer:
         args, runtime = self.args, self.runtime
         loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
         first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of a non-finite loss
-        fences: deque = deque()
+        fences = deque()
         started = time.perf_counter() - self.seconds
 
         def due(every: int) -> bool:
@@ -3207,7 +3206,7 @@ def git_commit() -> str:
 
 
 def log_header(log: Log, args: Hyperparameters, runtime: Runtime, fingerprint: dict) -> None:
-    """Source, versions, settings and data: all that it takes to know what ran."""
+    """Source, versions, settings and data: what ran."""
     log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
     for warning in args.warnings:
         log(f"warning: {warning}")
@@ -3226,9 +3225,12 @@ def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
     """Trains from the start or a checkpoint; a signal leaves one and raises Stopped."""
     args = trainer.args
     last, final = (run_folder(args) / f"{name}.safetensors" for name in ("last", "final"))
-    newest = final if final.exists() else last  # a run that was stopped while it packed
+    newest = max(last, final, key=lambda path: path.exists() and path.stat().st_mtime)
     if args.resume and (args.resume != "auto" or newest.exists()):
         trainer.restore(newest if args.resume == "auto" else Path(args.resume))
+    weights = [p.sum().item() for p in trainer.model.parameters()]
+    trainer.runtime.agree("weights or another step", [trainer.step, *weights])
+
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: setattr(trainer, "signal", received))
     try:
@@ -3244,7 +3246,7 @@ def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
 
 
 def write_artifact(trainer: Trainer) -> tuple[Path, int]:
-    """(artifact.bin of the model's weights, how many numbers are in it)."""
+    """(artifact.bin, how many numbers are in it)."""
     args, runtime = trainer.args, trainer.runtime
     with runtime.clock("calibration"):
         hessians = trainer.calibrate() if args.quant_round == "gptq" else {}
@@ -3253,7 +3255,7 @@ def write_artifact(trainer: Trainer) -> tuple[Path, int]:
         artifact = run_folder(args) / "artifact.bin"
         if runtime.main:
             write_atomic(artifact, pack(tensors, args, hessians))
-        runtime.all_reduce(torch.zeros(1))  # the others wait for the file
+        runtime.all_reduce(torch.zeros(1))  # the others wait
     shipped = sum(map(np.size, tensors.values()))
     trainer.log(f"artifact:{artifact} bytes:{artifact.stat().st_size} parameters:{shipped}")
     return artifact, shipped
@@ -3285,11 +3287,11 @@ def train(args: Hyperparameters, data: Dataset, runtime: Runtime, log: Log,
 
 def score_artifact(path: str, args: Hyperparameters, runtime: Runtime,
                    evaluator: Evaluator) -> None:
-    """Reloads the artifact into a new model and prints the final lines."""
+    """Reloads the artifact and prints the final lines."""
     with runtime.clock("evaluation"):
         model = load(path, runtime.device, args, runtime.dtype, runtime.attention)
     if runtime.compile:
-        with runtime.clock("warm-up"):  # little after training, whose graphs are there
+        with runtime.clock("warm-up"):  # short after training, which left its graphs
             runtime.compile_by(lambda: try_scoring(model, runtime), evaluator.log)
     label = f"final_int{args.bits_by_class['mlp']}"
     with runtime.clock("evaluation"):
@@ -3306,15 +3308,15 @@ def finish(args: Hyperparameters, runtime: Runtime, log: Log, evaluator: Evaluat
     headline = list(evaluator.results)[-1]
     code = len(Path(__file__).read_bytes())
     total = code + os.path.getsize(summary["artifact"])
-    seconds = {"train_seconds": 0.0, "eval_seconds": runtime.clocks["evaluation"]} | summary
-    spent = {"artifact_budget_bytes": total, "max_wallclock_seconds": seconds["train_seconds"],
-             "eval_budget_seconds": seconds["eval_seconds"]}
+    summary = {"train_seconds": 0.0, "eval_seconds": runtime.clocks["evaluation"]} | summary
+    spent = {"artifact_budget_bytes": total, "max_wallclock_seconds": summary["train_seconds"],
+             "eval_budget_seconds": summary["eval_seconds"]}
     broken = [f"{name.upper()}={getattr(args, name)} is broken: {value:.3f}"
               for name, value in spent.items() if 0 < getattr(args, name) < value]
     # what the tables of READMEs are made of
     metrics = {
         "val_bpb": evaluator.results[headline]["val_bpb"], "headline": headline,
-        "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **seconds,
+        "bytes_code": code, "bytes_model": total - code, "bytes_total": total, **summary,
         "peak_mem_mb": runtime.peak_memory_mb(), "seed": args.seed,
         "script_sha256": sha256_file(Path(__file__)), "git_commit": git_commit(),
         "device": runtime.device_name(), "world_size": runtime.world_size,
@@ -3353,8 +3355,9 @@ def main() -> int:
         data = Dataset(args, verify=runtime.main)
         log = Log(run_folder(args) if runtime.main else None)
         fingerprint = data.fingerprint()
-        same = [args.shipped(), args.learning(), args.iterations, fingerprint["sha256"]]
-        runtime.agree("settings or text", same)
+        same = {name: value for name, value in args.settings().items()
+                if not re.search("PATH|RANK|MASTER|RUN_ID|ARTIFACT$", name)}
+        runtime.agree("settings or text", [same, fingerprint["sha256"]])
         ThreadPoolExecutor(1).submit(runtime.watch_ranks, args)
         log_header(log, args, runtime, fingerprint)
         evaluator = Evaluator(args, data, runtime, log)
