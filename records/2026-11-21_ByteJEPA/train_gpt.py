@@ -2729,6 +2729,8 @@ class Trainer:
     def run(self, evaluator: Evaluator) -> None:
         """Trains until progress is 1 or a signal comes. The clock runs here, but for validation."""
         args, runtime = self.args, self.runtime
+        weights = [p.sum().item() for p in self.model.parameters()]
+        runtime.agree("weights or another step", [self.step, *weights])
         loader = Loader(self.data, args, self.plan, runtime.rank, self.loader_state)
         first_bad = torch.full((), 2**31 - 1, device=runtime.device)  # step of a non-finite loss
         fences = deque()
@@ -2919,9 +2921,6 @@ def run_until_done(trainer: Trainer, evaluator: Evaluator) -> None:
     newest = max(last, final, key=lambda path: path.exists() and path.stat().st_mtime)
     if args.resume and (args.resume != "auto" or newest.exists()):
         trainer.restore(newest if args.resume == "auto" else Path(args.resume))
-    weights = [p.sum().item() for p in trainer.model.parameters()]
-    trainer.runtime.agree("weights or another step", [trainer.step, *weights])
-
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: setattr(trainer, "signal", received))
     try:
