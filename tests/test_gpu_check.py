@@ -39,8 +39,9 @@ def test_only_some_processes_leave_what_others_found(tmp_path, monkeypatch):
         assert gpu_check.check([], tmp_path, True, only=("group",)) == 1  # it left no result
         found = json.loads(path.read_text())["sections"]
         assert found.keys() == kept and found["collectives"]["failed"]
-    with pytest.raises(gpu_check.Misuse, match="only with --rehearse"):
+    with pytest.raises(gpu_check.Misuse, match="torch sees one GPU"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         gpu_check.check([], tmp_path, False, only=("ranks",))
 
 
