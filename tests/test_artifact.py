@@ -135,6 +135,16 @@ def test_default_configuration_fits_its_budget(trunk):
     assert 0.9 * args.artifact_budget_bytes < total < args.artifact_budget_bytes, total
 
 
+def test_gains_stay_fp16_at_any_size(trunk):
+    """Numbers near 1: an integer grid around 0 that ends at some standard deviations would cut them off."""
+    args = trunk.Hyperparameters({})
+    for shape in ((6, 512), (8, 1024), (2, 4096)):
+        for name in ("skip_weights", "blocks.0.resid_mix"):
+            assert trunk.quant_plan(name, shape, args) == (0, 0), (name, shape)
+    assert trunk.quant_plan("blocks.0.mlp.fc.weight", (64, 64), args) == (6, 1)
+    assert trunk.quant_plan("ngram.table", (14, 4096, 16), args) == (6, 1)
+
+
 def test_no_pickle_and_a_readable_header(trunk, packed, tmp_path, monkeypatch):
     """An artifact is loaded without a pickle being read."""
     def refuse(*_, **__):

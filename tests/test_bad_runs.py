@@ -164,6 +164,28 @@ def test_a_run_that_was_stopped_while_it_packed_does_not_train_again(run, tmp_pa
     assert (folder / "artifact.bin").read_bytes() == artifact and second["val_bpb"] == first["val_bpb"]
 
 
+def test_resume_auto_takes_the_newest_checkpoint(run, tmp_path):
+    """A run that ended goes on with more steps and is stopped: then `last` is newer than `final`."""
+    code, output, _ = run(ITERATIONS=4)
+    assert code == 0, output
+    folder = tmp_path / "runs" / "test"
+    code, output, _ = run(ITERATIONS=10, CHECKPOINT_EVERY=3, RESUME="auto", MATRIX_LR=0.02)
+    assert code == 0 and f"resume:{folder / 'final.safetensors'} step:4" in output, output
+    (folder / "last.safetensors").touch()  # as if it had been stopped after step 9
+    code, output, _ = run(ITERATIONS=12, RESUME="auto")
+    assert code == 0 and f"resume:{folder / 'last.safetensors'} step:9" in output, output
+
+
+def test_ranks_with_other_weights_are_refused(run, tmp_path):
+    """As processors of two kinds may make them from one seed."""
+    text = (ROOT / "train_gpt.py").read_text()
+    assert text.count("self.model.init_weights(args.seed)") == 1
+    script = tmp_path / "train_gpt.py"
+    script.write_text(text.replace("init_weights(args.seed)", "init_weights(args.seed + args.rank)"))
+    code, output, metrics = run(ranks=2, script=script)
+    assert code and metrics is None and "rank 1 has other weights or another step than rank 0" in output
+
+
 def test_a_run_that_is_killed_anywhere_ends_as_if_it_had_not_been(run, corpus, tmp_path):
     """SIGKILL at random moments: in training, while a checkpoint is written, in packing and scoring."""
     settings = {"ITERATIONS": 30, "CHECKPOINT_EVERY": 1, "WARMDOWN_ITERS": 10}

@@ -56,6 +56,16 @@ def test_score_and_stream_agree(model, monkeypatch, settings):
         stream.push(ids[t + 1])
 
 
+def test_a_chunk_by_default_follows_the_window_of_the_scoring():
+    """An artifact says 0, and not what 0 meant in training: other windows have other chunks."""
+    settings = {name: str(value) for name, value in {**BYTES, **LEARN, "TTT_DOC_CHUNK": 0}.items()}
+    shipped = section.Hyperparameters(settings).shipped()
+    assert shipped["TTT_DOC_CHUNK"] == 0
+    for length, chunk in ((1024, 64), (8192, 512)):
+        args = section.Hyperparameters({"EVAL_SEQ_LEN": str(length)}, shipped)
+        assert args.doc_chunk == chunk
+
+
 def test_a_decoder_may_skip_questions(model):
     """What it does not ask for is learned from all the same."""
     ids = documents(100, 60)

@@ -435,6 +435,51 @@ def test_without_rounding_a_trained_model_is_like_a_reloaded_one():
     assert set(dict(trainer.model.named_modules())) == names
 
 
+def test_ids_that_are_pushed_without_a_question_are_read_later(ids):
+    model = alive(**SPACE)
+    nats, _ = section.score(model, ids[:60])
+    stream = section.stream(model)
+    for t, token in enumerate(ids[:59]):
+        stream.push(token)
+        if t % 7 == 0:
+            assert nats[t] == pytest.approx(-stream.logprobs()[ids[t + 1]], abs=1e-4), t
+
+
+def test_validation_under_rounding_scores_the_weights_that_it_keeps():
+    """`best.safetensors` holds unrounded weights, so these are what is compared."""
+    args = settings(LATE_QAT_THRESHOLD=0.2, MODEL_DIM=64, DEVICE="cpu", DTYPE="fp32")
+    trainer = section.Trainer(args, None, section.Runtime(args), section.Log(None))
+    trainer.set_rounding(True)
+    seen = []
+
+    class Reader:
+        def run(self, name, model, length, stride):
+            seen.append(any(hasattr(module, "qat") for module in model.modules()))
+            return {"val_bpb": math.inf, "val_loss": 1.0}
+
+    trainer.validate(Reader())
+    assert seen == [False]
+
+
+def test_modules_that_are_not_there_are_refused_before_training(run):
+    code, output, metrics = run(script=SCRIPT, **{**SMALL, **TTT, "TTT_MODULES": "blokcs"})
+    assert code == 2 and metrics is None and "TTT_MODULES='blokcs': no module 'blokcs'" in output
+    assert "step:1/" not in output
+
+
+def test_the_draft_loss_is_a_mean_without_other_terms(ids):
+    """Groups pool rows for SIGReg; without its terms a group still counts once."""
+    shown = []
+    for weight in (0, 1):
+        args = settings(DEVICE="cpu", DTYPE="fp32", DRAFT=2, JEPA_PRED_WEIGHT=weight, SIGREG_WEIGHT=weight)
+        trainer = section.Trainer(args, None, section.Runtime(args), section.Log(None))
+        rows = torch.from_numpy(np.stack([ids[i : i + 62] for i in range(0, 8 * 20, 20)]))
+        inputs = trainer.model.aux.inputs(0, rows.device) if trainer.model.aux is not None else None
+        sums = trainer.model.losses(rows, torch.ones(len(rows)), inputs)
+        shown.append(trainer.means({name: total.item() for name, total in sums.items()})["draft"])
+    assert shown[0] == pytest.approx(shown[1], rel=1e-4) and 4 < shown[0] < 8
+
+
 def test_training_rounds_everything_as_the_exporter_does():
     args = settings(LATE_QAT_THRESHOLD=0.2, MODEL_DIM=64, DEVICE="cpu", DTYPE="fp32")
     runtime = section.Runtime(args)

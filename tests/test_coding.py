@@ -176,6 +176,26 @@ def test_gptq_in_a_real_run(run, trunk, tmp_path):
     assert math.isfinite(metrics["val_bpb"])
 
 
+def test_hessians_do_not_depend_on_the_ranks(trunk, tiny, corpus, monkeypatch):
+    """Where ranks or micro-steps have a slot to spare, it repeats a row, which must not count twice."""
+    args = tiny(DATA_PATH=corpus, JEPA_CHUNK_SIZE=0, DRAFT=0)
+    data, runtime = trunk.Dataset(args, False), trunk.Runtime(args)
+    found = []
+    for ranks in (1, 5):
+        total = {}
+        for rank in range(ranks):
+            runtime.rank, runtime.world_size = rank, ranks
+            trainer = trunk.Trainer(args, data, runtime, trunk.Log(None))
+            runtime.world_size = 1  # each rank's sums, without a group
+            for name, part in trainer.moments(1).items():
+                total[name] = total.get(name, 0) + part
+        found.append(total)
+    assert found[0].keys() == found[1].keys()
+    assert 5 * trunk.BatchPlan.make(args, 5).groups > trainer.plan.rows  # some are spare
+    for name, wanted in found[0].items():
+        np.testing.assert_allclose(found[1][name], wanted, rtol=1e-4, atol=1e-3, err_msg=name)
+
+
 def test_hessians_are_the_second_moments_of_the_inputs(trunk, tiny, alive, corpus):
     args = tiny(DATA_PATH=corpus, JEPA_CHUNK_SIZE=0)
     data, runtime = trunk.Dataset(args, False), trunk.Runtime(args)

@@ -153,7 +153,12 @@ def gpu(monkeypatch):
                 raise ImportError(rung)
 
         monkeypatch.setattr(trunk, "check_rung", check_rung)
-        monkeypatch.setattr(trunk, "attention_seconds", lambda rung, *_: seconds[rung])
+        def attention_seconds(rung, args, runtime):
+            if seconds[rung] is None:
+                raise NotImplementedError("no fake kernel")
+            return seconds[rung]
+
+        monkeypatch.setattr(trunk, "attention_seconds", attention_seconds)
         try:
             return trunk.pick_attention(args, runtime), runtime.notes
         finally:
@@ -171,6 +176,18 @@ def test_on_gpus_the_fastest_rung_wins(gpu):
     assert gpu("fa2", fa3=1e-3, fa2=4e-3, sdpa=1e-3, math=1.0)[0] == "fa2"  # asked for by name
     assert gpu("fa2", sdpa=1e-3, math=1.0)[0] == "sdpa"  # or the next that works
     assert gpu(docs=1, fa2=4e-3, sdpa=1e-3, math=1.0)[0] == "fa2"  # which skips what a mask hides
+
+
+def test_a_rung_that_is_not_taken_says_why(gpu):
+    _, notes = gpu(sdpa=1.5e-3, math=1e-4)
+    for rung in ("fa3", "fa2"):
+        assert f"attention: no {rung}, ImportError('{rung}')" in notes
+
+
+def test_a_rung_that_is_asked_for_must_fit_in_a_graph(gpu):
+    """A FlashAttention without fake kernels runs by itself, and would leave the whole run eager."""
+    rung, notes = gpu("fa2", fa2=None, sdpa=1e-3, math=1.0)
+    assert rung == "sdpa" and "attention: no fa2, NotImplementedError('no fake kernel')" in notes
 
 
 @pytest.mark.parametrize("bf16, picked", [(2.0, "bfloat16"), (1.1, "float32"), (0.5, "float32")])

@@ -293,6 +293,7 @@ def test_two_ranks_give_the_losses_of_one(run):
     ({"JEPA_GROUP": 3}, "TRAIN_BATCH_TOKENS=512, JEPA_GROUP=3"),
     ({"JEPA_SPAN": 64}, "JEPA_SPAN=64, TRAIN_SEQ_LEN=64"),
     ({"JEPA_CONTEXT_FRAC": 0.9}, "JEPA_CONTEXT_FRAC=0.9, JEPA_SPAN=16: the span ends after"),
+    ({"JEPA_CONTEXT_FRAC": 0.001}, "JEPA_CONTEXT_FRAC=0.001, TRAIN_SEQ_LEN=64: a row needs an id before"),
     ({"JEPA_LAYERS": 4}, "JEPA_LAYERS=4, NUM_LAYERS=3"),
 ], ids=str)
 def test_settings_that_cannot_work_are_refused(settings, words):

@@ -106,8 +106,9 @@ def test_impossible_combination_names_both_variables(trunk, overrides):
 def test_misspelt_variable(trunk):
     with pytest.raises(trunk.UserError, match="NUM_LAYER is not a variable.*did you mean NUM_LAYERS"):
         trunk.Hyperparameters({"NUM_LAYER": "3"})
-    args = trunk.Hyperparameters({"NUM_LAYER": "3", "STRICT_ENV": "0"})
-    assert args.num_layers == 13 and "NUM_LAYERS" in args.warnings[0]
+    for off in ("0", "false"):
+        args = trunk.Hyperparameters({"NUM_LAYER": "3", "STRICT_ENV": off})
+        assert args.num_layers == 13 and "NUM_LAYERS" in args.warnings[0]
 
 
 def test_usual_environments_raise_no_false_alarm(trunk):
