@@ -509,6 +509,8 @@ def compare(old: Path, new: Path) -> Comparison:
             continue
         if error := told[0].pop("error", ""):
             found.notes.append(f"no {stage}: {error}")
+            if told[1] and not told[1]["exit_code"]:
+                continue  # only the old script failed: there is nothing to hold the new one against
         count = sum(len(value) for value in told[0].values() if isinstance(value, (list, str)))
         found.stage(stage, count, values_apart(told[0], told[1] or {}))
     return found
