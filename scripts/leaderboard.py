@@ -99,6 +99,7 @@ class Setting:
     seconds: float  # limit of training, 0 = none
     trained: int  # bytes of text seen in training
     divisor: str  # the bytes that divide its bits: the text's, or those that its ids spell
+    order: str  # of rows in training: as they stand, or shuffled
 
     def differences(self, other: Setting) -> list[str]:
         """What a comparison of two records has to say beside their scores."""
@@ -107,6 +108,7 @@ class Setting:
             "budget": (self.budget, other.budget),
             "time limit": (self.seconds, other.seconds),
             "divisor": (self.divisor, other.divisor),
+            "order of rows": (self.order, other.order),
         }
         found = [word for word, (mine, theirs) in pairs.items() if mine != theirs]
         limited = self.seconds and self.seconds == other.seconds  # then a faster script may see more
@@ -195,7 +197,8 @@ class Record:
         ids = data.get("variant") or f"{chosen['VOCAB_SIZE']} ids"
         whole = self.text.prefix or self.group.runs[0].entry["bytes"] == self.text.bytes
         return Setting(ids, chosen["ARTIFACT_BUDGET_BYTES"], chosen["MAX_WALLCLOCK_SECONDS"],
-                       round(steps * self.bytes_a_step), "text" if whole else "ids")
+                       round(steps * self.bytes_a_step), "text" if whole else "ids",
+                       chosen.get("TRAIN_ORDER", "sequential"))
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -159,7 +159,8 @@ def test_other_ids_of_one_text_share_a_table_and_the_verdict_says_so(add, tree):
     (tree / "records" / "texts.json").write_text(json.dumps(known))
     add("2026-01-01_Trunk", 1.9, trunk=True)
     add("2026-01-02_Pieces", 1.8, parent="train_gpt.py", dataset=pieces, count=990,
-        settings={"ARTIFACT_BUDGET_BYTES": 2_000_000, "MAX_WALLCLOCK_SECONDS": 0.0})
+        settings={"ARTIFACT_BUDGET_BYTES": 2_000_000, "MAX_WALLCLOCK_SECONDS": 0.0,
+                  "TRAIN_ORDER": "shuffled"})
     # One that says itself which text it is, of ids that the file does not know.
     add("2026-01-03_Says", 1.7, parent="train_gpt.py",
         dataset={"sha256": "ef" * 32, "val_text_sha256": "12" * 32, "variant": "sp512"})
@@ -169,7 +170,8 @@ def test_other_ids_of_one_text_share_a_table_and_the_verdict_says_so(add, tree):
     assert titles(tree) == ["Says", "Pieces", "Trunk"] and [row[0] for row in table(tree)] == ["1", "2", "3"]
     assert [rows[name]["ids"] for name in titles(tree)] == ["sp512", "sp1024", "byte260"]
     assert rows["Says"]["verdict"].endswith("); other ids")
-    wanted = "; other ids, other budget, other time limit, other divisor, other training bytes"
+    wanted = ("; other ids, other budget, other time limit, other divisor, other order of rows, "
+              "other training bytes")
     assert rows["Pieces"]["verdict"].endswith(wanted)
     assert rows["Pieces"]["training bytes"] == "180"  # 9 steps of 8 ids, 2.5 bytes each
     text = (tree / "README.md").read_text()
