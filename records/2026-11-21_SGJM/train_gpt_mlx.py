@@ -951,8 +951,9 @@ def tensor_class(name: str) -> str:
 
 
 def quant_plan(name: str, shape, args: Hyperparameters) -> tuple[int, int]:
-    """(bits, axis of a step's slice: the last); (0, 0): fp16."""
-    if len(shape) < 2 or math.prod(shape) < SMALL_TENSOR and min(shape) < 16:
+    """(bits, the axis that shares a step, the last); (0, 0): fp16."""
+    small = math.prod(shape) < SMALL_TENSOR and min(shape, default=0) < 16
+    if small or len(shape) < 2 or not name.endswith(".weight"):
         return 0, 0
     return args.bits_by_class[tensor_class(name)], len(shape) - 1
 
@@ -1257,17 +1258,16 @@ class SpeculativeHeads(Module):
         return terms | {name: mx.stop_gradient(value) for name, value in shown.items()}
 
     def weights(self, progress: float) -> dict[str, float]:
-        args = self.args
-        return {"drafter": args.drafter_weight, "jepa": args.jepa_weight,
-                "verifier": args.verifier_weight}
+        return {"drafter": self.args.drafter_weight, "jepa": self.args.jepa_weight,
+                "verifier": self.args.verifier_weight}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         """drafter_*: nats a byte, of all slots, the first, the last. *_r2 of judge and endpoint
         latent, and latent_var, the variance of what they foresee. verifier_acc on labelled drafts
         and verifier_base, that of the better constant answer. Of greedy drafts draft_accepted, the
         accepted share of those whose end is known, draft_unknown, the share of the others, and
-        draft_bytes, accepted bytes, as far as known. accept_acc, the published number, is the mean
-        share of true states that the verifier takes and of strange ones that it does not."""
+        draft_bytes, accepted bytes, as far as known. accept_acc, as published, is the mean
+        share of true states that the verifier takes and of negatives that it does not."""
         if not means:
             return {}
         known, variance = max(means["known"], 1e-9), max(means["spread"], 1e-12)
