@@ -751,11 +751,11 @@ def carry_records(options: argparse.Namespace, root: Path = ROOT) -> list[family
                 entries.setdefault(folder, []).append(entry)
                 text = f"{told}, {entry['note']} ({', '.join(job.results)})"
                 done.append(family.Finding("carry/equal", "PASS", text, job.place()))
+                if not options.dry_run:  # at once: a command that is stopped keeps what it has shown
+                    add_entries(folder, entries[folder])
             else:
                 text = f"{told}, first in {found.first()}; nothing is written for {', '.join(job.results)}"
                 done.append(family.Finding("carry/different", "FAIL", text, job.place()))
-        if folder in entries and not options.dry_run:
-            add_entries(folder, entries[folder])
     return done
 
 
