@@ -93,8 +93,8 @@ def test_a_refactor_is_equal_in_every_phase(against, refactored):
     assert [stage for stage, count in found.counts.items() if not count] in ([], ["gradient reports"])
     assert found.counts["metrics.jsonl"] == SHORT.steps + 2  # a line a step, and two validations
     assert found.counts["scores of the artifact"] == 3  # round trip, sliding, test-time training
-    path, = (path for path in carry.KEPT.glob("*/run/metrics.json") if "unfinished" in
-             (path.parent.parent / "train_gpt.py").read_text())
+    path = next(path for path in carry.KEPT.glob("*/run/metrics.json")
+                if (path.parent.parent / "train_gpt.py").read_text() == refactored)
     assert json.loads(path.read_text())["evals"]["final_int6_ttt"]["updates"] >= 3
 
 
