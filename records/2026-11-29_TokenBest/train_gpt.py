@@ -2474,9 +2474,8 @@ class Mixture:
 
     def score(self, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
         """fp64 nats (n,) of ids (n,); learns them."""
-        _, hints, odds = np.split(values, (1, 1 + 2 * len(RUNS)), 1)
-        ids, hints, nats = ids.astype(np.int64), hints.astype(np.int64), np.zeros(len(ids))
-        mixer_score(self.mixer, self.tree, ids, hints, odds, nats)
+        (_, hints, odds), nats = np.split(values, (1, 1 + 2 * len(RUNS)), 1), np.zeros(len(ids))
+        mixer_score(self.mixer, self.tree, *(x.astype(np.int64) for x in (ids, hints)), odds, nats)
         return nats
 
     def distribution(self, logprobs: np.ndarray, hints: np.ndarray | None = None) -> np.ndarray:
