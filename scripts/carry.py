@@ -706,15 +706,13 @@ def entry_of(job: Job, found: Comparison, data: Path) -> dict:
             "compared": {stage: count for stage, count in found.counts.items() if count}, "note": note}
 
 
-def add_entries(folder: Path, entries: list[dict]) -> None:
-    """Writes proofs into submission.json; they take the place of those from the same script for the same."""
+def add_entry(folder: Path, entry: dict) -> None:
+    """Writes a proof into submission.json; it takes the place of those from the same script for the same."""
     path = folder / "submission.json"
     submission = read_json(path)
-    kept = submission.get("carried", [])
-    for entry in entries:
-        kept = [old for old in kept if old["from"] != entry["from"] or not {*old["for"]} <= {*entry["for"]}]
-        kept.append(entry)
-    submission["carried"] = kept
+    kept = [old for old in submission.get("carried", [])
+            if old["from"] != entry["from"] or not {*old["for"]} <= {*entry["for"]}]
+    submission["carried"] = [*kept, entry]
     family.write_atomic(path, f"{json.dumps(submission, indent=1, ensure_ascii=False)}\n".encode())
 
 
@@ -726,7 +724,7 @@ def carry_records(options: argparse.Namespace, root: Path = ROOT) -> list[family
     """
     folders = [find_script(name).parent for name in options.records] or family.records(root)
     data = Path(options.data) if options.data else None
-    length, done, entries = QUICK if options.quick else FULL, [], {}
+    length, done = QUICK if options.quick else FULL, []
     for folder in folders:
         place = f"records/{folder.name}"
         if not list(folder.glob("seed*/metrics.json")):
@@ -748,11 +746,10 @@ def carry_records(options: argparse.Namespace, root: Path = ROOT) -> list[family
             told = f"{job.pair[0].sha256[:8]} to {job.pair[1].sha256[:8]}"
             if found.equal:
                 entry = entry_of(job, found, job.pair[0].data)
-                entries.setdefault(folder, []).append(entry)
                 text = f"{told}, {entry['note']} ({', '.join(job.results)})"
                 done.append(family.Finding("carry/equal", "PASS", text, job.place()))
                 if not options.dry_run:  # at once: a command that is stopped keeps what it has shown
-                    add_entries(folder, entries[folder])
+                    add_entry(folder, entry)
             else:
                 text = f"{told}, first in {found.first()}; nothing is written for {', '.join(job.results)}"
                 done.append(family.Finding("carry/different", "FAIL", text, job.place()))

@@ -176,7 +176,7 @@ def test_gptq_in_a_real_run(run, trunk, tmp_path):
     assert math.isfinite(metrics["val_bpb"])
 
 
-def test_hessians_do_not_depend_on_the_ranks(trunk, tiny, corpus, monkeypatch):
+def test_hessians_do_not_depend_on_the_ranks(trunk, tiny, corpus):
     """Where ranks or micro-steps have a slot to spare, it repeats a row, which must not count twice."""
     args = tiny(DATA_PATH=corpus, JEPA_CHUNK_SIZE=0, DRAFT=0)
     data, runtime = trunk.Dataset(args, False), trunk.Runtime(args)

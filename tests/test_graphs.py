@@ -152,12 +152,12 @@ def gpu(monkeypatch):
             if rung not in seconds:
                 raise ImportError(rung)
 
-        monkeypatch.setattr(trunk, "check_rung", check_rung)
         def attention_seconds(rung, args, runtime):
             if seconds[rung] is None:
                 raise NotImplementedError("no fake kernel")
             return seconds[rung]
 
+        monkeypatch.setattr(trunk, "check_rung", check_rung)
         monkeypatch.setattr(trunk, "attention_seconds", attention_seconds)
         try:
             return trunk.pick_attention(args, runtime), runtime.notes
