@@ -27,8 +27,18 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-from family import ROOT, TRUNK, Misuse, command, find_script, load_script, markdown_table
+from family import (
+    ROOT,
+    TRUNK,
+    Misuse,
+    command,
+    find_script,
+    load_script,
+    markdown_table,
+    write_atomic,
+)
 from run_seeds import variables
 
 # The warm-up tries scoring too: EVAL_BATCH_TOKENS left to
@@ -323,7 +333,10 @@ def main() -> int:
             os.environ["COMPILE"] = options.compile
         result = measure(options.script, options.steps)
         table = markdown_table(HEADER, [describe("environment", result)])
-        print(json.dumps(result) if options.raw else f"{machine(result)}\n\n{table}")
+        warm_up = f"The warm-up, compilation included, took {result['warm_up_seconds']:.0f} s."
+        print(json.dumps(result) if options.raw else f"{machine(result)}\n\n{table}\n\n{warm_up}")
+        if options.json:
+            write_atomic(Path(options.json), f"{json.dumps(result, indent=1)}\n".encode())
         return 0
     if options.twin:
         results = {
@@ -349,8 +362,7 @@ def main() -> int:
         }
     print(report(results))
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(results, file, indent=1)
+        write_atomic(Path(options.json), f"{json.dumps(results, indent=1)}\n".encode())
     return 0
 
 

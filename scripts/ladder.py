@@ -13,7 +13,7 @@ NAME is a folder below records/ladder, or a path, with a ladder.json:
      "arms": {"none": {"why": "the reason", "set": {"NGRAM_ORDERS": 0}, "match": ["MODEL_DIM", "MLP_MULT"]},
               "fast": {"why": "...", "set": {"MATRIX_LR": "*1.5"}},
               "xsa":  {"why": "...", "set": {"XSA_LAST_N": {"0.03": 3, "0.1": 4, "0.3": 5}}},
-              "832":  {"why": "...", "script": "ByteJEPA"}}}
+              "832":  {"why": "...", "script": "ByteJEPA", "against": ["none"]}}}
 
 A rung is millions of block weights; scripts/rungs.py says what it sets and why. The arm `base` is the trunk
 there, or the script of `base`, and is always run. `bytes_per_id` is the text's, of a token model: rungs are
@@ -21,7 +21,7 @@ counted in bytes; the *.model in the folder of the data is its TOKENIZER_PATH. B
 `set` has plain values, `*F`, `+N` or `-N` of the base's, or one of these for each rung; a `set` of the ladder
 itself, beside `arms`, is for all arms and the base. `match` names settings that are moved, one after the
 other, until the planned artifact has the base's bytes. `script` is another script of the family; what it does
-not know of a rung's settings is left out.
+not know of a rung's settings is left out. `against` lists other arms that it is compared with, too.
 
 The data: both files of books made into shards by
     python data/prepare.py files books_train.jsonl.zst --val books_val.jsonl.zst --no-shuffle \\
@@ -93,13 +93,15 @@ KEPT = ("val_bpb", "headline", "bytes_code", "bytes_model", "bytes_total", "trai
 
 @dataclass(frozen=True)
 class Arm:
-    """`asked`: {setting: value, or {rung: value}}; `match`: the settings that make its bytes the base's."""
+    """`asked`: {setting: value, or {rung: value}}; `match`: the settings that make its bytes the base's;
+    `against`: arms that it is compared with, beside the base."""
 
     name: str
     why: str = ""
     asked: dict = field(default_factory=dict)
     script: Path = TRUNK
     match: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
 
     def at(self, rung: str) -> dict[str, str]:
         """Its own settings at a rung."""
@@ -126,6 +128,14 @@ class Ladder:
     @property
     def base(self) -> Path:
         return self.arms["base"].script
+
+    def comparisons(self) -> dict[str, tuple[str, str]]:
+        """{what a table calls it: (arm, what it is compared with)}; against the base, the arm's own name."""
+        found = {}
+        for arm in [*self.arms.values()][1:]:
+            found[arm.name] = arm.name, "base"
+            found |= {f"{arm.name} - {other}": (arm.name, other) for other in arm.against}
+        return found
 
 
 def text_of(value: object, where: str) -> str:
@@ -161,9 +171,9 @@ def read_arm(name: str, found: object, rung_names: list[str], where: str, base: 
     """
     if not re.fullmatch(r"\w[\w.+-]*", name) or name == "base":
         raise Misuse(f"{where}: a name of letters, digits and . + - is needed, other than base")
-    if not isinstance(found, dict) or found.keys() - {"why", "set", "script", "match"}:
-        raise Misuse(f"{where}: an object with `why`, `set`, `script` and `match` is needed")
-    match = found.get("match", [])
+    if not isinstance(found, dict) or found.keys() - {"why", "set", "script", "match", "against"}:
+        raise Misuse(f"{where}: an object with `why`, `set`, `script`, `match` and `against` is needed")
+    match, against = found.get("match", []), found.get("against", [])
     if not isinstance(found.get("why"), str) or not isinstance(found.get("script", ""), str):
         raise Misuse(f"{where}: `why` is needed, a text; so is `script` where there is one")
     if not isinstance(found.get("set", {}), dict):
@@ -172,10 +182,12 @@ def read_arm(name: str, found: object, rung_names: list[str], where: str, base: 
     match = [match] if isinstance(match, str) else match
     if not isinstance(match, list) or not all(isinstance(each, str) for each in match):
         raise Misuse(f"{where}: `match` is a setting or a list of settings")
+    if not isinstance(against, list) or not all(isinstance(each, str) for each in against):
+        raise Misuse(f"{where}: `against` is a list of other arms")
     script = find_script(found["script"]) if "script" in found else base
     if not asked and script == base:
         raise Misuse(f"{where}: it is the base; `set` or `script` is needed")
-    return Arm(name, found["why"], asked, script, tuple(match))
+    return Arm(name, found["why"], asked, script, tuple(match), tuple(against))
 
 
 def read_ladder(name: str) -> Ladder:
@@ -225,6 +237,9 @@ def read_ladder(name: str) -> Ladder:
     first = Arm("base", "the trunk" if base == "trunk" else base, script=find_script(base))
     read = {arm: read_arm(arm, entry, names, f"{path}: arm {arm}", first.script)
             for arm, entry in arms.items()}
+    for arm in read.values():
+        if strange := [other for other in arm.against if other not in read or other == arm.name]:
+            raise Misuse(f"{path}: arm {arm.name}: `against` {strange[0]}: it is no other arm")
     return Ladder(folder, found["question"], shared, {"base": first, **read}, names, seeds, float(per_id))
 
 
@@ -680,6 +695,7 @@ def arguments() -> argparse.ArgumentParser:
     option("name", metavar="NAME", help="a folder below records/ladder, or a folder with a ladder.json")
     option("--data", metavar="FOLDER", help="shards of the base's vocabulary; needed to run")
     option("--arms", metavar="A,B", help="only these, and the base (default: all)")
+    option("--no-base", action="store_true", help="not the base, where --arms are compared with one another")
     option("--rungs", metavar="A,B", help="only these (default: all)")
     option("--seeds", metavar="A,B", help="only these (default: all of each rung)")
     option("--jobs", type=int, help="runs at a time (default: as many as --cores serve, or one)")
@@ -701,7 +717,10 @@ def main(argv: list[str] | None = None) -> int:
     ladder = read_ladder(options.name)
     options.gpus, options.ranks = "", 1
     places: list[Slot] = slots(options)
-    options.arms = chosen(f"base,{options.arms}" if options.arms else None, [*ladder.arms], "--arms")
+    if options.no_base and not options.arms:
+        raise Misuse("--no-base: --arms says which arms are to run without it")
+    asked = options.arms if options.no_base else f"base,{options.arms}"
+    options.arms = chosen(asked if options.arms else None, [*ladder.arms], "--arms")
     options.rungs = chosen(options.rungs, ladder.rungs, "--rungs")
     options.seeds = seed_list(options.seeds) if options.seeds else []
     if options.trunk and not options.trunk.is_file():

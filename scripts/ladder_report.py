@@ -128,12 +128,12 @@ def slopes(rows: list[dict]) -> dict[str, float]:
 
 
 def arm_rows(ladder, runs: Runs, slope: dict[str, float]) -> list[dict]:
-    """Each arm against the base at each rung, seeds paired."""
+    """Each arm against the base, or another arm, at each rung, seeds paired."""
     rows = []
-    for arm in ladder.arms:
-        for rung in ladder.rungs if arm != "base" else ():
-            pair = {seed: (runs[rung, arm, seed], runs[rung, "base", seed]) for seed in ladder.seeds[rung]
-                    if (rung, arm, seed) in runs and (rung, "base", seed) in runs}
+    for name, (arm, other) in ladder.comparisons().items():
+        for rung in ladder.rungs:
+            pair = {seed: (runs[rung, arm, seed], runs[rung, other, seed]) for seed in ladder.seeds[rung]
+                    if (rung, arm, seed) in runs and (rung, other, seed) in runs}
             if not pair:
                 continue
             mine, base = ({seed: both[i]["val_bpb"] for seed, both in pair.items()} for i in (0, 1))
@@ -143,7 +143,7 @@ def arm_rows(ladder, runs: Runs, slope: dict[str, float]) -> list[dict]:
             # More time on the same machine is more text for the same model: about the base's own slope.
             price = -slope[rung] * math.log(time) if rung in slope else None
             rows.append({
-                "arm": arm, "rung": rung, "seeds": sorted(pair),
+                "arm": name, "rung": rung, "seeds": sorted(pair),
                 "differences": [mine[seed] - base[seed] for seed in sorted(pair)],
                 "difference": found.difference, "interval": finite(found.interval), "word": found.word,
                 "bytes": size, "time": time, "price": price,
@@ -245,8 +245,8 @@ def arm_table(rows: list[dict]) -> str:
         row["word"], f"{row['bytes']:.3f}{' !' if abs(row['bytes'] - 1) > BYTES_OFF else ''}",
         f"{row['time']:.2f}", signed(row["at_equal_time"]),
     ] for row in rows]
-    return markdown_table(["arm", "rung", "pairs", "difference", "95 % interval", "verdict", "bytes / base's",
-                           "time / base's", "at equal time (estimate)"], body)
+    return markdown_table(["arm", "rung", "pairs", "difference", "95 % interval", "verdict", "ratio of bytes",
+                           "ratio of times", "at equal time (estimate)"], body)
 
 
 def checked(found: dict | None) -> str:
@@ -288,14 +288,14 @@ def curve_table(rows: list[dict]) -> str:
 
 
 ABOUT = """\
-Differences are arm minus base in BPB, seeds paired; below zero the arm is better. Block weights are the
-base's own; FLOPs are 6 x block weights, with MLPs of two widths, x bytes of text of the rung. The line goes
-through all pairs against the logarithm of compute; its prediction interval is for one new pair at the
-contest's compute. The verdicts are defined in `scripts/trends.py`: *grows* (away from zero), *stays*, *fades*
-(towards zero), *reverses* (turned where measured), *undecided*. *Line at the highest rung* is the word on the
-line there, not on that rung's own pairs; of two rungs it is the word that both have. "!" marks bytes that
-differ from the base's by more than 2 %. *At equal time* charges an arm's time with the base's own slope: an
-estimate. All of it is measured on books, nothing on FineWeb."""
+Differences are arm minus base, or minus the arm that is named, in BPB, seeds paired; below zero the arm is
+better. Block weights are the base's own; FLOPs are 6 x block weights, with MLPs of two widths, x bytes of
+text of the rung. The line goes through all pairs against the logarithm of compute; its prediction interval is
+for one new pair at the contest's compute. The verdicts are defined in `scripts/trends.py`: *grows* (away from
+zero), *stays*, *fades* (towards zero), *reverses* (turned where measured), *undecided*. *Line at the highest
+rung* is the word on the line there, not on that rung's own pairs; of two rungs it is the word that both have.
+"!" marks bytes that differ by more than 2 %. *At equal time* charges an arm's time with the base's own slope:
+an estimate. All of it is measured on books, nothing on FineWeb."""
 
 
 def block(ladder, numbers: dict) -> str:
@@ -326,7 +326,7 @@ def block(ladder, numbers: dict) -> str:
 
 
 def draw(ladder, numbers: dict, fits: dict[str, Fitted], key: str) -> bytes:
-    """The curves, then a panel an arm: differences with intervals, the line, its band to the contest."""
+    """The curves, then a panel a comparison: differences, intervals, the line, its band to the contest."""
     import matplotlib.style  # here: no table needs it
     from matplotlib.figure import Figure
 
@@ -404,11 +404,11 @@ def numbers_of(ladder, runs: Runs) -> tuple[dict, dict[str, Fitted]]:
         scores.setdefault(arm, {}).setdefault(rung, []).append(run["val_bpb"])
 
     trends = []
-    for arm in ladder.arms:
-        mine = [row for row in arms if row["arm"] == arm]
+    for name in ladder.comparisons():
+        mine = [row for row in arms if row["arm"] == name]
         if not mine:
             continue
-        row = {"arm": arm, **trend({each["rung"]: each["differences"] for each in mine})}
+        row = {"arm": name, **trend({each["rung"]: each["differences"] for each in mine})}
         if row["rungs"] < FEWEST_RUNGS:
             words = {each["word"] for each in mine}
             row["word"] = words.pop() if len(words) == 1 else "undecided"

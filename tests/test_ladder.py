@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -340,6 +341,30 @@ def test_a_setting_that_is_no_number_is_refused(tmp_path, arm):
         ladder.main([str(place), "--plan", "--runs", str(tmp_path / "runs")])
 
 
+def test_arms_are_compared_with_one_another(tmp_path, capsys):
+    place = tmp_path / "duel"
+    arms = {"strong": straight(-0.08, -0.02), "weak": straight(-0.03, 0.03)}
+    made_up(place, arms)
+    about = json.loads((place / "ladder.json").read_text())
+    about["arms"]["strong"]["against"] = ["weak"]
+    (place / "ladder.json").write_text(json.dumps(about))
+    shutil.rmtree(place / NAMES[-1] / "base")  # the highest rung was climbed without the base
+    options = [str(place), "--runs", str(place / "runs")]
+    assert ladder.main([*options, "--report"]) == 0
+
+    found = json.loads((place / "results.json").read_text())
+    rows = {row["arm"]: row for row in found["trends"]}
+    assert [*rows] == ["strong", "strong - weak", "weak"]
+    assert rows["strong - weak"]["verdict"] == "stays" and rows["strong - weak"]["rungs"] == len(NAMES)
+    assert rows["strong"]["rungs"] == len(NAMES) - 1
+    duel = [row for row in found["arms"] if row["arm"] == "strong - weak"]
+    assert [row["difference"] for row in duel] == pytest.approx([-0.05] * len(NAMES), abs=1e-3)
+
+    capsys.readouterr()
+    assert ladder.main([*options, "--plan", "--arms", "strong,weak", "--no-base", "--rungs", NAMES[-1]]) == 0
+    assert [line.split(" | ")[1] for line in capsys.readouterr().out.splitlines()[2:4]] == ["strong", "weak"]
+
+
 def test_leaving_out_the_top_rung_says_so_when_it_surprises(tmp_path):
     def kink(x):
         return -0.05 + (0.08 if x == X[-1] else 0.0)
@@ -468,6 +493,9 @@ def test_a_tiny_ladder_is_stopped_and_goes_on(tiny, corpus, tmp_path):
     ({"arms": {"a": {"why": "w", "set": {"MATRIX_LR": {"0.001": 1}}}}}, "no value for rung 0.006"),
     ({"arms": {"a": {"why": "w", "set": {"MATRIX_LR": [1]}}}}, "a text, a number"),
     ({"arms": {"a": {"why": "w", "script": "Nobody"}}}, "Nobody: no script"),
+    ({"arms": {"a": {"why": "w", "set": {"BITS": 5}, "against": ["base"]}}}, "`against` base: it is"),
+    ({"arms": {"a": {"why": "w", "set": {"BITS": 5}, "against": ["a"]}}}, "`against` a: it is no other arm"),
+    ({"arms": {"a": {"why": "w", "set": {"BITS": 5}, "against": "a"}}}, "`against` is a list"),
     ({"base": "Nobody"}, "Nobody: no script"),
     ({"base": ["BiJEPAX"]}, "`base` is a script's name"),
     ({"bytes_per_id": 0.5}, "`bytes_per_id` a number from 1 to 100"),
@@ -499,6 +527,7 @@ def test_a_bad_ladder_is_refused(tiny, corpus, tmp_path, changes, words):
     (["--seeds", "8"], "no rung has them"),
     (["--seeds", "x"], "different whole numbers"),
     (["--jobs", "0"], "--jobs 0"),
+    (["--no-base"], "--no-base: --arms says which arms"),
     (["--data", "nowhere"], "--data nowhere: no such folder"),
     (["--trunk", "nowhere"], "--trunk nowhere"),
     ([], "--data FOLDER is needed"),

@@ -10,14 +10,16 @@ import tables
 from conftest import ROOT, environment
 
 
-def test_bench_measures_one_configuration():
-    words = "--one", "--raw", "--steps", "5", "--compile", "0"
+def test_bench_measures_one_configuration(tmp_path):
+    kept = tmp_path / "one.json"
+    words = "--one", "--raw", "--steps", "5", "--compile", "0", "--json", str(kept)
     command = [sys.executable, str(ROOT / "scripts" / "bench.py"), *words]
     # with a clock a run times its calibration, for which there is no text here
     env = environment(MLP_MULT=2, MAX_WALLCLOCK_SECONDS=600, COMPILE=1)
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads(kept.read_text()) == result
     assert result["step_ms"] > 0 and result["compile"] is False and result["parameters"] > 10_000
     blocks = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 2 * 32 * 64)
     hashes = 5 * 8 * 32
