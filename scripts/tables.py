@@ -97,6 +97,8 @@ def of_script(kind: str, folder: Path, argument: str | None, root: Path) -> str:
     record = next((place for place in (folder, *folder.parents) if (place / "train_gpt.py").is_file()), None)
     if record is None or record == root or is_draft(record):
         return ""
+    if kind == "rows" and "script" in rows_of(folder, argument)["header"]:
+        return ""  # each row names its own
     results = {}
     for path in sorted(folder.glob(argument or SOURCES[kind])):
         inside = path.relative_to(record)
@@ -236,10 +238,15 @@ def proofs(folder: Path, _) -> str:
     )
 
 
-def plain_rows(folder: Path, argument: str | None) -> str:
+def rows_of(folder: Path, argument: str | None) -> dict:
+    """{"header", "rows", "note"} of a file, or of a part of it, FILE#PART."""
     name, _, part = (argument or "rows.json").partition("#")
     found = read_json(folder / name)
-    found = found[part] if part else found
+    return found[part] if part else found
+
+
+def plain_rows(folder: Path, argument: str | None) -> str:
+    found = rows_of(folder, argument)
     table = markdown_table(found["header"], found["rows"])
     return f"{table}\n\n{found['note']}" if found.get("note") else table
 
