@@ -871,14 +871,27 @@ def whole_folder(target: Path, force: bool):
 
 def remove_remains(place: Path) -> None:
     """Deletes what a run that was killed left beside `place`, or gives back the folder that it had moved."""
-    pattern = f".{glob.escape(place.name)}.*"
-    for left in place.parent.glob(f"{pattern}.partial"):
-        shutil.rmtree(left, ignore_errors=True)
-    for left in place.parent.glob(f"{pattern}.old"):
-        if place.exists():
+    for left in place.parent.glob(f".{glob.escape(place.name)}.*"):
+        named = re.fullmatch(re.escape(f".{place.name}.") + r"(\d+)\.(partial|old)", left.name)
+        if named is None or is_running(int(named[1])):
+            continue  # another folder's, or of a run that is at work
+        if named[2] == "partial" or place.exists():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.rename(place)
+
+
+def is_running(process: int) -> bool:
+    """Whether another process of this machine has this number."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's
+    return True
 
 
 def put_in_place(working: Path, place: Path) -> None:
@@ -927,7 +940,8 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
         tokenizer = make_tokenizer(args, corpus, folder)
         skipped = write_training(corpus, tokenizer, train, held_out, scan)
         shares = scan.shares() if scan else np.zeros(0)
-        dropped = set(np.flatnonzero(shares > OVERLAP_LIMIT)) if args.overlap == "drop" else set()
+        drops = args.overlap == "drop" and not corpus.fixed_val
+        dropped = set(np.flatnonzero(shares > OVERLAP_LIMIT)) if drops else set()
         text, spelled = write_validation(corpus, tokenizer, val, dropped)
         manifest = {
             "source": corpus.name,
@@ -945,7 +959,7 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
             "train": train.summary(),
             "val": val.summary(),
             "overlap": {
-                "mode": args.overlap,
+                "mode": "report" if args.overlap == "drop" and not drops else args.overlap,
                 "shingle_bytes": SHINGLE,
                 "limit": OVERLAP_LIMIT,
                 "share_found": scan.share_found(shares) if scan else None,
@@ -1289,15 +1303,15 @@ def shared_options() -> argparse.ArgumentParser:
     option("--tokenizer", default="", help="a .model to use instead of training one")
     option("--out", default="", help="folder to write (default: OUT_ROOT/<source>_<variant>)")
     option("--out-root", default="data/datasets", help="where folders go by default")
-    option("--shard-tokens", type=int, default=SHARD_TOKENS, help="ids a shard holds at most")
-    option("--val-share", type=float, default=0.02, help="share of documents held out by hash")
+    option("--shard-tokens", type=int, help=f"ids a shard holds at most (default: {SHARD_TOKENS:,})")
+    option("--val-share", type=float, help="share of documents held out by hash (default: 0.02)")
     option(
         "--overlap",
-        default="drop",
         choices=("drop", "report", "off"),
-        help="validation documents that repeat training text: drop (default), only report, or no scan",
+        help="validation documents that repeat training text: drop (default), only report, or no scan; "
+        "the contest's are never dropped",
     )
-    option("--seed", type=int, default=42, help="of the shuffle, and of markov2 (default: %(default)s)")
+    option("--seed", type=int, help="of the shuffle, and of markov2 (default: 42)")
     option("--force", action="store_true", help="replace the folder if it exists")
     return shared
 
@@ -1383,6 +1397,38 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def settle(args: argparse.Namespace) -> None:
+    """Fills in the defaults of what was not given.
+
+    Raises:
+        UserError: a number out of range, or an option that this source has no use for.
+    """
+    defaults = {"shard_tokens": SHARD_TOKENS, "val_share": 0.02, "overlap": "drop", "seed": 42}
+    given = [name for name in defaults if getattr(args, name) is not None]
+    copies = args.source_name == "convert" or getattr(args, "shards", 0)
+    if copies and given:
+        kind = "convert keeps" if args.source_name == "convert" else "--shards keeps"
+        raise UserError(f"--{given[0].replace('_', '-')}: {kind} documents, order and shards as published")
+    if getattr(args, "shards", 0) and args.documents:
+        raise UserError("--documents --shards: one of both")
+    if getattr(args, "shards", 0) and args.train_bytes:
+        raise UserError("--train-bytes: --shards fetches whole shards")
+    if "val_share" in given and (getattr(args, "val", None) or getattr(args, "val_tail", 0)):
+        raise UserError("--val-share: --val or --val-tail says what is held out")
+    if args.tokenizer and args.variant == "byte260" and args.source_name != "convert":
+        raise UserError(f"--tokenizer {args.tokenizer}: byte260 has none; --variant sp<N> is missing")
+    for name in defaults:
+        if name not in given:
+            setattr(args, name, defaults[name])
+    if args.shard_tokens < 1:
+        raise UserError(f"--shard-tokens {args.shard_tokens}: at least 1")
+    if not 0 < args.val_share < 1:
+        raise UserError(f"--val-share {args.val_share}: between 0 and 1")
+    for name in ("train_bytes", "val_bytes", "val_tail", "val_documents", "shards"):
+        if getattr(args, name, 0) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 0")
+
+
 def refuse(message: str) -> int:
     print("error:", " ".join(message.splitlines()), file=sys.stderr)
     return 2
@@ -1392,13 +1438,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     start = time.perf_counter()
     try:
-        if args.shard_tokens < 1:
-            raise UserError(f"--shard-tokens {args.shard_tokens}: at least 1")
-        if not 0 < args.val_share < 1:
-            raise UserError(f"--val-share {args.val_share}: between 0 and 1")
-        for name in ("train_bytes", "val_bytes", "val_tail", "val_documents", "shards"):
-            if getattr(args, name, 0) < 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 0")
+        settle(args)
         if args.source_name == "convert":
             manifest = convert(args)
         elif args.source_name == "fineweb" and args.shards:

@@ -456,12 +456,17 @@ def test_the_old_folder_comes_back_where_the_new_one_fails(prepare, tmp_path, mo
 def test_what_a_killed_run_left_is_put_right(prepare, tmp_path):
     """Killed between two renames, it leaves the old folder under another name; earlier, half of a new one."""
     write(tmp_path, {"a.txt": TEXT, **OLD})
-    (tmp_path / "o").rename(tmp_path / ".o.123.old")
-    (tmp_path / ".o.123.partial").mkdir()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / "o").rename(tmp_path / f".o.{ended.pid}.old")
+    (tmp_path / f".o.{ended.pid}.partial").mkdir()
+    others = f".o.v2.{ended.pid}.partial", f".o.{os.getppid()}.partial"  # another folder's; of a run at work
+    for name in others:
+        (tmp_path / name).mkdir()
     call = ["files", tmp_path / "a.txt", "--val", tmp_path / "v.txt", "--out", tmp_path / "o"]
     assert prepare.main([str(word) for word in [*call, "--val-share", "2"]]) == 2
     assert prepare.main([str(word) for word in [*call, "--overlap", "off"]]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "o", "v.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "a.txt", "o", "v.txt"])
 
 
 # --- damage at random --------------------------------------------------------

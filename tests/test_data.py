@@ -505,6 +505,16 @@ def test_fineweb_documents_from_a_local_hub(prepare, hub, tmp_path):
     assert prepare.VAL_DOCUMENTS_FINEWEB == 50_000
 
 
+def test_the_contests_validation_documents_are_never_dropped(prepare, hub, tmp_path, monkeypatch):
+    root, documents = hub
+    monkeypatch.setattr(prepare, "OVERLAP_LIMIT", -1.0)  # every document overlaps
+    arguments = ["fineweb", "--hub-folder", str(root), "--val-documents", "5", "--out", str(tmp_path / "o")]
+    assert prepare.main(arguments) == 0
+    assert documents_of(tmp_path / "o", "val") == [d.encode() for d in documents[:5]]
+    overlap = json.loads((tmp_path / "o" / "manifest.json").read_text())["overlap"]
+    assert overlap["mode"] == "report" and overlap["documents_dropped"] == 0
+
+
 def test_fineweb_shards_are_fetched_and_converted_to_bytes(prepare, hub, tmp_path, capsys):
     root, documents = hub
     shards, converted = tmp_path / "shards", tmp_path / "bytes"
@@ -589,6 +599,10 @@ def test_bad_calls_are_one_line(prepare, jsonl, tmp_path, capsys):
         ["files", good, "--val-share", "0"],
         ["fineweb", "--hub-folder", str(tmp_path / "no")],
         ["files", good, "--shard-tokens", "0"],
+        ["files", good, "--tokenizer", "no.model"],
+        ["files", good, "--val", good, "--val-share", "0.5"],
+        ["convert", "--from", str(tmp_path), "--seed", "3"],
+        ["fineweb", "--hub-folder", str(tmp_path), "--shards", "1", "--documents"],
     ]
     for case in cases:
         assert prepare.main([*case, "--out", str(tmp_path / "o")]) == 2, case
