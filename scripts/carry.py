@@ -69,6 +69,7 @@ VARIANTS = {
              "DEVICE_BATCH_TOKENS": "1024"},
     "adapter": {"JEPA_LOSS": "0", "TTT_MODULES": "tok_emb,blocks.1", "TTT_EPOCHS": "2",
                 "TTT_DECAY_CHUNKS": "2", "COMPRESSOR": "lzma", "MIN_LR": "0.1", "NGRAM_WORDS": "1"},
+    "windows": {"ATTN_WINDOW_LAYERS": "0,1,2", "ATTN_WINDOW": "64", "BITS": "mlp:5", "QUANT_K": "attn:10"},
 }
 
 
@@ -125,8 +126,8 @@ def probe(settings: dict[str, str], length: Length, sources: tuple[str, str]) ->
         "DEVICE": "cpu", "DTYPE": "fp32", "COMPILE": "0", "VERIFY_DATA": "0"}
     if found.get("BATCH_GROWTH", "1") != "1":  # updates share the micro-steps evenly
         short["DEVICE_BATCH_TOKENS"] = length.batch // 4
-    for name, most in (("TTT_DOC_CHUNK", length.row // 4), ("NGRAM_BUCKETS", 2048), ("VOCAB_SIZE", 1024),
-                       ("HEAD_POSITIONS", length.row // 4),
+    for name, most in (("TTT_DOC_CHUNK", length.row // 4), ("ATTN_WINDOW", length.row // 4),
+                       ("NGRAM_BUCKETS", 2048), ("VOCAB_SIZE", 1024), ("HEAD_POSITIONS", length.row // 4),
                        ("JEPA_SPAN", max(1, number("JEPA_SPAN", row) * length.row // row))):
         if name in found:
             short[name] = min(most, number(name, most))
@@ -532,6 +533,8 @@ def compare_artifacts(found: Comparison, folders: list[Path], scripts: tuple[Pat
 
 def side_by_side(pairs: list[tuple[Side, Side]], jobs: int = 1, fresh: bool = False) -> list[Comparison]:
     """Runs both sides of each pair, `jobs` processes at a time, and compares them."""
+    if jobs < 1:
+        raise Misuse(f"--jobs {jobs}: a whole number from 1")
     root = KEPT
     sides = {side.key(): side for pair in pairs for side in pair}
     with ThreadPoolExecutor(jobs) as threads:
@@ -725,6 +728,8 @@ def carry_records(options: argparse.Namespace, root: Path = ROOT) -> list[family
     folders = [find_script(name).parent for name in options.records] or family.records(root)
     data = Path(options.data) if options.data else None
     length, done = QUICK if options.quick else FULL, []
+    if options.jobs < 1:
+        raise Misuse(f"--jobs {options.jobs}: a whole number from 1")
     for folder in folders:
         place = f"records/{folder.name}"
         if not list(folder.glob("seed*/metrics.json")):

@@ -74,13 +74,13 @@ def find_script(name: Path | str) -> Path:
     """
     if str(name) in (".", "trunk"):
         return TRUNK
-    for path in (
-        Path(name),
-        ROOT / "records" / name,
-        *sorted((ROOT / "records").glob(f"*_{Path(name).name}")),
-    ):
+    title = Path(name).name
+    titled = [path for path in sorted((ROOT / "records").glob("*_*")) if path.name.partition("_")[2] == title]
+    for path in (Path(name), ROOT / "records" / name, *titled):
         path = path / "train_gpt.py" if path.is_dir() else path
         if path.is_file():
+            if len(titled) > 1 and path.parent in titled:
+                raise Misuse(f"{name}: which of {', '.join(each.name for each in titled)}?")
             return path.resolve()
     raise Misuse(f"{name}: no script, no folder with a train_gpt.py and no record of this name")
 

@@ -329,30 +329,36 @@ def carry_on(ladder: Ladder, jobs: list[LadderJob], runs: Path, count: int) -> i
         found = read_json(path) if path.is_file() else None
         if found and job.why_not(found) and not job.why_not(found, any_script=True):
             todo.setdefault((found["script_sha256"], job.arm), (job, path))
-    pairs = [
-        carry.made_pair((text_of_script(old, runs), job.program.copy.read_bytes()), carry.Measured.read(path),
-                        carry.FULL, {}, None)
-        for (old, _), (job, path) in todo.items()
-    ]
-    results = dict(zip(todo, carry.side_by_side(pairs, count)))
     path = ladder.folder.parent / "carried.json"
     entries, code = read_json(path) if path.exists() else [], FINE
-    for old in dict.fromkeys(old for old, _ in results):
-        arms = [arm for sha, arm in results if sha == old]
-        for arm in arms:
-            say(f"{old[:8]}, arm {arm}: {'equal' if results[old, arm].equal else results[old, arm].first()}")
-        if not all(results[old, arm].equal for arm in arms):
+    for old in dict.fromkeys(sha for sha, _ in todo):
+        jobs_of_old = {arm: found for (sha, arm), found in todo.items() if sha == old}
+        equal = [arm for arm, (job, place) in jobs_of_old.items()
+                 if computes_the_same(old, arm, job, place, runs, count)]
+        if len(equal) < len(jobs_of_old):
             code = FINDINGS
             continue
-        for new in dict.fromkeys(todo[old, arm][0].program.sha256 for arm in arms):
-            mine = [arm for arm in arms if todo[old, arm][0].program.sha256 == new]
+        for new in dict.fromkeys(job.program.sha256 for job, _ in jobs_of_old.values()):
+            mine = [arm for arm, (job, _) in jobs_of_old.items() if job.program.sha256 == new]
             why = f"equal bit for bit over {carry.FULL.steps} steps, an artifact and its scores"
             names = [in_proofs(ladder, arm) for arm in mine]
             entries.append({"from": old, "to": new, "for": names, "why": why})
-    if entries:
         write_atomic(path, f"{json.dumps(entries, indent=1)}\n".encode())
     say(f"{len(todo)} arms of other scripts compared" if todo else "no run of another script")
     return code
+
+
+def computes_the_same(old: str, arm: str, job: LadderJob, place: Path, runs: Path, count: int) -> bool:
+    """Whether the old script and the present one are equal at what a kept run had; says so."""
+    try:
+        texts = text_of_script(old, runs), job.program.copy.read_bytes()
+        pair = carry.made_pair(texts, carry.Measured.read(place), carry.FULL, {}, None)
+        result, = carry.side_by_side([pair], count)
+    except Misuse as error:
+        say(f"{old[:8]}, arm {arm}: {error}")
+        return False
+    say(f"{old[:8]}, arm {arm}: {'equal' if result.equal else result.first()}")
+    return result.equal
 
 
 # --- Runs ---
@@ -388,15 +394,20 @@ def settings_at(ladder: Ladder, arm: Arm, rung: str, programs: dict[Path, Progra
 
 
 def differing(metrics: dict, settings: dict[str, str], module) -> list[str]:
-    """Names of settings in which a run is not what is asked for, as far as both know and read them."""
+    """Names of settings in which a run is not what is asked for: both know and read them and differ, or the
+    run's script did not know one that is not at its default.
+    """
     asked, found = module.Hyperparameters(settings).settings(), metrics.get("settings", {})
     names = (asked.keys() & found.keys()) - HOW - {*OF_THE_RUN} - (idle(asked) & idle(found))
-    return sorted(name for name in names if asked[name] != found[name])
+    wrong = {name for name in names if asked[name] != found[name]}
+    usual = module.Hyperparameters({}).settings()  # what an older script does not know it did not do
+    newer = asked.keys() - found.keys() - HOW - {*OF_THE_RUN} - idle(asked)
+    return sorted(wrong | {name for name in newer if asked[name] != usual[name]})
 
 
 def median_step(path: Path) -> float | None:
-    """Milliseconds of a step in a metrics.jsonl, the median between its lines: other programs' bursts and
-    checkpoints do not count.
+    """Milliseconds of a step in a metrics.jsonl: the mean over tenths of the run of the median between its
+    lines. Other programs' bursts and checkpoints do not count, but phases of a run do.
     """
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -404,7 +415,8 @@ def median_step(path: Path) -> float | None:
         return None
     points = [(line["step"], line["train_seconds"]) for line in lines if "train_seconds" in line]
     steps = [1e3 * (b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(points) if b[0] > a[0]]
-    return statistics.median(steps) if steps else None
+    tenths = [steps[len(steps) * i // 10:len(steps) * (i + 1) // 10] for i in range(10)]
+    return statistics.mean(statistics.median(tenth) for tenth in tenths if tenth) if steps else None
 
 
 @dataclass
@@ -715,6 +727,7 @@ def main(argv: list[str] | None = None) -> int:
         if (value := getattr(options, name)) is not None and value < 1:
             raise Misuse(f"--{name} {value}: a whole number from 1")
     ladder = read_ladder(options.name)
+    asked_for = {"--arms": options.arms, "--rungs": options.rungs, "--seeds": options.seeds}
     options.gpus, options.ranks = "", 1
     places: list[Slot] = slots(options)
     if options.no_base and not options.arms:
@@ -729,14 +742,18 @@ def main(argv: list[str] | None = None) -> int:
                 for script in {arm.script for arm in ladder.arms.values()}}
 
     if options.report or options.carry:
+        if given := [name for name in ("--arms", "--rungs", "--seeds") if asked_for[name]]:
+            raise Misuse(f"{given[0]}: --report and --carry are about the whole ladder")
         options.arms, options.rungs, options.seeds = [*ladder.arms], ladder.rungs, []
         kept = make_jobs(ladder, options, programs, "")
         if options.carry:
             return carry_on(ladder, kept, Path(options.runs), len(places))
         return report(ladder, kept)
     jobs = make_jobs(ladder, options, programs, "")
-    if not jobs:
-        raise Misuse(f"--seeds {','.join(map(str, options.seeds))}: no rung has them")
+    if strange := [seed for seed in options.seeds if all(job.seed != seed for job in jobs)]:
+        raise Misuse(f"--seeds {strange[0]}: no rung has it")
+    whole = argparse.Namespace(**vars(options) | {"arms": [*ladder.arms], "rungs": ladder.rungs, "seeds": []})
+    make_jobs(ladder, whole, programs, "")  # the report at the end needs them all: a wrong arm is told now
     if not options.data and not options.plan:
         raise Misuse("--data FOLDER is needed; --help says how to make one")
     digest = check_text(jobs, options.data, ladder.per_id) if options.data else ""

@@ -18,6 +18,7 @@ from trends import FEWEST_RUNGS, Fitted, Line, fitted, verdict
 
 BLOCK = re.compile(r"(<!-- ladder -->\n).*?(<!-- end -->)", re.S)
 BYTES_OFF = 0.02  # of the base's bytes, beyond which an arm is marked
+UNEVEN = 1.2  # slowest of a base's runs at a rung by its fastest, beyond which nothing is said of equal time
 TENFOLD = math.log(10)
 
 # {(rung, arm, seed): metrics}
@@ -84,28 +85,41 @@ def step_ms(run: dict) -> float:
     return run.get("median_ms_per_step", run["ms_per_step"])
 
 
+def time_ratio(pair: list[tuple[dict, dict]]) -> float | None:
+    """Training time of the first of each pair by the second's; None where machines or threads differ."""
+    if any(a["device"] != b["device"] for a, b in pair):
+        return None
+    return statistics.mean(step_ms(a) * a["steps"] / (step_ms(b) * b["steps"]) for a, b in pair)
+
+
+def uneven(runs: list[dict]) -> bool:
+    """Whether equal runs differ so much in time that a ratio of times tells of the machine, not of an arm."""
+    times = [step_ms(run) for run in runs]
+    return len(times) > 1 and max(times) > UNEVEN * min(times)
+
+
 def finite(interval) -> list[float] | None:
     """JSON has no infinity."""
     return [*map(float, interval)] if interval and all(map(math.isfinite, interval)) else None
 
 
-def block_weights(rung: str, base: list[dict]) -> int:
-    """Of the base's runs at a rung; without any, with MLPs of two widths, as rungs are counted."""
-    if not base:
-        return rungs.weights(float(rung))
+def block_weights(rung: str, settings: dict) -> int:
+    """Of a base with these settings at a rung; without an MLP_MULT, of MLPs of two widths, as rungs count."""
     layers, width = rungs.shape(float(rung))
-    return round(layers * width**2 * (3 + 2 * float(base[0]["settings"]["MLP_MULT"])))
+    return round(layers * width**2 * (3 + 2 * float(settings.get("MLP_MULT", 2))))
 
 
 def rung_rows(ladder, runs: Runs) -> list[dict]:
     """The rungs themselves, by their base."""
     rows = []
+    anywhere = [run["settings"] for (_, arm, _), run in runs.items() if arm == "base"]
+    own = {"MLP_MULT": anywhere[0]["MLP_MULT"]} if anywhere and "MLP_MULT" in anywhere[0] else {}
     for rung in ladder.rungs:
-        settings = rungs.proportions(float(rung), ladder.per_id)
         base = [run for (name, arm, _), run in runs.items() if (name, arm) == (rung, "base")]
+        settings = base[0]["settings"] if base else rungs.proportions(float(rung), ladder.per_id) | own
         scores = [run["val_bpb"] for run in base]
         rows.append({
-            "rung": rung, "weights": block_weights(rung, base), "layers": int(settings["NUM_LAYERS"]),
+            "rung": rung, "weights": block_weights(rung, settings), "layers": int(settings["NUM_LAYERS"]),
             "width": int(settings["MODEL_DIM"]), "heads": int(settings["NUM_HEADS"]),
             "sequence": int(settings["TRAIN_SEQ_LEN"]),
             "batch": round(ladder.per_id * int(settings["TRAIN_BATCH_TOKENS"])),
@@ -138,15 +152,18 @@ def arm_rows(ladder, runs: Runs, slope: dict[str, float]) -> list[dict]:
                 continue
             mine, base = ({seed: both[i]["val_bpb"] for seed, both in pair.items()} for i in (0, 1))
             found = paired(mine, base)
-            size, time = (statistics.mean(of(a) / of(b) for a, b in pair.values())
-                          for of in (lambda run: run["bytes_model"], lambda run: step_ms(run) * run["steps"]))
+            size = statistics.mean(a["bytes_model"] / b["bytes_model"] for a, b in pair.values())
+            time = time_ratio([*pair.values()])
+            even = time is not None and not any(
+                uneven([run for (at, name, _), run in runs.items() if (at, name) == (rung, each)])
+                for each in (arm, other))
             # More time on the same machine is more text for the same model: about the base's own slope.
-            price = -slope[rung] * math.log(time) if rung in slope else None
+            price = -slope[rung] * math.log(time) if rung in slope and even else None
             rows.append({
                 "arm": name, "rung": rung, "seeds": sorted(pair),
                 "differences": [mine[seed] - base[seed] for seed in sorted(pair)],
                 "difference": found.difference, "interval": finite(found.interval), "word": found.word,
-                "bytes": size, "time": time, "price": price,
+                "bytes": size, "time": time if even else None, "price": price,
                 "at_equal_time": None if price is None else found.difference + price,
             })
     return rows
@@ -243,7 +260,7 @@ def arm_table(rows: list[dict]) -> str:
     body = [[
         row["arm"], row["rung"], str(len(row["seeds"])), signed(row["difference"]), span(row["interval"]),
         row["word"], f"{row['bytes']:.3f}{' !' if abs(row['bytes'] - 1) > BYTES_OFF else ''}",
-        f"{row['time']:.2f}", signed(row["at_equal_time"]),
+        "" if row["time"] is None else f"{row['time']:.2f}", signed(row["at_equal_time"]),
     ] for row in rows]
     return markdown_table(["arm", "rung", "pairs", "difference", "95 % interval", "verdict", "ratio of bytes",
                            "ratio of times", "at equal time (estimate)"], body)
@@ -290,12 +307,13 @@ def curve_table(rows: list[dict]) -> str:
 ABOUT = """\
 Differences are arm minus base, or minus the arm that is named, in BPB, seeds paired; below zero the arm is
 better. Block weights are the base's own; FLOPs are 6 x block weights, with MLPs of two widths, x bytes of
-text of the rung. The line goes through all pairs against the logarithm of compute; its prediction interval is
-for one new pair at the contest's compute. The verdicts are defined in `scripts/trends.py`: *grows* (away from
-zero), *stays*, *fades* (towards zero), *reverses* (turned where measured), *undecided*. *Line at the highest
-rung* is the word on the line there, not on that rung's own pairs; of two rungs it is the word that both have.
-"!" marks bytes that differ by more than 2 %. *At equal time* charges an arm's time with the base's own slope:
-an estimate. All of it is measured on books, nothing on FineWeb."""
+text of the rung. The line goes through all pairs against the logarithm of compute; its prediction interval
+is for one new pair at the contest's compute. The verdicts are defined in `scripts/trends.py`: *grows*
+(away from zero), *stays*, *fades* (towards zero), *reverses* (turned where measured), *undecided*. *Line
+at the highest rung* is the word on the line there, not on that rung's own pairs; of two rungs it is the
+word that both have. "!" marks bytes that differ by more than 2 %. *At equal time* charges an arm's time
+with the base's own slope: an estimate, left out where equal runs differ by more than a fifth in time. All
+of it is measured on books, nothing on FineWeb."""
 
 
 def block(ladder, numbers: dict) -> str:

@@ -100,6 +100,7 @@ class Setting:
     trained: int  # bytes of text seen in training
     divisor: str  # the bytes that divide its bits: the text's, or those that its ids spell
     order: str  # of rows in training: as they stand, or shuffled
+    scoring: str  # the pass of the headline, without the bits of a weight
 
     def differences(self, other: Setting) -> list[str]:
         """What a comparison of two records has to say beside their scores."""
@@ -109,6 +110,7 @@ class Setting:
             "time limit": (self.seconds, other.seconds),
             "divisor": (self.divisor, other.divisor),
             "order of rows": (self.order, other.order),
+            "scoring": (self.scoring, other.scoring),
         }
         found = [word for word, (mine, theirs) in pairs.items() if mine != theirs]
         limited = self.seconds and self.seconds == other.seconds  # then a faster script may see more
@@ -198,7 +200,7 @@ class Record:
         whole = self.text.prefix or self.group.runs[0].entry["bytes"] == self.text.bytes
         return Setting(ids, chosen["ARTIFACT_BUDGET_BYTES"], chosen["MAX_WALLCLOCK_SECONDS"],
                        round(steps * self.bytes_a_step), "text" if whole else "ids",
-                       chosen.get("TRAIN_ORDER", "sequential"))
+                       chosen.get("TRAIN_ORDER", "sequential"), stats.without_bits(metrics["headline"]))
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import inspect
 import json
@@ -1004,7 +1005,10 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
     label = f"final_int{getattr(args, 'bits_by_class', {}).get('mlp', 6)}"
     rows = []
 
-    def seconds(ops: list[Op]) -> float:
+    eager = copy.copy(prices)
+    eager.compiled = False
+
+    def seconds(ops: list[Op], prices=prices) -> float:
         groups, _ = priced(ops, prices, ranks)
         return sum(row["ms"] for name, row in groups.items() if name != "gaps") / 1e3
 
@@ -1033,7 +1037,7 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
         chunks, pieces = math.ceil(long / chunk), targets / long
         window = np.minimum(chunk * np.arange(1, chunks + 1), length).mean()
         forwards = math.ceil(pieces / (batch * ranks)) * chunks
-        learning = forwards * seconds(paper.adapted(batch, int(window)))  # which reads, too
+        learning = forwards * seconds(paper.adapted(batch, int(window)), eager)  # reads, too; not compiled
         add(name, "evaluation", chunk, forwards, 0.0, learning, True)
     if not hasattr(args, "ttt_chunk_tokens"):
         return rows

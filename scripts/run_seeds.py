@@ -76,6 +76,8 @@ def without_places(data: bytes, runs: Path) -> bytes:
     repository: a record tells no machine's paths.
     """
     for place, word in ((runs.absolute(), "runs"), (Path.cwd(), "."), (ROOT, ".")):
+        if place == Path(place.anchor):  # the root: it would be found in every path, and in `//`
+            continue
         data = data.replace(str(place).encode() + b"/", word.encode() + b"/").replace(
             f'"{place}"'.encode(), f'"{word}"'.encode()
         )
@@ -103,6 +105,7 @@ class Job:
     tail: list[str] = field(default_factory=list)
 
     # What it has to leave.
+    file = "metrics.json"
     result = "metrics.json of this script and seed with a finite val_bpb"
 
     def __str__(self) -> str:
@@ -123,7 +126,7 @@ class Job:
     def read(self, script_sha256: str) -> bool:
         """Takes the metrics of a finished run of this script; False where there are none with a finite score.
         """
-        path, found = self.folder / "metrics.json", {}
+        path, found = self.folder / self.file, {}
         with contextlib.suppress(Misuse):  # what cannot be read is no result
             found = read_json(path) if path.exists() else {}
         if not isinstance(found, dict):
@@ -133,6 +136,12 @@ class Job:
             return False
         self.metrics = found
         return True
+
+    def disown(self) -> None:
+        """Renames the result of a process that failed after it had written it: no later call takes it."""
+        path = self.folder / self.file
+        path.rename(path.with_suffix(".failed.json"))
+        self.metrics = {}
 
     def keep(self, script_sha256: str) -> bool:
         """Whether the run is finished already; says so."""
@@ -272,6 +281,8 @@ class Runner:
             job.state = "over budget" if job.metrics.get("broken_budgets") else "done"
             return say(f"{job.state:6} {job}: {job.told()} in {seconds:.0f} s")
         job.state = "stopped" if self.signals else "failed"
+        if job.state == "failed" and job.metrics:
+            job.disown()
         console = (job.folder / "console.txt").read_text(errors="replace")
         job.tail = [line for line in console.splitlines()[1:] if line.strip()][-TAIL_LINES:]
         if code == 0:

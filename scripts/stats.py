@@ -537,13 +537,23 @@ def check_pair(group: Group, base: Group) -> list[Finding]:
     if "bytes" in mine and "bytes" in theirs and mine["bytes"] != theirs["bytes"]:
         text = f"scored on {mine['bytes']} bytes, the base on {theirs['bytes']}: not the same validation text"
         return [Finding("data", "FAIL", text, group.name)]
+    found = []
+    passes = [arm.runs[0].metrics.get("headline") for arm in (group, base)]
+    if None not in passes and len({*map(without_bits, passes)}) > 1:
+        text = f"its score is `{passes[0]}`, the base's `{passes[1]}`: other ways of scoring"
+        found.append(Finding("scoring", "WARN", text, group.name))
     if "sha256" in mine and "sha256" in theirs and mine["sha256"] != theirs["sha256"]:
         text = (
             f"data {mine['sha256'][:8]}, the base {theirs['sha256'][:8]}: other training or validation text, "
             "or tokenizer"
         )
-        return [Finding("data", "WARN", text, group.name)]
-    return []
+        found.append(Finding("data", "WARN", text, group.name))
+    return found
+
+
+def without_bits(scoring: str) -> str:
+    """The name of a pass without the width of the artifact's weights: `final_int_sliding`."""
+    return re.sub(r"^final_int\d+", "final_int", scoring)
 
 
 def contrast(a: dict[str, str], b: dict[str, str], most: int = 8) -> str:

@@ -199,6 +199,7 @@ class Evaluation(Job):
     def __init__(self, report: str, since: float, *arguments):
         super().__init__(*arguments)
         self.report, self.since, self.result = report, since, f"{report} of this script, a JSON object"
+        self.file = report
 
     def __str__(self) -> str:
         return f"{self.arm} seed {self.seed}, evaluation"
@@ -253,18 +254,19 @@ def rank(plan: Plan, jobs: list[Job]) -> list[dict]:
     """One entry an arm with a card or an evaluation: score and shown numbers,
     means over its seeds; best score first, none last.
     """
-    rows = []
+    rows, wanted = [], {job.seed for job in jobs}
     for arm in (*plan.own, *plan.of):
         mine = [job for job in jobs if job.arm == arm and job.good]
         if arm not in plan.cards and (arm in plan.spared or not plan.evaluate):
             continue
         scores = {job.seed: composite(job.metrics, plan.evaluate.get("score", {})) for job in mine}
-        shown = {title: mean([number_at(job.metrics, name) for job in mine])
+        whole = scores.keys() == wanted  # a mean over fewer seeds is not to be compared
+        shown = {title: mean([number_at(job.metrics, name) for job in mine]) if whole else None
                  for title, name in plan.evaluate.get("show", {}).items()}
         rows.append(
             {
                 "arm": arm,
-                "score": None if None in scores.values() else mean([*scores.values()]),
+                "score": mean([*scores.values()]) if whole and None not in scores.values() else None,
                 "scores": scores,
                 "shown": shown,
                 **dict.fromkeys(CARD, ""),
@@ -308,7 +310,7 @@ def ranking_rows(rows: list[dict]) -> dict:
             [f"`{row['arm']}`", cell(row["score"]), *(cell(row["shown"][title]) for title in titles)]
             for row in rows
         ],
-        "note": f"Means over {len(rows[0]['scores'])} seeds.",
+        "note": f"Means over {max(len(row['scores']) for row in rows)} seeds.",
     }
 
 
@@ -415,6 +417,10 @@ def main(argv: list[str] | None = None) -> int:
     if base not in own:
         raise Misuse(f"--base {base}: the arms are {', '.join(own)}")
     everywhere = settings_of(options, known)
+    if clash := sorted(assignments(options.set, "--set").keys() & shared.keys()):
+        raise Misuse(f"--set {clash[0]}: {path} sets it for all arms")
+    for name in sorted(everywhere.keys() & shared.keys()):
+        say(f"{name}={everywhere[name]} is left out: {path} has {shared[name]} for all arms")
     arms = {name: known_only(everywhere | shared | mine, known, f"arm {name}") for name, mine in own.items()}
     for name, (_, mine) in plan.of.items():
         known_only(mine, known, f"arm {name}")

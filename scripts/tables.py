@@ -100,7 +100,7 @@ def of_script(kind: str, folder: Path, argument: str | None, root: Path) -> str:
     if kind == "rows" and "script" in rows_of(folder, argument)["header"]:
         return ""  # each row names its own
     results = {}
-    for path in sorted(folder.glob(argument or SOURCES[kind])):
+    for path in sorted(folder.glob((argument or SOURCES[kind]).partition("#")[0])):
         inside = path.relative_to(record)
         name = inside.parent if inside.name == "metrics.json" else inside
         results[name.as_posix()] = script_named(path)
@@ -128,7 +128,7 @@ def headline_entry(run: dict) -> dict:
 
 def evaluations(runs: list[dict]) -> dict[str, str]:
     """{evaluation without the width of the artifact's weights: its name} of those that all runs have."""
-    return {re.sub(r"^final_int\d+", "final_int", name): name for name in runs[0]["evals"]
+    return {stats.without_bits(name): name for name in runs[0]["evals"]
             if all(name in run["evals"] for run in runs)}
 
 
@@ -190,8 +190,8 @@ def passes(folder: Path, _) -> str:
         if before in known:
             mean, half, word = verdict([run["evals"][name]["val_bpb"] - run["evals"][known[before]]["val_bpb"]
                                         for run in runs])
-            row += [f"`{known[before]}`", f"{mean:+.4f}",
-                    f"{mean - half:+.4f} to {mean + half:+.4f}", word]
+            interval = f"{mean - half:+.4f} to {mean + half:+.4f}" if math.isfinite(half) else "one seed"
+            row += [f"`{known[before]}`", f"{mean:+.4f}", interval, word]
         rows.append(row + [""] * (len(runs) + 7 - len(row)))
     header = ["pass", *(f"seed {run['seed']}" for run in runs), "mean", "seconds", "against", "difference",
               "95 % interval", "verdict"]
@@ -281,7 +281,7 @@ class Arm:
 
     @property
     def bytes_model(self) -> float:
-        return statistics.mean(run["bytes_model"] for run in self.runs.values())
+        return statistics.mean(self.runs[seed]["bytes_model"] for seed in self.shared)
 
 
 def ablation_arms(folder: Path) -> list[Arm]:
@@ -315,9 +315,11 @@ def ablation_note(arms: list[Arm]) -> str:
     """What was scored, and how far seeds are apart."""
     first = next(iter(arms[0].runs.values()))
     pooled = spread(map(headline, arm.runs.values()) for arm in arms)
+    steps = sorted({run["steps"] for arm in arms for run in arm.runs.values()})
+    some = " or some of them" if any(len(arm.shared) < len(arms[0].shared) for arm in arms) else ""
     return (
-        f"`{first['headline']}` BPB, {first['steps']} steps, seeds "
-        f"{', '.join(map(str, sorted(arms[0].runs)))}, {first['device']}, "
+        f"`{first['headline']}` BPB, {' or '.join(map(str, steps))} steps, seeds "
+        f"{', '.join(map(str, sorted(arms[0].runs)))}{some}, {first['device']}, "
         f"{first['evals'][first['headline']]['bytes']:,} validation bytes of "
         f"`{first['dataset']['name']}`; spread {pooled:.4f}."
     )
@@ -326,13 +328,16 @@ def ablation_note(arms: list[Arm]) -> str:
 def ablation(folder: Path, _) -> str:
     arms = ablation_arms(folder)
     base = arms[0]
-    rows = [[f"base: {base.why}", f"{base.score:.4f}", "", "", "", "1.00", f"{base.bytes_model:,.0f}"]]
+    rows = [[f"base: {base.why}", len(base.shared), f"{base.score:.4f}", "", "", "", "1.00",
+             f"{base.bytes_model:,.0f}"]]
     for arm in arms[1:]:
+        if not arm.shared:
+            raise Misuse(f"{folder}/ablations/{arm.name}: no seed that base has, too")
         mean, half, word = verdict(arm.differences)
         interval = f"{mean - half:+.4f} to {mean + half:+.4f}" if math.isfinite(half) else "one seed"
-        rows.append([arm.why, f"{arm.score:.4f}", f"{mean:+.4f}", interval, word, f"{arm.step_time:.2f}",
-                     f"{arm.bytes_model:,.0f}"])
-    header = ["arm", "BPB", "difference", "95 % interval", "verdict", "step time", "model bytes"]
+        rows.append([arm.why, len(arm.shared), f"{arm.score:.4f}", f"{mean:+.4f}", interval, word,
+                     f"{arm.step_time:.2f}", f"{arm.bytes_model:,.0f}"])
+    header = ["arm", "seeds", "BPB", "difference", "95 % interval", "verdict", "step time", "model bytes"]
     return f"{markdown_table(header, rows)}\n\n{ablation_note(arms)}"
 
 
@@ -384,6 +389,8 @@ def rewrite(path: Path, root: Path = ROOT) -> str:
     """
     def replace(match: re.Match) -> str:
         start, kind, folder, argument, end = match.groups()
+        if "<!-- table:" in match[0][len(start):]:
+            raise Misuse(f"{path}: table {kind} of {folder}: no <!-- end --> before the next table")
         if kind not in KINDS:
             raise Misuse(f"{path}: table kind {kind} is not one of {', '.join(KINDS)}")
         try:
@@ -400,7 +407,12 @@ def rewrite(path: Path, root: Path = ROOT) -> str:
                 f"{path}: table {kind} of {folder}: its files are not what it is made of ({error})"
             ) from None
 
-    return MARK.sub(replace, path.read_text())
+    text = path.read_text()
+    new = MARK.sub(replace, text)
+    if len(MARK.findall(text)) < len(re.findall("^ *<!-- table:", text, re.M)):
+        raise Misuse(f"{path}: a table without <!-- end -->, or a marker other than "
+                     "<!-- table: KIND FOLDER FILE -->")
+    return new
 
 
 def main(argv: list[str] | None = None) -> int:

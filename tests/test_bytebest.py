@@ -61,7 +61,7 @@ def test_a_chunk_by_default_follows_the_window_of_the_scoring():
     settings = {name: str(value) for name, value in {**BYTES, **LEARN, "TTT_DOC_CHUNK": 0}.items()}
     shipped = section.Hyperparameters(settings).shipped()
     assert shipped["TTT_DOC_CHUNK"] == 0
-    for length, chunk in ((1024, 64), (8192, 512)):
+    for length, chunk in ((1024, 128), (8192, 1024)):
         args = section.Hyperparameters({"EVAL_SEQ_LEN": str(length)}, shipped)
         assert args.doc_chunk == chunk
 

@@ -524,7 +524,7 @@ def test_a_bad_ladder_is_refused(tiny, corpus, tmp_path, changes, words):
 @pytest.mark.parametrize("arguments, words", [
     (["--arms", "nobody"], "--arms nobody: there are base, none"),
     (["--rungs", "7"], "--rungs 7: there are 0.001, 0.006"),
-    (["--seeds", "8"], "no rung has them"),
+    (["--seeds", "8"], "--seeds 8: no rung has it"),
     (["--seeds", "x"], "different whole numbers"),
     (["--jobs", "0"], "--jobs 0"),
     (["--no-base"], "--no-base: --arms says which arms"),

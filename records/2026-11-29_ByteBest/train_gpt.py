@@ -210,7 +210,7 @@ class Hyperparameters:
     eval_budget_seconds = Var(600.0, "final scoring of the artifact; 0 = no limit", 0)
     ttt = Var("lora", "adapters that learn from scored text", choices=("0", "lora"), ship="eval")
     ttt_adapt = Var(True, "0 = without learning: the control", ship="eval")
-    ttt_doc_chunk = Var(0, "targets between updates; 0 = a 16th of the window", 0, ship="eval")
+    ttt_doc_chunk = Var(0, "targets between updates; 0 = an 8th of the window", 0, ship="eval")
     ttt_doc_tokens = Var(32768, "targets of the longest piece of a document", 1, ship="eval")
     ttt_lora_rank = Var(48, "inner width", 1, ship="eval")
     ttt_lora_alpha = Var(48.0, "alpha / rank scales the product", 0, ship="eval")
@@ -291,7 +291,7 @@ class Hyperparameters:
         self.head_dim = self.model_dim // self.num_heads
         self.eval_seq_len = self.eval_seq_len or self.train_seq_len
         least = min(32, self.eval_seq_len)
-        self.doc_chunk = self.ttt_doc_chunk or max(self.eval_seq_len // 16, least)
+        self.doc_chunk = self.ttt_doc_chunk or max(self.eval_seq_len // 8, least)
         most = min(self.device_batch_tokens, 32768)
         self.eval_batch_tokens = self.eval_batch_tokens or most
 
