@@ -296,6 +296,19 @@ def test_a_setting_may_leave_the_header_where_it_is_not_refused(tmp_path):
                      "FRESH is new, at False"]
 
 
+def test_a_probe_keeps_windows_shorter_than_its_rows():
+    settings = {"TRAIN_SEQ_LEN": "2048", "ATTN_WINDOW": "512", "ATTN_WINDOW_LAYERS": "0,1"}
+    source = family.TRUNK.read_text()
+    for length in carry.FULL, carry.QUICK:
+        found = carry.probe(settings, length, (source, source))
+        assert 2 * int(found["ATTN_WINDOW"]) < int(found["TRAIN_SEQ_LEN"]) == length.row
+
+
+def test_no_process_at_a_time_is_refused():
+    with pytest.raises(family.Misuse, match="--jobs 0: a whole number from 1"):
+        carry.side_by_side([], 0)
+
+
 def test_clocks_are_no_difference_and_a_missing_line_is():
     nan = float("nan")
     old = {"step 1": {"train_loss": 1.5, "train_seconds": 2.0}, "step 2": {"train_loss": nan, "eval_time": 1}}

@@ -97,6 +97,14 @@ def test_what_a_run_never_reads_does_not_tell_it_apart(trunk):
         assert ladder.differing({"settings": found}, {"TTT": ttt, "TTT_BATCH_ROWS": "4"}, trunk) == apart
 
 
+def test_a_run_of_a_script_without_a_setting_did_not_have_it(trunk):
+    found = trunk.Hyperparameters({}).settings()
+    del found["XSA_LAST_N"]
+    usual = trunk.Hyperparameters({}).settings()["XSA_LAST_N"]
+    for asked, apart in (usual, []), (usual + 1, ["XSA_LAST_N"]):
+        assert ladder.differing({"settings": found}, {"XSA_LAST_N": str(asked)}, trunk) == apart
+
+
 def test_matching_passes_the_size_at_which_tensors_are_rounded(monkeypatch):
     """Below 512 rows a table is kept in fp16: 112 rows make as many bytes as 869 that are rounded."""
     def planned(script, settings: dict) -> int:
@@ -341,7 +349,7 @@ def test_a_setting_that_is_no_number_is_refused(tmp_path, arm):
         ladder.main([str(place), "--plan", "--runs", str(tmp_path / "runs")])
 
 
-def test_arms_are_compared_with_one_another(tmp_path, capsys):
+def test_arms_are_compared_with_one_another(trunk, tmp_path, capsys):
     place = tmp_path / "duel"
     arms = {"strong": straight(-0.08, -0.02), "weak": straight(-0.03, 0.03)}
     made_up(place, arms)
@@ -357,12 +365,26 @@ def test_arms_are_compared_with_one_another(tmp_path, capsys):
     assert [*rows] == ["strong", "strong - weak", "weak"]
     assert rows["strong - weak"]["verdict"] == "stays" and rows["strong - weak"]["rungs"] == len(NAMES)
     assert rows["strong"]["rungs"] == len(NAMES) - 1
+    wide = trunk.Hyperparameters({}).settings()["MLP_MULT"]
+    for row in found["rungs"]:  # with the base's MLPs, where it was run and where it was not
+        layers, width = rungs.shape(float(row["rung"]))
+        assert row["weights"] == round(layers * width**2 * (3 + 2 * wide))
+    assert [row["seeds"] for row in found["rungs"]][-1] == 0
     duel = [row for row in found["arms"] if row["arm"] == "strong - weak"]
+    assert {row["time"] for row in duel} == {1.0}
     assert [row["difference"] for row in duel] == pytest.approx([-0.05] * len(NAMES), abs=1e-3)
 
     capsys.readouterr()
     assert ladder.main([*options, "--plan", "--arms", "strong,weak", "--no-base", "--rungs", NAMES[-1]]) == 0
     assert [line.split(" | ")[1] for line in capsys.readouterr().out.splitlines()[2:4]] == ["strong", "weak"]
+
+
+def test_times_are_compared_where_they_mean_something():
+    quick, slow_, other = ({"ms_per_step": ms, "steps": 5, "device": device}
+                           for ms, device in ((10, "cpu"), (15, "cpu"), (10, "cuda")))
+    assert ladder_report.time_ratio([(slow_, quick), (quick, quick)]) == pytest.approx(1.25)
+    assert ladder_report.time_ratio([(slow_, quick), (other, quick)]) is None
+    assert ladder_report.uneven([quick, slow_]) and not ladder_report.uneven([quick, quick])
 
 
 def test_leaving_out_the_top_rung_says_so_when_it_surprises(tmp_path):
@@ -528,6 +550,7 @@ def test_a_bad_ladder_is_refused(tiny, corpus, tmp_path, changes, words):
     (["--seeds", "x"], "different whole numbers"),
     (["--jobs", "0"], "--jobs 0"),
     (["--no-base"], "--no-base: --arms says which arms"),
+    (["--report", "--arms", "none"], "--arms: --report and --carry are about the whole ladder"),
     (["--data", "nowhere"], "--data nowhere: no such folder"),
     (["--trunk", "nowhere"], "--trunk nowhere"),
     ([], "--data FOLDER is needed"),

@@ -211,6 +211,8 @@ def test_adapters_of_documents_cost_by_the_chunk():
         assert row["pass"].endswith("ttt") and row["forward"] == 0 and row["mixture"] > 0
         seconds[chunk] = row["updates"]
     assert seconds[128] == pytest.approx(2 * seconds[256], rel=0.15)
+    eager = plan.make_plan(script, {"NUM_LAYERS": "2", "TTT_DOC_CHUNK": "256", "COMPILE": "0"}, "h100", 8)
+    assert eager["passes"][-1]["updates"] == seconds[256]  # a document's shapes are its own: never compiled
     control = plan.make_plan(script, {"NUM_LAYERS": "2", "TTT_ADAPT": "0"}, "h100", 8)["passes"][-1]
     assert control["pass"].endswith("ttt_off") and 0 < control["updates"] < seconds[256]
 

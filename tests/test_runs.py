@@ -143,6 +143,17 @@ def test_a_failure_is_recorded_and_the_rest_go_on(go, place):
     assert console.startswith("$ MODE=fail SEED=2 ") and console.endswith("the reason\n")
 
 
+def test_a_run_that_failed_after_its_result_stays_failed(go, place):
+    script = place / "A" / "train_gpt.py"
+    script.write_text(FAKE.replace("sys.exit(3 if over else 0)", "sys.exit(5 if seed == 2 else 0)"))
+    for state in "done", "kept":
+        code, arms, _ = go(run_seeds, "--seeds", "1,2")
+        assert code == 1 and states(arms["seeds"]) == [state, "failed"]
+        assert arms["seeds"]["count"] == 1
+    left = place / arms["seeds"]["runs"][1]["folder"]
+    assert not (left / "metrics.json").exists() and (left / "metrics.failed.json").exists()
+
+
 @pytest.mark.parametrize("change", ["bpb = float('nan')", "bpb = None"])
 def test_a_run_without_a_finite_score_has_failed(go, place, change):
     script = FAKE.replace("entry = {", f"if seed == 2:\n    {change}\nentry = {{", 1)
@@ -373,7 +384,8 @@ def test_listed_arms_pair_the_seeds_that_both_have_and_make_a_table(go, place):
     assert notes == {"base": "as it was", "more": "`LR=2.25`", "broken-arm": "`MODE=fail`"}
     assert sorted(path.name for path in folder.glob("broken-arm/*")) == ["seed1.json", "seed3.json"]
     table = tables.ablation(place / "A", None)
-    assert "| base: as it was | 2.0020 |" in table and "| `LR=2.25` | 2.2520 | +0.2500 |" in table
+    assert "| base: as it was | 3 | 2.0020 |" in table and "| `LR=2.25` | 3 | 2.2520 | +0.2500 |" in table
+    assert "| `MODE=fail` | 2 | 2.0020 |" in table and "seeds 1, 2, 3 or some of them" in table
     # Another sweep adds its arms; a label written by hand stays; another base is not mixed in.
     notes |= {"more": "a larger step"}
     (folder / "arms.json").write_text(json.dumps(notes))
@@ -401,6 +413,12 @@ def test_seeds_are_collected_whole(go, place):
         found = place / "A" / f"seed{seed}"
         assert sorted(path.name for path in found.iterdir()) == ["log.txt", "metrics.json", "metrics.jsonl"]
         assert json.loads((found / "metrics.json").read_text())["seed"] == seed
+
+
+def test_a_run_from_the_root_of_the_disk_keeps_its_source(tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    source = b'a = 7 // 2  # http://host, "/"'
+    assert run_seeds.without_places(source, tmp_path) == source
 
 
 def test_a_collected_run_tells_no_places(tmp_path, monkeypatch):
@@ -503,7 +521,7 @@ def test_what_cannot_be_evaluated_comes_last(place, capsys):
     assert ("odd", 2) not in states
     assert states["odd", 1] == "done"
     assert states["broken", 1] == states["none", 2] == "failed"
-    assert [row["arm"] for row in found["ranked"]][-2:] == ["broken", "none"]
+    assert [row["arm"] for row in found["ranked"]][-3:] == ["odd", "broken", "none"]
     assert found["ranked"][-1]["score"] is None
     told, = (each["tail"] for each in found["evaluations"] if (each["arm"], each["seed"]) == ("none", 1))
     assert "FileNotFoundError" in told[-1]
@@ -665,6 +683,7 @@ MISUSES = [
     (sweep, ["A", "--arms", "more.json", "--base", "a"], "folders of one name"),
     (sweep, ["A", "--arms", "bad_arm.json"], "arm a: an object"),
     (sweep, ["A", "--arms", "twins.json"], "arms base and a have the same settings"),
+    (sweep, ["A", "--arms", "twins.json", "--set", "LR=2"], "--set LR: twins.json sets it for all arms"),
 ]
 
 

@@ -343,6 +343,13 @@ def test_what_may_not_be_compared_between_groups(arm, capsys):
     code, found = tool(capsys, "--base", base, pieces)
     assert code == 0 and "nats per token are not comparable" in found["findings"][0]["text"]
     assert set(found["groups"][0]["competition"]) == {"nats per byte", "frontier"}
+    whole = {**entry, "targets": 1000, "bytes": 1000}
+    mixed = {name: arm(name, {1: 1.9, 2: 1.9, 3: 1.9}, evals={name: whole}, headline=name)
+             for name in ("final_int5_sliding", "final_int6_ttt_mix")}
+    for name, told in ("final_int5_sliding", 0), ("final_int6_ttt_mix", 1):
+        code, found = tool(capsys, "--base", base, mixed[name])
+        warned = [each["text"] for each in found["findings"] if each["rule"] == "scoring"]
+        assert code == 0 and len(warned) == told and (not told or "other ways of scoring" in warned[0])
 
 
 def test_few_seeds_doubled_seeds_and_stale_records_are_said(arm, capsys):

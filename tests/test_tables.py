@@ -55,6 +55,17 @@ def record(tmp_path):
     return record
 
 
+def test_a_table_without_an_end_is_refused(record, tmp_path):
+    record()
+    path = readme(tmp_path, "passes", "seeds")
+    whole = path.read_text()
+    for text in whole.replace("<!-- end -->", "A chapter.", 1), whole[:whole.rindex("<!-- end -->")]:
+        path.write_text(text)
+        with pytest.raises(Misuse, match="<!-- end -->"):
+            tables.rewrite(path, tmp_path)
+        assert path.read_text() == text
+
+
 def readme(tmp_path, *kinds: str):
     path = tmp_path / "README.md"
     path.write_text("".join(f"<!-- table: {kind} records/2026-01-02_A -->\n<!-- end -->\n" for kind in kinds))
