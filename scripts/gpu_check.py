@@ -69,6 +69,7 @@ from torch.utils.benchmark import Timer
 STANDINS = ROOT / "tests/standins"
 RESULTS = "gpu_check.json"
 MOST_SECONDS = 240  # of a process: one that hangs must not use up the day
+WHOLE_SECONDS = 360  # that everything should take on one card
 TOLERANCE = 1e-3  # BPB between two scores of one artifact, nats between compiled and eager
 PROGRESS = 0.4  # of a run: JEPA's terms are on, so the step is the dearest
 
@@ -204,12 +205,13 @@ def versions(lab: Lab, found: dict) -> str:
                 found["sdpa ms"][backend] = 1e3 * lab.seconds(both_ways)
         except Exception as error:  # a backend that does not take this shape
             found["sdpa ms"][backend] = first_line(error)
-    return f"{found['device']}, torch {found['torch']}, rung {rung}; SDPA is {' '.join(found['sdpa'])}"
+    built = f"torch {found['torch']}, CUDA {found['cuda']}, cuDNN {found['cudnn']}"
+    return f"{found['device']}, {built}, rung {rung}; SDPA is {' '.join(found['sdpa'])}"
 
 
 def attention(lab: Lab, found: dict) -> str:
     """TFLOP/s of every rung over the pairs that are visible; a backward counts as 2.5 forwards."""
-    best = []
+    best, lines = [], []
     for shape in TOY_SHAPES if lab.rehearse else SHAPES:
         rows, length, heads, _, dim = shape
         flops = 4.0 * rows * heads * dim * plan.visible_pairs(length, length, True)
@@ -230,7 +232,10 @@ def attention(lab: Lab, found: dict) -> str:
         works = {rung: row["ms"] for rung, row in table.items() if isinstance(row, dict)}
         assert works, f"no rung works for {shape}: {table}"
         best.append(f"{min(works, key=works.get)} {min(works.values()):.2f} ms for heads of {dim}")
-    return ", ".join(best)
+        lines += [[str(shape), rung, *(f"{table[rung][way]:.1f}" for way in ("forward", "backward")),
+                   f"{table[rung]['ms']:.2f}"] for rung in works]
+    header = ["rows, length, heads, of keys, width", "rung", "forward TFLOP/s", "backward TFLOP/s", "ms"]
+    return f"{', '.join(best)}\n{markdown_table(header, lines)}\n"
 
 
 # -----------------------------------------------------------------------------
@@ -693,6 +698,8 @@ def check(texts: list[str], folder: Path, rehearse: bool, script: Path = TRUNK, 
 
     results = json.loads(path.read_text())
     results["seconds"] = time.perf_counter() - start
+    if not (rehearse or only) and results["seconds"] > WHOLE_SECONDS:
+        print(f"slow: {results['seconds']:.0f} s, {WHOLE_SECONDS} are planned for all of it on one H200")
     broken = [line for entry in results["sections"].values() for line in entry["failed"]]
     write_atomic(path, json.dumps(results, indent=1).encode())
     print(f"{len(results['sections'])} sections, {len(broken)} failures, {results['seconds']:.0f} s: {path}")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -190,6 +191,28 @@ def test_a_rung_that_is_asked_for_must_fit_in_a_graph(gpu):
     assert rung == "sdpa" and "attention: no fa2, NotImplementedError('no fake kernel')" in notes
 
 
+def test_a_rung_is_timed_both_ways_and_in_one_graph(graphs):
+    """At the run's own shape; where layers differ in their windows, one of each kind."""
+    trunk = load_script(ROOT / "train_gpt.py")
+    runtime = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, compile=True)
+    for windows, kinds in ("", 1), ("0,2", 2):
+        args = trunk.Hyperparameters(settings(ATTN_WINDOW=5, ATTN_WINDOW_LAYERS=windows))
+        for rung in "fa3", "sdpa", "math":
+            graphs.clear()
+            assert trunk.attention_seconds(rung, args, runtime) > 0
+            assert len(graphs) == kinds, (rung, windows)
+
+    def breaks(q, k, v, mask, window):
+        torch._dynamo.graph_break()
+        return q
+
+    trunk.attention_of = lambda rung: breaks
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        trunk.attention_seconds("fa3", args, runtime)
+    runtime.compile = False
+    assert trunk.attention_seconds("fa3", args, runtime) > 0
+
+
 @pytest.mark.parametrize("bf16, picked", [(2.0, "bfloat16"), (1.1, "float32"), (0.5, "float32")])
 def test_dtype_auto_goes_by_measured_rates(monkeypatch, bf16, picked):
     """Some CPUs that have bf16 multiply it at half the rate of fp32."""
@@ -217,10 +240,12 @@ def test_a_tensor_whose_inputs_overflow_is_rounded_to_the_nearest(corpus, monkey
     whole = trainer.calibrate()
     assert not said
     name = "blocks.1.mlp.proj.weight"
-    bad = {key: value if key != name else np.full_like(value, np.nan) for key, value in whole.items()}
-    monkeypatch.setattr(trainer, "moments", lambda batches: dict(bad))
-    assert {*whole} - {*trainer.calibrate()} == {name}
-    assert said == [f"warning: {name}: inputs are not finite, rounded to the nearest"]
+    for value in np.nan, np.inf:
+        bad = {key: each if key != name else np.full_like(each, value) for key, each in whole.items()}
+        monkeypatch.setattr(trainer, "moments", lambda batches, found=bad: dict(found))
+        said.clear()
+        assert {*whole} - {*trainer.calibrate()} == {name}
+        assert said == [f"warning: {name}: inputs are not finite, rounded to the nearest"]
 
 
 DRIVER = """

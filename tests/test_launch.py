@@ -1,6 +1,6 @@
 """docs/launch.md: two agents on the loopback address, processes that are killed, and the page's commands.
 
-LAUNCH_KILLS=10 kills a process at ten random steps instead of one, 20 to 30 seconds each."""
+LAUNCH_KILLS=10 tries ten runs that lose a process at a random step instead of one, 20 to 30 seconds each."""
 
 import contextlib
 import json
@@ -42,18 +42,19 @@ PLATFORMS = ("SLURM_", "SKYPILOT_", "SBATCH")
 class Agent:
     """torchrun with processes that it may start again; `ranks` has a file for each with its number."""
 
-    def __init__(self, folder: Path, name: str, processes: int, options: list[str], **settings):
+    def __init__(self, folder: Path, name: str, processes: int, options: list[str], seconds: int = SECONDS,
+                 **settings):
         self.ranks = folder / f"{name}-ranks"
         self.ranks.mkdir(parents=True)
         start = self.ranks.with_suffix(".sh")
         start.write_text(START)
         command = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc-per-node={processes}",
                    "--no-python", "sh", start, self.ranks, sys.executable, ROOT / "train_gpt.py"]
-        env = environment(**SETTINGS, RUNS_PATH=folder / "runs", **settings)
+        env = environment(**{**SETTINGS, **settings}, RUNS_PATH=folder / "runs")
         self.process = subprocess.Popen(list(map(str, command)), env=env, stdout=subprocess.PIPE,
                                         stderr=subprocess.STDOUT, text=True)
         # What hangs ends as a failure.
-        self.limit = threading.Timer(SECONDS, self.process.terminate)
+        self.limit = threading.Timer(seconds, self.process.terminate)
         self.limit.start()
 
     def send(self, rank: int, number: signal.Signals) -> None:
@@ -84,13 +85,13 @@ def agent(corpus):
         )
 
 
-def result(folder: Path) -> dict:
+def result(folder: Path, count: int = STEPS) -> dict:
     """What may not depend on the launch: the last line of each step, scores, weights and the artifact."""
     (run,) = (folder / "runs").iterdir()
     assert run.name == "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = {line["step"]: line for line in lines if "train_loss" in line}
-    assert sorted(steps) == list(range(1, STEPS + 1))
+    assert sorted(steps) == list(range(1, count + 1))
     evals = json.loads((run / "metrics.json").read_text())["evals"]
     for entry in (*steps.values(), *evals.values()):
         entry.pop("train_seconds", None)
@@ -174,6 +175,31 @@ def test_a_run_that_loses_a_process_ends_like_one_that_does_not(agent, undisturb
     whole = {count // CHECKPOINT_EVERY * CHECKPOINT_EVERY for count in (lost - 1, lost)}
     assert step <= lost < STEPS and begun in whole, (step, lost, begun)
     assert_same(result(tmp_path), undisturbed)
+
+
+@slow
+def test_a_run_that_loses_ten_processes_ends_like_one_that_loses_none(agent, tmp_path):
+    """Some steps after each of its starts, one of the four is killed; the eleventh start comes to the end."""
+    rng, kills, longer = random.Random(7), 10, {"ITERATIONS": 90, "WARMDOWN_ITERS": 30}
+    whole = agent(tmp_path / "whole", "one", 4, ["--standalone"], **longer)
+    output = whole.process.communicate()[0]
+    assert whole.process.returncode == 0, output
+
+    options = ["--standalone", f"--max-restarts={kills}"]
+    torn = agent(tmp_path / "torn", "one", 4, options, RESUME="auto", CHECKPOINT_EVERY=CHECKPOINT_EVERY,
+                 seconds=4 * SECONDS, **longer)
+    lines, starts, wait = [], 0, 0
+    for line in torn.process.stdout:
+        lines.append(line)
+        if line.startswith("model_params:"):
+            starts, wait = starts + 1, rng.randint(1, CHECKPOINT_EVERY + 2)
+        elif re.match(r"step:\d+/\d+ train_loss", line) and starts <= kills:
+            wait -= 1
+            if wait == 0:
+                torn.send(rng.randrange(4), signal.SIGKILL)
+    output = "".join(lines)
+    assert torn.process.wait() == 0 and starts == kills + 1, output
+    assert_same(result(tmp_path / "torn", 90), result(tmp_path / "whole", 90))
 
 
 # --- The page ---
