@@ -4,6 +4,8 @@ FlashAttention is stood in for by tests/standins; graphs are counted by a backen
 """
 
 import functools
+import json
+import os
 import re
 import socket
 import subprocess
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import audit
 import numpy as np
 import pytest
 import test_bijepax as bijepax
@@ -18,11 +21,12 @@ import test_byteppm as byteppm
 import test_sgjm as sgjm
 import torch
 from conftest import TINY, environment, slow
-from family import load_script
+from family import OF_THE_RUN, load_script
 from torch._inductor.utils import run_fw_bw_and_get_code
 
 STANDINS = Path(__file__).parent / "standins"
 ROOT = Path(__file__).resolve().parent.parent
+MEASURED = sorted({*ROOT.glob("records/*/train_gpt.py")} - {*ROOT.glob("records/*_Baseline/train_gpt.py")})
 BIG = {**TINY, "NUM_LAYERS": 4, "XSA_LAST_N": 2, "TTT": "sgd", "TTT_CHUNK_TOKENS": 64, "TTT_BATCH_ROWS": 2,
        "DRAFT": 2, "LN_SCALE": 1}
 
@@ -247,6 +251,59 @@ def test_a_tensor_whose_inputs_overflow_is_rounded_to_the_nearest(corpus, monkey
         said.clear()
         assert {*whole} - {*trainer.calibrate()} == {name}
         assert said == [f"warning: {name}: inputs are not finite, rounded to the nearest"]
+
+
+COUNTED = """
+import functools, importlib.util, json, sys
+import torch
+made, found = [], {{}}
+
+def backend(graph, _):
+    made.append(graph)
+    return graph.forward
+
+torch.compile = functools.partial(torch.compile, backend=backend)
+spec = importlib.util.spec_from_file_location("script", {script!r})
+script = sys.modules["script"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+whole = script.Trainer.warm_up
+
+def warm_up(self, *rest):
+    out = whole(self, *rest)
+    found["warm-up"] = len(made)
+    return out
+
+script.Trainer.warm_up = warm_up
+code = script.main()
+breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+print(json.dumps({{**found, "run": len(made), "breaks": breaks}}))
+sys.exit(code)
+"""
+
+
+@slow
+@pytest.mark.parametrize("script", MEASURED, ids=lambda path: path.parent.name)
+def test_a_record_compiles_all_in_its_warm_up_and_breaks_no_graph(script, corpus, tmp_path):
+    """A tiny run of what its seeds had switched on: training, its average, the artifact, every pass."""
+    known = {var.name for var in load_script(script).Hyperparameters.vars().values()}
+    told = json.loads(next(script.parent.glob("seed*/metrics.json")).read_text())["settings"]
+    own = {name: int(value) if isinstance(value, bool) else value for name, value in told.items()
+           if name in known - {*OF_THE_RUN, "ATTENTION", "TOKENIZER_PATH", "DRAFTER_PATH"}}
+    small = {name: value for name, value in audit.SMALL.items() if own.get(name) not in (0, 0.0, "")}
+    small |= json.loads((script.parent / "submission.json").read_text()).get("audit", {})
+    run = {"VOCAB_SIZE": 260, "COMPILE": 1, "DTYPE": "fp32", "ITERATIONS": 4, "VAL_BYTES": 3000,
+           "VAL_LOSS_EVERY": 0, "ARTIFACT_BUDGET_BYTES": 0, "MAX_WALLCLOCK_SECONDS": 0,
+           "EVAL_BUDGET_SECONDS": 0, "DATA_PATH": corpus, "RUNS_PATH": tmp_path / "runs", "RUN_ID": "run"}
+    asked = {name: str(value) for name, value in {**own, **small, **run}.items() if name in known}
+    machine = {name: value for name, value in os.environ.items() if name not in known}
+    driver = tmp_path / "driver.py"
+    driver.write_text(COUNTED.format(script=str(script)))
+    done = subprocess.run([sys.executable, str(driver)], env={**machine, **asked}, capture_output=True,
+                          text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(script.parent.name, found)
+    assert found["breaks"] == 0 and found["run"] == found["warm-up"] > 3, found
 
 
 DRIVER = """
