@@ -940,8 +940,8 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
         tokenizer = make_tokenizer(args, corpus, folder)
         skipped = write_training(corpus, tokenizer, train, held_out, scan)
         shares = scan.shares() if scan else np.zeros(0)
-        drops = args.overlap == "drop" and not corpus.fixed_val
-        dropped = set(np.flatnonzero(shares > OVERLAP_LIMIT)) if drops else set()
+        mode = "report" if args.overlap == "drop" and corpus.fixed_val else args.overlap
+        dropped = set(np.flatnonzero(shares > OVERLAP_LIMIT)) if mode == "drop" else set()
         text, spelled = write_validation(corpus, tokenizer, val, dropped)
         manifest = {
             "source": corpus.name,
@@ -959,7 +959,7 @@ def build(corpus: Corpus, args: argparse.Namespace, target: Path) -> dict:
             "train": train.summary(),
             "val": val.summary(),
             "overlap": {
-                "mode": "report" if args.overlap == "drop" and not drops else args.overlap,
+                "mode": mode,
                 "shingle_bytes": SHINGLE,
                 "limit": OVERLAP_LIMIT,
                 "share_found": scan.share_found(shares) if scan else None,
@@ -1405,21 +1405,22 @@ def settle(args: argparse.Namespace) -> None:
     """
     defaults = {"shard_tokens": SHARD_TOKENS, "val_share": 0.02, "overlap": "drop", "seed": 42}
     given = [name for name in defaults if getattr(args, name) is not None]
-    copies = args.source_name == "convert" or getattr(args, "shards", 0)
-    if copies and given:
-        kind = "convert keeps" if args.source_name == "convert" else "--shards keeps"
-        raise UserError(f"--{given[0].replace('_', '-')}: {kind} documents, order and shards as published")
-    if getattr(args, "shards", 0) and args.documents:
+    copier = "convert" if args.source_name == "convert" else "--shards" if getattr(args, "shards", 0) else ""
+    if copier and given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise UserError(f"{option}: {copier} keeps documents, order and shards as published")
+    if copier == "--shards" and args.documents:
         raise UserError("--documents --shards: one of both")
-    if getattr(args, "shards", 0) and args.train_bytes:
+    if copier == "--shards" and args.train_bytes:
         raise UserError("--train-bytes: --shards fetches whole shards")
+
     if "val_share" in given and (getattr(args, "val", None) or getattr(args, "val_tail", 0)):
         raise UserError("--val-share: --val or --val-tail says what is held out")
     if args.tokenizer and args.variant == "byte260" and args.source_name != "convert":
         raise UserError(f"--tokenizer {args.tokenizer}: byte260 has none; --variant sp<N> is missing")
-    for name in defaults:
-        if name not in given:
-            setattr(args, name, defaults[name])
+
+    for name in defaults.keys() - {*given}:
+        setattr(args, name, defaults[name])
     if args.shard_tokens < 1:
         raise UserError(f"--shard-tokens {args.shard_tokens}: at least 1")
     if not 0 < args.val_share < 1:

@@ -668,17 +668,17 @@ def chosen(text: str | None, known: list[str], option: str) -> list[str]:
 
 def plan_table(jobs: list[LadderJob], count: int) -> str:
     """What would run: seconds of one run, and bytes, by rung and arm."""
-    costs, rows, seen = Costs(jobs), [], {}
+    costs, sizes, seen = Costs(jobs), {}, {}
     for job in jobs:
         seen.setdefault((job.rung, job.arm), []).append(job)
     for (rung, arm), mine in seen.items():
         size = rungs.planned_bytes(mine[0].program.module, {
             key: value for key, value in mine[0].settings.items()
             if key not in ("DATA_PATH", "TOKENIZER_PATH")})
-        base = next((size for row_rung, _, size in rows if row_rung == rung), size)
-        rows.append((rung, arm, size))
+        sizes[rung, arm] = size
+        share = f"{size / sizes[rung, 'base']:.3f}" if (rung, "base") in sizes else ""
         seen[rung, arm] = [*map(str, (rung, arm, sum(job.good for job in mine), len(mine))),
-                           f"{size:,}", f"{size / base:.3f}", f"{costs.seconds(mine[0]):,.0f}"]
+                           f"{size:,}", share, f"{costs.seconds(mine[0]):,.0f}"]
     rung_ends, left = ends(jobs, count)
     header = ["rung", "arm", "done", "of", "planned bytes", "of the base's", "seconds a run"]
     table = markdown_table(header, [*seen.values()])

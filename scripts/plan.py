@@ -1008,8 +1008,8 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
     eager = copy.copy(prices)
     eager.compiled = False
 
-    def seconds(ops: list[Op], prices=prices) -> float:
-        groups, _ = priced(ops, prices, ranks)
+    def seconds(ops: list[Op], rates=prices) -> float:
+        groups, _ = priced(ops, rates, ranks)
         return sum(row["ms"] for name, row in groups.items() if name != "gaps") / 1e3
 
     costs = {span: seconds(paper.forward(batch, length, min(span, length))) for span in {length, stride}}

@@ -198,21 +198,20 @@ class Evaluation(Job):
 
     def __init__(self, report: str, since: float, *arguments):
         super().__init__(*arguments)
-        self.report, self.since, self.result = report, since, f"{report} of this script, a JSON object"
-        self.file = report
+        self.file, self.since, self.result = report, since, f"{report} of this script, a JSON object"
 
     def __str__(self) -> str:
         return f"{self.arm} seed {self.seed}, evaluation"
 
     def told(self) -> str:
-        return self.report
+        return self.file
 
     def ended_well(self, code: int) -> bool:
         return code in (0, 1)
 
     def read(self, script_sha256: str) -> bool:
         """Takes the report, unless a run that it is about is newer, or the script another."""
-        path = self.folder / self.report
+        path = self.folder / self.file
         if not path.exists() or path.stat().st_mtime < self.since:
             return False
         try:
