@@ -91,6 +91,11 @@ KEPT = ("val_bpb", "headline", "bytes_code", "bytes_model", "bytes_total", "trai
 # --- What is asked ---
 
 
+def at_rung(asked: dict, rung: str) -> dict[str, str]:
+    """{setting: value} of {setting: value, or {rung: value}}."""
+    return {name: value[rung] if isinstance(value, dict) else value for name, value in asked.items()}
+
+
 @dataclass(frozen=True)
 class Arm:
     """`asked`: {setting: value, or {rung: value}}; `match`: the settings that make its bytes the base's;
@@ -105,7 +110,7 @@ class Arm:
 
     def at(self, rung: str) -> dict[str, str]:
         """Its own settings at a rung."""
-        return {name: value[rung] if isinstance(value, dict) else value for name, value in self.asked.items()}
+        return at_rung(self.asked, rung)
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class Ladder:
 
     folder: Path
     question: str
-    shared: dict[str, str]
+    shared: dict  # as an arm's `asked`
     arms: dict[str, Arm]
     rungs: list[str]
     seeds: dict[str, list[int]]
@@ -210,8 +215,6 @@ def read_ladder(name: str) -> Ladder:
         raise Misuse(f"{path}: `base` is a script's name, `bytes_per_id` a number from 1 to 100")
     if not isinstance(found.get("question"), str) or not isinstance(found.get("set", {}), dict):
         raise Misuse(f"{path}: `question` is needed, a text; `set`, where there is one, is an object")
-    shared = own_settings(found.get("set", {}), f"{path}: set")
-
     names = found.get("rungs")
     if not isinstance(names, list) or not names:
         raise Misuse(f"{path}: `rungs` is needed, a list of millions of block weights")
@@ -223,6 +226,7 @@ def read_ladder(name: str) -> Ladder:
     if len({*map(rungs.weights, map(float, names))}) < len(names):
         raise Misuse(f"{path}: two rungs of one size: {', '.join(names)}")
 
+    shared = own_settings(found.get("set", {}), f"{path}: set", names)
     seeds = found.get("seeds")
     if not isinstance(seeds, dict) or sorted(seeds, key=str) != sorted(names):
         raise Misuse(f"{path}: `seeds` is needed, an object with a list for each rung, {', '.join(names)}")
@@ -372,14 +376,14 @@ def settings_at(ladder: Ladder, arm: Arm, rung: str, programs: dict[Path, Progra
     """
     mine, first = programs[arm.script], programs[ladder.base]
     where = f"{ladder.name}: arm {arm.name} at {rung}"
-    own, known = arm.at(rung), mine.defaults
-    if strange := sorted(({*own, *arm.match} - known.keys()) | ({*ladder.shared} - first.defaults.keys())):
+    own, known, shared = arm.at(rung), mine.defaults, at_rung(ladder.shared, rung)
+    if strange := sorted(({*own, *arm.match} - known.keys()) | ({*shared} - first.defaults.keys())):
         raise Misuse(f"{where}: {mine.source.parent.name}/{mine.source.name} has no variable {strange[0]}")
     try:
-        found = rungs.arm_settings(float(rung), own, known, where, ladder.shared, ladder.per_id)
+        found = rungs.arm_settings(float(rung), own, known, where, shared, ladder.per_id)
         found = {key: value for key, value in found.items() if key in known}
         if arm.match:
-            base = rungs.arm_settings(float(rung), {}, first.defaults, where, ladder.shared, ladder.per_id)
+            base = rungs.arm_settings(float(rung), {}, first.defaults, where, shared, ladder.per_id)
             base = {key: value for key, value in base.items() if key in first.defaults}
             size = rungs.planned_bytes(first.module, base)
             found = rungs.matched(mine.module, found, list(arm.match), size, own, known)
