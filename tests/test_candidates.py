@@ -14,7 +14,7 @@ TINY = {**BYTES, "PPM_WEIGHT": "0", "TTT": "0"}
 IDEAS = [
     {"POLAR_EXPRESS": 1}, {"EQUAL_ROWS": 1}, {"HEADS_APART": 1}, {"CAUTIOUS_WD": 1}, {"WARMDOWN": "sqrt"},
     {"LATE_QAT_THRESHOLD": 1}, {"SECOND_ID_WEIGHT": 0.3}, {"HEAD_GATES": 1}, {"DENSE_SKIPS": 1},
-    {"LOOP_TIMES": 2},
+    {"LOOP_TIMES": 2}, {"KEY_SMEAR": 1}, {"XSA_LEARNED": 1},
 ]
 
 
@@ -53,15 +53,16 @@ def test_each_changes_what_is_learned(usual, idea):
     assert any(not torch.equal(mine[name], usual[name]) for name in usual)
 
 
-@pytest.mark.parametrize("idea", [{"HEAD_GATES": 1}, {"DENSE_SKIPS": 1, "UNET_SKIPS": 0}, {"LOOP_TIMES": 2}],
-                         ids=str)
+@pytest.mark.parametrize("idea", [{"HEAD_GATES": 1}, {"DENSE_SKIPS": 1, "UNET_SKIPS": 0}, {"LOOP_TIMES": 2},
+                                  {"KEY_SMEAR": 1}, {"XSA_LEARNED": 1}], ids=str)
 def test_those_of_the_network_stay_causal(idea):
     assert_causal(enlivened(section, settings(section, **idea)).eval())
 
 
-@pytest.mark.parametrize("idea", [{"HEAD_GATES": 1}, {"DENSE_SKIPS": 1}], ids=str)
-def test_gates_and_dense_skips_begin_as_the_network_without(idea):
-    """Gates are 1, and a block reads the output before it alone."""
+@pytest.mark.parametrize("idea", [{"HEAD_GATES": 1}, {"DENSE_SKIPS": 1}, {"KEY_SMEAR": 1},
+                                  {"XSA_LEARNED": 1}], ids=str)
+def test_those_of_the_network_begin_as_the_network_without(idea):
+    """Gates are 1, a block reads the output before it, keys take in nothing, XSA is where it was."""
     ids = torch.randint(4, 260, (1, 20), generator=torch.Generator().manual_seed(1))
     logits = []
     for own in ({}, idea):
@@ -157,9 +158,23 @@ def test_the_second_id_has_its_own_targets_and_its_weight_falls():
     assert "second" not in model.losses(ids, torch.ones(2))
 
 
-def test_a_loop_is_not_decoded():
-    model = enlivened(section, settings(section, LOOP_TIMES=2))
-    with pytest.raises(section.UserError, match="LOOP_TIMES=2"):
+def test_a_late_average_is_the_mean_of_the_last_steps():
+    args = settings(section, LATE_AVERAGE=0.3, ITERATIONS=10)
+    model = section.GPT(args)
+    ema, values = section.EMA(model, args), []
+    for step in range(10):
+        with torch.no_grad():
+            model.tok_emb.weight.fill_(step * step)
+        values.append(step * step)
+        ema.update(step)
+    ema.apply()
+    assert torch.allclose(model.tok_emb.weight, torch.tensor(sum(values[7:]) / 3))
+
+
+@pytest.mark.parametrize("name, value", [("LOOP_TIMES", 2), ("KEY_SMEAR", 1)])
+def test_what_cannot_be_decoded_says_so(name, value):
+    model = enlivened(section, settings(section, **{name: value}))
+    with pytest.raises(section.UserError, match=f"{name}="):
         stream = section.stream(model)
         stream.push(section.BOS_ID)
         stream.logprobs()

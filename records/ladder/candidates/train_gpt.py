@@ -2,7 +2,7 @@
 
 Parent: ByteBest.
 Idea:   the ladder `candidates` asks which of them its network gains from. With all of them off it
-        computes what ByteBest computes. A loop is scored by windows and cannot be decoded.
+        computes what ByteBest computes. Loops and smeared keys are scored by windows and not decoded.
 
 Run:    python train_gpt.py --help                             every variable and its reason
         torchrun --standalone --nproc_per_node=8 train_gpt.py  the contest: 8xH100, 600 s, 16 MB
@@ -203,6 +203,9 @@ class Hyperparameters:
     second_id_until = Var(0.667, "progress at which it is 0", 0.01, 1)
     head_gates = Var(False, "a learned share of each head, by 12 channels", ship="model")
     dense_skips = Var(False, "a block reads all earlier outputs (DenseFormer)", ship="model")
+    key_smear = Var(False, "keys take in a learned share of the one before", ship="model")
+    xsa_learned = Var(False, "XSA: a learned strength a head, in all layers", ship="model")
+    late_average = Var(0.0, "scores the mean over this last share, for the EMA", 0, 0.9)
     loop_times = Var(1, "times that the middle block runs", 1, 8, ship="model")
 
     _artifact = "Artifact"
@@ -1225,6 +1228,7 @@ class KVCache:
     def __init__(self, model: GPT):
         args = model.args
         forbid(args.loop_times > 1, args, "loop_times", "decoding keeps no keys of a loop")
+        forbid(args.key_smear, args, "key_smear", "decoding keeps no keys before their rotation")
         like = {"dtype": model.dtype, "device": model.tok_emb.weight.device}
         shape = args.num_layers, 2, 1, args.eval_seq_len, args.num_kv_heads, args.head_dim
         self.layers = torch.zeros(shape, **like)
@@ -1265,7 +1269,11 @@ class CausalSelfAttention(nn.Module):
             self.c_k.weight.heads = self.c_v.weight.heads = args.num_kv_heads
         gate = torch.zeros(args.num_heads, min(12, args.model_dim))
         self.gate = nn.Parameter(gate) if args.head_gates else None
+        smear = torch.zeros(args.num_kv_heads, 1)
+        self.key_smear = nn.Parameter(smear) if args.key_smear else None
         self.exclude_self = layer >= args.num_layers - args.xsa_last_n
+        strength = torch.full((args.num_heads, 1), float(self.exclude_self))
+        self.xsa_strength = nn.Parameter(strength) if args.xsa_learned else None
         self.attend = attention_of(attention)
 
     def forward(self, x: Tensor, rotary: Tensor, mask=None, past: KVCache | None = None) -> Tensor:
@@ -1273,16 +1281,21 @@ class CausalSelfAttention(nn.Module):
         qkv = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
         heads = len(self.q_gain), self.num_kv_heads, self.num_kv_heads
         q, k, v = qkv.split(heads, 2)  # (B, T, H or K, d)
+        if self.key_smear is not None:
+            k = k + self.key_smear.to(k.dtype) * F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0))
         q, k = (rotate(rms_norm(part), rotary) for part in (q, k))
         q = q * self.q_gain.to(q.dtype)[:, None]
         if past is None:
             y = self.attend(q, k, v, mask)
         else:
             y = sdpa_attention(q, *past.extend(self.layer, k, v), mask)
-        if self.exclude_self:  # XSA: drop the component along this position's own value
+        if self.exclude_self or self.xsa_strength is not None:  # XSA: drop the component along this position's own value
             own = F.normalize(v.float(), dim=-1).to(y.dtype).unsqueeze(3)  # (B, T, K, 1, d)
             y = y.unflatten(2, (self.num_kv_heads, -1))
-            y = (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+            part = (y * own).sum(-1, keepdim=True) * own
+            if self.xsa_strength is not None:
+                part = part * self.xsa_strength.to(y.dtype).view(self.num_kv_heads, -1, 1)
+            y = (y - part).flatten(2, 3)
         if self.gate is not None:  # 1 at first
             share = F.linear(x[..., : self.gate.size(1)], self.gate.to(x.dtype))  # (B, T, H)
             y = y * (2 * torch.sigmoid(share)).unsqueeze(-1)
@@ -1793,16 +1806,21 @@ class Optimizers:
 
 
 class EMA:
-    """fp32 average of the weights; the decay min(EMA_DECAY, (1 + t) / (10 + t))."""
+    """fp32 average of the weights; the decay min(EMA_DECAY, (1 + t) / (10 + t)). With LATE_AVERAGE
+    the plain mean over the last steps."""
 
-    def __init__(self, model: GPT, decay: float):
-        self.decay = decay
+    def __init__(self, model: GPT, args: Hyperparameters):
+        self.decay = args.ema_decay
+        self.start = args.iterations * (1 - args.late_average) if args.late_average else math.inf
         self.live = list(model.parameters())
         self.average = [p.detach().clone() for p in self.live]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
+        if self.start < math.inf:
+            earlier = max(0, step - math.ceil(self.start))  # steps that are in the mean
+            decay = earlier / (earlier + 1)
         torch._foreach_lerp_(self.average, self.live, 1.0 - decay)
 
     @torch.no_grad()
@@ -2994,7 +3012,7 @@ class Trainer:
 
     def fresh_optimizers(self) -> None:
         self.optimizers = Optimizers(self.model, self.args, self.runtime)
-        self.ema = EMA(self.model, self.args.ema_decay)
+        self.ema = EMA(self.model, self.args)
 
     def second_weight(self, progress: float) -> float:
         """The weight of the id after the next, falling on a line to 0 at SECOND_ID_UNTIL."""
