@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 import rungs
 from family import markdown_table, write_atomic
-from leaderboard import digest, stored_digest, style
+from leaderboard import STYLES, digest, stored_digest, style
 from stats import paired, spread, word
 from trends import FEWEST_RUNGS, Fitted, Line, fitted, verdict
 
@@ -343,33 +343,74 @@ def block(ladder, numbers: dict) -> str:
 # --- The plot ---
 
 
+PANELS = 12  # comparisons that have a panel each; more are rows of one panel a rung
+
+
 def draw(ladder, numbers: dict, fits: dict[str, Fitted], key: str) -> bytes:
-    """The curves, then a panel a comparison: differences, intervals, the line, its band to the contest."""
+    """The plot as PNG bytes, which carry `key`."""
     import matplotlib.style  # here: no table needs it
+
+    with matplotlib.style.context("default"):
+        many = sum(row["rungs"] > 0 for row in numbers["trends"]) > PANELS
+        figure = draw_rows(numbers) if many else draw_panels(ladder, numbers, fits)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=110, metadata={"Software": None, "Description": key})
+    return buffer.getvalue()
+
+
+def draw_rows(numbers: dict):
+    """A panel a rung, a row a comparison: differences and their intervals."""
+    from matplotlib.figure import Figure
+
+    names = [row["arm"] for row in numbers["trends"] if row["rungs"]]
+    climbed = [row["rung"] for row in numbers["rungs"]]
+    climbed = [rung for rung in climbed if any(point["rung"] == rung for point in numbers["arms"])]
+    figure = Figure(figsize=(1.6 + 3.4 * len(climbed), 0.9 + 0.24 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(climbed), squeeze=False, sharey=True).flatten()
+    for axes, rung in zip(panels, climbed):
+        axes.axvline(0, color="#555555", linewidth=0.8)
+        for point in numbers["arms"]:
+            if point["rung"] != rung:
+                continue
+            x, y = point["difference"], names.index(point["arm"])
+            seeds = point["differences"]
+            axes.plot(seeds, [y] * len(seeds), "x", color="#999999", markersize=4)
+            low, high = point["interval"] or (x, x)
+            axes.errorbar([x], [y], xerr=[[x - low], [high - x]], fmt="o", color="#0072B2", markersize=4,
+                          capsize=3)
+        axes.set_title(f"rung {rung}", fontsize=9)
+        axes.grid(color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=8)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    figure.supxlabel("BPB against the base, seeds paired; further left is better", fontsize=9)
+    return figure
+
+
+def draw_panels(ladder, numbers: dict, fits: dict[str, Fitted]):
+    """The curves, then a panel a comparison: differences, intervals, the line, its band to the contest."""
     from matplotlib.figure import Figure
 
     shown = [row for row in numbers["trends"] if row["rungs"]]
     count = len(shown) + 1
     columns = min(3, count)
-    with matplotlib.style.context("default"):
-        figure = Figure(figsize=(4.3 * columns, 3.1 * -(-count // columns)), layout="constrained")
-        panels = figure.subplots(-(-count // columns), columns, squeeze=False).flatten()
-        for axes in panels[count:]:
-            axes.set_axis_off()
-        draw_curves(panels[0], ladder, numbers, fits)
-        for axes, row in zip(panels[1:], shown):
-            draw_arm(axes, row, [each for each in numbers["arms"] if each["arm"] == row["arm"]])
-        for axes in panels[:count]:
-            axes.set_xscale("log")
-            axes.grid(color="#DDDDDD", linewidth=0.6)
-            axes.set_axisbelow(True)
-            axes.axvline(math.exp(contest()), color="#555555", linestyle=":", linewidth=1)
-            axes.tick_params(labelsize=8)
-        figure.supxlabel("FLOPs of training: 6 x block weights x bytes of text", fontsize=9)
-        figure.supylabel("BPB against the base, after the first panel; lower is better", fontsize=9)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=110, metadata={"Software": None, "Description": key})
-    return buffer.getvalue()
+    figure = Figure(figsize=(4.3 * columns, 3.1 * -(-count // columns)), layout="constrained")
+    panels = figure.subplots(-(-count // columns), columns, squeeze=False).flatten()
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    draw_curves(panels[0], ladder, numbers, fits)
+    for axes, row in zip(panels[1:], shown):
+        draw_arm(axes, row, [each for each in numbers["arms"] if each["arm"] == row["arm"]])
+    for axes in panels[:count]:
+        axes.set_xscale("log")
+        axes.grid(color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.axvline(math.exp(contest()), color="#555555", linestyle=":", linewidth=1)
+        axes.tick_params(labelsize=8)
+    figure.supxlabel("FLOPs of training: 6 x block weights x bytes of text", fontsize=9)
+    figure.supylabel("BPB against the base, after the first panel; lower is better", fontsize=9)
+    return figure
 
 
 def draw_curves(axes, ladder, numbers: dict, fits: dict[str, Fitted]) -> None:
@@ -377,7 +418,9 @@ def draw_curves(axes, ladder, numbers: dict, fits: dict[str, Fitted]) -> None:
         points = [(math.exp(compute(rung)), value) for rung, values in numbers["scores"].get(arm, {}).items()
                   for value in values]
         if points:
-            axes.plot(*zip(*points), **style(i) | {"linestyle": "none"}, markersize=4, label=arm)
+            marker = style(i + i // len(STYLES))["marker"]  # a colour that comes again has another
+            look = {"color": style(i)["color"], "marker": marker, "linestyle": "none"}
+            axes.plot(*zip(*points), **look, markersize=4, label=arm)
         if arm in fits:
             x = np.linspace(min(map(compute, numbers["scores"][arm])), contest(), 60)
             y = [fits[arm].best.at(each) for each in x]

@@ -339,6 +339,23 @@ def test_a_report_is_text_and_plot_and_stays_as_it_is(reported, capsys):
     assert plot.stat().st_mtime_ns == before  # equal numbers, equal plot
 
 
+def test_many_arms_are_rows_of_one_panel_a_rung(tmp_path):
+    place = tmp_path / "many"
+    gains = np.linspace(-0.06, 0.06, ladder_report.PANELS + 1)
+    made_up(place, {f"arm{i}": straight(gain, gain) for i, gain in enumerate(gains)})
+    assert ladder.main([str(place), "--report", "--runs", str(place / "runs")]) == 0
+    assert (place / "ladder.png").read_bytes().startswith(b"\x89PNG")
+    numbers = json.loads((place / "results.json").read_text())
+    panels = ladder_report.draw_rows(numbers).axes
+    assert [axes.get_title() for axes in panels] == [f"rung {rung}" for rung in NAMES]
+    names = [label.get_text() for label in panels[0].get_yticklabels()]
+    assert names == [f"arm{i}" for i in range(len(gains))]
+    for axes in panels:  # one mean a row, where it belongs
+        means = [line for line in axes.lines if line.get_marker() == "o"]
+        assert [line.get_ydata()[0] for line in means] == [*range(len(gains))]
+        assert [line.get_xdata()[0] for line in means] == pytest.approx(gains, abs=2e-3)
+
+
 @pytest.mark.parametrize("arm", [{"NUM_HEADS": 0}, {"NUM_HEADS": "*0.25"}, {"ITERATIONS": "x"}])
 def test_a_setting_that_is_no_number_is_refused(tmp_path, arm):
     about = TINY | {"arms": {"odd": {"why": "no number", "set": arm}}}
