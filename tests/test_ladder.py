@@ -130,7 +130,7 @@ def test_matched_bytes_are_the_bases(trunk, rung, names):
         rungs.matched(trunk, base, ["NGRAM_BUCKETS"], size // 3, {}, defaults)
 
 
-@pytest.mark.parametrize("name", [name for name in LADDERS if name in ("tables", "shape", "published")])
+@pytest.mark.parametrize("name", LADDERS)
 def test_a_committed_ladder_is_sound(name, tmp_path, capsys):
     """Every arm can be planned at the lowest rung, and what is matched has the base's bytes."""
     found = ladder.read_ladder(name)
@@ -142,6 +142,22 @@ def test_a_committed_ladder_is_sound(name, tmp_path, capsys):
     for line in lines:
         arm = found.arms[line[2].strip()]
         assert not arm.match or 0.98 < float(line[6]) < 1.02
+
+
+@pytest.mark.parametrize("name", [name for name in LADDERS if (ladder.LADDERS / name / "README.md").exists()])
+def test_committed_tables_are_those_of_the_runs(name, tmp_path, capsys):
+    """A fresh report of the kept runs writes the same page and numbers."""
+    kept, copy = ladder.LADDERS / name, tmp_path / "ladder" / name
+    shutil.copytree(kept, copy)
+    shutil.copy(ladder.LADDERS / "carried.json", copy.parent)
+    assert ladder.main([str(copy), "--report", "--runs", str(tmp_path / "runs")]) == 0
+    for file in ("README.md", "results.json"):
+        assert (copy / file).read_text() == (kept / file).read_text(), f"ladder.py {name} --report"
+
+
+def test_the_page_of_ladders_names_them_all():
+    page = (ladder.LADDERS / "README.md").read_text()
+    assert [name for name in LADDERS if f"| [{name}]({name}/ladder.json) |" not in page] == []
 
 
 # --- Lines and verdicts ---
