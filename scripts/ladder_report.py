@@ -343,7 +343,7 @@ def block(ladder, numbers: dict) -> str:
 # --- The plot ---
 
 
-PANELS = 12  # comparisons that have a panel each; more are rows of one panel a rung
+PANELS = 15  # comparisons that have a panel each; more are rows of one panel a rung
 
 
 def draw(ladder, numbers: dict, fits: dict[str, Fitted], key: str) -> bytes:
