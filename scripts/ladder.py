@@ -18,10 +18,11 @@ NAME is a folder below records/ladder, or a path, with a ladder.json:
 A rung is millions of block weights; scripts/rungs.py says what it sets and why. The arm `base` is the trunk
 there, or the script of `base`, and is always run. `bytes_per_id` is the text's, of a token model: rungs are
 counted in bytes; the *.model in the folder of the data is its TOKENIZER_PATH. Both may be left out.
-`set` has plain values, `*F`, `+N` or `-N` of the base's, or one of these for each rung; a `set` of the ladder
-itself, beside `arms`, is for all arms and the base. `match` names settings that are moved, one after the
-other, until the planned artifact has the base's bytes. `script` is another script of the family; what it does
-not know of a rung's settings is left out. `against` lists other arms that it is compared with, too.
+`set` has plain values, `*F`, `+N` or `-N` of the base's, or one of these for each rung (and, to be planned,
+for `contest`); a `set` of the ladder itself, beside `arms`, is for all arms and the base. `match` names
+settings that are moved, one after the other, until the planned artifact has the base's bytes. `script` is
+another script of the family; what it does not know of a rung's settings is left out. `against` lists other
+arms that it is compared with, too.
 
 The data: both files of books made into shards by
     python data/prepare.py files books_train.jsonl.zst --val books_val.jsonl.zst --no-shuffle \\
@@ -35,6 +36,10 @@ present one or has been shown to be equal to it. `--carry` does that: short runs
 present one, at the settings of each arm, are compared bit for bit (scripts/carry.py), and where all are equal
 records/ladder/carried.json says so, {"from": sha256, "to": sha256, "for": arms, "why": text}. A base that
 another ladder has run is taken from there. `--trunk FILE` goes on with another text of the trunk.
+
+`--contest` plans a step of each arm at the contest's size on eight H100s (scripts/plan.py) and writes
+contest.json: its milliseconds stand in the table of arms, and what an arm gains at equal planned time beside
+what it gains at equal text.
 
 Good runs are copied, in short, to <rung>/<arm>/seed<N>/metrics.json. Of these the table in README.md between
 <!-- ladder --> and <!-- end -->, results.json and ladder.png are made at the end, or by `--report` at any
@@ -60,6 +65,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import carry
+import plan
 import rungs
 from family import (
     FINDINGS,
@@ -365,6 +371,42 @@ def computes_the_same(old: str, arm: str, job: LadderJob, place: Path, runs: Pat
     return result.equal
 
 
+# --- The contest's size ---
+
+CONTEST = "contest"
+ON_A_CPU = frozenset(rungs.measuring(rungs.proportions(1.0)))
+
+
+def contest_settings(ladder: Ladder, arm: Arm, programs: dict[Path, Program]) -> dict[str, str]:
+    """An arm's settings at the contest's size, without those that say how a CPU trains and scores.
+
+    Raises:
+        Misuse: a setting by rung that says nothing of the contest.
+    """
+    for name, value in {**ladder.shared, **arm.asked}.items():
+        if isinstance(value, dict) and CONTEST not in value:
+            raise Misuse(f"{ladder.name}: arm {arm.name}: {name} has no value for `{CONTEST}`")
+    own = {*at_rung(ladder.shared, CONTEST), *arm.at(CONTEST)}
+    found = settings_at(ladder, arm, CONTEST, programs)
+    return {name: value for name, value in found.items() if name in own or name not in ON_A_CPU}
+
+
+def plan_contest(ladder: Ladder, programs: dict[Path, Program]) -> None:
+    """Writes contest.json: the planned step of each arm on eight H100s. What is planned already stays."""
+    path = ladder.folder / "contest.json"
+    found, before = {}, read_json(path)["arms"] if path.is_file() else {}
+    for arm in ladder.arms.values():
+        asked = {"script_sha256": programs[arm.script].sha256,
+                 "settings": contest_settings(ladder, arm, programs)}
+        known = before.get(arm.name, {})
+        if {key: known.get(key) for key in asked} != asked:
+            planned = plan.make_plan(programs[arm.script].copy, asked["settings"], "h100", 8)
+            known = asked | {"ms": round(planned["ms_per_step"], 2), "bytes": planned["sizes"]["model"]}
+        found[arm.name] = known
+        say(f"{arm.name}: {known['ms']:.1f} ms, {known['bytes']:,} bytes")
+    write_atomic(path, f"{json.dumps({'card': 'h100', 'ranks': 8, 'arms': found}, indent=1)}\n".encode())
+
+
 # --- Runs ---
 
 
@@ -376,17 +418,18 @@ def settings_at(ladder: Ladder, arm: Arm, rung: str, programs: dict[Path, Progra
     """
     mine, first = programs[arm.script], programs[ladder.base]
     where = f"{ladder.name}: arm {arm.name} at {rung}"
+    size = rungs.WEIGHTS / 1e6 if rung == CONTEST else float(rung)
     own, known, shared = arm.at(rung), mine.defaults, at_rung(ladder.shared, rung)
     if strange := sorted(({*own, *arm.match} - known.keys()) | ({*shared} - first.defaults.keys())):
         raise Misuse(f"{where}: {mine.source.parent.name}/{mine.source.name} has no variable {strange[0]}")
     try:
-        found = rungs.arm_settings(float(rung), own, known, where, shared, ladder.per_id)
+        found = rungs.arm_settings(size, own, known, where, shared, ladder.per_id)
         found = {key: value for key, value in found.items() if key in known}
         if arm.match:
-            base = rungs.arm_settings(float(rung), {}, first.defaults, where, shared, ladder.per_id)
+            base = rungs.arm_settings(size, {}, first.defaults, where, shared, ladder.per_id)
             base = {key: value for key, value in base.items() if key in first.defaults}
-            size = rungs.planned_bytes(first.module, base)
-            found = rungs.matched(mine.module, found, list(arm.match), size, own, known)
+            wanted = rungs.planned_bytes(first.module, base)
+            found = rungs.matched(mine.module, found, list(arm.match), wanted, own, known)
         mine.module.Hyperparameters(found)
     except Misuse as error:
         raise Misuse(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
@@ -721,6 +764,7 @@ def arguments() -> argparse.ArgumentParser:
     option("--trunk", type=Path, metavar="FILE", help="another text of the trunk than train_gpt.py")
     option("--plan", action="store_true", help="only show what would run, its bytes and when it would end")
     option("--report", action="store_true", help="only make the tables and the plot")
+    option("--contest", action="store_true", help="only plan each arm's step at the contest's size")
     option("--carry", action="store_true", help="show that runs of older scripts hold for the present ones")
     return parser
 
@@ -745,10 +789,12 @@ def main(argv: list[str] | None = None) -> int:
     programs = {script: program(script, Path(options.runs), options.trunk if script == TRUNK else None)
                 for script in {arm.script for arm in ladder.arms.values()}}
 
-    if options.report or options.carry:
+    if options.report or options.carry or options.contest:
         if given := [name for name in ("--arms", "--rungs", "--seeds") if asked_for[name]]:
-            raise Misuse(f"{given[0]}: --report and --carry are about the whole ladder")
+            raise Misuse(f"{given[0]}: --report, --carry and --contest are about the whole ladder")
         options.arms, options.rungs, options.seeds = [*ladder.arms], ladder.rungs, []
+        if options.contest:
+            plan_contest(ladder, programs)
         kept = make_jobs(ladder, options, programs, "")
         if options.carry:
             return carry_on(ladder, kept, Path(options.runs), len(places))

@@ -25,6 +25,7 @@ import re
 import statistics
 import sys
 import time
+from collections import Counter as Tally
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ BROKEN = 3  # exit code: a clock, the byte budget or the card's memory does not 
 
 # The contest's validation text, FineWeb's first 50,000 documents, and what #832 scores of it as byte260.
 VAL_BYTES, VAL_TARGETS, VAL_DOCUMENTS = 151_080_891, 151_130_112, 50_000
+SPREAD = 1.0  # standard deviation of the logarithm of a web page's length, as remembered (plan)
 # Bytes an id of other vocabularies stands for. Source: the field's counts of the same text, 62.02 M ids of
 # sp1024 and 40.54 M of sp8192 (openai/parameter-golf, 2026-04). Between them, straight in log2(vocabulary).
 BYTES_PER_ID = {1024: 2.436, 8192: 3.727}
@@ -933,6 +935,67 @@ def doc_chunk(args) -> int:
     return getattr(args, "doc_chunk", args.ttt_doc_chunk)
 
 
+def document_lengths(targets: int, longest: float = math.inf) -> np.ndarray:
+    """Targets of the validation documents in the order of the text: a lognormal distribution with the
+    contest's mean, drawn once. What is longer than `longest` is cut.
+    """
+    drawn = np.random.default_rng(0).lognormal(0.0, SPREAD, VAL_DOCUMENTS)
+    lengths = np.maximum(1, np.rint(drawn * targets / drawn.sum())).astype(int)
+    if lengths.max() <= longest:
+        return lengths
+    counts = -(-lengths // int(longest))
+    pieces = np.full(counts.sum(), int(longest))
+    pieces[counts.cumsum() - 1] = lengths - (counts - 1) * int(longest)
+    return pieces
+
+
+def adapter_steps(lengths: np.ndarray, chunk: int, batch: int, ranks: int, group: int,
+                  together: bool) -> list[list[Tally]]:
+    """Chunks that adapters read and learn, {(documents alive, targets before): how often}, of each rank in
+    each group: as TestTimeTraining of the script goes through them.
+
+    A group is `group` batches of every rank, the longest documents first. With `together` ranks share each
+    batch and meet after each chunk, so that all go at the pace of the first; else they meet after the group.
+    """
+    groups = []
+    for first in range(0, len(lengths), group * batch * ranks):
+        longest = -np.sort(-lengths[first:first + group * batch * ranks])
+        steps = [Tally() for _ in range(1 if together else ranks)]
+        for rank, found in enumerate(steps):
+            mine = longest[rank::ranks]
+            for start in range(0, len(mine), batch):
+                part = mine[start:start + batch]
+                for done in range(0, int(part[0]), chunk):
+                    found[int((part > done).sum()), done] += 1
+        groups.append(steps)
+    return groups
+
+
+def adapter_seconds(paper: Paper, eager, seconds) -> tuple[int, float]:
+    """(Chunks that the busiest rank reads, seconds) of a pass with adapters of documents; they run eager."""
+    args, learner = paper.args, paper.module.TestTimeTraining
+    length, chunk, ranks = args.eval_seq_len, doc_chunk(args), paper.world_size
+    batch = max(1, args.eval_batch_tokens // length)
+    targets = round(VAL_BYTES / bytes_per_id(args.vocab_size))
+    lengths = document_lengths(targets, getattr(args, "ttt_doc_tokens", math.inf))
+    group = getattr(learner, "GROUP", len(lengths))  # batches; without groups all documents make one
+    if isinstance(eager, Gpu):
+        group = getattr(learner, "GROUP_OF_GPUS", group)
+    groups = adapter_steps(lengths, chunk, batch, ranks, group, hasattr(learner, "gathered"))
+
+    windows, rows = sorted({chunk, max(chunk, length // 2), length}), sorted({1, batch})
+    cost = np.array([[seconds(paper.adapted(each, window), eager) for window in windows] for each in rows])
+
+    def price(found: Tally) -> float:
+        alive, done = np.array([*found]).T
+        few, many = (np.interp(done + chunk, windows, cost[i]) for i in (0, -1))  # level beyond the last one
+        share = (alive - 1) / max(1, batch - 1)
+        return float(((few + share * (many - few)) * [*found.values()]).sum())
+
+    slowest = [max(steps, key=price) for steps in groups]
+    return sum(sum(found.values()) for found in slowest), sum(map(price, slowest))
+
+
 def bytes_per_id(vocab_size: int) -> float:
     """Bytes of the contest's text that an id stands for: known for three vocabularies, else between them."""
     if vocab_size <= 260:
@@ -1031,14 +1094,9 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
     if getattr(args, "ttt", "0") == "0":
         return rows
     name = f"{label}_ttt" if args.ttt_adapt else f"{label}_ttt_off"
-    if hasattr(args, "ttt_doc_chunk"):  # documents of the mean length, at their mean window
-        longest = getattr(args, "ttt_doc_tokens", math.inf)
-        chunk, long = doc_chunk(args), min(targets / VAL_DOCUMENTS, longest)
-        chunks, pieces = math.ceil(long / chunk), targets / long
-        window = np.minimum(chunk * np.arange(1, chunks + 1), length).mean()
-        forwards = math.ceil(pieces / (batch * ranks)) * chunks
-        learning = forwards * seconds(paper.adapted(batch, int(window)), eager)  # reads, too; not compiled
-        add(name, "evaluation", chunk, forwards, 0.0, learning, True)
+    if hasattr(args, "ttt_doc_chunk"):
+        forwards, learning = adapter_seconds(paper, eager, seconds)  # reads, too
+        add(name, "evaluation", doc_chunk(args), forwards, 0.0, learning, True)
     if not hasattr(args, "ttt_chunk_tokens"):
         return rows
 
@@ -1052,10 +1110,26 @@ def scoring(paper: Paper, prices, mix_rate: float) -> list[dict]:
     return rows
 
 
+def corrections(module: ModuleType, model: torch.nn.Module, args) -> float:
+    """Bytes, at most, of what an exporter adds to rounded matrices: columns with 8 bits (AWQ-lite) and
+    products of 3 and 5 bits (LQER). Which matrices get them training decides: here the largest do.
+    """
+    groups, products = getattr(args, "awq_groups", 0), getattr(args, "lqer_top_k", 0)
+    if not (groups or products):
+        return 0.0
+    shapes = [(p.shape, module.quant_plan(name, p.shape, args)[0]) for name, p in exported(model).items()]
+    shapes = [(shape, bits) for shape, bits in shapes if bits and len(shape) == 2]
+    finer = sorted((shape[0] * (8 - bits) for shape, bits in shapes), reverse=True)
+    long = sorted((sum(shape) for shape, _ in shapes), reverse=True)
+    columns = sum(finer[:groups]) * getattr(module, "AWQ_WIDTH", 0)
+    return (columns + sum(long[:products]) * getattr(args, "lqer_rank", 0) * 4) / 8
+
+
 def artifact_bytes(module: ModuleType, model: torch.nn.Module, args) -> tuple[float, str]:
     """(Bytes of the artifact before training, how they were planned): by `rate.size_plan`."""
     if hasattr(module, "quant_plan"):
-        return sum(size_plan(module, model, args).values()), "the entropy of rounded normals"
+        size = sum(size_plan(module, model, args).values()) + corrections(module, model, args)
+        return size, "the entropy of rounded normals"
     weights = sum(p.numel() for p in exported(model).values())
     return 0.75 * weights, "six bits a weight, more than its coder needs"
 

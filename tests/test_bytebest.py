@@ -98,6 +98,42 @@ def test_adapters_learn_their_document_and_no_other(model, monkeypatch):
     assert np.abs(again[:149] - learned[:149]).max() > 0.1
 
 
+def test_adapters_begin_alike_and_learn_by_adamw(model):
+    """Those of the documents that go on, as AdamW with a beta1 of 0 has it."""
+    adapters = section.Adapters(model, 3)
+    for a, again in zip(adapters.params[::2], section.Adapters(model, 5).params[::2]):
+        assert torch.equal(a, again[:3]) and torch.equal(a[0], a[2])
+    kept = [p.clone() for p in adapters.params]
+    want, squares = [p.clone() for p in kept], [torch.zeros_like(p) for p in kept]
+    for step, count in ((1, 3), (2, 2)):
+        params = adapters.attach(count)
+        loss = sum((p * (1 + place)).square().sum() for place, p in enumerate(params))
+        for p, square, grad in zip(want, squares, torch.autograd.grad(loss, params, retain_graph=True)):
+            square[:count] += (1 - 0.999) * (grad.square() - square[:count])
+            corrected = (square[:count] / (1 - 0.999**step)).sqrt() + 1e-8
+            p[:count] -= model.args.ttt_lora_lr * grad / corrected
+        adapters.learn(loss, params)
+        adapters.detach()
+    for mine, p, start in zip(adapters.params, want, kept):
+        assert torch.allclose(mine, p, atol=1e-6) and (not start.any() or not torch.equal(mine, start))
+
+
+def test_what_waits_for_the_mixture_is_counted_in_targets(monkeypatch):
+    """Many small documents may wait where few large ones may not."""
+    args = section.Hyperparameters({**{k: str(v) for k, v in BYTES.items()}, "MIX_ROWS": "10"})
+    ids = documents(*[5] * 60)
+    runtime = section.Runtime(args)
+    ledger, most = section.Ledger(args, runtime, ids, False), []
+    monkeypatch.setattr(section, "BACKLOG", 4 * (section.SHARE + 2) * 12)  # twelve targets
+    wait = ledger.wait
+    monkeypatch.setattr(ledger, "wait", lambda left: (wait(left), most.append(ledger.ahead)))
+    for first in range(0, 295, 5):
+        ledger.take(first, first + 5, torch.zeros(5, 260), torch.ones(5))
+    sums = ledger.close()
+    assert max(most) <= 12 and max(most) == 10 and most[-1] == 0
+    assert sums[0, -1] == 295 and sums[0, :-1].sum() == 295
+
+
 @pytest.mark.parametrize("at", [1, 15, 16, 17, 63, 90, 149])
 def test_poison_moves_nothing_before_it(model, at):
     """Neither through adapters, which learn a chunk at once, nor through the mixture."""

@@ -584,7 +584,7 @@ def test_a_bad_ladder_is_refused(tiny, corpus, tmp_path, changes, words):
     (["--seeds", "x"], "different whole numbers"),
     (["--jobs", "0"], "--jobs 0"),
     (["--no-base"], "--no-base: --arms says which arms"),
-    (["--report", "--arms", "none"], "--arms: --report and --carry are about the whole ladder"),
+    (["--report", "--arms", "none"], "--arms: --report, --carry and --contest are about the whole ladder"),
     (["--data", "nowhere"], "--data nowhere: no such folder"),
     (["--trunk", "nowhere"], "--trunk nowhere"),
     ([], "--data FOLDER is needed"),

@@ -6,14 +6,16 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import plan
 import pytest
 import rate
 import torch
 from conftest import ROOT, TINY
-from family import TRUNK, Misuse, find_script
+from family import TRUNK, Misuse, find_script, load_script
 
 # JEPA and word contexts add much to count: without them a hand count is short and a plan quick.
 PLAIN = {**{name: value for name, value in TINY.items() if name != "DEVICE"}, "JEPA_CHUNK_SIZE": "0",
@@ -279,3 +281,71 @@ def test_this_machine_prices_what_it_has_measured(monkeypatch):
     assert {"products of the model's shapes", "copy", "attention, head 8, forward"} <= {
         row[0] for row in found["rates"]}
     assert not any("memory" in item["what"] for item in found["checks"])  # no card, no room to fill
+
+
+def test_what_an_exporter_adds_is_planned():
+    """TokenBest: 64 columns of its embedding with 8 bits for 7, and a product of rank 4 for it, 4 bits a
+    number; the trunk adds nothing."""
+    section = load_script(find_script("TokenBest"))
+    args = section.Hyperparameters({"PPM_WEIGHT": "0", "TOKENIZER_PATH": "x"})
+    with torch.device("meta"):
+        model = section.GPT(args)
+    rows, columns = model.tok_emb.weight.shape
+    wanted = (64 * rows * (8 - 7) + 4 * (rows + columns) * 4) / 8
+    assert plan.corrections(section, model, args) == wanted
+    args.awq_groups = args.lqer_top_k = 0
+    assert plan.corrections(section, model, args) == 0
+    assert plan.corrections(load_script(TRUNK), model, SimpleNamespace()) == 0
+
+
+# --- Documents ---
+
+
+def test_documents_have_the_contests_mean_and_a_long_tail():
+    whole, cut = plan.document_lengths(plan.VAL_TARGETS), plan.document_lengths(plan.VAL_TARGETS, 2000)
+    assert len(whole) == plan.VAL_DOCUMENTS and abs(whole.sum() / plan.VAL_TARGETS - 1) < 1e-3
+    assert whole.min() >= 1 and np.log(whole).std() == pytest.approx(plan.SPREAD, rel=0.02)
+    assert cut.sum() == whole.sum() and cut.max() == 2000 and cut.min() >= 1
+    assert len(cut) == (-(-whole // 2000)).sum()
+
+
+@pytest.mark.parametrize("name", ["ByteBest", "TokenBest"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_documents_take_the_steps_that_the_script_takes(name, ranks):
+    """The plan's count of chunks, by rank, documents alive and place, is that of the record's own loop."""
+    section = load_script(find_script(name))
+    lengths = np.random.default_rng(2).integers(1, 90, 70)
+    ids = np.full(lengths.sum() + 1, 4)
+    ids[np.cumsum([0, *lengths[:-1]])] = section.BOS_ID
+    args = SimpleNamespace(doc_chunk=8, ttt_doc_chunk=8, ttt_doc_tokens=50, vocab_size=5)
+    model = SimpleNamespace(args=args, tok_emb=SimpleNamespace(weight=torch.zeros(1)))
+    together, batch, found = name == "ByteBest", 2, []
+
+    for rank in range(ranks):
+        steps, runtime = Counter(), SimpleNamespace(rank=rank, world_size=ranks)
+
+        def chunk(adapters, ids, alive, done, length, steps=steps):
+            steps[len(alive), done] += 1
+            part = torch.zeros(len(alive), 8, 5)
+            return part if together else (part, part[..., 0])
+
+        learner = section.TestTimeTraining(model, runtime) if together else section.TestTimeTraining(model)
+        learner.adapt_chunk = chunk
+        learner.gathered = lambda part, ranks: part.repeat_interleave(ranks, 0)
+        many = batch * ranks if together else batch
+        reading = section.WindowPlan(64, 16, many, rank, ranks)
+        if together:
+            blocks = learner.by_document(ids, reading)
+        else:
+            blocks = learner.by_document(ids, reading, lambda first, stop, blocks: list(blocks))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(section, "Adapters", lambda model, documents: None)
+            assert sum(stop - first for first, stop, *_ in blocks) > 0
+        found.append(steps)
+
+    if together:  # longer ones are cut
+        lengths = np.concatenate([np.diff(np.append(np.arange(0, n, 50), n)) for n in lengths])
+    groups = plan.adapter_steps(lengths, 8, batch, ranks, section.TestTimeTraining.GROUP, together)
+    for rank, steps in enumerate(found[:1] if together else found):
+        planned = sum((Counter(group[rank]) for group in groups), Counter())
+        assert planned == steps

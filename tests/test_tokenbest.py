@@ -171,6 +171,22 @@ def test_a_run_that_has_ended_is_scored_another_way(run, tmp_path):
 # ------------------------------------------------------------------------------------------ packed documents
 
 
+@pytest.mark.parametrize("shape", [(1, 40), (3, 500), (8, 2048)])
+def test_borders_of_documents_are_found_without_a_wait(shape):
+    """A list of a length that the shape gives: where documents and rows begin, then the end."""
+    ids = torch.randint(4, 260, shape, generator=torch.Generator().manual_seed(4))
+    ids[:, 7::shape[1] // 6 + 1] = section.BOS_ID
+    docs = (ids == section.BOS_ID).cumsum(1)
+    begins = [row * shape[1] + t for row in range(shape[0]) for t in range(shape[1])
+              if t == 0 or ids[row, t] == section.BOS_ID]
+    found = section.document_mask("fa3", docs)
+    room = max(64, ids.numel() // 256)
+    assert found.dtype == torch.int32 and found.tolist() == begins + [ids.numel()] * (room - len(begins))
+    assert section.document_mask("fa3", docs.to("meta")).shape == (room,)  # nothing depends on the ids
+    with pytest.raises(RuntimeError, match="ATTENTION=sdpa"):
+        section.document_mask("fa3", torch.arange(64)[None])
+
+
 def varlen_attention(q, k, v, cu_seqlens=None):
     """FlashAttention's result from where pieces begin."""
     places = torch.arange(q.size(0) * q.size(1))

@@ -2020,14 +2020,22 @@ class Adapters:
         self.args = model.args
         named = model.named_modules()
         self.owners = [module for name, module in named if name.endswith(self.OWNERS)]
-        generator = torch.Generator().manual_seed(0)
         rank, self.params = self.args.ttt_lora_rank, []
-        for owner in self.owners:
-            (size_out, size_in), device = owner.weight.shape, owner.weight.device
-            a = torch.randn(rank, size_in, generator=generator).to(device) / size_in**0.5
-            b = torch.zeros(documents, size_out, rank, device=device)
+        for owner, a in zip(self.owners, self.starts(tuple(self.owners), rank)):
+            b = a.new_zeros(documents, len(owner.weight), rank)
             self.params += [a.repeat(documents, 1, 1), b]
         self.squares, self.steps = [torch.zeros_like(p) for p in self.params], 0
+
+    @staticmethod
+    @functools.lru_cache(1)
+    def starts(owners: tuple[nn.Module], rank: int) -> list[Tensor]:
+        """The A (rank, in) of each owner that documents begin with."""
+        generator, found = torch.Generator().manual_seed(0), []
+        for weight in (owner.weight for owner in owners):
+            size = weight.size(1)
+            a = torch.randn(rank, size, generator=generator)
+            found.append(a.to(weight.device) / size**0.5)
+        return found
 
     def attach(self, documents: int) -> list[Tensor]:
         """Reads the first `documents` rows through adapters -> the parameters."""
@@ -2046,12 +2054,14 @@ class Adapters:
         """A step from nats, summed over documents; `params` as of `attach`."""
         self.steps += 1
         rate, grads = self.args.ttt_lora_lr, torch.autograd.grad(nats, params)
-        for whole, squares, grad in zip(self.params, self.squares, grads):
-            part, square = whole[: len(grad)], squares[: len(grad)]
-            square.lerp_(grad.square(), 1 - 0.999)
-            part *= 1 - rate * self.args.ttt_lora_wd
-            root = (square / (1 - 0.999**self.steps)).sqrt() + 1e-8
-            part.addcdiv_(grad, root, value=-rate)
+        count = len(grads[0])  # of documents
+        parts, squares = ([x[:count] for x in kept] for kept in (self.params, self.squares))
+        torch._foreach_lerp_(squares, torch._foreach_mul(grads, grads), 1 - 0.999)
+        torch._foreach_mul_(parts, 1 - rate * self.args.ttt_lora_wd)
+        roots = torch._foreach_div(squares, 1 - 0.999**self.steps)
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, 1e-8)
+        torch._foreach_addcdiv_(parts, grads, roots, -rate)
 
 
 @check
@@ -2069,6 +2079,7 @@ class TestTimeTraining:
     scored. Ranks share each batch."""
 
     GROUP = 4  # batches
+    GROUP_OF_GPUS = 16  # which read one document as slowly as many
 
     def __init__(self, model: GPT, runtime: Runtime | None = None, tell=lambda read: None):
         self.model, self.args, self.runtime = model, model.args, runtime
@@ -2087,7 +2098,8 @@ class TestTimeTraining:
 
     def by_document(self, ids: np.ndarray, plan: WindowPlan):
         """`scored`, a document at a time, in the order of the text."""
-        spans, size = self.documents(ids), self.GROUP * plan.batch
+        batches = self.GROUP_OF_GPUS if self.model.tok_emb.weight.is_cuda else self.GROUP
+        spans, size = self.documents(ids), batches * plan.batch
         for group in np.split(spans, range(size, len(spans), size)):
             found, order = {}, np.argsort(group[:, 0] - group[:, 1], kind="stable")
             for members in np.split(order, range(plan.batch, len(order), plan.batch)):
@@ -2594,7 +2606,7 @@ def try_scoring(model: GPT, runtime: Runtime) -> None:
 PROGRESS_SECONDS = 15  # between lines about a pass under way
 
 
-BACKLOG = 1 << 30  # bytes of a rank's batches that may wait to be mixed
+BACKLOG = 1 << 30  # bytes that may wait to be mixed, of a rank; four times as many on a GPU's
 
 
 def leaving(*tensors: Tensor):
@@ -2626,7 +2638,8 @@ class Ledger:
         count = min(count, -(-len(self.starts) // runtime.world_size))
         self.readers = ThreadPoolExecutor(count)
         self.threads = [ThreadPoolExecutor(1) for _ in range(count)]
-        self.seconds, self.waited, self.jobs = np.zeros(count), 0.0, deque()
+        self.seconds, self.waited = np.zeros(count), 0.0
+        self.jobs, self.ahead = deque(), 0  # what is not booked: jobs, and their targets
 
     def take(self, first: int, stop: int, logprobs: Tensor, nats: Tensor) -> None:
         """Has the targets first ... stop - 1 booked some time later, those that are this rank's."""
@@ -2640,14 +2653,19 @@ class Ledger:
             ids = self.ids[begin + 1 : end + 1].astype(np.int64)
             found = self.readers.submit(self.read, run, ids, slice(begin - first, end - first), arrived)
             thread = run // ranks % len(self.threads)
-            self.jobs.append(self.threads[thread].submit(self.book, thread, run, ids, found))
-        self.wait(BACKLOG // (4 * (SHARE + 2) * (stop - first)))
+            job = self.threads[thread].submit(self.book, thread, run, ids, found)
+            self.jobs.append((stop - first, job))
+            self.ahead += stop - first
+        room = BACKLOG * (4 if logprobs.is_cuda else 1)  # a group of documents comes at once
+        self.wait(room // (4 * (SHARE + 2)))
 
     def wait(self, left: int) -> None:
-        """Until no more than so many batches are not booked."""
+        """Until no more than so many targets are not booked."""
         began = time.perf_counter()
-        while len(self.jobs) > left:
-            self.jobs.popleft().result()
+        while self.ahead > left:
+            size, job = self.jobs.popleft()
+            job.result()
+            self.ahead -= size
         self.waited += time.perf_counter() - began
 
     def read(self, run: int, ids: np.ndarray, part: slice, arrived) -> tuple:

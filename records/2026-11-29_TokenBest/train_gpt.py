@@ -643,6 +643,8 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     """Torch's fused kernels. With a mask, q may be only the last positions of k and v."""
+    if mask is not None and q.is_cuda:  # lean kernels share none
+        k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
     return y.transpose(1, 2)
@@ -701,16 +703,16 @@ def attention_of(rung: str):
 
 def document_mask(rung: str, docs: Tensor):
     """What a rung needs to keep documents apart; docs (B, T), the document of each position.
-    Flash: where documents begin (cu_seqlens), padded to few shapes, which warm-up meets; other
+    Flash: where documents begin (cu_seqlens), then the end, without a wait for the device; other
     rungs: a mask (B, 1, T, T)."""
-    if rung in FLASH:
-        begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)
-        first = begins.flatten().nonzero().flatten().int()
-        room = max(64, docs.numel() // 128, 1 << len(first).bit_length())
-        cu_seqlens = F.pad(first, (0, room - len(first)), value=docs.numel())
-        torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for all numbers
-        return cu_seqlens
-    return causal_mask(docs, docs.size(1))
+    if rung not in FLASH:
+        return causal_mask(docs, docs.size(1))
+    begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)
+    number = begins.flatten().cumsum(0)  # from 1
+    room = max(64, docs.numel() // 256)  # empty ones take time
+    torch._assert_async(number[-1] < room, "ATTENTION=sdpa takes more of them")
+    wanted = torch.arange(1, room + 1, device=docs.device)
+    return torch.searchsorted(number, wanted, out_int32=True)
 
 
 def piece_mask(rung: str, ids: Tensor, pack: int):
@@ -744,7 +746,10 @@ def check_rung(rung: str, args: Hyperparameters, runtime: Runtime) -> None:
     q, k = (x.to(runtime.device, runtime.dtype).requires_grad_() for x in (q, k))
     docs = (torch.arange(128, device=runtime.device)[None] - 1) // 50  # begin at 1, 51 and 101
     masks = (document_mask(name, docs) if args.doc_mask else None for name in (rung, "math"))
-    out = attention_of(rung)(q, k, k, next(masks))
+    attend = attention_of(rung)
+    if runtime.compile and runtime.device.type == "cuda":  # it must fit in a graph
+        attend = torch.compile(attend, dynamic=False, fullgraph=True)
+    out = attend(q, k, k, next(masks))
     wanted = math_attention(q, k, k, next(masks))
     out.sum().backward()
     torch.testing.assert_close(out.float(), wanted.float(), atol=3e-2, rtol=1e-5)
@@ -2576,11 +2581,14 @@ class Adapters:
         """A step from nats, summed over documents; `params` as of `attach`."""
         self.steps += 1
         rate, grads = self.args.ttt_lora_lr, torch.autograd.grad(nats, params)
-        for whole, squares, grad in zip(self.params, self.squares, grads):
-            part, square = whole[: len(grad)], squares[: len(grad)]
-            square.lerp_(grad.square(), 1 - 0.999)
-            part *= 1 - rate * self.args.ttt_lora_wd
-            part.addcdiv_(grad, (square / (1 - 0.999**self.steps)).sqrt() + 1e-8, value=-rate)
+        count = len(grads[0])  # of documents
+        parts, squares = ([x[:count] for x in kept] for kept in (self.params, self.squares))
+        torch._foreach_lerp_(squares, torch._foreach_mul(grads, grads), 1 - 0.999)
+        torch._foreach_mul_(parts, 1 - rate * self.args.ttt_lora_wd)
+        roots = torch._foreach_div(squares, 1 - 0.999**self.steps)
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, 1e-8)
+        torch._foreach_addcdiv_(parts, grads, roots, -rate)
 
 
 @check
@@ -2598,6 +2606,7 @@ class TestTimeTraining:
     of about one length share a batch. A group is handed on once it is scored."""
 
     GROUP = 4  # batches
+    GROUP_OF_GPUS = 64  # one document takes them as long as many
 
     def __init__(self, model: GPT, tell=lambda read: None):
         self.model, self.args = model, model.args
@@ -2608,7 +2617,8 @@ class TestTimeTraining:
         """`scored` by document; a target belongs to the document of the id before it."""
         starts = np.union1d([0], np.flatnonzero(ids[:-1] == BOS_ID))
         spans = np.stack((starts, np.append(starts[1:], len(ids) - 1)), 1)
-        size = self.GROUP * plan.batch * plan.ranks if gather else len(spans)
+        count = self.GROUP_OF_GPUS if self.model.tok_emb.weight.is_cuda else self.GROUP
+        size = count * plan.batch * plan.ranks if gather else len(spans)
         for group in np.split(spans, range(size, len(spans), size)):
             longest = group[np.argsort(group[:, 0] - group[:, 1], kind="stable")]
             mine = longest[plan.rank :: plan.ranks]
@@ -2622,20 +2632,18 @@ class TestTimeTraining:
         adapters, size = Adapters(self.model, len(group)), self.args.ttt_doc_chunk
         for done in range(0, group[0, 1] - group[0, 0], size):
             alive = group[group[:, 1] - group[:, 0] > done]
-            logprobs = self.adapt_chunk(adapters, ids, alive, done, length)
+            logprobs, nats = self.adapt_chunk(adapters, ids, alive, done, length)
+            nats = nats.cpu().numpy().astype(np.float64)
             self.read += int((alive[:, 1] - alive[:, 0] - done).clip(0, size).sum())
             self.tell(self.read)
             for i, (start, end) in enumerate(alive):
                 first, stop = start + done, min(start + done + size, end)
-                part = logprobs[i, : stop - first]
-                targets = torch.from_numpy(ids[first + 1 : stop + 1].astype(np.int64))
-                nats = -part.gather(-1, targets.to(part.device)[:, None]).squeeze(-1)
-                yield first, stop, part, nats.cpu().numpy().astype(np.float64)
+                yield first, stop, logprobs[i, : stop - first], nats[i, : stop - first]
 
     def adapt_chunk(self, adapters: Adapters, ids: np.ndarray, alive: np.ndarray, done: int,
-                    length: int) -> Tensor:
-        """Log-probabilities (n, size, V) of n documents' targets from `done` on. Documents that
-        go on learn from these."""
+                    length: int) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (n, size, V) of n documents' targets from `done` on, and nats.
+        Documents that go on learn from these."""
         size, device = self.args.ttt_doc_chunk, self.model.tok_emb.weight.device
         begin = max(done + size - length, 0)
         rows = np.full((len(alive), done + size - begin), PAD_ID, np.int64)
@@ -2653,13 +2661,13 @@ class TestTimeTraining:
             params = adapters.attach(len(alive))
             x = self.model.hidden(rows, self.model.rotary_eval)
             logprobs = self.model.head(x[:, done - begin :].float()).log_softmax(-1)
+            nats = -logprobs.gather(-1, goals[..., None]).squeeze(-1)
             if learners:
-                nats = -logprobs.gather(-1, goals[..., None]).squeeze(-1)
                 adapters.learn((nats.mean(1) * goes_on).sum(), params)
                 self.updates += learners
         piece.compiled = compiled
         adapters.detach()
-        return logprobs.detach()
+        return logprobs.detach(), nats.detach()
 
 
 def score(model: GPT, ids, positions=()) -> tuple[np.ndarray, dict[int, np.ndarray]]:
