@@ -141,15 +141,16 @@ def slopes(rows: list[dict]) -> dict[str, float]:
     return dict(zip(names, map(float, np.gradient(y, x))))
 
 
-def planned_steps(ladder) -> dict[str, float]:
-    """{arm: milliseconds of a step at the contest's size}, of contest.json."""
+def planned_steps(ladder) -> dict[str, tuple[float, int]]:
+    """{arm: (milliseconds of a step at the contest's size, steps of a run)}, of contest.json."""
     path = ladder.folder / "contest.json"
-    return {arm: row["ms"] for arm, row in read_json(path)["arms"].items()} if path.is_file() else {}
+    found = read_json(path)["arms"] if path.is_file() else {}
+    return {arm: (row["ms"], int(row["settings"]["ITERATIONS"])) for arm, row in found.items()}
 
 
 def arm_rows(ladder, runs: Runs, slope: dict[str, float]) -> list[dict]:
     """Each arm against the base, or another arm, at each rung, seeds paired."""
-    rows, steps = [], planned_steps(ladder)
+    rows, runs_planned = [], {arm: ms * steps for arm, (ms, steps) in planned_steps(ladder).items()}
     for name, (arm, other) in ladder.comparisons().items():
         for rung in ladder.rungs:
             pair = {seed: (runs[rung, arm, seed], runs[rung, other, seed]) for seed in ladder.seeds[rung]
@@ -165,15 +166,17 @@ def arm_rows(ladder, runs: Runs, slope: dict[str, float]) -> list[dict]:
                 for each in (arm, other))
             # More time on the same machine is more text for the same model: about the base's own slope.
             price = -slope[rung] * math.log(time) if rung in slope and even else None
-            step = steps[arm] / steps[other] if arm in steps and other in steps else None
-            charge = -slope[rung] * math.log(step) if rung in slope and step else None
+            known = arm in runs_planned and other in runs_planned
+            planned = runs_planned[arm] / runs_planned[other] if known else None
+            charge = -slope[rung] * math.log(planned) if rung in slope and planned else None
             rows.append({
                 "arm": name, "rung": rung, "seeds": sorted(pair),
                 "differences": [mine[seed] - base[seed] for seed in sorted(pair)],
                 "difference": found.difference, "interval": finite(found.interval), "word": found.word,
                 "bytes": size, "time": time if even else None, "price": price,
-                "at_equal_time": None if price is None else found.difference + price, "step": step,
-                "at_equal_step": None if charge is None else found.difference + charge,
+                "at_equal_time": None if price is None else found.difference + price,
+                "planned_time": planned,
+                "at_equal_planned_time": None if charge is None else found.difference + charge,
             })
     return rows
 
@@ -269,11 +272,12 @@ def arm_table(rows: list[dict]) -> str:
     body = [[
         row["arm"], row["rung"], str(len(row["seeds"])), signed(row["difference"]), span(row["interval"]),
         row["word"], f"{row['bytes']:.3f}{' !' if abs(row['bytes'] - 1) > BYTES_OFF else ''}",
-        "" if row["step"] is None else f"{row['step']:.2f}", signed(row["at_equal_step"]),
+        "" if row["planned_time"] is None else f"{row['planned_time']:.2f}",
+        signed(row["at_equal_planned_time"]),
         "" if row["time"] is None else f"{row['time']:.2f}", signed(row["at_equal_time"]),
     ] for row in rows]
     return markdown_table(["arm", "rung", "pairs", "difference", "95 % interval", "verdict", "ratio of bytes",
-                           "ratio of planned steps", "at equal planned time", "ratio of CPU times",
+                           "ratio of planned times", "at equal planned time", "ratio of CPU times",
                            "at equal CPU time (estimate)"], body)
 
 
@@ -324,7 +328,7 @@ is for one new pair at the contest's compute. The verdicts are defined in `scrip
 at the highest rung* is the word on the line there, not on that rung's own pairs; of two rungs it is the
 word that both have. "!" marks bytes that differ by more than 2 %. *At equal time* charges an arm's time
 with the base's own slope: an estimate, left out where equal runs differ by more than a fifth in time. *At
-equal planned time* charges its step at the contest's size on eight H100s as `scripts/plan.py` has it
+equal planned time* charges its run at the contest's size on eight H100s as `scripts/plan.py` has it
 (contest.json), which no card has confirmed. All of it is measured on books, nothing on FineWeb."""
 
 
@@ -334,7 +338,7 @@ def block(ladder, numbers: dict) -> str:
     ids = f", of ids that stand for {ladder.per_id:g} bytes" if ladder.per_id != 1 else ""
     about = [f"The base is {base}{ids}.", ""] if base != "the trunk" else []
     steps = planned_steps(ladder)
-    arms = [[arm.name, arm.why, f"{steps[arm.name]:.1f}" if arm.name in steps else ""]
+    arms = [[arm.name, arm.why, f"{steps[arm.name][0]:.1f}" if arm.name in steps else ""]
             for arm in ladder.arms.values()]
     parts = [f"**Question**: {ladder.question}", "", *about, "| arm | why | planned step, ms |",
              "| --- | --- | ---: |", *(f"| {' | '.join(cells)} |" for cells in arms), ""]

@@ -355,6 +355,43 @@ def test_a_report_is_text_and_plot_and_stays_as_it_is(reported, capsys):
     assert plot.stat().st_mtime_ns == before  # equal numbers, equal plot
 
 
+def test_the_contest_is_planned_once_and_its_time_is_charged(tmp_path, monkeypatch):
+    place, planned = tmp_path / "paid", []
+    made_up(place, {"fast": straight(0, 0), "slow": straight(-0.02, -0.02)})
+    about = json.loads((place / "ladder.json").read_text())
+    about["arms"]["slow"]["set"] = {"LEAKY_SLOPE": {**dict.fromkeys(NAMES, 0.11), "contest": 0.3}}
+    (place / "ladder.json").write_text(json.dumps(about))
+
+    def make_plan(script, settings, card, ranks):
+        planned.append(settings)
+        assert not {"DEVICE", "DTYPE", "COMPILE"} & {*settings} and settings["MODEL_DIM"] == "512"
+        return {"ms_per_step": 50.0 + 10 * (settings.get("LEAKY_SLOPE") == "0.3"), "sizes": {"model": 7}}
+
+    monkeypatch.setattr(ladder.plan, "make_plan", make_plan)
+    options = [str(place), "--contest", "--runs", str(place / "runs")]
+    assert ladder.main(options) == ladder.main(options) == 0
+    assert len(planned) == 3  # each arm once
+    kept = json.loads((place / "contest.json").read_text())["arms"]
+    assert [row["ms"] for row in kept.values()] == [50, 50, 60]
+    assert {row["script_sha256"] for row in kept.values()} == {run_seeds.sha256(TRUNK)}
+
+    found = json.loads((place / "results.json").read_text())
+    bpb = {row["rung"]: row["bpb"] for row in found["rungs"]}
+    slope = np.gradient([bpb[name] for name in NAMES], X)
+    assert {row["arm"] for row in found["arms"]} == {"fast", "slow"}
+    for row in found["arms"]:
+        ratio = 1.2 if row["arm"] == "slow" else 1.0
+        assert row["planned_time"] == pytest.approx(ratio)
+        price = -slope[NAMES.index(row["rung"])] * math.log(ratio)
+        assert row["at_equal_planned_time"] == pytest.approx(row["difference"] + price)
+    assert "| slow | a reason | 60.0 |" in (place / "README.md").read_text()
+
+    del about["arms"]["slow"]["set"]["LEAKY_SLOPE"]["contest"]
+    (place / "ladder.json").write_text(json.dumps(about))
+    with pytest.raises(Misuse, match="slow: LEAKY_SLOPE has no value for `contest`"):
+        ladder.main(options)
+
+
 def test_many_arms_are_rows_of_one_panel_a_rung(tmp_path):
     place = tmp_path / "many"
     gains = np.linspace(-0.06, 0.06, ladder_report.PANELS + 1)
