@@ -141,16 +141,16 @@ def slopes(rows: list[dict]) -> dict[str, float]:
     return dict(zip(names, map(float, np.gradient(y, x))))
 
 
-def planned_steps(ladder) -> dict[str, tuple[float, int]]:
-    """{arm: (milliseconds of a step at the contest's size, steps of a run)}, of contest.json."""
+def planned_arms(ladder) -> dict[str, dict]:
+    """{arm: its script, settings and milliseconds of a step at the contest's size}, of contest.json."""
     path = ladder.folder / "contest.json"
-    found = read_json(path)["arms"] if path.is_file() else {}
-    return {arm: (row["ms"], int(row["settings"]["ITERATIONS"])) for arm, row in found.items()}
+    return read_json(path)["arms"] if path.is_file() else {}
 
 
 def arm_rows(ladder, runs: Runs, slope: dict[str, float]) -> list[dict]:
     """Each arm against the base, or another arm, at each rung, seeds paired."""
-    rows, runs_planned = [], {arm: ms * steps for arm, (ms, steps) in planned_steps(ladder).items()}
+    rows, arms = [], planned_arms(ladder)
+    runs_planned = {arm: row["ms"] * int(row["settings"]["ITERATIONS"]) for arm, row in arms.items()}
     for name, (arm, other) in ladder.comparisons().items():
         for rung in ladder.rungs:
             pair = {seed: (runs[rung, arm, seed], runs[rung, other, seed]) for seed in ladder.seeds[rung]
@@ -337,8 +337,8 @@ def block(ladder, numbers: dict) -> str:
     base = ladder.arms["base"].why
     ids = f", of ids that stand for {ladder.per_id:g} bytes" if ladder.per_id != 1 else ""
     about = [f"The base is {base}{ids}.", ""] if base != "the trunk" else []
-    steps = planned_steps(ladder)
-    arms = [[arm.name, arm.why, f"{steps[arm.name][0]:.1f}" if arm.name in steps else ""]
+    planned = planned_arms(ladder)
+    arms = [[arm.name, arm.why, f"{planned[arm.name]['ms']:.1f}" if arm.name in planned else ""]
             for arm in ladder.arms.values()]
     parts = [f"**Question**: {ladder.question}", "", *about, "| arm | why | planned step, ms |",
              "| --- | --- | ---: |", *(f"| {' | '.join(cells)} |" for cells in arms), ""]
@@ -354,6 +354,9 @@ def block(ladder, numbers: dict) -> str:
     if numbers["arms"]:
         parts += ["![Differences by compute](ladder.png)", ""]
     parts += [ABOUT, "", *numbers["scripts"], *numbers["machines"]]
+    if planned:
+        texts = dict.fromkeys(f"`{row['script_sha256'][:8]}`" for row in planned.values())
+        parts.append(f"Steps planned with {', '.join(texts)}.")
     if numbers["left_out"]:
         parts += ["", f"Not counted: {'; '.join(numbers['left_out'])}."]
     return "\n".join(parts) + "\n"

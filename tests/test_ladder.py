@@ -155,6 +155,13 @@ def test_committed_tables_are_those_of_the_runs(name, tmp_path, capsys):
         assert (copy / file).read_text() == (kept / file).read_text(), f"ladder.py {name} --report"
 
 
+@pytest.mark.parametrize("name", [name for name in LADDERS if (ladder.LADDERS / name / "contest.json").exists()])
+def test_the_contest_is_planned_for_every_arm(name):
+    arms = json.loads((ladder.LADDERS / name / "contest.json").read_text())["arms"]
+    assert [*arms] == [*ladder.read_ladder(name).arms]
+    assert all(row["ms"] > 0 and "MODEL_DIM" in row["settings"] for row in arms.values())
+
+
 def test_the_page_of_ladders_names_them_all():
     page = (ladder.LADDERS / "README.md").read_text()
     assert [name for name in LADDERS if f"| [{name}]({name}/ladder.json) |" not in page] == []
