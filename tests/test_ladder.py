@@ -155,7 +155,7 @@ def test_committed_tables_are_those_of_the_runs(name, tmp_path, capsys):
         assert (copy / file).read_text() == (kept / file).read_text(), f"ladder.py {name} --report"
 
 
-@pytest.mark.parametrize("name", [name for name in LADDERS if (ladder.LADDERS / name / "contest.json").exists()])
+@pytest.mark.parametrize("name", [path.parent.name for path in sorted(ladder.LADDERS.glob("*/contest.json"))])
 def test_the_contest_is_planned_for_every_arm(name):
     arms = json.loads((ladder.LADDERS / name / "contest.json").read_text())["arms"]
     assert [*arms] == [*ladder.read_ladder(name).arms]
