@@ -369,14 +369,19 @@ PANELS = 15  # comparisons that have a panel each; more are rows of one panel a 
 
 
 def draw(ladder, numbers: dict, fits: dict[str, Fitted], key: str) -> bytes:
-    """The plot as PNG bytes, which carry `key`."""
+    """The plot as PNG bytes, which carry `key`; of few colours, for the pages that hold it."""
     import matplotlib.style  # here: no table needs it
+    from PIL import Image, PngImagePlugin
 
     with matplotlib.style.context("default"):
         many = sum(row["rungs"] > 0 for row in numbers["trends"]) > PANELS
         figure = draw_rows(numbers) if many else draw_panels(ladder, numbers, fits)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=110, metadata={"Software": None, "Description": key})
+        drawn, buffer = io.BytesIO(), io.BytesIO()
+        figure.savefig(drawn, dpi=110)
+    told = PngImagePlugin.PngInfo()
+    told.add_text("Description", key)
+    image = Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    image.save(buffer, "PNG", optimize=True, pnginfo=told)
     return buffer.getvalue()
 
 
@@ -431,7 +436,7 @@ def draw_panels(ladder, numbers: dict, fits: dict[str, Fitted]):
         axes.axvline(math.exp(contest()), color="#555555", linestyle=":", linewidth=1)
         axes.tick_params(labelsize=8)
     figure.supxlabel("FLOPs of training: 6 x block weights x bytes of text", fontsize=9)
-    figure.supylabel("BPB against the base, after the first panel; lower is better", fontsize=9)
+    figure.supylabel("BPB; after the first panel\nless the base's, lower is better", fontsize=9)
     return figure
 
 

@@ -204,6 +204,7 @@ def of_the_page(svg: str) -> str:
     svg = svg.replace("xlink:href", "href").replace(' clip-rule="nonzero"', "")
     for told, page in PAGE.items():
         svg = svg.replace(told, page)
+    svg = re.sub(r"font-family: [^;\"]*(; )?", "", svg)  # the page's own, by its style sheet
     # a hundredth of a pixel is finer than any screen
     svg = re.sub(r' d="[^"]*"', lambda found: re.sub(r"-?\d+\.\d{3,}", hundredths, found[0]), svg)
     return re.sub(r">\s+<", "><", svg).strip()

@@ -41,9 +41,14 @@ def page(root: Path, text: Prose) -> dict:
 
 
 def shown(name: str, numbers: dict, text: Prose) -> dict:
-    """Figures and tables of one ladder's results.json."""
-    of_arms = [differences(row, [each for each in numbers["arms"] if each["arm"] == row["arm"]])
-               for row in numbers["trends"] if row["rungs"]]
+    """Figures and tables of one ladder's results.json. Of many comparisons those have a figure that are
+    decided on some rung; the tables have all.
+    """
+    points = {row["arm"]: [each for each in numbers["arms"] if each["arm"] == row["arm"]]
+              for row in numbers["trends"] if row["rungs"]}
+    few = len(points) <= ladder_report.PANELS
+    of_arms = [differences(row, points[row["arm"]]) for row in numbers["trends"] if row["arm"] in points
+               and (few or any(each["word"] != "undecided" for each in points[row["arm"]]))]
     parts = {
         "Verdicts": ladder_report.trend_table(numbers["trends"]),
         "Arms against the base": ladder_report.arm_table(numbers["arms"]),
