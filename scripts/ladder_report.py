@@ -380,7 +380,8 @@ def draw(ladder, numbers: dict, fits: dict[str, Fitted], key: str) -> bytes:
         figure.savefig(drawn, dpi=110)
     told = PngImagePlugin.PngInfo()
     told.add_text("Description", key)
-    image = Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    image = Image.open(drawn).convert("RGB")
+    image = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     image.save(buffer, "PNG", optimize=True, pnginfo=told)
     return buffer.getvalue()
 
