@@ -43,6 +43,11 @@ def command(main: Callable[[], int]) -> None:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(MISUSE)
+    except Exception as error:
+        if type(error).__name__ != "UserError":  # a script's own class for what its caller can mend
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(MISUSE)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """The script of the ladder `candidates`: ByteBest with ideas of public work, each a variable."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -75,46 +78,39 @@ def test_those_of_the_network_begin_as_the_network_without(idea):
     assert torch.allclose(*logits, atol=1e-6)
 
 
-def test_heads_are_taken_one_by_one():
-    """Each head of an update is orthogonal by itself; taken together the heads would share a norm."""
-    args = settings(section, HEADS_APART=1)
+def moved(rate: float, **own) -> tuple:
+    """(settings, queries' weight before and after a step of Muon on made-up gradients)."""
+    args = settings(section, **own)
     model = section.GPT(args)
     model.init_weights(0)
     muon = section.Optimizers(model, args, section.Runtime(args)).muon
-    weight = model.blocks[0].attn.c_q.weight
-    before = weight.detach().clone()
+    weight = model.blocks[0].attn.c_q.weight.detach()  # shares its memory
+    before = weight.clone()
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     muon.start_reduction()
     muon.square_norm()
     with torch.no_grad():
-        muon.step(0.1, 0.0, torch.ones(()))
-    change = (before * (1 - 0.1 * args.muon_wd) - weight).detach() / 0.1
+        muon.step(rate, 0.0, torch.ones(()))
+    return args, before, weight
+
+
+def test_heads_are_taken_one_by_one():
+    """Each head of an update is orthogonal by itself; taken together the heads would share a norm."""
+    args, before, after = moved(0.1, HEADS_APART=1)
+    change = (before * (1 - 0.1 * args.muon_wd) - after) / 0.1
     for head in change.split(args.head_dim):
         assert torch.linalg.svdvals(head).sub(1).abs().max() < 0.5
         assert torch.linalg.matrix_norm(head) == pytest.approx(args.head_dim**0.5, rel=0.25)
 
 
 def test_cautious_decay_leaves_what_the_update_grows():
-    changes = []
-    for cautious in (0, 1):
-        args = settings(section, CAUTIOUS_WD=cautious, MUON_WD=0.5)
-        model = section.GPT(args)
-        model.init_weights(0)
-        muon = section.Optimizers(model, args, section.Runtime(args)).muon
-        weight = model.blocks[0].attn.c_q.weight
-        before = weight.detach().clone()
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-        muon.start_reduction()
-        muon.square_norm()
-        with torch.no_grad():
-            muon.step(0.01, 0.0, torch.ones(()))
-        changes.append((weight - before).detach())
-    plain = changes[0] + 0.01 * 0.5 * before  # the update alone
-    grown = (plain * before > 0)  # moves away from zero
-    assert torch.allclose(changes[1][grown], plain[grown], atol=1e-6)
-    assert torch.allclose(changes[1][~grown], changes[0][~grown], atol=1e-6)
+    _, before, usual = moved(0.01, MUON_WD=0.5)
+    _, _, cautious = moved(0.01, MUON_WD=0.5, CAUTIOUS_WD=1)
+    undecayed = usual + 0.01 * 0.5 * before
+    grown = (undecayed - before) * before > 0  # the update moves it away from zero
+    assert torch.allclose(cautious[grown], undecayed[grown], atol=1e-6)
+    assert torch.allclose(cautious[~grown], usual[~grown], atol=1e-6)
     assert grown.any() and (~grown).any()
 
 
@@ -178,3 +174,15 @@ def test_what_cannot_be_decoded_says_so(name, value):
         stream = section.stream(model)
         stream.push(section.BOS_ID)
         stream.logprobs()
+
+
+def test_a_tool_says_it_in_one_line(tmp_path):
+    """What a script raises after its artifact is read, too."""
+    args = settings(section, LOOP_TIMES=2)
+    model = enlivened(section, args)
+    path = tmp_path / "artifact.bin"
+    path.write_bytes(section.pack({name: p.detach().numpy() for name, p in model.exported().items()}, args))
+    call = [sys.executable, str(ROOT / "scripts/generate.py"), str(path), "The", "--script", section.__file__]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: LOOP_TIMES=2: decoding keeps no keys of a loop"
