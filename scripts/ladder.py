@@ -841,6 +841,9 @@ def report(ladder: Ladder, jobs: list[LadderJob]) -> int:
             left_out.append(f"{job}: {why}")
         else:
             runs[job.rung, job.arm, job.seed] = found
+    if not runs and not (ladder.folder / "README.md").exists():
+        say("no run is kept yet: no tables")
+        return FINE
     print(write_report(ladder, runs, left_out, {job.arm: job.program.sha256 for job in jobs},
                        {arm: equal_scripts(ladder, arm) for arm in ladder.arms}))
     return FINE

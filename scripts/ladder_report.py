@@ -304,7 +304,7 @@ def trend_table(rows: list[dict]) -> str:
     return markdown_table(
         ["arm", "rungs", "a tenfold of compute", "95 % interval", "line at the contest's compute",
          "prediction interval", "verdict", "line at the highest rung", "highest rung from those below",
-         "at equal time (estimate)"], body)
+         "at equal CPU time (estimate)"], body)
 
 
 def curve_table(rows: list[dict]) -> str:
@@ -326,9 +326,9 @@ text of the rung. The line goes through all pairs against the logarithm of compu
 is for one new pair at the contest's compute. The verdicts are defined in `scripts/trends.py`: *grows*
 (away from zero), *stays*, *fades* (towards zero), *reverses* (turned where measured), *undecided*. *Line
 at the highest rung* is the word on the line there, not on that rung's own pairs; of two rungs it is the
-word that both have. "!" marks bytes that differ by more than 2 %. *At equal time* charges an arm's time
-with the base's own slope: an estimate, left out where equal runs differ by more than a fifth in time. *At
-equal planned time* charges its run at the contest's size on eight H100s as `scripts/plan.py` has it
+word that both have. "!" marks bytes that differ by more than 2 %. *At equal CPU time* charges an arm's
+time with the base's own slope: an estimate, left out where equal runs differ by more than a fifth in time.
+*At equal planned time* charges its run at the contest's size on eight H100s as `scripts/plan.py` has it
 (contest.json), which no card has confirmed. All of it is measured on books, nothing on FineWeb."""
 
 

@@ -399,6 +399,15 @@ def test_the_contest_is_planned_once_and_its_time_is_charged(tmp_path, monkeypat
         ladder.main(options)
 
 
+def test_a_ladder_without_runs_gets_no_page(tmp_path, capsys):
+    place = tmp_path / "new"
+    place.mkdir()
+    (place / "ladder.json").write_text(json.dumps(TINY))
+    assert ladder.main([str(place), "--report", "--runs", str(tmp_path / "runs")]) == 0
+    assert "no run is kept yet" in capsys.readouterr().err
+    assert [path.name for path in place.iterdir()] == ["ladder.json"]
+
+
 def test_many_arms_are_rows_of_one_panel_a_rung(tmp_path):
     place = tmp_path / "many"
     gains = np.linspace(-0.06, 0.06, ladder_report.PANELS + 1)
